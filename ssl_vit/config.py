@@ -1,0 +1,303 @@
+"""The shared options, and the one way they are read: defaults < method < YAML < command line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A user's mistake, in one line: what was given, what is allowed, where it came from."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (nearest: x, y)`` for an unknown ``name``, or an empty string when nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (nearest known: {', '.join(close)})" if close else ""
+
+
+@dataclass(frozen=True)
+class Length:
+    """A span of training: ``800ep`` (epochs, fractions allowed) or ``5000st`` (optimizer steps)."""
+
+    amount: float
+    unit: Literal["ep", "st"]
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> "Length":
+        """Read ``text``; ``option`` names it in the error."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st)", text.strip())
+        if not found:
+            raise UserError(f"{option} is {text!r}; allowed: epochs as 10ep, or steps as 500st")
+        return cls(float(found[1]), "ep" if found[2] == "ep" else "st")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """The same span in optimizer steps, rounded."""
+        return round(self.amount * (steps_per_epoch if self.unit == "ep" else 1))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives, how long it is, how it is saved and looked at."""
+
+    out: str = ""
+    """Run folder. Empty: runs/<method>-<data>."""
+    seed: int = 0
+    """Everything random follows from this: weights, sample order, crops, masks."""
+    length: str = "100ep"
+    """Length of training: epochs as 100ep, or optimizer steps as 5000st."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 runs the model under bfloat16 autocast, losses in fp32. auto: bf16 where the device has
+    bfloat16 arithmetic (CPUs too), else fp32."""
+    device: str = "auto"
+    """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1 or mps."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in the run folder. never: start anew (an existing
+    run is moved aside, not deleted). PATH: start from that checkpoint folder."""
+    save_every: str = "1ep"
+    """Write a checkpoint this often, as 1ep or 500st; one is always written at the end."""
+    keep: int = 2
+    """Checkpoints to keep, the newest ones."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl and TensorBoard; each holds means over the interval."""
+    probe_every: str = "10ep"
+    """Look at the encoder this often (health, k-NN, pictures), as 10ep or 500st."""
+    probe_images: int = 10000
+    """At most this many training images, and as many held-out ones, are used to look at it."""
+    max_nonfinite: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped)."""
+
+    def __post_init__(self) -> None:
+        for option in ("length", "save_every", "probe_every"):
+            flag = f"--run.{option.replace('_', '-')}"
+            span = Length.parse(getattr(self, option), flag)
+            check(span.amount > 0, f"{flag} is {getattr(self, option)!r}; it must be above 0")
+        for option in ("keep", "log_every", "probe_images", "max_nonfinite"):
+            value = getattr(self, option)
+            flag = f"--run.{option.replace('_', '-')}"
+            check(value >= 1, f"{flag} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    train: str = "digits:train"
+    """Images to learn from: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
+    tar:PATH-{000000..000146}.tar, torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]."""
+    val: str = ""
+    """Held-out images, named alike. Empty: --data.holdout images of the training set."""
+    holdout: int = 500
+    """Without --data.val, this many training images (at most a tenth) are held out."""
+    channels: int = 3
+    """Channels of an image: 3 (gray is repeated), 1 (colour becomes gray), or what the files have."""
+    statistics: Literal["default", "auto"] = "default"
+    """default: ImageNet's mean and standard deviation for 3 channels, estimated for others.
+    auto: estimated from 2000 training images. Not used when --data.mean and --data.std are given."""
+    mean: tuple[float, ...] = ()
+    """Mean per channel, images scaled to 0..1."""
+    std: tuple[float, ...] = ()
+    """Standard deviation per channel, images scaled to 0..1."""
+    workers: int = -1
+    """Loader processes for each training process. -1: one for each core it has, at most 16."""
+    max_bad: float = 0.05
+    """Stop when more than this share of the images turns out unreadable."""
+
+    def __post_init__(self) -> None:
+        check(self.channels >= 1, f"--data.channels is {self.channels}; it must be at least 1")
+        check(self.workers >= -1, f"--data.workers is {self.workers}; it must be -1 or more")
+        check(self.holdout >= 0, f"--data.holdout is {self.holdout}; it must be 0 or more")
+        check(0 <= self.max_bad <= 1, f"--data.max-bad is {self.max_bad}; it is a share, 0 to 1")
+        check(len(self.mean) == len(self.std), "--data.mean and --data.std go together")
+        for option in ("mean", "std"):
+            n = len(getattr(self, option))
+            check(
+                n in (0, self.channels),
+                f"--data.{option} has {n} values; --data.channels is {self.channels}",
+            )
+        check(all(s > 0 for s in self.std), f"--data.std is {self.std}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The Vision Transformer: a timm architecture, and what of it to change (0: as the name says)."""
+
+    arch: str = "vit_small_patch16_224"
+    """A plain ViT of timm by name: vit_tiny_patch16_224 ... vit_huge_patch14_224."""
+    image_size: tuple[int, ...] = ()
+    """Height and width in pixels, or one number for both; divisible by the patch size."""
+    patch_size: int = 0
+    """Side of a patch in pixels."""
+    width: int = 0
+    """Features of a token."""
+    depth: int = 0
+    """Transformer blocks."""
+    heads: int = 0
+    """Attention heads of each block; they divide the width."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """Position embedding: learned, or fixed two-dimensional sine-cosine."""
+    registers: int = -1
+    """Register tokens beside [CLS]. -1: as the architecture has."""
+    layer_scale: float = 0.0
+    """Initial value of layer scale. 0: as the architecture has (mostly none)."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, growing linearly from the first."""
+
+    def __post_init__(self) -> None:
+        flag = "--encoder.image-size"
+        check(len(self.image_size) <= 2, f"{flag} is {self.image_size}; one number or two")
+        for option in ("patch_size", "width", "depth", "heads"):
+            value = getattr(self, option)
+            check(value >= 0, f"--encoder.{option.replace('_', '-')} is {value}; 0 or more")
+        check(self.registers >= -1, f"--encoder.registers is {self.registers}; -1 or more")
+        check(0 <= self.drop_path < 1, f"--encoder.drop-path is {self.drop_path}; it lies in [0, 1)")
+        check(self.layer_scale >= 0, f"--encoder.layer-scale is {self.layer_scale}; 0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedules."""
+
+    batch_size: int = 256
+    """Images of one optimizer step, over all processes and accumulated parts (effective batch)."""
+    accumulate: int = 1
+    """Parts in which each process computes its share of the batch: less memory, same step."""
+    base_lr: float = 1.5e-4
+    """Learning rate for 256 images; the peak is base_lr * batch_size / 256."""
+    lr: float | None = None
+    """Peak learning rate itself; replaces base_lr and its scaling."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    warmup: str = "10ep"
+    """Linear warm-up from 0, as 10ep or 500st."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging factors."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay, on weight matrices only (not on biases and other vectors)."""
+    clip: float = 0.0
+    """Largest gradient norm. 0: no clipping."""
+    clip_by: Literal["global", "parameter"] = "global"
+    """Clip the norm over all parameters together, or each parameter's own."""
+
+    def __post_init__(self) -> None:
+        for option in ("batch_size", "accumulate"):
+            value = getattr(self, option)
+            check(value >= 1, f"--optim.{option.replace('_', '-')} is {value}; at least 1")
+        for option in ("base_lr", "min_lr", "weight_decay", "clip"):
+            value = getattr(self, option)
+            flag = f"--optim.{option.replace('_', '-')}"
+            check(value >= 0 and math.isfinite(value), f"{flag} is {value}; it must be 0 or more")
+        check(self.lr is None or self.lr > 0, f"--optim.lr is {self.lr}; it must be above 0")
+        check(all(0 <= b < 1 for b in self.betas), f"--optim.betas is {self.betas}; each in [0, 1)")
+        Length.parse(self.warmup, "--optim.warmup")
+
+    @property
+    def peak_lr(self) -> float:
+        """The resolved learning rate: ``lr``, or ``base_lr * batch_size / 256``."""
+        return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots: ``{"optim": {"lr": 1}}`` -> ``{"optim.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def known_keys(config: Any) -> list[str]:
+    """All option names of a config object, as ``group.option``."""
+    return list(flatten(dataclasses.asdict(config)))
+
+
+def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
+    """The options of a YAML file as command-line flags; unknown keys are refused by name."""
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    check(isinstance(tree, dict), f"{path}: must hold groups of options (run, data, ...)")
+    flags = []
+    for key, value in flatten(tree).items():
+        name = key.replace("-", "_")
+        check(name in known, f"{path}: unknown key {key!r}{nearest(name, known)}")
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+    return flags
+
+
+def to_yaml(config: Any) -> str:
+    """A config object as YAML that reads back to an equal one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def parse(default: T, flags: Sequence[str], where: str, prog: str, description: str = "") -> T:
+    """``default`` changed by command-line ``flags``; a mistake names ``where`` it was made.
+
+    Raises:
+        UserError: unknown option (the nearest is named) or a value that is not allowed.
+        SystemExit: after ``--help``.
+    """
+    if {"-h", "--help"} & set(flags):
+        _run_tyro(default, ["--help"], prog, description)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+            config, unknown = _run_tyro(default, list(flags), prog, description)
+    except SystemExit:
+        raise UserError(f"{where}: {_first_paragraph(box.getvalue())}") from None
+    if unknown:
+        known = [f"--{key.replace('_', '-')}" for key in known_keys(default)]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"{where}: unknown option {unknown[0]!r}{nearest(name, known)}")
+    return config
+
+
+def _run_tyro(default: T, flags: list[str], prog: str, description: str) -> tuple[T, list[str]]:
+    """tyro with every option written ``--name value``, so that YAML needs no special case."""
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=flags,
+        prog=prog,
+        description=description or None,
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _first_paragraph(box: str) -> str:
+    """The message inside tyro's framed error, on one line."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    message = []
+    for line in lines:
+        if line and set(line) == {"─"}:
+            break
+        if line and "─" not in line:
+            message.append(line)
+    text = " ".join(message).replace("Error parsing ", "")
+    return re.sub(r"^[a-z_]+: (?=--)", "", text)

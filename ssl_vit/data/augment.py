@@ -1,0 +1,111 @@
+"""Augmentation in two halves: workers crop uint8 images, the device normalises whole batches."""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from ssl_vit.task import Views
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+@dataclass(frozen=True)
+class Crop:
+    """``count`` random resized crops of ``size`` (height, width) pixels.
+
+    ``scale``: least and most share of the area; ``ratio``: least and most width over height, drawn
+    log-uniformly; ``flip``: probability of a horizontal flip.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The crops a method wants of each image."""
+
+    crops: tuple[Crop, ...]
+
+
+def crop_box(
+    height: int, width: int, crop: Crop, rng: random.Random
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop, in pixels (Szegedy et al. 2015, section 6).
+
+    Area and aspect ratio are drawn until the box fits, at most ten times; then the largest central
+    box of an allowed ratio is taken. The distribution is torchvision's ``RandomResizedCrop``.
+    """
+    log_ratio = (math.log(crop.ratio[0]), math.log(crop.ratio[1]))
+    for _ in range(10):
+        area = height * width * rng.uniform(*crop.scale)
+        ratio = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    w = min(width, round(height * crop.ratio[1]))
+    h = min(height, round(width / crop.ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_crop(image: Tensor, crop: Crop, rng: random.Random) -> Tensor:
+    """One random crop of a (C, H, W) image, resized bicubically with antialiasing; uint8 stays so."""
+    top, left, height, width = crop_box(image.shape[1], image.shape[2], crop, rng)
+    image = image[:, top : top + height, left : left + width]
+    if (height, width) != crop.size:
+        image = tvf.resize(image, list(crop.size), interpolation=_BICUBIC, antialias=True)
+    return image.flip(-1) if rng.random() < crop.flip else image
+
+
+def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[Tensor]]:
+    """The workers' half: for each kind of crop its crops of this image."""
+    return [[random_crop(image, crop, rng) for _ in range(crop.count)] for crop in spec.crops]
+
+
+def center_view(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
+    """The evaluation crop: resized so that a central ``size`` covers ``crop_ratio`` of the short side.
+
+    Height and width are scaled together, by the least factor that lets the crop fit.
+    """
+    height, width = image.shape[1:]
+    factor = max(size[0] / height, size[1] / width) / crop_ratio
+    scaled = [max(size[0], round(height * factor)), max(size[1], round(width * factor))]
+    if scaled != [height, width]:
+        image = tvf.resize(image, scaled, interpolation=_BICUBIC, antialias=True)
+    return tvf.center_crop(image, list(size))
+
+
+class Normalize(nn.Module):
+    """The device half: images as float, scaled to 0..1 where they are uint8, and standardised."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def images(self, images: Tensor) -> Float[Tensor, "b c h w"]:
+        """Normalised images from uint8 (0..255) or float ones."""
+        scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
+        return (images.float() * scale - self.mean) / self.std
+
+    def inverse(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalised images back to their own scale (0..1 for uint8)."""
+        return images * self.std + self.mean
+
+    def forward(self, views: Views) -> Views:
+        """The same batch with normalised crops."""
+        return Views([self.images(crop) for crop in views.crops], views.keys, views.labels)

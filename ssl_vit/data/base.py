@@ -1,0 +1,108 @@
+"""What every image source is, parts of one, and the names of very many images."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+Item = tuple[bytes | np.ndarray, int | None]
+
+
+class Source:
+    """A map-style collection of images, read by index.
+
+    Picklable, and cheap to share by fork: what grows with the number of images is held in arrays,
+    since a Python object per image would be copied into each worker as its count is touched.
+
+    Attributes:
+        spec: the string the user gave.
+        classes: class names, None when unlabelled.
+        labels: int64 (n,), known without reading an image; None when unlabelled.
+    """
+
+    spec: str
+    classes: tuple[str, ...] | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, i: int) -> Item:
+        """Return image i as encoded bytes or as an array (H, W) or (H, W, C), and its label.
+
+        Raises:
+            BadImage: the image cannot be read.
+        """
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """Return what to call image i in the log."""
+        raise NotImplementedError
+
+    def label(self, i: int) -> int | None:
+        """Return the label of image i, None when unlabelled."""
+        return None if self.labels is None else int(self.labels[i])
+
+
+class Subset(Source):
+    """Some images of another source: those at `indices`, int (n,), in that order."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        indices = np.asarray(indices, dtype=np.int64)
+        if isinstance(source, Subset):  # one look-up, however often it was split
+            source, indices = source.source, source.indices[indices]
+        self.source, self.indices = source, indices
+        self.spec, self.classes = source.spec, source.classes
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int) -> Item:
+        return self.source.read(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))
+
+
+def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset]:
+    """Split into (train, held out): `count` images drawn by `seed`, at most a tenth of all.
+
+    Both keep the order of the source. With fewer than 10 images nothing is held out.
+    """
+    if count < 0:
+        raise ValueError(f"count must not be negative, is {count}")
+    # RandomState, because its stream is frozen: a newer numpy must not move held-out images
+    # into the training set of a resumed run.
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    order = random.permutation(len(source))
+    held = min(count, len(source) // 10)
+    return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
+
+
+class Names:
+    """A list of byte strings as one buffer, uint8, and where each ends, int64."""
+
+    def __init__(self, buffer: np.ndarray, ends: np.ndarray):
+        self.buffer, self.ends = buffer, ends
+
+    @classmethod
+    def of(cls, names: Iterable[bytes]) -> "Names":
+        """Pack the names; they may be an iterator, and are not kept."""
+        buffer = bytearray()
+        ends = np.fromiter((len(buffer) for name in names if not buffer.extend(name)), np.int64)
+        return cls(np.frombuffer(bytes(buffer), dtype=np.uint8), ends)
+
+    @classmethod
+    def joined(cls, parts: list["Names"]) -> "Names":
+        """Return the lists one after the other."""
+        starts = np.cumsum([0] + [len(part.buffer) for part in parts])
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls(np.concatenate([part.buffer for part in parts]), np.concatenate(ends))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> bytes:
+        i = range(len(self))[i]  # counts negative ones from the end, raises IndexError
+        start = int(self.ends[i - 1]) if i else 0
+        return self.buffer[start : int(self.ends[i])].tobytes()

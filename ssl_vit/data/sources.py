@@ -1,0 +1,100 @@
+"""Where images come from: one string names a source of any kind."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+
+from ssl_vit.config import UserError, nearest
+from ssl_vit.data.base import Item, Source, Subset, split_holdout
+
+__all__ = ["Source", "Subset", "open_source", "split_holdout"]
+
+# Imported when asked for, so that no source pays for another's libraries.
+_OPENERS = {
+    "digits": ("ssl_vit.data.sources", "open_digits"),
+    "folder": ("ssl_vit.data.folder", "open_folder"),
+    "flat": ("ssl_vit.data.folder", "open_flat"),
+    "tar": ("ssl_vit.data.tar", "open_tar"),
+    "torchvision": ("ssl_vit.data.libraries", "open_torchvision"),
+    "hf": ("ssl_vit.data.libraries", "open_hf"),
+}
+_FORMS = (
+    "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, "
+    "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]"
+)
+
+
+def open_source(spec: str) -> Source:
+    """Open the images that `spec` names.
+
+    - `digits`, `digits:train`, `digits:val`: scikit-learn's 8x8 digits; all, 80 %, the other 20 %.
+    - `folder:PATH`: class sub-folders, or images directly in PATH, which are then unlabelled.
+    - `flat:PATH`: the images at any depth, unlabelled; sub-folders are no classes.
+    - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, wildcards, or one file.
+    - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
+    - `hf:NAME_OR_PATH[:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
+
+    Raises:
+        UserError: `spec` names nothing that can be opened; the message says what to give.
+    """
+    scheme, _, rest = spec.partition(":")
+    if scheme not in _OPENERS:
+        raise UserError(
+            f"{spec!r} names no source of images{_hint(spec, scheme)}; allowed: {_FORMS}"
+        )
+    if not rest and scheme != "digits":
+        raise UserError(f"{spec!r} lacks what follows '{scheme}:'; allowed: {_FORMS}")
+    module, function = _OPENERS[scheme]
+    source: Source = getattr(importlib.import_module(module), function)(spec, rest)
+    return source
+
+
+def _hint(spec: str, scheme: str) -> str:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return f" (did you mean 'folder:{spec}'?)"
+    if path.is_file() and ".tar" in path.name:
+        return f" (did you mean 'tar:{spec}'?)"
+    return nearest(scheme.lower(), _OPENERS)
+
+
+class DigitsSource(Source):
+    """scikit-learn's handwritten digits: arrays (8, 8), uint8; `numbers` are theirs there."""
+
+    def __init__(self, spec: str, images: np.ndarray, labels: np.ndarray, numbers: np.ndarray):
+        self.spec, self.classes = spec, tuple(str(digit) for digit in range(10))
+        self.images, self.labels, self.numbers = images, labels, numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, i: int) -> Item:
+        return self.images[i], self.label(i)
+
+    def name(self, i: int) -> str:
+        return f"digits[{self.numbers[i]}]"
+
+
+def open_digits(spec: str, part: str) -> DigitsSource:
+    """Open `digits`, or its fixed stratified part `train` (80 %) or `val` (20 %)."""
+    from sklearn.datasets import load_digits
+
+    if part not in ("", "train", "val") or spec == "digits:":
+        raise UserError(f"{spec!r}: allowed are digits, digits:train and digits:val")
+    images, labels = load_digits(return_X_y=True)
+    numbers = np.arange(len(labels))
+    if part:
+        numbers = np.flatnonzero(_held_out(labels) == (part == "val"))
+    pixels = np.rint(images.reshape(-1, 8, 8)[numbers] * (255 / 16)).astype(np.uint8)
+    return DigitsSource(spec, pixels, labels[numbers].astype(np.int64), numbers)
+
+
+def _held_out(labels: np.ndarray) -> np.ndarray:
+    """Mark a fifth of each class, bool (n,); RandomState's stream is frozen across versions."""
+    random = np.random.RandomState(0)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        held[members[: round(len(members) / 5)]] = True
+    return held

@@ -1,0 +1,245 @@
+"""The shared Vision Transformer: patchify -> embed -> encode -> pool, on a timm model's own weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_vit.config import EncoderConfig, check, nearest
+
+
+@dataclass
+class Features:
+    """What an encoder makes of images: [CLS] (B, D) or None, patches (B, N, D), grid (rows, cols)."""
+
+    cls: Tensor | None
+    patches: Tensor
+    grid: tuple[int, int]
+
+    def pool(self, kind: str) -> Float[Tensor, "b _"]:
+        """One vector an image: ``cls``, ``mean`` (of patches) or ``cls+mean`` (both, joined)."""
+        mean = self.patches.mean(1)
+        if kind == "mean":
+            return mean
+        check(self.cls is not None, f"pooling is {kind!r}; this encoder has no [CLS]: use mean")
+        assert self.cls is not None
+        check(kind in ("cls", "cls+mean"), f"pooling is {kind!r}; allowed: cls, mean, cls+mean")
+        return self.cls if kind == "cls" else torch.cat([self.cls, mean], dim=1)
+
+
+class Encoder(nn.Module):
+    """A Vision Transformer (Dosovitskiy et al. 2021) that can embed only some of its patches.
+
+    ``vit`` is a timm ``VisionTransformer``, so ``encoder.vit.state_dict()`` has timm's keys.
+
+    Args:
+        config: architecture and changes to it.
+        channels: channels of the images.
+
+    Raises:
+        UserError: an unknown or unsuitable architecture, or sizes that do not fit together.
+    """
+
+    def __init__(self, config: EncoderConfig, channels: int = 3) -> None:
+        super().__init__()
+        kwargs = timm_kwargs(config, channels)
+        check_sizes(config, kwargs)
+        self.config = config
+        self.channels = channels
+        self.vit = timm.create_model(
+            config.arch, num_classes=0, drop_path_rate=config.drop_path, **kwargs
+        )
+        self.image_size: tuple[int, int] = tuple(self.vit.patch_embed.img_size)
+        self.patch_size: int = self.vit.patch_embed.patch_size[0]
+        self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        self.width: int = self.vit.embed_dim
+        if config.positions == "sincos":
+            self._fix_positions()
+
+    def _fix_positions(self) -> None:
+        """Sine-cosine values in timm's own parameter, which then is not trained."""
+        position = self.vit.pos_embed
+        prefix = position.shape[1] - self.grid[0] * self.grid[1]
+        with torch.no_grad():
+            position.zero_()
+            position[0, prefix:] = sincos_positions(self.grid, self.width)
+        position.requires_grad_(False)
+
+    def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n ppc"]:
+        """Images as flattened patches; pixels of a patch are ordered (row, column, channel)."""
+        p = self.patch_size
+        height, width = images.shape[-2:]
+        check(
+            height % p == 0 and width % p == 0,
+            f"an image of {height}x{width} pixels does not divide into patches of {p}",
+        )
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
+        """Position embeddings of (prefix tokens, patches), resampled bicubically for another grid."""
+        position = self.vit.pos_embed
+        prefix = position.shape[1] - self.grid[0] * self.grid[1]
+        if grid != self.grid:
+            position = resample_abs_pos_embed(
+                position, list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
+            )
+        return (position[:, :prefix] if prefix else None), position[:, prefix:]
+
+    def embed(
+        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b _ d"]:
+        """Patch tokens with their positions, (B, N, D); of the patches ``keep`` alone, (B, K, D).
+
+        Patches that are not kept are never projected.
+        """
+        patches = self.patchify(images)
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        position = self.positions(grid)[1]
+        if keep is not None:
+            patches = take(patches, keep)
+            position = position[0][keep]
+        # The stride-P convolution of timm is this linear map, with its weights reordered.
+        weight = rearrange(self.vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
+        return F.linear(patches, weight, self.vit.patch_embed.proj.bias) + position
+
+    def encode(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """Patch tokens through all blocks and the final norm; prefix tokens ([CLS] first) in front."""
+        x = self._with_prefix(tokens)
+        for block in self.vit.blocks:
+            x = block(x)
+        return self.vit.norm(x)
+
+    def _with_prefix(self, tokens: Tensor) -> Tensor:
+        vit = self.vit
+        prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        if prefix:
+            joined = torch.cat(prefix, dim=1)
+            position = self.positions(self.grid)[0]
+            joined = joined if position is None else joined + position
+            joined = joined.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+            tokens = torch.cat([joined, tokens], dim=1)
+        return vit.norm_pre(vit.pos_drop(tokens))
+
+    def split(self, tokens: Float[Tensor, "b m d"], grid: tuple[int, int]) -> Features:
+        """The encoder's output as [CLS] and patches; registers are left out."""
+        cls = tokens[:, 0] if self.vit.cls_token is not None else None
+        return Features(cls, tokens[:, self.vit.num_prefix_tokens :], grid)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Features of whole images of any size that the patch size divides."""
+        return self.intermediate(images, last=1)[0]
+
+    def intermediate(self, images: Float[Tensor, "b c h w"], last: int) -> list[Features]:
+        """Features after each of the ``last`` blocks, in their order, all through the final norm."""
+        blocks = self.vit.blocks
+        check(1 <= last <= len(blocks), f"{last} last blocks asked; the encoder has {len(blocks)}")
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        x = self._with_prefix(self.embed(images))
+        outputs = []
+        for i, block in enumerate(blocks):
+            x = block(x)
+            if i >= len(blocks) - last:
+                outputs.append(self.split(self.vit.norm(x), grid))
+        return outputs
+
+
+def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """Of each image's tokens those at its own indices."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
+    """Fixed two-dimensional sine-cosine positions (He et al. 2022, after Vaswani et al. 2017).
+
+    The first half of the features encodes the column, the second the row; each half is sines, then
+    cosines, of the coordinate times 10000^(-i / (width / 4)). Computed in float64.
+    """
+    check(width % 4 == 0, f"sine-cosine positions need a width divisible by 4, not {width}")
+    rows, cols = grid
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(cols)[:, None] * omega
+    col = torch.arange(cols, dtype=torch.float64).repeat(rows)[:, None] * omega
+    return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
+    """What to give ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights."""
+    kwargs: dict[str, Any] = {}
+    if channels != 3:
+        kwargs["in_chans"] = channels
+    if config.image_size:
+        size = config.image_size
+        kwargs["img_size"] = size[0] if len(size) == 1 else list(size)
+    names = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth"}
+    names |= {"heads": "num_heads", "layer_scale": "init_values"}
+    for ours, theirs in names.items():
+        if getattr(config, ours):
+            kwargs[theirs] = getattr(config, ours)
+    if config.registers >= 0:
+        kwargs["reg_tokens"] = config.registers
+    return kwargs
+
+
+def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse, before any memory is taken, what cannot be built, saying which option is at fault."""
+    known = timm.list_models(module="vision_transformer")
+    check(
+        config.arch in known,
+        f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm{nearest(config.arch, known)}",
+    )
+    own = {k: v for k, v in kwargs.items() if k not in ("img_size", "patch_size", "num_heads")}
+    with torch.device("meta"):
+        vit = timm.create_model(config.arch, num_classes=0, **_divisible(own))
+    plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
+    check(
+        plain and vit.pos_embed is not None,
+        f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions",
+    )
+    patch = kwargs.get("patch_size", vit.patch_embed.patch_size[0])
+    size = config.image_size or vit.patch_embed.img_size
+    check(
+        all(s > 0 and s % patch == 0 for s in size),
+        f"--encoder.image-size is {'x'.join(map(str, size))}; "
+        f"it must be divisible by the patch size, {patch}",
+    )
+    heads = kwargs.get("num_heads", vit.blocks[0].attn.num_heads)
+    check(
+        vit.embed_dim % heads == 0,
+        f"--encoder.heads is {heads}; it must divide the width, {vit.embed_dim}",
+    )
+
+
+def _divisible(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """One head for the trial build, so that any width gets as far as our own check."""
+    return kwargs | ({"num_heads": 1} if "embed_dim" in kwargs else {})
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of weights of a module, trained or not."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def choose_attention(module: nn.Module, device: torch.device) -> None:
+    """Fused attention kernels where they are the faster ones: on GPUs, not on CPUs.
+
+    On CPUs torch's fused kernel was measured 1.6 to 8 times slower in bfloat16 than plain
+    matmul-softmax-matmul, forward and backward.
+    """
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = device.type != "cpu"
+
+
+def describe(config: EncoderConfig, channels: int) -> str:
+    """The timm call that builds this architecture, as JSON."""
+    return json.dumps({"arch": config.arch, "kwargs": timm_kwargs(config, channels)})

@@ -1,0 +1,70 @@
+"""What a self-supervised method is: a Task around an Encoder that knows which views it needs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ssl_vit import methods
+from ssl_vit.config import EncoderConfig, UserError, nearest
+from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.encoder import Encoder
+from ssl_vit.task import Task, Views
+
+
+class Method(Task):
+    """A self-supervised objective. One file in ``methods/`` defines one subclass.
+
+    ``Config`` is its frozen dataclass of options, with the paper's values as defaults; ``defaults``
+    are its values for the shared groups, as ``{"optim": {"betas": (0.9, 0.95)}}``.
+    """
+
+    Config: ClassVar[type]
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, config: Any, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(encoder_config, channels)
+
+    @staticmethod
+    def views(config: Any, image_size: tuple[int, int]) -> ViewSpec:
+        """Which crops the method sees of an image, for an encoder of ``image_size`` pixels."""
+        raise NotImplementedError
+
+    def exported_encoder(self) -> Encoder:
+        """The encoder that is saved and evaluated."""
+        return self.encoder
+
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """Pictures (H, W, 3) uint8 that show what the method does with these views."""
+        return {}
+
+
+def method_names() -> list[str]:
+    """The methods there are: the modules of ``methods/`` but this one."""
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base")
+
+
+def find_method(name: str) -> type[Method]:
+    """The method defined in ``methods/<name>.py``.
+
+    Raises:
+        UserError: no such file; the nearest name is given.
+    """
+    names = method_names()
+    if name not in names:
+        raise UserError(
+            f"method is {name!r}; it must be one of {', '.join(names)}{nearest(name, names)}"
+        )
+    module = importlib.import_module(f"ssl_vit.methods.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value is not Method
+    ]
+    assert len(found) == 1, f"methods/{name}.py must define one Method, found {found}"
+    return found[0]

@@ -1,0 +1,224 @@
+"""Masked autoencoder (He et al. 2022, arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ssl_vit.config import EncoderConfig, check
+from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.encoder import sincos_positions, take
+from ssl_vit.figures import picture_rows, to_rgb
+from ssl_vit.methods.base import Method
+from ssl_vit.seeds import uniform
+from ssl_vit.task import Views, at_least_fp32
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Masked autoencoder: hide most patches of an image, predict their pixels."""
+
+    mask_ratio: float = 0.75
+    """Share of the patches that is hidden, per image at random."""
+    normalize_target: bool = True
+    """Predict each patch normalised by its own mean and variance, rather than raw pixels."""
+    decoder_width: int = 512
+    """Features of a decoder token."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of each decoder block."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a random crop covers, least and most."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        ratio = self.mask_ratio
+        check(0 < ratio < 1, f"--method.mask-ratio is {ratio}; it must lie between 0 and 1")
+        for option in ("decoder_width", "decoder_depth", "decoder_heads"):
+            value = getattr(self, option)
+            check(value >= 1, f"--method.{option.replace('_', '-')} is {value}; at least 1")
+        check(
+            self.decoder_width % self.decoder_heads == 0,
+            f"--method.decoder-heads is {self.decoder_heads}; "
+            f"it must divide --method.decoder-width, {self.decoder_width}",
+        )
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, f"--method.crop-scale is {self.crop_scale}; 0 < least <= most <= 1")
+        check(0 <= self.flip <= 1, f"--method.flip is {self.flip}; it is a probability")
+
+
+class Decoder(nn.Module):
+    """The light decoder: a narrow ViT over visible latents and mask tokens, to pixels."""
+
+    def __init__(self, config: MAEConfig, width: int, grid: tuple[int, int], pixels: int) -> None:
+        super().__init__()
+        dim = config.decoder_width
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.decoder_heads, qkv_bias=True, norm_layer=norm)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = norm(dim)
+        self.predict = nn.Linear(dim, pixels)
+        self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
+
+    def forward(
+        self, latent: Float[Tensor, "b m d"], order: Int64[Tensor, "b n"], prefix: int
+    ) -> Float[Tensor, "b n w"]:
+        """Decoded tokens of all patches, in ``order``: the visible ones first, then the masked.
+
+        The tokens stay in shuffled order, each with the position of its patch. Attention does not
+        see the order, so this equals restoring the order first, and saves the two shuffles.
+        """
+        x = self.embed(latent)
+        n_masked = order.shape[1] - (latent.shape[1] - prefix)
+        masks = self.mask_token.to(x.dtype).expand(x.shape[0], n_masked, -1)
+        tokens = torch.cat([x[:, prefix:], masks], dim=1) + self.positions[order]
+        tokens = torch.cat([x[:, :prefix].to(tokens.dtype), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)[:, prefix:]
+
+
+class MAE(Method):
+    """Encodes the visible patches only and predicts the pixels of the masked ones."""
+
+    Config: ClassVar[type] = MAEConfig
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "encoder": {"positions": "sincos"},
+        "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},
+    }
+
+    def __init__(self, config: MAEConfig, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__(config, encoder_config, channels)
+        self.config: MAEConfig = config
+        encoder = self.encoder
+        n = encoder.grid[0] * encoder.grid[1]
+        self.n_visible = int(n * (1 - config.mask_ratio))
+        check(
+            1 <= self.n_visible < n,
+            f"--method.mask-ratio is {config.mask_ratio}; of {n} patches it leaves "
+            f"{self.n_visible} visible, and at least 1 must be visible and 1 masked",
+        )
+        self.decoder = Decoder(config, encoder.width, encoder.grid, encoder.patch_size**2 * channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """The original's: Xavier-uniform linear maps, zero biases, tokens normal with σ = .02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        projection = self.encoder.vit.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        for token in (self.encoder.vit.cls_token, self.encoder.vit.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    @staticmethod
+    def views(config: MAEConfig, image_size: tuple[int, int]) -> ViewSpec:
+        """One random resized crop, bicubic, perhaps flipped."""
+        return ViewSpec((Crop(image_size, scale=config.crop_scale, flip=config.flip),))
+
+    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+        """The loss of a batch, each image masked by its own key."""
+        images = views.crops[0]
+        n = self.encoder.grid[0] * self.encoder.grid[1]
+        return {"loss": self.loss(images, uniform(views.keys, n))}
+
+    def loss(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+    ) -> Float[Tensor, ""]:
+        """Mean squared error of the masked patches' pixels.
+
+        ``noise`` decides what is kept: the patches with the ``n_visible`` smallest numbers.
+        """
+        order = noise.argsort(dim=1, stable=True)
+        tokens = self.decode(self.encode_visible(images, order), order)
+        # Predictions are computed where the loss uses them: at masked patches.
+        prediction = at_least_fp32(self.decoder.predict(tokens[:, self.n_visible :]))
+        target = take(self.target(images), order[:, self.n_visible :])
+        return (prediction - target).square().mean()
+
+    def encode_visible(
+        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, "b n"]
+    ) -> Float[Tensor, "b m d"]:
+        """Encoder output of the visible patches, prefix tokens first."""
+        return self.encoder.encode(self.encoder.embed(images, order[:, : self.n_visible]))
+
+    def decode(
+        self, latent: Float[Tensor, "b m d"], order: Int64[Tensor, "b n"]
+    ) -> Float[Tensor, "b n w"]:
+        """Decoder tokens of all patches, in ``order``."""
+        return self.decoder(latent, order, self.encoder.vit.num_prefix_tokens)
+
+    def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n ppc"]:
+        """Pixels of each patch; normalised by the patch's mean and unbiased variance if so set."""
+        patches = self.encoder.patchify(images)
+        if not self.config.normalize_target:
+            return patches
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+    def predict(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b n ppc"], Float[Tensor, "b n"]]:
+        """Predictions for all patches in image order, and the mask (1 where masked)."""
+        order = noise.argsort(dim=1, stable=True)
+        tokens = self.decode(self.encode_visible(images, order), order)
+        restore = order.argsort(dim=1)
+        masked = torch.arange(order.shape[1], device=order.device)[None] >= self.n_visible
+        mask = masked.expand_as(order).gather(1, restore).to(noise.dtype)
+        return at_least_fp32(self.decoder.predict(take(tokens, restore))), mask
+
+    @torch.no_grad()
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
+        images = views.crops[0]
+        n = self.encoder.grid[0] * self.encoder.grid[1]
+        prediction, mask = self.predict(images, uniform(views.keys, n))
+        patches = self.encoder.patchify(images)
+        caption = "target: raw pixels"
+        if self.config.normalize_target:
+            mean, std = patch_statistics(patches)
+            prediction = prediction * std + mean
+            caption = "target: normalised patches, shown with each patch's true mean and std"
+        hidden = mask[:, :, None] > 0
+        pasted = torch.where(hidden, prediction.to(patches.dtype), patches)
+        shown = normalize.inverse(images)
+        masked = torch.where(hidden, 0.5, self.encoder.patchify(shown))
+        columns = {
+            "original": to_rgb(shown),
+            "masked": to_rgb(self._unpatchify(masked)),
+            "reconstruction": to_rgb(normalize.inverse(self._unpatchify(pasted))),
+        }
+        return {"reconstruction": picture_rows(columns, caption)}
+
+    def _unpatchify(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b c h w"]:
+        """The inverse of ``Encoder.patchify`` on the encoder's own grid."""
+        h, w = self.encoder.grid
+        p = self.encoder.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+def patch_statistics(
+    patches: Float[Tensor, "b n ppc"],
+) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
+    """Mean and standard deviation (unbiased, 1e-6 added to the variance) of each patch."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()

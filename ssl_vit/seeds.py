@@ -1,0 +1,46 @@
+"""Randomness as a function: keys folded from (seed, step, sample), and uniform numbers drawn by key.
+
+Nothing here has state, so nothing random is ever saved: the same key gives the same numbers on any
+device, in any process, at any worker count.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def fold(*values: int) -> int:
+    """One 63-bit key from several integers; the order of the integers matters.
+
+    Each value goes through the finaliser of SplitMix64 (Steele et al. 2014, section 5).
+    """
+    key = 0
+    for value in values:
+        z = (key + value + 1) * _GOLDEN & _MASK
+        z = (z ^ (z >> 30)) * _MIX[0] & _MASK
+        z = (z ^ (z >> 27)) * _MIX[1] & _MASK
+        key = z ^ (z >> 31)
+    return key >> 1
+
+
+def uniform(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
+    """``n`` numbers in [0, 1) for each key: 24 random bits each, equal on every device."""
+    counter = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
+    z = keys[:, None] + counter * _signed(_GOLDEN)
+    z = (z ^ _shift(z, 30)) * _signed(_MIX[0])
+    z = (z ^ _shift(z, 27)) * _signed(_MIX[1])
+    return _shift(z ^ _shift(z, 31), 40).to(torch.float32) * 2.0**-24
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the signed integer torch wants; products wrap as unsigned ones do."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: torch's own keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,55 @@
+"""What the training loop trains: a module whose forward returns its losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+
+@dataclass
+class Views:
+    """A batch as a task sees it.
+
+    ``crops``: one (B, C, H, W) tensor for each kind of crop; uint8 (or float in the image's own
+    scale) from the workers, normalised float after the device half. ``keys``: (B,) one random key
+    for each sample, a function of (seed, epoch, image), to draw with (``seeds.uniform``).
+    ``labels``: (B,) class, -1 where there is none.
+    """
+
+    crops: list[Tensor]
+    keys: Int64[Tensor, " b"]
+    labels: Int64[Tensor, " b"]
+
+    def to(self, device: torch.device) -> Views:
+        """The same batch on ``device``; copies from pinned memory do not block."""
+        moved = [crop.to(device, non_blocking=True) for crop in self.crops]
+        keys = self.keys.to(device, non_blocking=True)
+        return replace(
+            self, crops=moved, keys=keys, labels=self.labels.to(device, non_blocking=True)
+        )
+
+
+class Task(nn.Module):
+    """All that the loop knows of what it trains."""
+
+    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+        """Scalars on the device, among them ``loss``, which is minimised."""
+        raise NotImplementedError
+
+    def before_update(self, step: int) -> None:
+        """Called with gradients in place, before they are clipped and applied."""
+
+    def after_update(self, step: int) -> None:
+        """Called after the optimizer has moved the parameters."""
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies: to all but biases and other vectors."""
+        return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precisions as float32, for losses and softmaxes; float64 stays (parity is tested in it)."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

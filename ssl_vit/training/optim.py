@@ -1,0 +1,68 @@
+"""AdamW with a task's decay rule, an update that skips itself when a number is not finite."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from ssl_vit.config import Length, OptimConfig, RunConfig
+from ssl_vit.schedules import warmup_cosine
+from ssl_vit.task import Task
+
+
+def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
+    """Fused AdamW over the trained parameters, those that decay and those that do not."""
+    trained = [(n, p) for n, p in task.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in trained if task.decays(n, p)]
+    plain = [p for n, p in trained if not task.decays(n, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
+
+
+class Schedule:
+    """The learning rate as a function of the step, resolved from the options."""
+
+    def __init__(self, run: RunConfig, optim: OptimConfig, steps_per_epoch: int) -> None:
+        self.total = max(1, Length.parse(run.length, "--run.length").steps(steps_per_epoch))
+        asked = Length.parse(optim.warmup, "--optim.warmup").steps(steps_per_epoch)
+        # A run shorter than its warm-up would never reach its learning rate.
+        self.warmup = min(asked, self.total // 2)
+        self.shortened = asked if asked > self.warmup else 0
+        self.peak, self.end = optim.peak_lr, optim.min_lr
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimizer step ``step``, counted from 0."""
+        return warmup_cosine(
+            step, warmup=self.warmup, total=self.total, peak=self.peak, end=self.end
+        )
+
+
+def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tensor:
+    """Clip gradients as configured; the global norm before clipping, on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = norms.norm()
+    if config.clip > 0:
+        of = norms if config.clip_by == "parameter" else total.expand_as(norms)
+        factors = (config.clip / (of + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    return total
+
+
+def guarded_step(optimizer: AdamW, finite: Tensor) -> None:
+    """An optimizer step that changes nothing, moments included, where ``finite`` is false.
+
+    The decision stays on the device: fused AdamW reads a ``found_inf`` flag, as it does for a
+    gradient scaler, so that the host never waits for it.
+    """
+    found = (~finite).float().reshape(())
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    optimizer.found_inf = found  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.step()

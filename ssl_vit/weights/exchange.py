@@ -1,0 +1,143 @@
+"""Our encoder file: safetensors with timm's keys, and all that is needed to use it as metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ssl_vit.config import EncoderConfig, UserError, check
+from ssl_vit.encoder import Encoder, timm_kwargs
+from ssl_vit.files import write_atomically
+
+ENCODER_FILE = "encoder.safetensors"
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What an encoder file says of itself: how images are prepared, and where it comes from."""
+
+    config: EncoderConfig
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    method: str = ""
+    step: int = 0
+
+
+def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
+    """Write an encoder, whole or not at all.
+
+    The metadata also hold the timm call for the same model (``timm``: arch and kwargs as JSON).
+    """
+    tensors = {k: v.detach().contiguous().cpu() for k, v in encoder.vit.state_dict().items()}
+    recipe = {"arch": info.config.arch, "kwargs": timm_kwargs(info.config, info.channels)}
+    metadata = {
+        "format": "ssl_vit.encoder",
+        "info": json.dumps(dataclasses.asdict(info)),
+        "timm": json.dumps(recipe),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def encoder_path(name: str | Path) -> Path:
+    """The encoder file of a run folder, or the file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name).expanduser()
+    file = path / ENCODER_FILE if path.is_dir() else path
+    check(file.is_file(), f"--encoder is {str(name)!r}; no such file, nor a run folder with one")
+    return file
+
+
+def read_info(path: Path) -> EncoderInfo:
+    """The metadata of an encoder file.
+
+    Raises:
+        UserError: not one of our encoder files.
+    """
+    metadata = read_safetensors(path, tensors=False)[1]
+    if metadata.get("format") != "ssl_vit.encoder":
+        raise UserError(f"{path}: a safetensors file, but not an encoder written by ssl_vit")
+    info = json.loads(metadata["info"])
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in info.pop("config").items()}
+    mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
+    return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
+
+
+def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:
+    """The encoder in a run folder or file, in evaluation mode, with what its file says of it.
+
+    Raises:
+        UserError: no such file, not ours, or its weights do not match its architecture.
+    """
+    path = encoder_path(name)
+    info = read_info(path)
+    encoder = Encoder(info.config, info.channels)
+    load_strictly(encoder.vit, read_safetensors(path)[0], str(path))
+    return encoder.eval(), info
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> str:
+    """Load all of ``state`` into all of ``module``, and say so: "n of n tensors".
+
+    Raises:
+        UserError: names or shapes differ; the first few are given.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k} is {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & state.keys())
+        if own[k].shape != state[k].shape
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    problems = [f"{len(v)} {kind} ({', '.join(v[:3])})" for kind, v in parts if v]
+    fitting = len(own) - len(missing) - len(shapes)
+    check(not problems, f"{where}: {fitting} of {len(own)} tensors match: {'; '.join(problems)}")
+    module.load_state_dict(state, strict=True)
+    return f"{len(own)} of {len(own)} tensors"
+
+
+def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file; nothing in it can execute.
+
+    Raises:
+        UserError: not a safetensors file (a pickle is named as one).
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}  # noqa: SIM118
+            return found, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        start = path.read_bytes()[:4] if path.is_file() else b""
+        kind = "a pickle" if start[:1] == b"\x80" or start[:2] == b"PK" else "damaged or another format"
+        raise UserError(f"{path}: not a safetensors file ({kind}): {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """The identity of a file: the SHA-256 of its bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def contiguous_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors ready for a file: on the CPU, contiguous, detached."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in module.state_dict().items()}
+
+
+def random_like(info: EncoderInfo, seed: int) -> Encoder:
+    """The same architecture with fresh random weights, a function of ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Encoder(info.config, info.channels).eval()

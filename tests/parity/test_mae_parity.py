@@ -1,0 +1,134 @@
+"""MAE against numbers recorded from the original implementation, in float64, relative 1e-6."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ssl_vit.config import EncoderConfig
+from ssl_vit.encoder import choose_attention
+from ssl_vit.methods.mae import MAE, MAEConfig
+from tests.conftest import SHARED
+
+GOLDEN = Path(os.environ.get("SSL_VIT_GOLDEN", SHARED / "golden"))
+FILES = sorted(GOLDEN.glob("mae_*.safetensors"))
+
+
+def test_there_are_golden_files():
+    """Without files the cases below would vanish and nobody would know."""
+    assert FILES, f"no mae_*.safetensors in {GOLDEN}; set SSL_VIT_GOLDEN"
+
+
+def our_name(theirs: str) -> str:
+    """The original's parameter name as ours."""
+    renamed = {
+        "mask_token": "decoder.mask_token",
+        "decoder_pos_embed": "decoder.positions",
+        "decoder_embed": "decoder.embed",
+        "decoder_blocks": "decoder.blocks",
+        "decoder_norm": "decoder.norm",
+        "decoder_pred": "decoder.predict",
+    }
+    head, _, rest = theirs.partition(".")
+    ours = renamed.get(head)
+    return f"encoder.vit.{theirs}" if ours is None else f"{ours}.{rest}".rstrip(".")
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Relative 1e-6 of the tensor's own scale, so that tiny entries are not compared with nothing."""
+    assert actual.dtype == expected.dtype == torch.float64
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    assert error < 1e-6, f"{name}: relative error {error:.2e}"
+
+
+class Case:
+    """A golden file, and our model with its weights."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.config = json.loads(file.metadata()["config"])
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        c = self.config
+        size = c["img_size"] if isinstance(c["img_size"], list) else [c["img_size"]]
+        encoder = EncoderConfig(
+            arch="vit_tiny_patch16_224",
+            image_size=tuple(size),
+            patch_size=c["patch_size"],
+            width=c["embed_dim"],
+            depth=c["depth"],
+            heads=c["num_heads"],
+            positions="sincos",
+        )
+        method = MAEConfig(
+            mask_ratio=c["mask_ratio"],
+            normalize_target=c["norm_pix_loss"],
+            decoder_width=c["decoder_embed_dim"],
+            decoder_depth=c["decoder_depth"],
+            decoder_heads=c["decoder_num_heads"],
+        )
+        self.model = MAE(method, encoder, c["in_chans"]).double()
+        choose_attention(self.model, torch.device("cpu"))
+        self.own_positions = (
+            self.model.encoder.vit.pos_embed.detach().clone(),
+            self.model.decoder.positions.clone(),
+        )
+        self._load()
+        self.images = self.tensors["images"].double()
+        self.noise = self.tensors["noise"].double()
+
+    def _load(self) -> None:
+        """Every tensor of the file goes into the model, and every one of the model comes from it."""
+        weights = {
+            our_name(name.removeprefix("weights.")): value.double()
+            for name, value in self.tensors.items()
+            if name.startswith("weights.")
+        }
+        positions = weights.pop("decoder.positions")
+        self.model.decoder.positions.copy_(positions[0, 1:])
+        assert positions[0, 0].abs().max() == 0
+        self.model.load_state_dict(weights, strict=True)
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def case(request):
+    return Case(request.param)
+
+
+def test_positions(case):
+    """Our sine-cosine tables are the original's, which were stored in float32."""
+    encoder, decoder = case.own_positions
+    torch.testing.assert_close(
+        encoder.float(), case.tensors["weights.pos_embed"].float(), rtol=0, atol=1e-7
+    )
+    expected = case.tensors["weights.decoder_pos_embed"][0, 1:].float()
+    torch.testing.assert_close(decoder.float(), expected, rtol=0, atol=1e-7)
+
+
+def test_forward(case):
+    """Loss, predictions, mask, restoring order and the encoder's visible latents."""
+    golden = case.tensors
+    prediction, mask = case.model.predict(case.images, case.noise)
+    close(prediction, golden["pred"], "pred")
+    assert torch.equal(mask.double(), golden["mask"].double())
+    order = case.noise.argsort(dim=1, stable=True)
+    assert torch.equal(order.argsort(dim=1), golden["ids_restore"].long())
+    close(case.model.encode_visible(case.images, order), golden["latent_visible"], "latent_visible")
+    close(case.model.loss(case.images, case.noise).reshape(1), golden["loss"].reshape(1), "loss")
+
+
+def test_gradients(case):
+    """Every gradient of the original's, and no other."""
+    case.model.zero_grad()
+    case.model.loss(case.images, case.noise).backward()
+    ours = {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
+    theirs = {
+        our_name(name.removeprefix("grads.")): value
+        for name, value in case.tensors.items()
+        if name.startswith("grads.")
+    }
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        close(ours[name], expected, name)

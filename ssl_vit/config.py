@@ -255,19 +255,23 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def parse(default: T, flags: Sequence[str], where: str, prog: str, description: str = "") -> T:
+def parse(
+    default: T, flags: Sequence[str], where: str, prog: str, about: str = "", kind: object = None
+) -> T:
     """``default`` changed by command-line ``flags``; a mistake names ``where`` it was made.
+
+    ``kind`` is the type of ``default`` where that is a generic one.
 
     Raises:
         UserError: unknown option (the nearest is named) or a value that is not allowed.
         SystemExit: after ``--help``.
     """
     if {"-h", "--help"} & set(flags):
-        _run_tyro(default, ["--help"], prog, description)
+        _run_tyro(default, ["--help"], prog, about, kind)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
-            config, unknown = _run_tyro(default, list(flags), prog, description)
+            config, unknown = _run_tyro(default, list(flags), prog, about, kind)
     except SystemExit:
         raise UserError(f"{where}: {_first_paragraph(box.getvalue())}") from None
     if unknown:
@@ -277,14 +281,16 @@ def parse(default: T, flags: Sequence[str], where: str, prog: str, description: 
     return config
 
 
-def _run_tyro(default: T, flags: list[str], prog: str, description: str) -> tuple[T, list[str]]:
+def _run_tyro(
+    default: T, flags: list[str], prog: str, about: str, kind: object
+) -> tuple[T, list[str]]:
     """tyro with every option written ``--name value``, so that YAML needs no special case."""
     return tyro.cli(
-        type(default),
+        kind or type(default),  # type: ignore[arg-type]
         default=default,
         args=flags,
         prog=prog,
-        description=description or None,
+        description=about or None,
         return_unknown_args=True,
         config=(tyro.conf.FlagConversionOff,),
     )

@@ -1,5 +1,6 @@
 """What every image source is, parts of one, and the names of very many images."""
 
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
@@ -49,8 +50,10 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray):
         indices = np.asarray(indices, dtype=np.int64)
         if isinstance(source, Subset):  # one look-up, however often it was split
-            source, indices = source.source, source.indices[indices]
-        self.source, self.indices = source, indices
+            indices = source.indices[indices]
+            source = source.source
+        self.source: Source = source
+        self.indices: np.ndarray = indices
         self.spec, self.classes = source.spec, source.classes
         self.labels = None if source.labels is None else source.labels[indices]
 
@@ -89,8 +92,11 @@ class Names:
     def of(cls, names: Iterable[bytes]) -> "Names":
         """Pack the names; they may be an iterator, and are not kept."""
         buffer = bytearray()
-        ends = np.fromiter((len(buffer) for name in names if not buffer.extend(name)), np.int64)
-        return cls(np.frombuffer(bytes(buffer), dtype=np.uint8), ends)
+        ends = array("q")  # not a list: a Python integer per name takes four times the memory
+        for name in names:
+            buffer += name
+            ends.append(len(buffer))
+        return cls(np.frombuffer(buffer, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
 
     @classmethod
     def joined(cls, parts: list["Names"]) -> "Names":

@@ -4,7 +4,7 @@ Values: 8-bit images stay uint8. Unsigned 16-bit images become float32 in [0, 1]
 65535, so that they keep their depth; 12-bit data in a 16-bit file then lies in [0, 1/16], which
 the data statistics take care of. Floats and all other integers become float32 as they are; bool
 becomes 0 and 255. Orientation tags (EXIF) are not applied, as in the reference pipelines.
-16-bit colour PPM files are read at 8 bits.
+16-bit colour PPM and gray-with-alpha PNG files are read at 8 bits.
 """
 
 import io
@@ -12,16 +12,17 @@ import io
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 178_956_970  # what Pillow, too, refuses as a decompression bomb
 # Named, because Pillow's full list holds EPS, which runs Ghostscript on what it is given.
-_PIL_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_PIL_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+Image.init()  # Pillow knows the formats only once its plugins are loaded
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG
 
 
-class BadImage(Exception):
+class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
     """An image that cannot be read or decoded; the message is the reason."""
 
 
@@ -56,7 +57,7 @@ def _read(raw: bytes, channels: int) -> np.ndarray | torch.Tensor:
         return np.load(io.BytesIO(raw), allow_pickle=False)
     if raw[:4] in _TIFF_MAGIC:
         return _read_tiff(raw, channels)
-    if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) > 25 and raw[24] == 16 and raw[25] in (2, 4, 6):
+    if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) > 25 and raw[24] == 16 and raw[25] in (2, 6):
         return _read_deep_png(raw, channels)
     return _read_pil(raw, channels)
 
@@ -99,13 +100,20 @@ def _check_pixels(pixels: int) -> None:
 
 
 def _read_deep_png(raw: bytes, channels: int) -> np.ndarray:
-    """A 16-bit PNG with colour or alpha, which Pillow would cut down to 8 bits."""
-    width, height = (int.from_bytes(raw[at : at + 4], "big") for at in (16, 20))
-    _check_pixels(width * height)
-    image = decode_png(torch.frombuffer(bytearray(raw), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    array = image.numpy().transpose(1, 2, 0)
-    has_alpha = raw[25] in (4, 6)
-    return array[..., :-1] if has_alpha and channels in (1, 3) else array
+    """A 16-bit colour PNG at full depth, of which Pillow returns the high bytes only.
+
+    Asked for the other byte order it returns the low ones. torchvision would read both at once,
+    but its PNG decoder (0.29) brings down the process on some damaged files.
+    """
+    halves = []
+    for order in ("B", "L"):
+        with Image.open(io.BytesIO(raw), formats=("PNG",)) as image:
+            rawmode = f"{image.mode};16{order}"
+            image.tile = [(*tile[:3], rawmode) for tile in image.tile]  # type: ignore[misc]
+            image.load()
+            halves.append(np.array(image).astype(np.uint16))
+    array = halves[0] << 8 | halves[1]
+    return array[..., :3] if channels in (1, 3) else array
 
 
 def _read_pil(raw: bytes, channels: int) -> np.ndarray:
@@ -139,6 +147,8 @@ def _read_tiff(raw: bytes, channels: int) -> np.ndarray:
         page = series.keyframe
         _check_pixels(int(np.prod(series.shape)) // max(channels, page.samplesperpixel))
         for part in series.pages:
+            if part is None:
+                continue
             ends = (a + n for a, n in zip(part.dataoffsets, part.databytecounts, strict=True))
             if max(ends, default=0) > len(raw):
                 raise BadImage("truncated TIFF")

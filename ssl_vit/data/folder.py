@@ -59,10 +59,10 @@ def open_folder(spec: str, path: str) -> FolderSource:
 
     def files() -> Iterator[bytes]:
         for folder in folders:
-            count = 0
-            for count, file in enumerate(_walk(spec, root, folder, (_identity(root),)), 1):
+            counts.append(0)
+            for file in _walk(spec, root, folder, (_identity(root),)):
+                counts[-1] += 1
                 yield file
-            counts.append(count)
 
     names = _not_empty(spec, Names.of(files()))
     labels = np.repeat(np.arange(len(folders), dtype=np.int64), counts)

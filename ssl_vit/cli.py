@@ -1,0 +1,109 @@
+"""What every door shares: errors in one line, recipes by name, tables, logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ssl_vit.config import UserError, known_keys, nearest, parse, yaml_flags
+from ssl_vit.training.loop import RunFailed
+from ssl_vit.training.parallel import stop_parallel
+
+T = TypeVar("T")
+_HERE = Path(__file__).parent
+
+
+def run_door(main: Callable[[list[str]], int]) -> None:
+    """Run a door and leave with its status: 2 for a user's mistake, 1 for a run that failed.
+
+    Both are one line on standard error, without a traceback.
+    """
+    # force: a library may have installed a handler of its own before.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except RunFailed as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        status = 1
+    finally:
+        stop_parallel()
+    sys.exit(status)
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    for folder in (_HERE / "configs", _HERE.parent / "configs"):
+        if folder.is_dir():
+            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by the name of its file in ``configs/``, or by path.
+
+    Raises:
+        UserError: neither; the nearest names are given.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = recipes()
+    if name not in known:
+        hint = nearest(name, known) or f" (recipes: {', '.join(known)})"
+        raise UserError(f"--config is {name!r}; no such file, and no recipe of that name{hint}")
+    return known[name]
+
+
+def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of ``--config`` among the arguments, and the other arguments."""
+    configs, rest, it = [], [], iter(argv)
+    for argument in it:
+        if argument.startswith("--config="):
+            configs.append(argument.removeprefix("--config="))
+        elif argument == "--config":
+            value = next(it, None)
+            if value is None:
+                raise UserError("--config needs a YAML file or the name of a recipe")
+            configs.append(value)
+        else:
+            rest.append(argument)
+    return configs, rest
+
+
+def layered(
+    default: T, files: Sequence[Path], flags: Sequence[str], prog: str, about: str, kind: object
+) -> T:
+    """Defaults < YAML files, in turn < command line; each mistake names the layer it was made in."""
+    known = known_keys(default)
+    if {"-h", "--help"} & set(flags):
+        parse(default, ["--help"], "", prog, about, kind)
+    for file in files:
+        default = parse(default, yaml_flags(file, known), str(file), prog, about, kind)
+    return parse(default, flags, "command line", prog, about, kind)
+
+
+def show_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """A table on standard output, at most 100 columns wide."""
+    table = Table(title=title, title_justify="left", show_header=bool(header))
+    for i, name in enumerate(header or rows[0]):
+        table.add_column(name if header else "", justify="left" if i == 0 or not header else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = min(100, console.width if console.is_terminal else 100)
+    console.print(table)
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """A YAML file that we wrote."""
+    return yaml.safe_load(path.read_text())

@@ -1,0 +1,58 @@
+"""The protocol of a score: everything needed to make the number again, as JSON beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_vit.data.sources import Source
+from ssl_vit.evaluators.features import FeatureSet, View
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.files import write_atomically
+
+_PACKAGES = ("ssl_vit", "torch", "torchvision", "timm", "numpy")
+
+
+def split_card(source: Source, features: FeatureSet) -> dict[str, Any]:
+    """Which images: how they were named, how many, how many unreadable, a hash of the labels."""
+    labels = features.labels.numpy().astype(np.int64)
+    return {
+        "source": source.spec,
+        "images": len(labels),
+        "unreadable": features.unreadable,
+        "classes": None if source.classes is None else len(source.classes),
+        "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
+    }
+
+
+def protocol_card(
+    evaluator: str, encoder: dict[str, Any], view: View, splits: dict[str, Any], **rest: Any
+) -> dict[str, Any]:
+    """The whole protocol of one evaluation, ready for JSON."""
+    transform = dataclasses.asdict(view) | {
+        "crop_ratio": view.crop_ratio,
+        "interpolation": "bicubic, antialiased",
+    }
+    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    return {
+        "evaluator": evaluator,
+        "encoder": encoder,
+        "transform": transform,
+        **splits,
+        **rest,
+        "versions": versions,
+    }
+
+
+def write_card(path: Path, card: dict[str, Any], scores: list[Score]) -> None:
+    """The protocol with its scores, written whole or not at all."""
+    result = card | {"scores": [dataclasses.asdict(score) for score in scores]}
+    text = json.dumps(result, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))

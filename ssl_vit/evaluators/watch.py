@@ -1,0 +1,116 @@
+"""Looking at an encoder while it learns: health, k-NN and pictures, at any step, on held-out images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.order import permute
+from ssl_vit.data.sources import Source, Subset
+from ssl_vit.encoder import Encoder
+from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pixels, pooled, ready
+from ssl_vit.evaluators.linear import LinearProtocol
+from ssl_vit.evaluators.scores import KS, Score, knn_scores, linear_scores
+from ssl_vit.files import write_atomically
+from ssl_vit.seeds import fold
+from ssl_vit.task import Views
+from ssl_vit.training.health import health
+
+log = logging.getLogger("ssl_vit")
+Painter = Callable[[Views, Normalize], dict[str, np.ndarray]]
+_PANEL_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Everything needed to look at an encoder; ``labelled`` says whether k-NN has a meaning."""
+
+    train: Source
+    val: Source
+    view: View
+    device: torch.device
+    precision: torch.dtype
+    workers: int
+    seed: int
+    labelled: bool
+
+    def features(self, embed: Embed) -> tuple[FeatureSet | None, FeatureSet]:
+        """Features of the training images (where labels make them useful) and the held-out ones."""
+
+        def of(source: Source) -> FeatureSet:
+            return extract(embed, source, self.view, self.device, self.precision, self.workers)
+
+        return (of(self.train) if self.labelled else None), of(self.val)
+
+    def look(self, encoder: Encoder) -> dict[str, float]:
+        """Health of the mean-patch feature and, with labels, k-NN accuracy in percent."""
+        ready(encoder, self.device)
+        train, val = self.features(pooled(encoder))
+        numbers = health(val.features["mean"])
+        if train is not None:
+            k = min(20, len(train.labels))
+            for score in knn_scores(train, val, (k,)):
+                numbers[f"knn{k}_{score.features}"] = score.top1
+        return numbers
+
+    def paint(self, painter: Painter, folder: Path) -> dict[str, np.ndarray]:
+        """The method's pictures of a few fixed held-out images, also written to ``folder`` as PNG."""
+        picks = permute(np.arange(min(_PANEL_ROWS, len(self.val))), len(self.val), fold(self.seed))
+        images = EvalImages(self.val, self.view.size, self.view.crop_ratio, self.view.channels)
+        views = images.__getitems__([int(i) for i in picks]).views
+        if not views.crops:
+            return {}
+        keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
+        normalize = Normalize(self.view.mean, self.view.std).to(self.device)
+        views = normalize(Views(views.crops, keys, views.labels).to(self.device))
+        pictures = painter(views, normalize)
+        for name, picture in pictures.items():
+            image = Image.fromarray(picture)
+            write_atomically(folder / f"{name}.png", lambda path, i=image: i.save(path, "PNG"))
+        return pictures
+
+    def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
+        """The best k-NN and the linear score of each entry, over its poolings, by training choice.
+
+        k-NN is at k = 20; of the poolings, ``mean`` is shown (all of them are in the details).
+        """
+        table: dict[str, dict[str, Score]] = {}
+        for name, embed in embeds.items():
+            train, val = self.features(embed)
+            assert train is not None
+            shown = "mean" if "mean" in train.features else next(iter(train.features))
+            k = min(20, len(train.labels))
+            knn = [s for s in knn_scores(train, val, (k,)) if s.features == shown]
+            linear = linear_scores(train, val, LinearProtocol(seed=self.seed))
+            table[name] = {
+                "knn": knn[0],
+                "linear": next(s for s in linear if s.features == shown),
+            }
+        return table
+
+
+def bounded(source: Source, count: int, seed: int) -> Source:
+    """At most ``count`` images of a source, a seeded choice."""
+    if count >= len(source):
+        return source
+    picks = permute(np.arange(count, dtype=np.int64), len(source), fold(seed, count))
+    return Subset(source, np.sort(picks))
+
+
+def write_table(path: Path, table: dict[str, dict[str, Score]], about: dict[str, object]) -> None:
+    """A comparison as JSON."""
+    rows = {n: {k: dataclasses.asdict(s) for k, s in r.items()} for n, r in table.items()}
+    text = json.dumps(about | {"scores": rows}, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+
+

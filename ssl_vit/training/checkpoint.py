@@ -1,0 +1,106 @@
+"""Checkpoints: a folder each, complete or absent; tensors as safetensors, the rest JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssl_vit.config import UserError, check
+from ssl_vit.files import write_folder_atomically
+from ssl_vit.weights.exchange import contiguous_state, load_strictly, read_safetensors
+
+log = logging.getLogger("ssl_vit")
+_STATE, _TASK, _OPTIMIZER = "state.json", "task.safetensors", "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a run: ``folder/step-00001000``, the newest ``keep`` of them."""
+
+    folder: Path
+    keep: int
+
+    def save(self, step: int, task: nn.Module, optimizer: Optimizer) -> Path:
+        """Write the state after ``step`` optimizer steps, then drop the oldest checkpoints."""
+        path = self.folder / f"step-{step:08d}"
+
+        def write(folder: Path) -> None:
+            save_file(contiguous_state(task), folder / _TASK)
+            save_file(moments(task, optimizer), folder / _OPTIMIZER)
+            (folder / _STATE).write_text(json.dumps({"format": 1, "step": step}))
+
+        write_folder_atomically(path, write)
+        for old in self.complete()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def complete(self) -> list[Path]:
+        """Whole checkpoints, the oldest first. What a killed save left has another name."""
+        return sorted(p for p in self.folder.glob("step-*") if (p / _STATE).is_file())
+
+    def clean(self) -> None:
+        """Remove what killed saves left behind, saying so."""
+        for partial in self.folder.glob(".step-*.partial"):
+            log.warning("%s is an incomplete checkpoint; removed", partial)
+            shutil.rmtree(partial)
+
+
+def load_checkpoint(path: Path, task: nn.Module, optimizer: Optimizer) -> int:
+    """Load a checkpoint into a task and its optimizer; how many steps it had done.
+
+    Raises:
+        UserError: not a checkpoint, damaged, or of another architecture. Nothing is unpickled.
+    """
+    state = _read_state(path)
+    log.info("task: %s", load_strictly(task, read_safetensors(path / _TASK)[0], str(path / _TASK)))
+    _load_moments(task, optimizer, path / _OPTIMIZER)
+    return int(state["step"])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    kind = "a file, not a checkpoint folder" if path.is_file() else "not a checkpoint folder"
+    check((path / _STATE).is_file(), f"{path} is {kind} (step-00001000, with {_STATE} in it)")
+    try:
+        return json.loads((path / _STATE).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path / _STATE} is damaged: {error}") from None
+
+
+def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, named ``parameter::tensor``."""
+    names = {p: n for n, p in task.named_parameters()}
+    return {
+        f"{names[p]}::{key}": value.detach().to("cpu", copy=True).contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path) -> None:
+    tensors = read_safetensors(path)[0]
+    parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
+    saved: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.partition("::")
+        saved.setdefault(parameter, {})[key] = value
+    strange = sorted(saved.keys() - parameters.keys())
+    check(not strange, f"{path}: {len(strange)} unknown parameters ({', '.join(strange[:3])})")
+    for name, state in saved.items():
+        parameter = parameters[name]
+        # Fused AdamW keeps its step counter beside the parameter, as it does its moments.
+        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+
+
+def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,155 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, and a line of progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ssl_vit.distributed import all_reduce_mean
+from ssl_vit.files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+_LINE_SECONDS = 10.0
+
+
+class RunLog:
+    """Gathers scalars on the device, and writes their means every ``every`` steps.
+
+    Args:
+        folder: the run's; files are written by the main process only.
+        start, total: steps done before, and in all; later rows of an earlier try are dropped.
+        images_per_step: of the effective batch, for the rate.
+    """
+
+    def __init__(
+        self, folder: Path, start: int, total: int, every: int, images_per_step: int, main: bool
+    ) -> None:
+        self.start, self.total, self.every = start, total, every
+        self.images_per_step, self.main = images_per_step, main
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.waited = 0.0
+        self.since = self.spoke = time.perf_counter()
+        self.progress: Progress | None = None
+        if main:
+            keep_rows(folder / METRICS_FILE, start)
+            self.file = open(folder / METRICS_FILE, "a", buffering=1)  # noqa: SIM115
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._start_progress()
+
+    def _start_progress(self) -> None:
+        """A bar on a terminal; in a log file, plain lines instead."""
+        console = Console(file=sys.stderr)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console)
+            self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
+            self.progress.start()
+
+    def add(self, step: int, scalars: dict[str, Tensor], lr: float, waited: float) -> bool:
+        """Take in the scalars of step ``step`` (counted from 1); whether a line was due.
+
+        Nothing is read from the device between lines.
+        """
+        for name, value in scalars.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.waited += waited
+        due = step % self.every == 0 or step == self.total
+        if due:
+            self._flush(step, lr)
+        return due
+
+    def _flush(self, step: int, lr: float) -> None:
+        means = all_reduce_mean(torch.stack(list(self.sums.values())) / self.count).tolist()
+        seconds = time.perf_counter() - self.since
+        rate = self.images_per_step * self.count / seconds
+        row = dict(zip(self.sums, means, strict=True))
+        row |= {"lr": lr, "images_per_s": rate, "waiting": self.waited / seconds}
+        self.write(step, row, "train")
+        self._speak(step, row)
+        self.sums, self.count, self.waited = {}, 0, 0.0
+        self.since = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not training (probes, checkpoints) out of the rate."""
+        self.since += seconds
+
+    def write(self, step: int, row: dict[str, float], group: str) -> None:
+        """One line of metrics.jsonl, and TensorBoard scalars ``group/name``."""
+        if not self.main:
+            return
+        shown = {k: float(f"{v:.7g}") for k, v in row.items()}
+        self.file.write(json.dumps({"step": step, **shown}) + "\n")
+        for name, value in row.items():
+            self.board.add_scalar(f"{group}/{name}", value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """An (H, W, 3) uint8 picture to TensorBoard."""
+        if self.main:
+            self.board.add_image(name, image, step, dataformats="HWC")
+
+    def _speak(self, step: int, row: dict[str, float]) -> None:
+        if not self.main:
+            return
+        text = f"step {step}/{self.total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        text += f"{row['images_per_s']:.0f} img/s"
+        if self.progress:
+            self.progress.update(self.bar, completed=step, description=text)
+            return
+        now = time.perf_counter()
+        if now - self.spoke >= _LINE_SECONDS or step == self.total:
+            self.spoke = now
+            left = (self.total - step) * self.images_per_step / row["images_per_s"]
+            print(f"{text}  {duration(left)} left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+        if self.main:
+            self.file.close()
+            self.board.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file; a line that a killed run left torn is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def keep_rows(path: Path, step: int) -> None:
+    """Drop the rows after ``step``: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = [json.dumps(row) for row in read_rows(path) if row.get("step", 0) <= step]
+    text = "".join(f"{line}{os.linesep}" for line in kept)
+    write_atomically(path, lambda temporary: temporary.write_text(text))

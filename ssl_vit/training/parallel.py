@@ -1,0 +1,132 @@
+"""Processes and devices: single-device code is wrapped from here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssl_vit.config import UserError, check
+from ssl_vit.task import Task
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among all: its rank, how many there are, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def wrap(self, task: Task) -> nn.Module:
+        """The task with gradients averaged over processes; itself when there is one."""
+        if self.world == 1:
+            return task
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any process; all must call it."""
+        if self.world == 1:
+            return flag
+        seen = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_parallel(device: str) -> Parallel:
+    """Join the processes that ``torchrun`` started; alone without it.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return Parallel(rank, world, chosen)
+
+
+def stop_parallel() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that ``auto``, ``cuda`` ... means here, for the process ``local_rank`` of a machine.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--run.device is {name!r}; auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if device.index is None else device.index
+        check(index < count, f"--run.device is {name!r}; this machine has {count} CUDA devices")
+        return torch.device("cuda", index)
+    there = device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())
+    check(there, f"--run.device is {name!r}; this machine does not have it")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that ``auto``, ``bf16`` or ``fp32`` means on a device.
+
+    ``auto`` is bfloat16 wherever the hardware multiplies it (CPUs with AVX512-BF16 or AMX too).
+    """
+    if name == "auto":
+        name = "bf16" if _has_bf16(device) else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The autocast context of a precision on a device; does nothing for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(asked: int) -> int:
+    """Loader processes for one training process: as asked, or its share of the machine's cores."""
+    if asked >= 0:
+        return asked
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    return max(1, min(16, cores() // local))

@@ -1,0 +1,87 @@
+"""Where a run begins: anew, from its own newest checkpoint, or from another's."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_vit.config import RunConfig, UserError, check, flatten
+from ssl_vit.training.checkpoint import Checkpoints, load_checkpoint
+from ssl_vit.training.loop import Trainer
+
+log = logging.getLogger("ssl_vit")
+CONFIG_FILE = "config.yaml"
+
+# Options that may change when a run goes on, because no number of the training depends on them.
+_FREE = {
+    "data.max_bad",
+    "data.workers",
+    "run.device",
+    "run.keep",
+    "run.log_every",
+    "run.max_nonfinite",
+    "run.out",
+    "run.probe_every",
+    "run.probe_images",
+    "run.resume",
+    "run.save_every",
+}
+
+
+def starting_point(run: RunConfig, out: Path) -> Path | None:
+    """The checkpoint to go on from, or None to begin.
+
+    Raises:
+        UserError: ``run.resume`` is a path without a checkpoint.
+    """
+    if run.resume == "never":
+        return None
+    own = Checkpoints(out / "checkpoints", run.keep).complete()
+    if own:
+        return own[-1]
+    if run.resume == "auto":
+        return None
+    path = Path(run.resume).expanduser()
+    check(
+        path.exists(),
+        f"--run.resume is {run.resume!r}; allowed: auto, never, or a checkpoint folder that exists",
+    )
+    return path
+
+
+def check_same_run(config: Any, out: Path) -> None:
+    """Refuse to go on with a run under options that would change its numbers.
+
+    Raises:
+        UserError: an option differs from the run folder's ``config.yaml``.
+    """
+    path = out / CONFIG_FILE
+    if not path.is_file():
+        return
+    before = flatten(yaml.safe_load(path.read_text()))
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(asdict(config)).items()}
+    for key in sorted(now.keys() - _FREE):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"--{key.replace('_', '-')} is {now[key]!r}, but the run in {out} was started with "
+                f"{before.get(key)!r}; give another --run.out, or --run.resume never to start anew"
+            )
+
+
+def move_aside(out: Path) -> None:
+    """Keep an existing run under another name, so that a new one can take its folder."""
+    number = 1
+    while (other := out.with_name(f"{out.name}-before-{number}")).exists():
+        number += 1
+    out.rename(other)
+    log.warning("%s holds a run; moved to %s", out, other)
+
+
+def load_into(trainer: Trainer, path: Path) -> None:
+    """Bring a trainer to where a checkpoint was written."""
+    trainer.step = load_checkpoint(path, trainer.task, trainer.optimizer)
+    log.info("resuming from %s: step %d of %d", path, trainer.step, trainer.schedule.total)

@@ -8,6 +8,7 @@ becomes 0 and 255. Orientation tags (EXIF) are not applied, as in the reference 
 """
 
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,11 +148,8 @@ def _read_tiff(raw: bytes, channels: int) -> np.ndarray:
         page = series.keyframe
         _check_pixels(int(np.prod(series.shape)) // max(channels, page.samplesperpixel))
         for part in series.pages:
-            if part is None:
-                continue
-            ends = (a + n for a, n in zip(part.dataoffsets, part.databytecounts, strict=True))
-            if max(ends, default=0) > len(raw):
-                raise BadImage("truncated TIFF")
+            if part is not None:
+                _check_tiff_page(part, len(raw))
         if len(series.pages) == 1 and _pil_keeps(page):
             return _read_pil(raw, channels)
         array = series.asarray()
@@ -161,7 +159,19 @@ def _read_tiff(raw: bytes, channels: int) -> np.ndarray:
         return array
 
 
-def _pil_keeps(page) -> bool:  # type: ignore[no-untyped-def]  # a tifffile.TiffPage
+def _check_tiff_page(page: Any, size: int) -> None:
+    """Refuse a page whose strips or tiles are not all in the file, before any is decoded.
+
+    tifffile notices most of this itself, but may search for seconds.
+    """
+    if len(page.dataoffsets) < int(np.prod(page.chunked)):
+        raise BadImage("truncated TIFF: parts of it are not listed")
+    ends = (at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True))
+    if max(ends, default=0) > size:
+        raise BadImage("truncated TIFF")
+
+
+def _pil_keeps(page: Any) -> bool:
     """Whether Pillow returns this page with its full depth and all of its channels."""
     if page.planarconfig == 2 and page.samplesperpixel > 1:
         return False

@@ -230,6 +230,17 @@ def test_truncated_files_are_bad(kind, share):
         decode(raw[: int(len(raw) * share)], 3)
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_tiff_cut_between_tiles_is_bad(compression):
+    raw = tiff(np.tile(RGB16, (6, 6, 1)), photometric="rgb", tile=(16, 16), compression=compression)
+    assert decode(raw, 3).shape == (3, 72, 120)
+    with tifffile.TiffFile(io.BytesIO(raw)) as file:
+        offsets = file.pages[0].dataoffsets
+    for cut in sorted(offsets)[1:]:
+        with pytest.raises(BadImage):
+            decode(raw[:cut], 3)
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "cmyk"])
 def test_a_jpeg_cut_anywhere_is_bad(kind):
     for end in range(len(FILES[kind])):

@@ -64,6 +64,24 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
+def subcommand(argv: Sequence[str], prog: str, what: str, names: Sequence[str]) -> str:
+    """The first argument, one of ``names``; ``--help`` alone lists them and leaves.
+
+    Raises:
+        UserError: none, or another; the nearest is given.
+    """
+    usage = f"usage: {prog} {what.upper()} [options]; {what.upper()} is one of {', '.join(names)}"
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"{usage}\n{prog} {names[0]} --help lists the options")
+        raise SystemExit(0)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(usage)
+    if argv[0] not in names:
+        allowed = f"it must be one of {', '.join(names)}{nearest(argv[0], names)}"
+        raise UserError(f"{what} is {argv[0]!r}; {allowed}")
+    return argv[0]
+
+
 def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The values of ``--config`` among the arguments, and the other arguments."""
     configs, rest, it = [], [], iter(argv)
@@ -83,7 +101,7 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def layered(
     default: T, files: Sequence[Path], flags: Sequence[str], prog: str, about: str, kind: object
 ) -> T:
-    """Defaults < YAML files, in turn < command line; each mistake names the layer it was made in."""
+    """Defaults < YAML files, in turn < command line; a mistake names the layer it was made in."""
     known = known_keys(default)
     if {"-h", "--help"} & set(flags):
         parse(default, ["--help"], "", prog, about, kind)
@@ -94,13 +112,17 @@ def layered(
 
 def show_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
     """A table on standard output, at most 100 columns wide."""
-    table = Table(title=title, title_justify="left", show_header=bool(header))
+    table = Table(show_header=bool(header))
     for i, name in enumerate(header or rows[0]):
-        table.add_column(name if header else "", justify="left" if i == 0 or not header else "right")
+        table.add_column(
+            name if header else "", justify="left" if i == 0 or not header else "right"
+        )
     for row in rows:
         table.add_row(*row)
     console = Console()
     console.width = min(100, console.width if console.is_terminal else 100)
+    # Not the table's own title, which would be wrapped to the width of a narrow table.
+    console.print(title, highlight=False)
     console.print(table)
 
 

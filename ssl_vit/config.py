@@ -35,7 +35,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Length:
-    """A span of training: ``800ep`` (epochs, fractions allowed) or ``5000st`` (optimizer steps)."""
+    """A span of training: ``800ep`` (epochs, or parts of them) or ``5000st`` (optimizer steps)."""
 
     amount: float
     unit: Literal["ep", "st"]
@@ -66,11 +66,14 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 runs the model under bfloat16 autocast, losses in fp32. auto: bf16 where the device has
     bfloat16 arithmetic (CPUs too), else fp32."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile (on CPUs this needs a C++ compiler)."""
     device: str = "auto"
     """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1 or mps."""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in the run folder. never: start anew (an existing
-    run is moved aside, not deleted). PATH: start from that checkpoint folder."""
+    """auto: go on from the newest whole checkpoint in the run folder. never: start anew (a run that
+    is there is moved aside, not deleted). PATH: where the run folder has no checkpoint yet, start
+    from that checkpoint folder."""
     save_every: str = "1ep"
     """Write a checkpoint this often, as 1ep or 500st; one is always written at the end."""
     keep: int = 2
@@ -107,16 +110,17 @@ class DataConfig:
     holdout: int = 500
     """Without --data.val, this many training images (at most a tenth) are held out."""
     channels: int = 3
-    """Channels of an image: 3 (gray is repeated), 1 (colour becomes gray), or what the files have."""
+    """Channels of an image: 3 (gray is repeated), 1 (colour turns gray), or what the files have."""
     statistics: Literal["default", "auto"] = "default"
     """default: ImageNet's mean and standard deviation for 3 channels, estimated for others.
-    auto: estimated from 2000 training images. Not used when --data.mean and --data.std are given."""
+    auto: estimated from 2000 training images. Without effect when --data.mean is given."""
     mean: tuple[float, ...] = ()
     """Mean per channel, images scaled to 0..1."""
     std: tuple[float, ...] = ()
     """Standard deviation per channel, images scaled to 0..1."""
     workers: int = -1
-    """Loader processes for each training process. -1: one for each core it has, at most 16."""
+    """Loader processes for each training process. -1: one for each core it has (when it trains on
+    the CPU itself, for every second one), at most 16."""
     max_bad: float = 0.05
     """Stop when more than this share of the images turns out unreadable."""
 
@@ -137,7 +141,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The Vision Transformer: a timm architecture, and what of it to change (0: as the name says)."""
+    """The Vision Transformer: an architecture of timm, and what to change of it (0: nothing)."""
 
     arch: str = "vit_small_patch16_224"
     """A plain ViT of timm by name: vit_tiny_patch16_224 ... vit_huge_patch14_224."""
@@ -167,7 +171,9 @@ class EncoderConfig:
             value = getattr(self, option)
             check(value >= 0, f"--encoder.{option.replace('_', '-')} is {value}; 0 or more")
         check(self.registers >= -1, f"--encoder.registers is {self.registers}; -1 or more")
-        check(0 <= self.drop_path < 1, f"--encoder.drop-path is {self.drop_path}; it lies in [0, 1)")
+        check(
+            0 <= self.drop_path < 1, f"--encoder.drop-path is {self.drop_path}; it lies in [0, 1)"
+        )
         check(self.layer_scale >= 0, f"--encoder.layer-scale is {self.layer_scale}; 0 or more")
 
 
@@ -215,7 +221,7 @@ class OptimConfig:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots: ``{"optim": {"lr": 1}}`` -> ``{"optim.lr": 1}``."""
+    """Nested mappings as one, keys joined by dots: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -225,7 +231,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def known_keys(config: Any) -> list[str]:
     """All option names of a config object, as ``group.option``."""
-    return list(flatten(dataclasses.asdict(config)))
+    return [key for key in flatten(dataclasses.asdict(config)) if key != "config"]
 
 
 def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
@@ -252,7 +258,9 @@ def to_yaml(config: Any) -> str:
             return {k: plain(v) for k, v in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+    tree = plain(dataclasses.asdict(config))
+    tree.pop("config", None)
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def parse(
@@ -285,8 +293,8 @@ def _run_tyro(
     default: T, flags: list[str], prog: str, about: str, kind: object
 ) -> tuple[T, list[str]]:
     """tyro with every option written ``--name value``, so that YAML needs no special case."""
-    return tyro.cli(
-        kind or type(default),  # type: ignore[arg-type]
+    return tyro.cli(  # type: ignore[call-overload]
+        kind or type(default),
         default=default,
         args=flags,
         prog=prog,

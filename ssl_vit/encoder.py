@@ -1,8 +1,8 @@
-"""The shared Vision Transformer: patchify -> embed -> encode -> pool, on a timm model's own weights."""
+"""The shared Vision Transformer: patchify -> embed -> encode -> pool, on a timm model."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from ssl_vit.config import EncoderConfig, check, nearest
 
 @dataclass
 class Features:
-    """What an encoder makes of images: [CLS] (B, D) or None, patches (B, N, D), grid (rows, cols)."""
+    """An encoder's output: [CLS] (B, D) or None, patches (B, N, D), grid (rows, columns)."""
 
     cls: Tensor | None
     patches: Tensor
@@ -50,6 +50,8 @@ class Encoder(nn.Module):
         UserError: an unknown or unsuitable architecture, or sizes that do not fit together.
     """
 
+    vit: Any  # a VisionTransformer, whose submodules timm leaves untyped
+
     def __init__(self, config: EncoderConfig, channels: int = 3) -> None:
         super().__init__()
         kwargs = timm_kwargs(config, channels)
@@ -59,9 +61,10 @@ class Encoder(nn.Module):
         self.vit = timm.create_model(
             config.arch, num_classes=0, drop_path_rate=config.drop_path, **kwargs
         )
-        self.image_size: tuple[int, int] = tuple(self.vit.patch_embed.img_size)
-        self.patch_size: int = self.vit.patch_embed.patch_size[0]
-        self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        patches = self.vit.patch_embed
+        self.image_size: tuple[int, int] = tuple(patches.img_size)
+        self.patch_size: int = patches.patch_size[0]
+        self.grid: tuple[int, int] = tuple(patches.grid_size)
         self.width: int = self.vit.embed_dim
         if config.positions == "sincos":
             self._fix_positions()
@@ -86,7 +89,7 @@ class Encoder(nn.Module):
         return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
-        """Position embeddings of (prefix tokens, patches), resampled bicubically for another grid."""
+        """Positions of (prefix tokens, patches), resampled bicubically for another grid."""
         position = self.vit.pos_embed
         prefix = position.shape[1] - self.grid[0] * self.grid[1]
         if grid != self.grid:
@@ -113,7 +116,7 @@ class Encoder(nn.Module):
         return F.linear(patches, weight, self.vit.patch_embed.proj.bias) + position
 
     def encode(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
-        """Patch tokens through all blocks and the final norm; prefix tokens ([CLS] first) in front."""
+        """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""
         x = self._with_prefix(tokens)
         for block in self.vit.blocks:
             x = block(x)
@@ -140,7 +143,7 @@ class Encoder(nn.Module):
         return self.intermediate(images, last=1)[0]
 
     def intermediate(self, images: Float[Tensor, "b c h w"], last: int) -> list[Features]:
-        """Features after each of the ``last`` blocks, in their order, all through the final norm."""
+        """Features after each of the ``last`` blocks, in order, all through the final norm."""
         blocks = self.vit.blocks
         check(1 <= last <= len(blocks), f"{last} last blocks asked; the encoder has {len(blocks)}")
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
@@ -195,11 +198,12 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
     known = timm.list_models(module="vision_transformer")
     check(
         config.arch in known,
-        f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm{nearest(config.arch, known)}",
+        f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
+        f"{nearest(config.arch, known)}",
     )
     own = {k: v for k, v in kwargs.items() if k not in ("img_size", "patch_size", "num_heads")}
     with torch.device("meta"):
-        vit = timm.create_model(config.arch, num_classes=0, **_divisible(own))
+        vit: Any = timm.create_model(config.arch, num_classes=0, **_divisible(own))
     plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
     check(
         plain and vit.pos_embed is not None,
@@ -224,9 +228,22 @@ def _divisible(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | ({"num_heads": 1} if "embed_dim" in kwargs else {})
 
 
+def image_size(config: EncoderConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images an architecture is made for."""
+    with torch.device("meta"):
+        return Encoder(dataclasses.replace(config, positions="learned")).image_size
+
+
 def parameter_count(module: nn.Module) -> int:
     """Number of weights of a module, trained or not."""
     return sum(p.numel() for p in module.parameters())
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile every transformer block of a module in place; its weights keep their names."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
 
 
 def choose_attention(module: nn.Module, device: torch.device) -> None:
@@ -235,11 +252,7 @@ def choose_attention(module: nn.Module, device: torch.device) -> None:
     On CPUs torch's fused kernel was measured 1.6 to 8 times slower in bfloat16 than plain
     matmul-softmax-matmul, forward and backward.
     """
+    part: Any
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = device.type != "cpu"
-
-
-def describe(config: EncoderConfig, channels: int) -> str:
-    """The timm call that builds this architecture, as JSON."""
-    return json.dumps({"arch": config.arch, "kwargs": timm_kwargs(config, channels)})

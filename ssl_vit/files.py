@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
     A process killed at any moment leaves the old file, or none; never half a one.
@@ -22,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     sync(path.parent)
 
 
-def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """The same for a folder that does not exist yet: ``write`` fills it, then it gets its name."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

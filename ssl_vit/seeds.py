@@ -1,4 +1,4 @@
-"""Randomness as a function: keys folded from (seed, step, sample), and uniform numbers drawn by key.
+"""Randomness as a function: keys folded from (seed, step, sample), uniform numbers by key.
 
 Nothing here has state, so nothing random is ever saved: the same key gives the same numbers on any
 device, in any process, at any worker count.

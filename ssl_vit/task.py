@@ -51,5 +51,5 @@ class Task(nn.Module):
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precisions as float32, for losses and softmaxes; float64 stays (parity is tested in it)."""
+    """Half precisions as float32, for losses and softmaxes; float64 stays, for parity tests."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

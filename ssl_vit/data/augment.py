@@ -39,9 +39,7 @@ class ViewSpec:
     crops: tuple[Crop, ...]
 
 
-def crop_box(
-    height: int, width: int, crop: Crop, rng: random.Random
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop, in pixels (Szegedy et al. 2015, section 6).
 
     Area and aspect ratio are drawn until the box fits, at most ten times; then the largest central
@@ -60,7 +58,7 @@ def crop_box(
 
 
 def random_crop(image: Tensor, crop: Crop, rng: random.Random) -> Tensor:
-    """One random crop of a (C, H, W) image, resized bicubically with antialiasing; uint8 stays so."""
+    """One random crop of a (C, H, W) image, resized bicubically, antialiased; uint8 stays so."""
     top, left, height, width = crop_box(image.shape[1], image.shape[2], crop, rng)
     image = image[:, top : top + height, left : left + width]
     if (height, width) != crop.size:
@@ -74,7 +72,7 @@ def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[T
 
 
 def center_view(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
-    """The evaluation crop: resized so that a central ``size`` covers ``crop_ratio`` of the short side.
+    """The evaluation crop: a central ``size`` that covers ``crop_ratio`` of the short side.
 
     Height and width are scaled together, by the least factor that lets the crop fit.
     """

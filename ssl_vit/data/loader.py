@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,9 @@ class TrainImages(Dataset):
             keys.append(fold(key))
             labels.append(-1 if label is None else label)
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
-        stacked = [_by_view(views, c.count) for views, c in zip(crops, self.spec.crops, strict=True)]
+        stacked = [
+            _by_view(views, c.count) for views, c in zip(crops, self.spec.crops, strict=True)
+        ]
         return Batch(Views(stacked, torch.tensor(keys), torch.tensor(labels)), bad)
 
     def _readable(self, index: int, bad: dict[int, str]) -> tuple[Tensor, int | None]:
@@ -122,7 +125,7 @@ def train_batches(
     """The batches of steps ``start`` to ``stop``, ``order.accumulate`` for each step."""
     loader = DataLoader(
         images,
-        batch_sampler=_Positions(order, start, stop),  # type: ignore[arg-type]
+        batch_sampler=_Positions(order, start, stop),
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin,
@@ -159,7 +162,7 @@ class EvalImages(Dataset):
 
 
 def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """All images of an evaluation set, batch by batch; batches without a readable image are empty."""
+    """All images of an evaluation set in order; a batch without a readable image is empty."""
     n = len(images.source)
     loader = DataLoader(
         images,
@@ -172,7 +175,7 @@ def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -
     return iter(loader)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -212,5 +215,7 @@ def estimate_statistics(
     mean = first / n
     std = (second / n - mean.square()).clamp(min=0).sqrt()
     if not (std > 1e-6).all():
-        raise UserError(f"a channel of {source.spec} is constant (standard deviations {std.tolist()})")
+        raise UserError(
+            f"a channel of {source.spec} is constant (standard deviations {std.tolist()})"
+        )
     return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())

@@ -13,9 +13,7 @@ from ssl_vit.seeds import fold
 _ROUNDS = 6
 
 
-def permute(
-    positions: Int64[np.ndarray, " k"], n: int, key: int
-) -> Int64[np.ndarray, " k"]:
+def permute(positions: Int64[np.ndarray, " k"], n: int, key: int) -> Int64[np.ndarray, " k"]:
     """Where a permutation of ``range(n)``, chosen by ``key``, sends each position.
 
     A Feistel network over the next even power of two, walked until it lands inside ``range(n)``

@@ -25,7 +25,7 @@ _PIXELS = 32
 
 @dataclass
 class FeatureSet:
-    """Features by kind of pooling, each (n, D) float32 on the CPU; labels (n,), -1 where unknown."""
+    """Features by pooling, each (n, D) float32 on the CPU; labels (n,), -1 where unknown."""
 
     features: dict[str, Tensor]
     labels: Int64[Tensor, " n"]
@@ -34,7 +34,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class View:
-    """How images are prepared for an encoder: size in pixels, channels, central crop, statistics."""
+    """How images are prepared for an encoder: size in pixels, channels, crop, statistics."""
 
     size: tuple[int, int]
     channels: int
@@ -87,7 +87,9 @@ def extract(
     found: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
     bad: dict[int, str] = {}
-    for batch in eval_batches(images, batch_size, loader_workers(workers), device.type == "cuda"):
+    for batch in eval_batches(
+        images, batch_size, loader_workers(workers, device), device.type == "cuda"
+    ):
         bad |= batch.bad
         if not batch.views.crops:
             continue

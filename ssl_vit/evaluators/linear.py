@@ -38,7 +38,7 @@ class LinearProtocol:
 
 @dataclass
 class LinearResult:
-    """What a probe found: predictions (q, top) best first, the chosen rate, each rate's accuracy."""
+    """Predictions (q, top) best first, the chosen rate, and each rate's held-out accuracy."""
 
     predicted: Int64[Tensor, "q top"]
     chosen: float
@@ -79,7 +79,7 @@ def fit_heads(
     speed = {p: torch.zeros_like(p) for p in heads.parameters()}
     total, warmup = protocol.epochs * steps, protocol.warmup_epochs * steps
     for step in range(total):
-        epoch, within = divmod(step, steps)
+        within = step % steps
         if within == 0:
             order = torch.randperm(len(features), generator=generator).to(features.device)
         pick = order[within * size : (within + 1) * size]

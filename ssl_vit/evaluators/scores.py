@@ -64,5 +64,3 @@ def linear_scores(train: FeatureSet, val: FeatureSet, protocol: LinearProtocol) 
         top1, top5 = accuracy(result.predicted, truth), accuracy(result.predicted, truth, top=5)
         scores.append(Score(kind, f"lr={result.chosen:g}", top1, top5, details))
     return scores
-
-

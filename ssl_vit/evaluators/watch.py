@@ -1,4 +1,4 @@
-"""Looking at an encoder while it learns: health, k-NN and pictures, at any step, on held-out images."""
+"""Looking at an encoder while it learns: health, k-NN and pictures of held-out images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.encoder import Encoder
-from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pixels, pooled, ready
+from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.scores import KS, Score, knn_scores, linear_scores
+from ssl_vit.evaluators.scores import Score, knn_scores, linear_scores
 from ssl_vit.files import write_atomically
 from ssl_vit.seeds import fold
 from ssl_vit.task import Views
@@ -64,7 +65,7 @@ class Watch:
         return numbers
 
     def paint(self, painter: Painter, folder: Path) -> dict[str, np.ndarray]:
-        """The method's pictures of a few fixed held-out images, also written to ``folder`` as PNG."""
+        """The method's pictures of a few fixed held-out images, also as PNG in ``folder``."""
         picks = permute(np.arange(min(_PANEL_ROWS, len(self.val))), len(self.val), fold(self.seed))
         images = EvalImages(self.val, self.view.size, self.view.crop_ratio, self.view.channels)
         views = images.__getitems__([int(i) for i in picks]).views
@@ -75,8 +76,8 @@ class Watch:
         views = normalize(Views(views.crops, keys, views.labels).to(self.device))
         pictures = painter(views, normalize)
         for name, picture in pictures.items():
-            image = Image.fromarray(picture)
-            write_atomically(folder / f"{name}.png", lambda path, i=image: i.save(path, "PNG"))
+            save = partial(Image.fromarray(picture).save, format="PNG")
+            write_atomically(folder / f"{name}.png", save)
         return pictures
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
@@ -112,5 +113,3 @@ def write_table(path: Path, table: dict[str, dict[str, Score]], about: dict[str,
     rows = {n: {k: dataclasses.asdict(s) for k, s in r.items()} for n, r in table.items()}
     text = json.dumps(about | {"scores": rows}, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
-
-

@@ -53,17 +53,22 @@ class MAEConfig:
             f"it must divide --method.decoder-width, {self.decoder_width}",
         )
         low, high = self.crop_scale
-        check(0 < low <= high <= 1, f"--method.crop-scale is {self.crop_scale}; 0 < least <= most <= 1")
+        check(
+            0 < low <= high <= 1,
+            f"--method.crop-scale is {self.crop_scale}; 0 < least <= most <= 1",
+        )
         check(0 <= self.flip <= 1, f"--method.flip is {self.flip}; it is a probability")
 
 
 class Decoder(nn.Module):
     """The light decoder: a narrow ViT over visible latents and mask tokens, to pixels."""
 
+    positions: Tensor
+
     def __init__(self, config: MAEConfig, width: int, grid: tuple[int, int], pixels: int) -> None:
         super().__init__()
         dim = config.decoder_width
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(
@@ -112,7 +117,9 @@ class MAE(Method):
             f"--method.mask-ratio is {config.mask_ratio}; of {n} patches it leaves "
             f"{self.n_visible} visible, and at least 1 must be visible and 1 masked",
         )
-        self.decoder = Decoder(config, encoder.width, encoder.grid, encoder.patch_size**2 * channels)
+        self.decoder = Decoder(
+            config, encoder.width, encoder.grid, encoder.patch_size**2 * channels
+        )
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -77,7 +76,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors, named ``parameter::tensor``."""
-    names = {p: n for n, p in task.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in task.named_parameters()}
     return {
         f"{names[p]}::{key}": value.detach().to("cpu", copy=True).contiguous()
         for p, state in optimizer.state.items()
@@ -90,17 +89,12 @@ def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path) -> None:
     tensors = read_safetensors(path)[0]
     parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
     saved: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parameter, _, key = name.partition("::")
-        saved.setdefault(parameter, {})[key] = value
+    for label, value in tensors.items():
+        owner, _, key = label.partition("::")
+        saved.setdefault(owner, {})[key] = value
     strange = sorted(saved.keys() - parameters.keys())
     check(not strange, f"{path}: {len(strange)} unknown parameters ({', '.join(strange[:3])})")
     for name, state in saved.items():
         parameter = parameters[name]
         # Fused AdamW keeps its step counter beside the parameter, as it does its moments.
         optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
-
-
-def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors are the same, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -120,10 +120,11 @@ class Trainer:
                 means[name] = means.get(name, 0) + value.detach() / len(parts)
         return means
 
-    def _sync(self, last: bool):  # type: ignore[no-untyped-def]
+    def _sync(self, last: bool) -> AbstractContextManager[None]:
         """Gradients cross between processes once a step, with the last part."""
-        ddp = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if ddp and not last else nullcontext()
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
 
     def _next(self, batches: Iterator[Batch], bad: BadImages) -> Batch:
         batch = next(batches)
@@ -175,6 +176,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self._restore()

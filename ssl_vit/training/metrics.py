@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ class RunLog:
         self.start, self.total, self.every = start, total, every
         self.images_per_step, self.main = images_per_step, main
         self.sums: dict[str, Tensor] = {}
+        self.finite: dict[str, Tensor] = {}
         self.count = 0
         self.waited = 0.0
         self.since = self.spoke = time.perf_counter()
@@ -64,7 +66,10 @@ class RunLog:
         """
         for name, value in scalars.items():
             value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            finite = torch.isfinite(value)
+            # A skipped step's NaN would hide the other steps of the interval.
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+            self.finite[name] = self.finite.get(name, 0) + finite.float()
         self.count += 1
         self.waited += waited
         due = step % self.every == 0 or step == self.total
@@ -73,14 +78,16 @@ class RunLog:
         return due
 
     def _flush(self, step: int, lr: float) -> None:
-        means = all_reduce_mean(torch.stack(list(self.sums.values())) / self.count).tolist()
+        sums = all_reduce_mean(torch.stack(list(self.sums.values())))
+        counts = all_reduce_mean(torch.stack(list(self.finite.values())))
+        means = (sums / counts).tolist()
         seconds = time.perf_counter() - self.since
         rate = self.images_per_step * self.count / seconds
         row = dict(zip(self.sums, means, strict=True))
         row |= {"lr": lr, "images_per_s": rate, "waiting": self.waited / seconds}
         self.write(step, row, "train")
         self._speak(step, row)
-        self.sums, self.count, self.waited = {}, 0, 0.0
+        self.sums, self.finite, self.count, self.waited = {}, {}, 0, 0.0
         self.since = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -91,7 +98,7 @@ class RunLog:
         """One line of metrics.jsonl, and TensorBoard scalars ``group/name``."""
         if not self.main:
             return
-        shown = {k: float(f"{v:.7g}") for k, v in row.items()}
+        shown = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in row.items()}
         self.file.write(json.dumps({"step": step, **shown}) + "\n")
         for name, value in row.items():
             self.board.add_scalar(f"{group}/{name}", value, step)
@@ -119,7 +126,10 @@ class RunLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         if self.progress:
             self.progress.stop()

@@ -74,7 +74,7 @@ def stop_parallel() -> None:
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that ``auto``, ``cuda`` ... means here, for the process ``local_rank`` of a machine.
+    """The device that ``auto``, ``cuda`` ... means for process ``local_rank`` of this machine.
 
     Raises:
         UserError: a device that this machine does not have.
@@ -124,9 +124,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def loader_workers(asked: int) -> int:
-    """Loader processes for one training process: as asked, or its share of the machine's cores."""
+def loader_workers(asked: int, device: torch.device) -> int:
+    """Loader processes for one training process: as asked, or its share of the machine's cores.
+
+    Half that share where the cores also compute.
+    """
     if asked >= 0:
         return asked
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    return max(1, min(16, cores() // local))
+    share = cores() // local // (2 if device.type == "cpu" else 1)
+    return max(1, min(16, share))

@@ -70,7 +70,8 @@ def read_info(path: Path) -> EncoderInfo:
     if metadata.get("format") != "ssl_vit.encoder":
         raise UserError(f"{path}: a safetensors file, but not an encoder written by ssl_vit")
     info = json.loads(metadata["info"])
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in info.pop("config").items()}
+    config: dict[str, Any] = info.pop("config")
+    config["image_size"] = tuple(config["image_size"])
     mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
     return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
 
@@ -121,7 +122,11 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor
             return found, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         start = path.read_bytes()[:4] if path.is_file() else b""
-        kind = "a pickle" if start[:1] == b"\x80" or start[:2] == b"PK" else "damaged or another format"
+        kind = (
+            "a pickle"
+            if start[:1] == b"\x80" or start[:2] == b"PK"
+            else "damaged or another format"
+        )
         raise UserError(f"{path}: not a safetensors file ({kind}): {error}") from None
 
 

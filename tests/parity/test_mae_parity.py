@@ -38,7 +38,7 @@ def our_name(theirs: str) -> str:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Relative 1e-6 of the tensor's own scale, so that tiny entries are not compared with nothing."""
+    """Relative 1e-6 of the tensor's own scale, so that tiny entries do not decide."""
     assert actual.dtype == expected.dtype == torch.float64
     error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
     assert error < 1e-6, f"{name}: relative error {error:.2e}"
@@ -80,7 +80,7 @@ class Case:
         self.noise = self.tensors["noise"].double()
 
     def _load(self) -> None:
-        """Every tensor of the file goes into the model, and every one of the model comes from it."""
+        """Every tensor of the file goes into the model, and the model has no other."""
         weights = {
             our_name(name.removeprefix("weights.")): value.double()
             for name, value in self.tensors.items()

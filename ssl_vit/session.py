@@ -1,0 +1,261 @@
+"""A pretraining run put together from its options: images, method, trainer, folder, hooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from ssl_vit.config import (
+    DataConfig,
+    EncoderConfig,
+    Length,
+    OptimConfig,
+    RunConfig,
+    UserError,
+    check,
+    to_yaml,
+)
+from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.loader import BadImages, TrainImages, estimate_statistics, train_batches
+from ssl_vit.data.order import Order
+from ssl_vit.data.sources import Source, open_source, split_holdout
+from ssl_vit.encoder import Encoder, choose_attention, compile_blocks
+from ssl_vit.evaluators.features import View
+from ssl_vit.evaluators.watch import Watch, bounded
+from ssl_vit.files import write_atomically
+from ssl_vit.methods.base import Method
+from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.loop import Hook, Trainer
+from ssl_vit.training.metrics import RunLog
+from ssl_vit.training.optim import Schedule
+from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precision, start_parallel
+from ssl_vit.training.resume import (
+    CONFIG_FILE,
+    check_same_run,
+    load_into,
+    move_aside,
+    starting_point,
+)
+from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, read_info, save_encoder
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Generic[M]):
+    """All options of a pretraining run."""
+
+    method: M
+    config: str = ""
+    """A YAML file of options, or a recipe by its name in configs/. The command line wins. Without
+    this and --data.train: the method's recipe for the digits inside scikit-learn."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class Images:
+    """The images of a run: sources, and how a pixel becomes a number."""
+
+    train: Source
+    val: Source
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_images(config: PretrainConfig[Any]) -> Images:
+    """Open the sources, hold some out, look at an image's channels, and settle the statistics."""
+    data = config.data
+    train = open_source(data.train)
+    if data.val:
+        val = open_source(data.val)
+    else:
+        train, val = split_holdout(train, data.holdout, config.run.seed)
+        val = val if len(val) else train
+    check_channels(train, data.channels)
+    mean, std = data.mean, data.std
+    if not mean and data.channels == 3 and data.statistics == "default":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    elif not mean:
+        mean, std = estimate_statistics(train, data.channels, config.run.seed)
+    return Images(train, val, mean, std)
+
+
+def check_channels(source: Source, channels: int) -> None:
+    """The first image that can be read must have the channels asked for.
+
+    Raises:
+        UserError: it has others, or none of the first hundred can be read.
+    """
+    reason = ""
+    for i in range(min(100, len(source))):
+        try:
+            decode(source.read(i)[0], channels)
+            return
+        except BadImage as error:
+            reason = reason or f"{source.name(i)}: {error}"
+    raise UserError(f"no image of {source.spec} can be read, the first is {reason}")
+
+
+@dataclass
+class Session:
+    """A run put together: what is trained, on what, and how it is watched."""
+
+    name: str
+    config: PretrainConfig[Any]
+    out: Path
+    images: Images
+    method: Method
+    order: Order
+    trainer: Trainer
+    parallel: Parallel
+
+    def info(self) -> EncoderInfo:
+        """What the encoder file says of itself, now."""
+        encoder = self.method.exported_encoder()
+        return EncoderInfo(
+            config=encoder.config,
+            channels=encoder.channels,
+            mean=self.images.mean,
+            std=self.images.std,
+            method=self.name,
+            step=self.trainer.step,
+        )
+
+    def untrained_encoder(self) -> Encoder:
+        """The encoder as it was before the first step."""
+        return initial_method(type(self.method), self.config).exported_encoder()
+
+    def watch(self) -> Watch:
+        """How the encoder is looked at: bounded numbers of training and held-out images."""
+        run, images = self.config.run, self.images
+        encoder = self.method.exported_encoder()
+        view = View(encoder.image_size, encoder.channels, images.mean, images.std)
+        return Watch(
+            train=bounded(images.train, run.probe_images, run.seed),
+            val=bounded(images.val, run.probe_images, run.seed),
+            view=view,
+            device=self.parallel.device,
+            precision=self.trainer.precision,
+            workers=self.config.data.workers,
+            seed=run.seed,
+            labelled=images.train.classes is not None and images.val.classes is not None,
+        )
+
+
+def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
+    """The method with its first weights, a function of the options and the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return kind(config.method, config.encoder, config.data.channels)
+
+
+def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Session:
+    """Put a run together; nothing is written yet.
+
+    Raises:
+        UserError: options that do not fit together, or images that are not there.
+    """
+    method = initial_method(kind, config)
+    images = open_images(config)
+    parallel = start_parallel(config.run.device)
+    optim, n = config.optim, len(images.train)
+    parts = parallel.world * optim.accumulate
+    check(
+        optim.batch_size % parts == 0,
+        f"--optim.batch-size is {optim.batch_size}; it must be divisible by "
+        f"{parallel.world} processes x {optim.accumulate} parts",
+    )
+    check(
+        optim.batch_size <= n,
+        f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images",
+    )
+    order = Order(
+        n, optim.batch_size, config.run.seed, optim.accumulate, parallel.rank, parallel.world
+    )
+    schedule = Schedule(config.run, optim, order.steps_per_epoch)
+    precision = resolve_precision(config.run.precision, parallel.device)
+    choose_attention(method, parallel.device)
+    method.to(parallel.device)
+    if config.run.compile:
+        compile_blocks(method)
+    normalize = Normalize(images.mean, images.std).to(parallel.device)
+    trainer = Trainer(method, config.run, optim, schedule, normalize, parallel, precision)
+    return Session(name, config, Path(config.run.out), images, method, order, trainer, parallel)
+
+
+def prepare_folder(session: Session) -> None:
+    """Begin or resume: set the trainer to its first step and the folder to match."""
+    run, out, trainer = session.config.run, session.out, session.trainer
+    start = starting_point(run, out)
+    if start is not None and start.parent == out / "checkpoints":
+        check_same_run(session.config, out)
+    if start is not None:
+        load_into(trainer, start)
+    if not session.parallel.main:
+        return
+    if run.resume == "never" and out.exists() and any(out.iterdir()):
+        move_aside(out)
+    out.mkdir(parents=True, exist_ok=True)
+    Checkpoints(out / "checkpoints", run.keep).clean()
+    text = to_yaml(session.config)
+    write_atomically(out / CONFIG_FILE, lambda path: path.write_text(text))
+    file = out / ENCODER_FILE
+    if trainer.step and (not file.is_file() or read_info(file).step != trainer.step):
+        # Killed between a checkpoint and its encoder file, which then is of an earlier step.
+        save_encoder(file, session.method.exported_encoder(), session.info())
+
+
+def train(session: Session) -> bool:
+    """Run the loop with its hooks; false when a signal stopped it."""
+    run, trainer, out = session.config.run, session.trainer, session.out
+    data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
+    images = TrainImages(
+        session.images.train,
+        session.method.views(session.config.method, session.method.encoder.image_size),
+        data.channels,
+        run.seed,
+    )
+    device = session.parallel.device
+    workers, pin = loader_workers(data.workers, device), device.type == "cuda"
+    batches = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
+    checkpoints = Checkpoints(out / "checkpoints", run.keep)
+    watch = session.watch()
+    with RunLog(
+        out,
+        start=trainer.step,
+        total=trainer.schedule.total,
+        every=run.log_every,
+        images_per_step=order.batch_size,
+        main=session.parallel.main,
+    ) as runlog:
+
+        def save(step: int) -> None:
+            if session.parallel.main:
+                checkpoints.save(step, session.method, trainer.optimizer)
+                save_encoder(out / ENCODER_FILE, session.method.exported_encoder(), session.info())
+
+        def look(step: int) -> None:
+            if session.parallel.main:
+                session.method.eval()
+                runlog.write(step, watch.look(session.method.exported_encoder()), "probe")
+                for name, picture in watch.paint(session.method.panels, out).items():
+                    runlog.picture(step, name, picture)
+
+        hooks = [
+            Hook(every(run.save_every, "--run.save-every", per_epoch), save),
+            Hook(every(run.probe_every, "--run.probe-every", per_epoch), look),
+        ]
+        bad = BadImages(session.images.train, data.max_bad)
+        return trainer.train(batches, bad, runlog, hooks)
+
+
+def every(text: str, option: str, steps_per_epoch: int) -> int:
+    """An interval in steps, at least one."""
+    return max(1, Length.parse(text, option).steps(steps_per_epoch))

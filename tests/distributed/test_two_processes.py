@@ -1,0 +1,44 @@
+"""Two processes on one machine agree with one process at the same global batch."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_vit.training.metrics import read_rows
+from tests.integration.conftest import Door
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny run by one process, by one in three parts, and by two with two parts each."""
+    door = Door(tmp_path_factory.mktemp("two"))
+    common = ("--run.precision", "fp32", "--optim.clip", "0.5")
+    for name, extra in (("one", ()), ("parts", ("--optim.accumulate", "3"))):
+        result = door.pretrain("--run.out", name, *common, *extra)
+        assert result.returncode == 0, result.stderr
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    arguments = ("-m", "ssl_vit.pretrain", "mae", "--config", "tiny.yaml", "--run.out", "two")
+    result = door(*torchrun, *arguments, *common, "--optim.accumulate", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("effective batch") == 1, "one process speaks"
+    assert "120 = 2 processes x 2 parts x 30" in result.stdout
+    return door.folder
+
+
+@pytest.mark.parametrize("other", ["parts", "two"])
+def test_same_losses(folder, other):
+    one, many = (
+        [r for r in read_rows(folder / name / "metrics.jsonl") if "loss" in r]
+        for name in ("one", other)
+    )
+    assert len(one) == len(many) == 24
+    for a, b in zip(one, many, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("other", ["parts", "two"])
+def test_same_weights(folder, other):
+    one, many = (load_file(folder / name / "encoder.safetensors") for name in ("one", other))
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=0, atol=2e-5, msg=name)

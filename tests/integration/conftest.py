@@ -1,0 +1,73 @@
+"""Doors as a user calls them: subprocesses, in a folder of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A ViT so small that 20 steps take a second; every part of a real run is there.
+TINY = """
+run: {length: 24st, save_every: 8st, probe_every: 1000ep, log_every: 1}
+data: {train: 'digits:train', val: 'digits:val', channels: 1, workers: 0}
+encoder: {arch: vit_tiny_patch16_224, image_size: [8], patch_size: 2, width: 32, depth: 1, heads: 2}
+method: {decoder_width: 16, decoder_depth: 1, decoder_heads: 1, flip: 0.0}
+optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
+"""
+
+
+class Door:
+    """Runs ``python -m ssl_vit...`` in ``folder`` with one thread, and keeps what it said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "tiny.yaml").write_text(TINY)
+        self.env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "80",
+            "SSL_VIT_CACHE": str(folder / "cache"),
+        }
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, *arguments]
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``door("-m", "ssl_vit.pretrain", ...)``"""
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def pretrain(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The tiny run with changes."""
+        return self("-m", "ssl_vit.pretrain", "mae", "--config", "tiny.yaml", *arguments)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The same, without waiting."""
+        return subprocess.Popen(
+            self.command("-m", "ssl_vit.pretrain", "mae", "--config", "tiny.yaml", *arguments),
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    return Door(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_door(tmp_path_factory: pytest.TempPathFactory) -> Door:
+    """One folder for the tests of a module, for what is made once and looked at often."""
+    return Door(tmp_path_factory.mktemp("door"))

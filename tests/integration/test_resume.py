@@ -1,0 +1,106 @@
+"""Stopped in any way and started again, a run ends with the weights of one never stopped."""
+
+import signal
+import time
+
+import pytest
+
+# Kills the process without warning at a moment that a test chooses.
+KILLER = """
+import os, signal, sys
+from ssl_vit import cli, pretrain, session
+from ssl_vit.training import checkpoint, loop
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(n, real):
+    calls = iter(range(1, 1000))
+    return lambda *a, **k: die() if next(calls) == n else real(*a, **k)
+
+moment = sys.argv.pop(1)
+if moment == "mid-epoch":
+    loop.Trainer.update = at_call(14, loop.Trainer.update)
+    real = loop.Trainer.update
+    loop.Trainer.update = lambda self, parts: real(self, parts)
+elif moment == "mid-checkpoint":
+    # Two files a checkpoint: the fourth is the optimizer's, in the second checkpoint.
+    checkpoint.save_file = at_call(4, checkpoint.save_file)
+elif moment == "before-encoder":
+    session.save_encoder = at_call(2, session.save_encoder)
+cli.run_door(pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(shared_door):
+    """The weights of the run that nobody stopped."""
+    result = shared_door.pretrain("--run.out", "unbroken")
+    assert result.returncode == 0, result.stderr
+    return outcome(shared_door.folder / "unbroken")
+
+
+def outcome(folder):
+    """All that a finished run leaves of its training, as bytes."""
+    last = folder / "checkpoints" / "step-00000024"
+    files = [last / "task.safetensors", last / "optimizer.safetensors"]
+    return [f.read_bytes() for f in [*files, folder / "encoder.safetensors"]]
+
+
+@pytest.mark.parametrize(
+    ("moment", "resumes_at"),
+    [("mid-epoch", 8), ("mid-checkpoint", 8), ("before-encoder", 16)],
+)
+def test_killed(shared_door, unbroken, moment, resumes_at):
+    (shared_door.folder / "killer.py").write_text(KILLER)
+    options = ("mae", "--config", "tiny.yaml", "--run.out", moment)
+    killed = shared_door("killer.py", moment, *options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = shared_door.folder / moment
+    assert not (folder / "checkpoints" / "step-00000024").exists()
+    again = shared_door.pretrain("--run.out", moment)
+    assert again.returncode == 0, again.stderr
+    assert f"step {resumes_at} of 24" in again.stderr
+    assert ("incomplete checkpoint; removed" in again.stderr) == (moment == "mid-checkpoint")
+    assert outcome(folder) == unbroken
+    steps = [line.split(",")[0] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [s for s in steps if s]
+    assert len(trained) == len(set(trained)) + 1, "a step is logged twice (the last has a probe)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signalled(shared_door, unbroken, number):
+    """Saved at the step it was stopped at, with the command that goes on; then the same weights."""
+    out = f"signal-{int(number)}"
+    process = shared_door.start("--run.out", out, "--data.workers", "1")
+    metrics = shared_door.folder / out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    stopped = int(said.split("stopped at step ")[1].split(",")[0])
+    assert 0 < stopped < 24
+    command = said.split("go on with: ")[1].split("\n")[0].split()
+    assert command[0] == "python"
+    again = shared_door(*command[1:])
+    assert again.returncode == 0, again.stderr
+    assert f"step {stopped} of 24" in again.stderr
+    assert outcome(shared_door.folder / out)[:2] == unbroken[:2]
+
+
+def test_started_anew_keeps_the_old_run(door):
+    for _ in range(2):
+        result = door.pretrain("--run.out", "run", "--run.length", "2st", "--run.resume", "never")
+        assert result.returncode == 0, result.stderr
+    assert (door.folder / "run-before-1" / "encoder.safetensors").is_file()
+    assert (door.folder / "run" / "encoder.safetensors").is_file()
+
+
+def test_from_another_runs_checkpoint(shared_door, unbroken):
+    """--run.resume PATH starts where that checkpoint ends, in a folder of its own."""
+    path = "unbroken/checkpoints/step-00000016"
+    result = shared_door.pretrain("--run.out", "branch", "--run.resume", path)
+    assert result.returncode == 0, result.stderr
+    assert outcome(shared_door.folder / "branch") == unbroken

@@ -1,0 +1,214 @@
+"""The import rule of the package, and that nothing it loads can execute, read off the source."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ssl_vit"
+
+# From the ground up; a module imports from its own floor or below.
+FLOORS = (
+    {"task", "schedules", "ema", "distributed", "config", "seeds", "files", "figures"},
+    {"encoder"},
+    {"data", "weights"},
+    {"methods", "training"},
+    {"evaluators"},
+    # What several doors share, beside the doors themselves.
+    {"cli", "session"},
+)
+DOORS = len(FLOORS) - 1
+FORBIDDEN = {("methods", "training"), ("training", "methods"), ("evaluators", "methods")}
+COLLECTIVES = {"distributed", "training"}
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def part_of(module: str) -> str:
+    """``ssl_vit.data.tar`` -> ``data``; the package itself is an empty string."""
+    return [*module.removesuffix(".__init__").split("."), ""][1]
+
+
+def is_door(tree: ast.Module) -> bool:
+    """Whether the module has ``if __name__ == "__main__"``."""
+    return any(
+        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        for node in tree.body
+    )
+
+
+def floor_of(part: str, doors: set[str]) -> int | None:
+    """The floor of a part of the package; None for one that has no place in the house."""
+    if part in doors:
+        return DOORS
+    return next((i for i, floor in enumerate(FLOORS) if part in floor), None)
+
+
+def is_module_name(node: ast.AST) -> bool:
+    """Whether a node is "ssl_vit.data.tar" or the like, which ``import_module`` may be given."""
+    text = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(text, str) and re.fullmatch(r"ssl_vit(\.\w+)+", text) is not None
+
+
+def imported(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, module) of all that is imported, at any depth, by statement or by a string's name."""
+    package = module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            yield node.lineno, base
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif is_module_name(node):
+            yield node.lineno, node.value
+
+
+def violations(module: str, source: str, doors: set[str]) -> list[str]:
+    """What a module imports against the rule."""
+    tree, part, found = ast.parse(source), part_of(module), []
+    own = floor_of(part, doors | ({part} if is_door(tree) else set()))
+    if own is None and part:
+        return [f"{module}: {part!r} has no floor; say in FLOORS where it belongs"]
+    for line, name in imported(module, tree):
+        other = part_of(name)
+        if name.split(".")[0] == "ssl_vit" and other and part:
+            floor = floor_of(other, doors)
+            # `from ssl_vit.data import x` also yields ssl_vit.data itself, so a name that is no
+            # module (ssl_vit.__version__) is the only one without a floor.
+            if (floor or 0) > (own or 0) or (part, other) in FORBIDDEN:
+                found.append(f"{module}:{line} imports {name}")
+        if name.startswith("torch.distributed") and part not in COLLECTIVES:
+            found.append(f"{module}:{line} imports {name}; use ssl_vit.distributed")
+    return sorted(set(found))
+
+
+def dangers(name: str, source: str) -> list[str]:
+    """Ways in which loading a file could execute what is in it."""
+    tree, found = ast.parse(source), []
+    for line, module in imported(name, tree):
+        if module.split(".")[0] in PICKLES:
+            found.append(f"{name}:{line} imports {module}")
+        if module in ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            found.append(f"{name}:{line} imports {module}; call it by its full name")
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        bad = (
+            (called == "torch.load" and given.get("weights_only") != "True")
+            or (called.startswith("yaml.") and "load" in called and called != "yaml.safe_load")
+            or given.get("allow_pickle", "False") != "False"
+            or called in ("eval", "exec")
+        )
+        if bad:
+            found.append(f"{name}:{node.lineno} calls {called}")
+    return found
+
+
+def module_name(path: Path) -> str:
+    """``ssl_vit/data/tar.py`` -> ``ssl_vit.data.tar``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+LAUNCHERS = {
+    str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "launch").glob("*.py"))
+}
+OWN_DOORS = {part_of(name) for name, source in MODULES.items() if is_door(ast.parse(source))}
+
+
+def test_the_package_was_read():
+    assert len(MODULES) > 20
+    assert "pretrain" in OWN_DOORS
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_the_floors(module):
+    assert violations(module, MODULES[module], OWN_DOORS) == []
+
+
+def test_doors_are_modules_of_the_package_itself():
+    """A module deeper in the house that runs on its own would escape the rule."""
+    inner = [n for n, source in MODULES.items() if n.count(".") > 1 and is_door(ast.parse(source))]
+    assert inner == []
+
+
+@pytest.mark.parametrize("name", [*MODULES, *LAUNCHERS])
+def test_nothing_loaded_can_execute(name):
+    assert dangers(name, MODULES.get(name) or LAUNCHERS.get(name) or "") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ssl_vit.encoder", "from ssl_vit.methods.mae import MAE"),
+        ("ssl_vit.encoder", "from ssl_vit.data import order"),
+        ("ssl_vit.config", "def late():\n    import ssl_vit.encoder"),
+        ("ssl_vit.methods.mae", "from ssl_vit.training.loop import Trainer"),
+        ("ssl_vit.methods.mae", "from ..training import loop"),
+        ("ssl_vit.methods.mae", "from ssl_vit import training"),
+        ("ssl_vit.methods.__init__", "from . import x\nfrom ..training import loop"),
+        ("ssl_vit.training.loop", "from ssl_vit.methods.base import Method"),
+        ("ssl_vit.training.loop", "from ssl_vit.evaluators.knn import accuracy"),
+        ("ssl_vit.training.loop", "from ssl_vit.cli import show_table"),
+        (
+            "ssl_vit.evaluators.knn",
+            "if TYPE_CHECKING:\n    from ssl_vit.methods import mae",
+        ),
+        ("ssl_vit.evaluators.knn", "importlib.import_module('ssl_vit.methods.mae')"),
+        ("ssl_vit.evaluators.knn", "import ssl_vit.pretrain as door"),
+        ("ssl_vit.data.tar", "from ssl_vit.evaluators import knn"),
+        ("ssl_vit.methods.dino", "import torch.distributed as dist"),
+        ("ssl_vit.evaluators.knn", "from torch import distributed"),
+        ("ssl_vit.utils", "import math"),
+    ],
+)
+def test_the_checker_sees_a_violation(module, source):
+    assert violations(module, source, {"pretrain"})
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ssl_vit.pretrain", "from ssl_vit.methods import base\nfrom ssl_vit.cli import x"),
+        ("ssl_vit.newdoor", "from ssl_vit.evaluators import knn\nif __name__ == '__main__': f()"),
+        ("ssl_vit.evaluators.finetune", "from ssl_vit.training.loop import Trainer"),
+        ("ssl_vit.data.order", "from ssl_vit.seeds import fold\nimport numpy"),
+        ("ssl_vit.training.loop", "import torch.distributed as dist"),
+    ],
+)
+def test_the_checker_lets_the_rule_pass(module, source):
+    assert violations(module, source, {"pretrain"}) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "from torch import load",
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import cloudpickle",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.unsafe_load(text)",
+        "yaml.full_load_all(text)",
+        "np.load(file, allow_pickle=True)",
+        "eval(text)",
+    ],
+)
+def test_the_checker_sees_a_danger(source):
+    assert dangers("made.up", source)
+
+
+def test_the_checker_lets_safe_loading_pass():
+    source = "torch.load(p, weights_only=True)\nyaml.safe_load(t)\nmodel.eval()\nnp.load(f)"
+    assert dangers("made.up", source) == []

@@ -90,7 +90,7 @@ def submit(config: LaunchConfig, door: str, arguments: list[str]) -> submitit.Jo
 def main(argv: list[str]) -> int:
     """The launcher; returns the exit status."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    config = parse(LaunchConfig(), argv[:cut], "command line", _PROG, __doc__ or "")
+    config = parse(LaunchConfig(), argv[:cut], "command line", _PROG, "Run a door as a job.")
     command = argv[cut + 1 :]
     if not command or command[0] not in _DOORS:
         raise UserError(f"after -- comes a door ({', '.join(_DOORS)}) and its arguments")

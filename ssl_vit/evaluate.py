@@ -81,8 +81,7 @@ class KnnConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class LinearConfig(EvalConfig):
-    """A linear layer after a BatchNorm, on frozen features; the learning rate is chosen on a tenth
-    of the training images."""
+    """Linear probe on frozen features; its learning rate is chosen without --data.val."""
 
     epochs: int = 90
     """Passes over the training features."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from ssl_vit import __version__
 from ssl_vit.data.sources import Source
 from ssl_vit.evaluators.features import FeatureSet, View
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.files import write_atomically
 
-_PACKAGES = ("ssl_vit", "torch", "torchvision", "timm", "numpy")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def split_card(source: Source, features: FeatureSet) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def protocol_card(
         "crop_ratio": view.crop_ratio,
         "interpolation": "bicubic, antialiased",
     }
-    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    versions = {"ssl_vit": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in _PACKAGES}
     return {
         "evaluator": evaluator,
         "encoder": encoder,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssl_vit.config import RunConfig, UserError, check, flatten
+from ssl_vit.config import RunConfig, UserError, check, flatten, to_yaml
 from ssl_vit.training.checkpoint import Checkpoints, load_checkpoint
 from ssl_vit.training.loop import Trainer
 
@@ -63,7 +62,7 @@ def check_same_run(config: Any, out: Path) -> None:
     if not path.is_file():
         return
     before = flatten(yaml.safe_load(path.read_text()))
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(asdict(config)).items()}
+    now = flatten(yaml.safe_load(to_yaml(config)))
     for key in sorted(now.keys() - _FREE):
         if before.get(key) != now[key]:
             raise UserError(

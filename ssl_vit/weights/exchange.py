@@ -19,6 +19,7 @@ from ssl_vit.encoder import Encoder, timm_kwargs
 from ssl_vit.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
+_KEY = "ssl_vit"
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,15 @@ class EncoderInfo:
 
 
 def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
-    """Write an encoder, whole or not at all.
+    """Write an encoder, whole or not at all; the same encoder gives the same bytes.
 
-    The metadata also hold the timm call for the same model (``timm``: arch and kwargs as JSON).
+    The metadata have one key, ``ssl_vit``: JSON with ``info`` (an :class:`EncoderInfo`) and
+    ``timm``, the ``arch`` and ``kwargs`` of the timm call that builds the same model.
     """
     tensors = {k: v.detach().contiguous().cpu() for k, v in encoder.vit.state_dict().items()}
     recipe = {"arch": info.config.arch, "kwargs": timm_kwargs(info.config, info.channels)}
-    metadata = {
-        "format": "ssl_vit.encoder",
-        "info": json.dumps(dataclasses.asdict(info)),
-        "timm": json.dumps(recipe),
-    }
+    # One key, because safetensors writes several in an order of chance.
+    metadata = {_KEY: json.dumps({"timm": recipe, "info": dataclasses.asdict(info)})}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -67,9 +66,9 @@ def read_info(path: Path) -> EncoderInfo:
         UserError: not one of our encoder files.
     """
     metadata = read_safetensors(path, tensors=False)[1]
-    if metadata.get("format") != "ssl_vit.encoder":
+    if _KEY not in metadata:
         raise UserError(f"{path}: a safetensors file, but not an encoder written by ssl_vit")
-    info = json.loads(metadata["info"])
+    info = json.loads(metadata[_KEY])["info"]
     config: dict[str, Any] = info.pop("config")
     config["image_size"] = tuple(config["image_size"])
     mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))

@@ -12,8 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ssl_vit.config import UserError, known_keys, nearest, parse, yaml_flags
-from ssl_vit.training.loop import RunFailed
+from ssl_vit.config import RunFailed, UserError, known_keys, nearest, parse, yaml_flags
 from ssl_vit.training.parallel import stop_parallel
 
 T = TypeVar("T")

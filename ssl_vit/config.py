@@ -21,6 +21,10 @@ class UserError(ValueError):
     """A user's mistake, in one line: what was given, what is allowed, where it came from."""
 
 
+class RunFailed(RuntimeError):  # noqa: N818
+    """A run cannot go on, through no mistake in its options; its last checkpoint is whole."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:

@@ -113,7 +113,8 @@ class Encoder(nn.Module):
             position = position[0][keep]
         # The stride-P convolution of timm is this linear map, with its weights reordered.
         weight = rearrange(self.vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
-        return F.linear(patches, weight, self.vit.patch_embed.proj.bias) + position
+        tokens = F.linear(patches, weight, self.vit.patch_embed.proj.bias)
+        return self.vit.patch_embed.norm(tokens) + position
 
     def encode(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
         """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""
@@ -205,6 +206,7 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
     with torch.device("meta"):
         vit: Any = timm.create_model(config.arch, num_classes=0, **_divisible(own))
     plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
+    plain = plain and hasattr(vit.blocks[0], "attn")  # parallel blocks have theirs elsewhere
     check(
         plain and vit.pos_embed is not None,
         f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions",

@@ -32,8 +32,6 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        if path.exists():
-            shutil.rmtree(path)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -132,7 +134,7 @@ def train_batches(
         worker_init_fn=_quiet_worker if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
+    return _iterate(loader)
 
 
 class EvalImages(Dataset):
@@ -172,7 +174,34 @@ def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -
         pin_memory=pin,
         worker_init_fn=_quiet_worker if workers else None,
     )
-    return iter(loader)
+    return _iterate(loader)
+
+
+def _iterate(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches of a loader, whose workers start now and end with this process."""
+    batches = iter(loader)
+    if loader.num_workers:
+        atexit.unregister(_end_workers)  # it must come before what the loader itself registers
+        atexit.register(_end_workers)
+    return _plain_errors(batches)
+
+
+def _plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A user's mistake found by a worker, without the traceback that comes with it from there."""
+    try:
+        yield from batches
+    except UserError as error:
+        # The traceback is a cycle that holds the loader: freed as one, it waits for its workers.
+        error.__traceback__ = None
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def _end_workers() -> None:
+    """Workers do not heed the SIGTERM by which Python ends them: an error would hang at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _as_is(batch: Any) -> Any:

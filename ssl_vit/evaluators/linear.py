@@ -52,13 +52,13 @@ class Heads(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         weight = torch.randn(width, classes, generator=generator) * 0.01
-        self.weight = nn.Parameter(weight.expand(heads, -1, -1).clone())
-        self.bias = nn.Parameter(torch.zeros(heads, 1, classes))
+        self.weight = nn.Parameter(weight[:, None].repeat(1, heads, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, classes))
 
-    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "g b c"]:
-        """Logits of every head."""
-        x = self.norm(features)
-        return torch.matmul(x, self.weight) + self.bias
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b g c"]:
+        """Logits of every head, in one matrix product."""
+        logits = self.norm(features) @ self.weight.flatten(1)
+        return logits.unflatten(1, self.bias.shape) + self.bias
 
 
 def fit_heads(
@@ -75,7 +75,7 @@ def fit_heads(
     # Small sets would give a handful of steps; at least 8 batches an epoch.
     size = max(2, min(protocol.batch_size, len(features) // 8))
     steps = len(features) // size
-    rate = torch.tensor(rates, device=features.device).view(-1, 1, 1)
+    rate = torch.tensor(rates, device=features.device).view(-1, 1)
     speed = {p: torch.zeros_like(p) for p in heads.parameters()}
     total, warmup = protocol.epochs * steps, protocol.warmup_epochs * steps
     for step in range(total):
@@ -84,9 +84,9 @@ def fit_heads(
             order = torch.randperm(len(features), generator=generator).to(features.device)
         pick = order[within * size : (within + 1) * size]
         logits = heads(features[pick])
-        target = labels[pick].expand(len(rates), -1)
+        target = labels[pick, None].expand(-1, len(rates))
         # The sum over heads: each head's gradient is that of its own mean loss.
-        loss = F.cross_entropy(logits.permute(0, 2, 1), target, reduction="sum") / size
+        loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="sum") / size
         gradients = torch.autograd.grad(loss, list(speed))
         lr = rate * warmup_cosine(step, warmup=warmup, total=total, peak=size / 256)
         with torch.no_grad():
@@ -104,7 +104,8 @@ def linear_probe(
 ) -> LinearResult:
     """Fit on the training features, choose the rate on a held-out tenth of them, predict queries.
 
-    The chosen rate is then trained again on all training features. Query labels are never seen.
+    Of equal rates the lowest is chosen, and trained again on all training features. Query labels
+    are never seen.
     """
     protocol = protocol or LinearProtocol()
     classes = int(labels.max()) + 1
@@ -116,12 +117,10 @@ def linear_probe(
     trial = fit_heads(features[kept], labels[kept], classes, rates, protocol)
     with torch.no_grad():
         guesses = trial(features[held]).argmax(-1)
-    scores = (guesses == labels[held]).double().mean(1).tolist()
-    # Of equal scores the middle one: rates at the edge of the plateau are the less stable ones.
-    best = [i for i, score in enumerate(scores) if score == max(scores)]
-    chosen = rates[best[len(best) // 2]]
+    scores = (guesses == labels[held, None]).double().mean(0).tolist()
+    chosen = rates[scores.index(max(scores))]
     final = fit_heads(features, labels, classes, (chosen,), protocol)
     with torch.no_grad():
-        logits = final(queries)[0]
+        logits = final(queries)[:, 0]
     by_rate = {r: 100.0 * s for r, s in zip(rates, scores, strict=True)}
     return LinearResult(logits.topk(min(5, classes), dim=1).indices, chosen, by_rate)

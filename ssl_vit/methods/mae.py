@@ -131,7 +131,8 @@ class MAE(Method):
                     nn.init.zeros_(module.bias)
         projection = self.encoder.vit.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
         for token in (self.encoder.vit.cls_token, self.encoder.vit.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssl_vit.config import UserError, check
+from ssl_vit.config import RunFailed, UserError, check
 from ssl_vit.files import write_folder_atomically
 from ssl_vit.weights.exchange import contiguous_state, load_strictly, read_safetensors
 
@@ -29,15 +30,24 @@ class Checkpoints:
     keep: int
 
     def save(self, step: int, task: nn.Module, optimizer: Optimizer) -> Path:
-        """Write the state after ``step`` optimizer steps, then drop the oldest checkpoints."""
+        """Write the state after ``step`` optimizer steps, then drop the oldest checkpoints.
+
+        Raises:
+            RunFailed: the disk does not take it; nothing of it is left, older ones stay.
+        """
         path = self.folder / f"step-{step:08d}"
+        if path in self.complete():
+            return path
 
         def write(folder: Path) -> None:
             save_file(contiguous_state(task), folder / _TASK)
             save_file(moments(task, optimizer), folder / _OPTIMIZER)
             (folder / _STATE).write_text(json.dumps({"format": 1, "step": step}))
 
-        write_folder_atomically(path, write)
+        try:
+            write_folder_atomically(path, write)
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"checkpoint {path} cannot be written: {error}") from error
         for old in self.complete()[: -self.keep]:
             shutil.rmtree(old)
         return path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_vit.config import OptimConfig, RunConfig
+from ssl_vit.config import OptimConfig, RunConfig, RunFailed
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
 from ssl_vit.seeds import fold
@@ -24,10 +24,6 @@ from ssl_vit.training.optim import Schedule, clip_gradients, guarded_step, make_
 from ssl_vit.training.parallel import Parallel, autocast
 
 log = logging.getLogger("ssl_vit")
-
-
-class RunFailed(RuntimeError):  # noqa: N818
-    """The run cannot go on; its last checkpoint is whole."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Stopped in any way and started again, a run ends with the weights of one never stopped."""
 
+import shutil
 import signal
 import time
 
@@ -104,3 +105,30 @@ def test_from_another_runs_checkpoint(shared_door, unbroken):
     result = shared_door.pretrain("--run.out", "branch", "--run.resume", path)
     assert result.returncode == 0, result.stderr
     assert outcome(shared_door.folder / "branch") == unbroken
+
+
+FULL_DISK = """
+import resource, sys
+from ssl_vit import cli, pretrain
+
+# Files may not grow beyond this: what a full disk does to a write, for one process.
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+cli.run_door(pretrain.main)
+"""
+
+
+def test_full_disk(shared_door, unbroken):
+    """One line, status 1, the checkpoint before it whole; with room again, the same weights."""
+    (shared_door.folder / "full.py").write_text(FULL_DISK)
+    options = ("mae", "--config", "tiny.yaml", "--run.out", "full")
+    assert shared_door.pretrain("--run.out", "full", "--run.length", "24st").returncode == 0
+    folder = shared_door.folder / "full"
+    shutil.rmtree(folder / "checkpoints" / "step-00000024")
+    result = shared_door("full.py", "60000", *options)
+    assert result.returncode == 1, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("stopped: checkpoint")
+    assert "Traceback" not in result.stderr
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000016"]
+    assert shared_door.pretrain("--run.out", "full").returncode == 0
+    assert outcome(folder) == unbroken

@@ -148,8 +148,8 @@ def test_views_are_the_crops_that_were_asked_for():
     ]
     assert not torch.equal(views[0][0], views[0][1])
     again = take_views(picture(40, 40), spec, random.Random(1))
-    pairs = zip(sum(views, []), sum(again, []), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for kind, same in zip(views, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(kind, same, strict=True))
 
 
 # --- center_view --------------------------------------------------------------------------------
@@ -165,19 +165,16 @@ def test_the_evaluation_crop_has_its_size(shape, size, crop_ratio):
         assert view.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("shape", [(300, 400), (480, 270), (256, 256), (100, 130)])
+@pytest.mark.parametrize("shape", [(300, 400), (480, 270), (256, 256), (100, 125)])
 def test_the_evaluation_crop_is_the_custom_of_imagenet(shape):
-    """Short side to 256, then the central 224: what torchvision's own transforms make."""
+    """Short side to 256, then the central 224: what torchvision's own transforms make.
+
+    They truncate the long side where it is rounded here; these shapes make no difference.
+    """
     image = picture(*shape)
     resize = v2.Resize(256, interpolation=BICUBIC, antialias=True)
     theirs = v2.CenterCrop(224)(resize(image))
-    difference = (center_view(image, (224, 224), 0.875).float() - theirs.float()).abs()
-    # Resize truncates the long side where we round it: then pixels differ by interpolation.
-    long = 256 * max(shape) / min(shape)
-    if round(long) == int(long):
-        assert difference.max() == 0
-    else:
-        assert difference.mean() < 8
+    assert torch.equal(center_view(image, (224, 224), 0.875), theirs)
 
 
 def test_the_evaluation_crop_keeps_the_aspect_ratio():

@@ -2,7 +2,8 @@
 
 import io
 import logging
-from itertools import pairwise
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from ssl_vit.data.loader import (
 )
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import open_source
+from tests.conftest import ROOT
 
 SPEC = ViewSpec((Crop((8, 8)), Crop((4, 6), scale=(0.05, 0.5), count=2)))
 
@@ -69,6 +71,7 @@ def same(a: Batch, b: Batch) -> bool:
 # --- the same batches ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_batches_are_the_same_at_any_number_of_workers(workers):
     """Crops, keys, labels and what is bad; the epoch ends within these steps."""
@@ -180,6 +183,25 @@ def test_too_many_bad_images_stop_the_run():
         BadImages(MadeUp(100), max_share=0.0).add({1: "one"})
 
 
+def test_an_error_does_not_wait_for_workers():
+    """They ignore SIGTERM; a process that fails while they work must end all the same."""
+    script = """if True:
+        from ssl_vit.data.augment import Crop, ViewSpec
+        from ssl_vit.data.loader import TrainImages, train_batches
+        from ssl_vit.data.order import Order
+        from ssl_vit.data.sources import open_source
+        source = open_source("digits:train")
+        images = TrainImages(source, ViewSpec((Crop((8, 8)),)), 1, 0)
+        batches = train_batches(images, Order(len(source), 8, 0), 0, 100, 2, False)
+        next(batches)
+        raise RuntimeError("out of memory")
+    """
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "RuntimeError: out of memory"
+
+
 # --- evaluation ---------------------------------------------------------------------------------
 
 
@@ -221,7 +243,7 @@ def test_statistics_weigh_images_equally_and_sample_them():
 
 
 def test_statistics_refuse_what_has_none():
-    with pytest.raises(UserError, match="none of 5 images of made up can be read.*garbage"):
+    with pytest.raises(UserError, match=r"none of 5 images of made up can be read.*garbage"):
         estimate_statistics(MadeUp(5, bad=tuple(range(5))), 3, seed=0)
 
     class Gray(MadeUp):
@@ -299,4 +321,3 @@ def test_a_folder_of_16_bit_images(tmp_path):
     np.testing.assert_allclose(images[:, 0].numpy(), deep / 65535, rtol=1e-6)
     levels = [len(set(row)) for row in (images[:, 0] * 65535).round().int().flatten(1).tolist()]
     assert min(levels) > 115
-    assert all(a.dtype == b.dtype for a, b in pairwise(images))

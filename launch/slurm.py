@@ -16,7 +16,8 @@ from pathlib import Path
 import submitit
 
 from ssl_vit.cli import run_door
-from ssl_vit.config import UserError, check, parse
+from ssl_vit.config import UserError, check
+from ssl_vit.options import parse
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m launch.slurm"

@@ -12,7 +12,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ssl_vit.config import RunFailed, UserError, known_keys, nearest, parse, yaml_flags
+from ssl_vit.config import RunFailed, UserError, nearest
+from ssl_vit.options import known_keys, parse, yaml_flags
 from ssl_vit.training.parallel import stop_parallel
 
 T = TypeVar("T")

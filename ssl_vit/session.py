@@ -16,7 +16,6 @@ from ssl_vit.config import (
     RunConfig,
     UserError,
     check,
-    to_yaml,
 )
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ssl_vit.data.decode import BadImage, decode
@@ -28,6 +27,7 @@ from ssl_vit.evaluators.features import View
 from ssl_vit.evaluators.watch import Watch, bounded
 from ssl_vit.files import write_atomically
 from ssl_vit.methods.base import Method
+from ssl_vit.options import to_yaml
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog

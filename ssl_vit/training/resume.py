@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.config import RunConfig, UserError, check, flatten, to_yaml
+from ssl_vit.config import RunConfig, UserError, check
+from ssl_vit.options import flatten, to_yaml
 from ssl_vit.training.checkpoint import Checkpoints, load_checkpoint
 from ssl_vit.training.loop import Trainer
 

@@ -1,0 +1,113 @@
+"""Options from YAML files and the command line, by one parser; and back to YAML."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from ssl_vit.config import UserError, check, nearest
+
+T = TypeVar("T")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def known_keys(config: Any) -> list[str]:
+    """All option names of a config object, as ``group.option``."""
+    return [key for key in flatten(dataclasses.asdict(config)) if key != "config"]
+
+
+def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
+    """The options of a YAML file as command-line flags; unknown keys are refused by name."""
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    check(isinstance(tree, dict), f"{path}: must hold groups of options (run, data, ...)")
+    flags = []
+    for key, value in flatten(tree).items():
+        name = key.replace("-", "_")
+        check(name in known, f"{path}: unknown key {key!r}{nearest(name, known)}")
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+    return flags
+
+
+def to_yaml(config: Any) -> str:
+    """A config object as YAML that reads back to an equal one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    tree = plain(dataclasses.asdict(config))
+    tree.pop("config", None)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def parse(
+    default: T, flags: Sequence[str], where: str, prog: str, about: str = "", kind: object = None
+) -> T:
+    """``default`` changed by command-line ``flags``; a mistake names ``where`` it was made.
+
+    ``kind`` is the type of ``default`` where that is a generic one.
+
+    Raises:
+        UserError: unknown option (the nearest is named) or a value that is not allowed.
+        SystemExit: after ``--help``.
+    """
+    if {"-h", "--help"} & set(flags):
+        _run_tyro(default, ["--help"], prog, about, kind)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+            config, unknown = _run_tyro(default, list(flags), prog, about, kind)
+    except SystemExit:
+        raise UserError(f"{where}: {_first_paragraph(box.getvalue())}") from None
+    if unknown:
+        known = [f"--{key.replace('_', '-')}" for key in known_keys(default)]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"{where}: unknown option {unknown[0]!r}{nearest(name, known)}")
+    return config
+
+
+def _run_tyro(
+    default: T, flags: list[str], prog: str, about: str, kind: object
+) -> tuple[T, list[str]]:
+    """tyro with every option written ``--name value``, so that YAML needs no special case."""
+    return tyro.cli(  # type: ignore[call-overload]
+        kind or type(default),
+        default=default,
+        args=flags,
+        prog=prog,
+        description=about or None,
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _first_paragraph(box: str) -> str:
+    """The message inside tyro's framed error, on one line."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    message = []
+    for line in lines:
+        if line and set(line) == {"─"}:
+            break
+        if line and "─" not in line:
+            message.append(line)
+    text = " ".join(message).replace("Error parsing ", "")
+    return re.sub(r"^[a-z_]+: (?=--)", "", text)

@@ -202,9 +202,8 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
         f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
         f"{nearest(config.arch, known)}",
     )
-    own = {k: v for k, v in kwargs.items() if k not in ("img_size", "patch_size", "num_heads")}
     with torch.device("meta"):
-        vit: Any = timm.create_model(config.arch, num_classes=0, **_divisible(own))
+        vit: Any = timm.create_model(config.arch, num_classes=0, depth=1)
     plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
     plain = plain and hasattr(vit.blocks[0], "attn")  # parallel blocks have theirs elsewhere
     check(
@@ -219,15 +218,8 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
         f"it must be divisible by the patch size, {patch}",
     )
     heads = kwargs.get("num_heads", vit.blocks[0].attn.num_heads)
-    check(
-        vit.embed_dim % heads == 0,
-        f"--encoder.heads is {heads}; it must divide the width, {vit.embed_dim}",
-    )
-
-
-def _divisible(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """One head for the trial build, so that any width gets as far as our own check."""
-    return kwargs | ({"num_heads": 1} if "embed_dim" in kwargs else {})
+    width = kwargs.get("embed_dim", vit.embed_dim)
+    check(width % heads == 0, f"--encoder.heads is {heads}; it must divide the width, {width}")
 
 
 def image_size(config: EncoderConfig) -> tuple[int, int]:

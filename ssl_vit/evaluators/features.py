@@ -31,6 +31,10 @@ class FeatureSet:
     labels: Int64[Tensor, " n"]
     unreadable: int
 
+    def only(self, kind: str) -> FeatureSet:
+        """The same set with one pooling."""
+        return FeatureSet({kind: self.features[kind]}, self.labels, self.unreadable)
+
 
 @dataclass(frozen=True)
 class View:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +17,8 @@ from ssl_vit.config import UserError, check
 from ssl_vit.task import Task
 
 _TIMEOUT = timedelta(minutes=10)
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def start_parallel(device: str) -> Parallel:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    reuse_memory(chosen)
     return Parallel(rank, world, chosen)
 
 
@@ -134,3 +139,20 @@ def loader_workers(asked: int, device: torch.device) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     share = cores() // local // (2 if device.type == "cpu" else 1)
     return max(1, min(16, share))
+
+
+def reuse_memory(device: torch.device) -> None:
+    """On Linux CPUs let the C library keep what tensors free, rather than return it to the kernel.
+
+    Every step allocates the same tensors. By default glibc maps and unmaps large ones each time,
+    and the kernel fills their pages with zeros again: 6 times the page faults, and a tenth of the
+    step, in a ViT-Ti MAE.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library, with its own habits
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -101,13 +101,9 @@ def _run_tyro(
 
 
 def _first_paragraph(box: str) -> str:
-    """The message inside tyro's framed error, on one line."""
+    """The message inside tyro's framed error, on one line: from the title's rule to the next."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    message = []
-    for line in lines:
-        if line and set(line) == {"─"}:
-            break
-        if line and "─" not in line:
-            message.append(line)
-    text = " ".join(message).replace("Error parsing ", "")
+    ends = [i for i, line in enumerate(lines) if "─" in line or not line.strip("-")]
+    start, stop = [*ends, len(lines), len(lines)][:2]
+    text = " ".join(lines[start + 1 : stop]).replace("Error parsing ", "")
     return re.sub(r"^[a-z_]+: (?=--)", "", text)

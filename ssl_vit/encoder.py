@@ -66,6 +66,8 @@ class Encoder(nn.Module):
         self.patch_size: int = patches.patch_size[0]
         self.grid: tuple[int, int] = tuple(patches.grid_size)
         self.width: int = self.vit.embed_dim
+        if self.vit.attn_pool is not None:
+            self.vit.attn_pool.requires_grad_(False)  # kept for its names; features do not use it
         if config.positions == "sincos":
             self._fix_positions()
 
@@ -206,9 +208,12 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
         vit: Any = timm.create_model(config.arch, num_classes=0, depth=1)
     plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
     plain = plain and hasattr(vit.blocks[0], "attn")  # parallel blocks have theirs elsewhere
+    # A norm after the pooling would leave the patch tokens without one.
+    plain = plain and isinstance(vit.fc_norm, nn.Identity)
     check(
         plain and vit.pos_embed is not None,
-        f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions",
+        f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions and "
+        "a final norm on its tokens",
     )
     patch = kwargs.get("patch_size", vit.patch_embed.patch_size[0])
     size = config.image_size or vit.patch_embed.img_size

@@ -93,6 +93,8 @@ def fit_heads(
             for (parameter, velocity), gradient in zip(speed.items(), gradients, strict=True):
                 velocity.mul_(protocol.momentum).add_(gradient)
                 parameter.sub_(lr * velocity)
+    # Frozen features have fixed statistics: the exact ones, not a running estimate of them.
+    heads.norm.running_mean, heads.norm.running_var = features.mean(0), features.var(0)
     return heads.eval()
 
 

@@ -83,6 +83,8 @@ def submit(config: LaunchConfig, door: str, arguments: list[str]) -> submitit.Jo
         gpus_per_node=config.gpus_per_node,
         cpus_per_task=config.cpus_per_task,
         timeout_min=config.minutes,
+        # Without it Slurm lets the other tasks wait for one that died.
+        slurm_srun_args=["--kill-on-bad-exit=1"],
         **({"slurm_partition": config.partition} if config.partition else {}),
     )
     return executor.submit(Job(door, arguments))

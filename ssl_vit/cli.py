@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -21,20 +21,25 @@ _HERE = Path(__file__).parent
 
 
 def run_door(main: Callable[[list[str]], int]) -> None:
-    """Run a door and leave with its status: 2 for a user's mistake, 1 for a run that failed.
+    """Run a door and leave with its status: 2 for a user's mistake, 1 for a run that failed
+    (or files that cannot be written), 130 when interrupted.
 
-    Both are one line on standard error, without a traceback.
+    Each is one line on standard error, without a traceback.
     """
     # force: a library may have installed a handler of its own before.
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
         status = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     finally:
         stop_parallel()
     sys.exit(status)
@@ -124,8 +129,3 @@ def show_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] 
     # Not the table's own title, which would be wrapped to the width of a narrow table.
     console.print(title, highlight=False)
     console.print(table)
-
-
-def read_yaml(path: Path) -> dict[str, object]:
-    """A YAML file that we wrote."""
-    return yaml.safe_load(path.read_text())

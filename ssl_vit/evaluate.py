@@ -13,7 +13,7 @@ import torch
 
 from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config, subcommand
 from ssl_vit.config import check
-from ssl_vit.data.sources import open_source
+from ssl_vit.data.sources import check_classes, open_source
 from ssl_vit.encoder import Encoder, image_size
 from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pixels, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
@@ -123,6 +123,7 @@ def evaluate(
     train, val = open_source(config.data.train), open_source(config.data.val)
     for option, source in (("train", train), ("val", val)):
         check(source.labels is not None, f"--data.{option} {source.spec} has no labels")
+    check_classes(train, val)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     if encoder is not None:
@@ -131,7 +132,7 @@ def evaluate(
     started = time.perf_counter()
     workers, size = config.data.workers, config.batch_size
     sets = [extract(embed, s, view, device, precision, workers, size) for s in (train, val)]
-    scores = score(*sets)
+    scores = score(*(s.to(device) for s in sets))
     card = protocol_card(
         evaluator,
         {"given": config.encoder, "file": str(path), "sha256": sha256(path), **asdict(info)},

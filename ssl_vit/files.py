@@ -44,5 +44,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network disks cannot sync folders
+            raise
     finally:
         os.close(descriptor)

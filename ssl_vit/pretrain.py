@@ -23,12 +23,14 @@ from ssl_vit.cli import (
 from ssl_vit.config import DataConfig, EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.encoder import parameter_count
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
-from ssl_vit.evaluators.watch import Watch, write_table
+from ssl_vit.evaluators.linear import LinearProtocol
+from ssl_vit.evaluators.protocol import protocol_card
+from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.session import PretrainConfig, Session, build, prepare_folder, train
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.resume import CONFIG_FILE
-from ssl_vit.weights.exchange import ENCODER_FILE
+from ssl_vit.weights.exchange import ENCODER_FILE, sha256
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.pretrain"
@@ -76,6 +78,8 @@ def show_plan(session: Session) -> None:
     warmup = f"{schedule.warmup} steps"
     if schedule.shortened:
         warmup += f" (half the run; --optim.warmup asks for {schedule.shortened})"
+    held_out = f"{len(session.images.val):,} held out"
+    held_out = held_out if session.images.held_out else "none held out"
     split = f"{session.parallel.world} processes x {optim.accumulate} parts x "
     split += str(optim.batch_size // (session.parallel.world * optim.accumulate))
     show_table(
@@ -85,7 +89,7 @@ def show_plan(session: Session) -> None:
             ("precision", str(trainer.precision).removeprefix("torch.")),
             ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
             ("parameters", f"{counted(encoder)} encoder, {counted(session.method)} in all"),
-            ("images", f"{order.n:,} train, {len(session.images.val):,} held out"),
+            ("images", f"{order.n:,} train, {held_out}"),
             ("effective batch", f"{optim.batch_size} = {split}"),
             ("learning rate", rate),
             ("steps", f"{schedule.total:,} = {schedule.total / per_epoch:g} epochs x {per_epoch}"),
@@ -116,20 +120,41 @@ def show_results(session: Session) -> None:
 
 
 def show_scores(session: Session, watch: Watch) -> None:
-    """Raw pixels, the untrained encoder and the trained one, under one protocol; also as JSON."""
+    """The table of scores; measured once for an encoder file, then read from ``results.json``."""
+    path, encoder_file = session.out / "results.json", session.out / ENCODER_FILE
+    identity = sha256(encoder_file)
+    table = read_table(path, identity)
+    if table is None:
+        table = measure(session, watch)
+        encoder = {"file": str(encoder_file), "sha256": identity, **asdict(session.info())}
+        card = protocol_card(
+            "pretrain",
+            encoder,
+            watch.view,
+            {
+                "train": {"source": watch.train.spec, "images": len(watch.train)},
+                "val": {"source": watch.val.spec, "images": len(watch.val)},
+            },
+            options=asdict(session.config),
+            probe=asdict(LinearProtocol(seed=watch.seed)),
+            precision=str(watch.precision).removeprefix("torch."),
+        )
+        write_table(path, table, card)
+    rows = [(n, f"{row['knn'].top1:.1f}", f"{row['linear'].top1:.1f}") for n, row in table.items()]
+    k = table["raw pixels"]["knn"].setting
+    title = f"accuracy in %, {len(watch.val):,} held-out images, {len(watch.train):,} to learn from"
+    show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
+
+
+def measure(session: Session, watch: Watch) -> Table:
+    """Raw pixels, the untrained encoder and the trained one, under one protocol."""
     encoders = {"random encoder": session.untrained_encoder()}
     encoders[f"{session.name} encoder"] = session.method.exported_encoder()
     entries: dict[str, Embed] = {"raw pixels": pixels}
     for name, encoder in encoders.items():
         ready(encoder, session.parallel.device)
         entries[name] = pooled(encoder)
-    table = watch.compare(entries)
-    rows = [(n, f"{row['knn'].top1:.1f}", f"{row['linear'].top1:.1f}") for n, row in table.items()]
-    k = table["raw pixels"]["knn"].setting
-    title = f"accuracy in %, {len(watch.val):,} held-out images, {len(watch.train):,} to learn from"
-    show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
-    about = {"step": session.trainer.step, "view": asdict(watch.view)}
-    write_table(session.out / "results.json", table, about)
+    return watch.compare(entries)
 
 
 def main(argv: list[str]) -> int:

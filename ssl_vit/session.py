@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.loader import BadImages, TrainImages, estimate_statistics, train_batches
 from ssl_vit.data.order import Order
-from ssl_vit.data.sources import Source, open_source, split_holdout
+from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
 from ssl_vit.encoder import Encoder, choose_attention, compile_blocks
 from ssl_vit.evaluators.features import View
 from ssl_vit.evaluators.watch import Watch, bounded
@@ -68,6 +69,15 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def held_out(self) -> bool:
+        """Whether ``val`` is apart from ``train``; where nothing is held out they are the same."""
+        return self.val is not self.train
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells a changed training set, as JSON gives it back."""
+        return {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
+
 
 def open_images(config: PretrainConfig[Any]) -> Images:
     """Open the sources, hold some out, look at an image's channels, and settle the statistics."""
@@ -76,9 +86,11 @@ def open_images(config: PretrainConfig[Any]) -> Images:
     if data.val:
         val = open_source(data.val)
     else:
-        train, val = split_holdout(train, data.holdout, config.run.seed)
-        val = val if len(val) else train
-    check_channels(train, data.channels)
+        rest, val = split_holdout(train, data.holdout, config.run.seed)
+        train, val = (rest, val) if len(val) else (train, train)
+    for source in (train, val):
+        check_channels(source, data.channels)
+    check_classes(train, val)
     mean, std = data.mean, data.std
     if not mean and data.channels == 3 and data.statistics == "default":
         mean, std = IMAGENET_MEAN, IMAGENET_STD
@@ -145,7 +157,8 @@ class Session:
             precision=self.trainer.precision,
             workers=self.config.data.workers,
             seed=run.seed,
-            labelled=images.train.classes is not None and images.val.classes is not None,
+            # Without held-out images each would find itself among its neighbours.
+            labelled=images.held_out and None not in (images.train.labels, images.val.labels),
         )
 
 
@@ -194,17 +207,23 @@ def prepare_folder(session: Session) -> None:
     """Begin or resume: set the trainer to its first step and the folder to match."""
     run, out, trainer = session.config.run, session.out, session.trainer
     start = starting_point(run, out)
-    if start is not None and start.parent == out / "checkpoints":
-        check_same_run(session.config, out)
     if start is not None:
-        load_into(trainer, start)
+        own = start.parent == out / "checkpoints"
+        if own:
+            check_same_run(session.config, out)
+        load_into(trainer, start, session.images.fingerprint() if own else None)
+    statistics = zlib.crc32(str(session.images.fingerprint()).encode())
+    session.parallel.check_agreement("the step to start from", trainer.step)
+    session.parallel.check_agreement("the training set (a hash of it)", statistics)
     if not session.parallel.main:
         return
     if run.resume == "never" and out.exists() and any(out.iterdir()):
         move_aside(out)
     out.mkdir(parents=True, exist_ok=True)
     Checkpoints(out / "checkpoints", run.keep).clean()
-    text = to_yaml(session.config)
+    # Going on with this file must not start anew again.
+    resume = "auto" if run.resume == "never" else run.resume
+    text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
     write_atomically(out / CONFIG_FILE, lambda path: path.write_text(text))
     file = out / ENCODER_FILE
     if trainer.step and (not file.is_file() or read_info(file).step != trainer.step):
@@ -238,7 +257,8 @@ def train(session: Session) -> bool:
 
         def save(step: int) -> None:
             if session.parallel.main:
-                checkpoints.save(step, session.method, trainer.optimizer)
+                images = session.images.fingerprint()
+                checkpoints.save(step, session.method, trainer.optimizer, images)
                 save_encoder(out / ENCODER_FILE, session.method.exported_encoder(), session.info())
 
         def look(step: int) -> None:
@@ -249,7 +269,7 @@ def train(session: Session) -> bool:
                     runlog.picture(step, name, picture)
 
         hooks = [
-            Hook(every(run.save_every, "--run.save-every", per_epoch), save),
+            Hook(every(run.save_every, "--run.save-every", per_epoch), save, when_stopped=True),
             Hook(every(run.probe_every, "--run.probe-every", per_epoch), look),
         ]
         bad = BadImages(session.images.train, data.max_bad)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
@@ -25,11 +26,15 @@ class Views:
 
     def to(self, device: torch.device) -> Views:
         """The same batch on ``device``; copies from pinned memory do not block."""
-        moved = [crop.to(device, non_blocking=True) for crop in self.crops]
-        keys = self.keys.to(device, non_blocking=True)
-        return replace(
-            self, crops=moved, keys=keys, labels=self.labels.to(device, non_blocking=True)
-        )
+        free = device.type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=free))
+
+    def pin_memory(self) -> Views:
+        """The same batch in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Views:
+        return Views([change(c) for c in self.crops], change(self.keys), change(self.labels))
 
 
 class Task(nn.Module):

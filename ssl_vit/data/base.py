@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ssl_vit.config import UserError
+
 Item = tuple[bytes | np.ndarray, int | None]
 
 
@@ -80,6 +82,24 @@ def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset
     order = random.permutation(len(source))
     held = min(count, len(source) // 10)
     return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
+
+
+def check_classes(train: Source, val: Source) -> None:
+    """Refuse two labelled sources whose class numbers mean different classes.
+
+    One may have more classes than the other, if they come last.
+
+    Raises:
+        UserError: the first class that differs is named.
+    """
+    if train.classes is None or val.classes is None:
+        return
+    for number, (ours, theirs) in enumerate(zip(train.classes, val.classes, strict=False)):
+        if ours != theirs:
+            raise UserError(
+                f"class {number} is {ours!r} in {train.spec} and {theirs!r} in {val.spec}; "
+                "both must have the same classes"
+            )
 
 
 class Names:

@@ -35,6 +35,10 @@ class Batch:
     views: Views
     bad: dict[int, str] = field(default_factory=dict)
 
+    def pin_memory(self) -> Batch:
+        """What a loader calls so that copies to a GPU need not wait."""
+        return Batch(self.views.pin_memory(), self.bad)
+
 
 class TrainImages(Dataset):
     """Crops of a source's images; everything random follows from (seed, epoch, index)."""
@@ -78,7 +82,14 @@ class TrainImages(Dataset):
 
 def _by_view(crops: list[Tensor], count: int) -> Tensor:
     """Crops listed image by image, ``count`` each, as one batch view by view."""
-    return torch.stack([c for view in range(count) for c in crops[view::count]])
+    return _stack([c for view in range(count) for c in crops[view::count]])
+
+
+def _stack(crops: list[Tensor]) -> Tensor:
+    """One batch; where 8-bit images meet deeper ones, all in the deeper ones' scale of 0..1."""
+    if len({c.dtype for c in crops}) > 1:
+        crops = [c.float() / 255 if c.dtype == torch.uint8 else c for c in crops]
+    return torch.stack(crops)
 
 
 class BadImages:
@@ -160,7 +171,7 @@ class EvalImages(Dataset):
             labels.append(-1 if label is None else label)
         if not crops:
             return Batch(Views([], torch.tensor([]).long(), torch.tensor([]).long()), bad)
-        return Batch(Views([torch.stack(crops)], torch.tensor(keys), torch.tensor(labels)), bad)
+        return Batch(Views([_stack(crops)], torch.tensor(keys), torch.tensor(labels)), bad)
 
 
 def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:

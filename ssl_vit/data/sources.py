@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ssl_vit.config import UserError, nearest
-from ssl_vit.data.base import Item, Source, Subset, split_holdout
+from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
 
-__all__ = ["Source", "Subset", "open_source", "split_holdout"]
+__all__ = ["Source", "Subset", "check_classes", "open_source", "split_holdout"]
 
 # Imported when asked for, so that no source pays for another's libraries.
 _OPENERS = {

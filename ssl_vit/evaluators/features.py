@@ -31,6 +31,11 @@ class FeatureSet:
     labels: Int64[Tensor, " n"]
     unreadable: int
 
+    def to(self, device: torch.device) -> FeatureSet:
+        """The same set on a device."""
+        moved = {kind: features.to(device) for kind, features in self.features.items()}
+        return FeatureSet(moved, self.labels.to(device), self.unreadable)
+
     def only(self, kind: str) -> FeatureSet:
         """The same set with one pooling."""
         return FeatureSet({kind: self.features[kind]}, self.labels, self.unreadable)

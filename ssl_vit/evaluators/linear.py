@@ -28,7 +28,7 @@ class LinearProtocol:
     """
 
     epochs: int = 90
-    warmup_epochs: int = 10
+    warmup_share: float = 1 / 9
     batch_size: int = 1024
     momentum: float = 0.9
     learning_rates: tuple[float, ...] = LEARNING_RATES
@@ -77,7 +77,8 @@ def fit_heads(
     steps = len(features) // size
     rate = torch.tensor(rates, device=features.device).view(-1, 1)
     speed = {p: torch.zeros_like(p) for p in heads.parameters()}
-    total, warmup = protocol.epochs * steps, protocol.warmup_epochs * steps
+    total = protocol.epochs * steps
+    warmup = round(protocol.warmup_share * total)
     for step in range(total):
         within = step % steps
         if within == 0:

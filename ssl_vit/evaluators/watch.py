@@ -72,9 +72,12 @@ class Watch:
         if not views.crops:
             return {}
         keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
-        normalize = Normalize(self.view.mean, self.view.std).to(self.device)
+        display = normalize = Normalize(self.view.mean, self.view.std).to(self.device)
+        if views.crops[0].dtype != torch.uint8:
+            # Of deeper images any range is possible: show the mean +- 2.5 standard deviations.
+            display = Normalize((0.5,) * self.view.channels, (0.2,) * self.view.channels)
         views = normalize(Views(views.crops, keys, views.labels).to(self.device))
-        pictures = painter(views, normalize)
+        pictures = painter(views, display.to(self.device))
         for name, picture in pictures.items():
             save = partial(Image.fromarray(picture).save, format="PNG")
             write_atomically(folder / f"{name}.png", save)
@@ -87,7 +90,7 @@ class Watch:
             train, val = self.features(embed)
             assert train is not None
             shown = "mean" if "mean" in train.features else next(iter(train.features))
-            train, val = train.only(shown), val.only(shown)
+            train, val = train.only(shown).to(self.device), val.only(shown).to(self.device)
             k = min(20, len(train.labels))
             linear = linear_scores(train, val, LinearProtocol(seed=self.seed))
             table[name] = {"knn": knn_scores(train, val, (k,))[0], "linear": linear[0]}
@@ -102,8 +105,23 @@ def bounded(source: Source, count: int, seed: int) -> Source:
     return Subset(source, np.sort(picks))
 
 
-def write_table(path: Path, table: dict[str, dict[str, Score]], about: dict[str, object]) -> None:
-    """A comparison as JSON."""
+Table = dict[str, dict[str, Score]]
+
+
+def write_table(path: Path, table: Table, about: dict[str, object]) -> None:
+    """A comparison as JSON, with its protocol."""
     rows = {n: {k: dataclasses.asdict(s) for k, s in r.items()} for n, r in table.items()}
     text = json.dumps(about | {"scores": rows}, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def read_table(path: Path, sha256: str) -> Table | None:
+    """The comparison in a file, if it is there and of the encoder with this hash."""
+    try:
+        found = json.loads(path.read_text())
+        if found["encoder"]["sha256"] != sha256:
+            return None
+        rows = found["scores"].items()
+        return {name: {k: Score(**score) for k, score in row.items()} for name, row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

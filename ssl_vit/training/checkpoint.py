@@ -29,8 +29,12 @@ class Checkpoints:
     folder: Path
     keep: int
 
-    def save(self, step: int, task: nn.Module, optimizer: Optimizer) -> Path:
+    def save(
+        self, step: int, task: nn.Module, optimizer: Optimizer, images: dict[str, Any]
+    ) -> Path:
         """Write the state after ``step`` optimizer steps, then drop the oldest checkpoints.
+
+        ``images`` tells the training set from a changed one; it is compared on resuming.
 
         Raises:
             RunFailed: the disk does not take it; nothing of it is left, older ones stay.
@@ -42,14 +46,15 @@ class Checkpoints:
         def write(folder: Path) -> None:
             save_file(contiguous_state(task), folder / _TASK)
             save_file(moments(task, optimizer), folder / _OPTIMIZER)
-            (folder / _STATE).write_text(json.dumps({"format": 1, "step": step}))
+            (folder / _STATE).write_text(json.dumps({"step": step, "images": images}))
 
         try:
             write_folder_atomically(path, write)
         except (OSError, SafetensorError) as error:
             raise RunFailed(f"checkpoint {path} cannot be written: {error}") from error
         for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
+            # Renamed first: half a deleted folder must not pass for a checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
         return path
 
     def complete(self) -> list[Path]:
@@ -63,8 +68,8 @@ class Checkpoints:
             shutil.rmtree(partial)
 
 
-def load_checkpoint(path: Path, task: nn.Module, optimizer: Optimizer) -> int:
-    """Load a checkpoint into a task and its optimizer; how many steps it had done.
+def load_checkpoint(path: Path, task: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into a task and its optimizer; the rest of it, with its ``step``.
 
     Raises:
         UserError: not a checkpoint, damaged, or of another architecture. Nothing is unpickled.
@@ -72,15 +77,16 @@ def load_checkpoint(path: Path, task: nn.Module, optimizer: Optimizer) -> int:
     state = _read_state(path)
     log.info("task: %s", load_strictly(task, read_safetensors(path / _TASK)[0], str(path / _TASK)))
     _load_moments(task, optimizer, path / _OPTIMIZER)
-    return int(state["step"])
+    return state
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     kind = "a file, not a checkpoint folder" if path.is_file() else "not a checkpoint folder"
     check((path / _STATE).is_file(), f"{path} is {kind} (step-00001000, with {_STATE} in it)")
     try:
-        return json.loads((path / _STATE).read_text())
-    except json.JSONDecodeError as error:
+        state = json.loads((path / _STATE).read_text())
+        return state | {"step": int(state["step"])}
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / _STATE} is damaged: {error}") from None
 
 
@@ -102,8 +108,11 @@ def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path) -> None:
     for label, value in tensors.items():
         owner, _, key = label.partition("::")
         saved.setdefault(owner, {})[key] = value
-    strange = sorted(saved.keys() - parameters.keys())
-    check(not strange, f"{path}: {len(strange)} unknown parameters ({', '.join(strange[:3])})")
+    strange = sorted(saved.keys() ^ parameters.keys())
+    check(not strange, f"{path}: {len(strange)} parameters do not match ({', '.join(strange[:3])})")
+    for name, state in saved.items():
+        same = all(v.shape in (parameters[name].shape, ()) for v in state.values())
+        check(same, f"{path}: the moments of {name} are of another shape")
     for name, state in saved.items():
         parameter = parameters[name]
         # Fused AdamW keeps its step counter beside the parameter, as it does its moments.

@@ -28,15 +28,20 @@ log = logging.getLogger("ssl_vit")
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do every ``every`` steps and after the last: save, look at the encoder."""
+    """Something to do every ``every`` steps and after the last: save, look at the encoder.
+
+    ``when_stopped``: also when a signal ends the run before its last step.
+    """
 
     every: int
     call: Callable[[int], None]
-    at_end: bool = True
+    when_stopped: bool = False
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to call it after ``step`` steps, ``last`` being the run's end (or its stop)."""
-        return step % self.every == 0 or (last and self.at_end)
+    def due(self, step: int, total: int, stopping: bool) -> bool:
+        """Whether to call it after ``step`` steps of ``total``."""
+        if stopping:
+            return self.when_stopped
+        return step % self.every == 0 or step == total
 
 
 class Trainer:
@@ -80,10 +85,10 @@ class Trainer:
                 self.step += 1
                 if log.add(self.step, scalars, self.schedule.lr(self.step - 1), waited):
                     self._check_streak()
-                stopping = self.parallel.any(stop.requested)
-                last = stopping or self.step == self.schedule.total
-                self._call(hooks, log, last)
-                if stopping and self.step < self.schedule.total:
+                unfinished = self.step < self.schedule.total
+                stopping = self.parallel.any(stop.requested) and unfinished
+                self._call(hooks, log, stopping)
+                if stopping:
                     return False
         return True
 
@@ -127,10 +132,10 @@ class Trainer:
         bad.add(batch.bad)
         return batch
 
-    def _call(self, hooks: list[Hook], log: RunLog, last: bool) -> None:
+    def _call(self, hooks: list[Hook], log: RunLog, stopping: bool) -> None:
         started = time.perf_counter()
         for hook in hooks:
-            if hook.due(self.step, last):
+            if hook.due(self.step, self.schedule.total, stopping):
                 hook.call(self.step)
         log.pause(time.perf_counter() - started)
 
@@ -146,12 +151,12 @@ class Trainer:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM become a request, which is met at the end of the step.
+    """SIGINT, SIGTERM, and Slurm's SIGUSR2, become a request, met at the end of the step.
 
     A second signal has its usual effect at once.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     received = 0
 
     @property

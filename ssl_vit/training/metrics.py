@@ -56,7 +56,8 @@ class RunLog:
         console = Console(file=sys.stderr)
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=console)
+            # The period: the time left is known even when lines are minutes apart.
+            self.progress = Progress(*columns, console=console, speed_estimate_period=3600)
             self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
             self.progress.start()
 

@@ -63,6 +63,10 @@ def guarded_step(optimizer: AdamW, finite: Tensor) -> None:
     found = (~finite).float().reshape(())
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    if found.device.type == "mps":  # whose fused kernel does not look at the flag
+        if not bool(found):
+            optimizer.step()
+        return
     optimizer.found_inf = found  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()

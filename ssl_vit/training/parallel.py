@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_vit.config import UserError, check
 from ssl_vit.task import Task
 
-_TIMEOUT = timedelta(minutes=10)
+# Rank 0 looks at the encoder while the others wait for it in the next step.
+_TIMEOUT = timedelta(minutes=60)
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -45,14 +46,21 @@ class Parallel:
         """Whether ``flag`` is true on any process; all must call it."""
         if self.world == 1:
             return flag
-        seen = torch.tensor(float(flag), device=self.device)
+        seen = torch.tensor(float(flag))  # on the CPU, by gloo: no GPU is waited for
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def check_agreement(self, what: str, value: int) -> None:
+        """Refuse to go on where processes differ in ``value``; all must call it.
+
+        Raises:
+            UserError: they differ; ``what`` is named.
+        """
         if self.world > 1:
-            dist.barrier()
+            ends = torch.tensor([value, -value])
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+            high, low = int(ends[0]), -int(ends[1])
+            check(high == low, f"{what} differs between processes: {low} to {high}")
 
 
 def start_parallel(device: str) -> Parallel:
@@ -64,7 +72,7 @@ def start_parallel(device: str) -> Parallel:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -85,19 +93,22 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         UserError: a device that this machine does not have.
     """
     if name == "auto":
-        mps = torch.backends.mps.is_available()
+        # Gloo carries no MPS tensors, so several processes on a Mac use its CPU.
+        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--run.device is {name!r}; auto, cpu, cuda, cuda:1 or mps") from None
+        raise UserError(
+            f"the device is {name!r}; allowed: auto, cpu, cuda, cuda:1 or mps"
+        ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = local_rank if device.index is None else device.index
-        check(index < count, f"--run.device is {name!r}; this machine has {count} CUDA devices")
+        check(index < count, f"the device is {name!r}; this machine has {count} CUDA devices")
         return torch.device("cuda", index)
     there = device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())
-    check(there, f"--run.device is {name!r}; this machine does not have it")
+    check(there, f"the device is {name!r}; this machine does not have it")
     return device
 
 
@@ -136,7 +147,9 @@ def loader_workers(asked: int, device: torch.device) -> int:
     """
     if asked >= 0:
         return asked
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    # Slurm has bound each task to its own cores already.
+    bound = "SLURM_CPUS_PER_TASK" in os.environ
+    local = 1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     share = cores() // local // (2 if device.type == "cpu" else 1)
     return max(1, min(16, share))
 

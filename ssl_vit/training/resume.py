@@ -62,8 +62,13 @@ def check_same_run(config: Any, out: Path) -> None:
     path = out / CONFIG_FILE
     if not path.is_file():
         return
-    before = flatten(yaml.safe_load(path.read_text()))
+    try:
+        before = flatten(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError):
+        raise UserError(f"{path} is damaged; give another --run.out") from None
     now = flatten(yaml.safe_load(to_yaml(config)))
+    if before.get("data.val") and now["data.val"]:  # otherwise it decides what is held out
+        before["data.val"] = now["data.val"]
     for key in sorted(now.keys() - _FREE):
         if before.get(key) != now[key]:
             raise UserError(
@@ -73,7 +78,15 @@ def check_same_run(config: Any, out: Path) -> None:
 
 
 def move_aside(out: Path) -> None:
-    """Keep an existing run under another name, so that a new one can take its folder."""
+    """Keep an existing run under another name, so that a new one can take its folder.
+
+    Raises:
+        UserError: the folder holds something, but no run.
+    """
+    check(
+        (out / CONFIG_FILE).is_file(),
+        f"--run.resume is 'never' and --run.out is {str(out)!r}, which holds files but no run",
+    )
     number = 1
     while (other := out.with_name(f"{out.name}-before-{number}")).exists():
         number += 1
@@ -81,7 +94,18 @@ def move_aside(out: Path) -> None:
     log.warning("%s holds a run; moved to %s", out, other)
 
 
-def load_into(trainer: Trainer, path: Path) -> None:
-    """Bring a trainer to where a checkpoint was written."""
-    trainer.step = load_checkpoint(path, trainer.task, trainer.optimizer)
+def load_into(trainer: Trainer, path: Path, images: dict[str, Any] | None) -> None:
+    """Bring a trainer to where a checkpoint was written.
+
+    Raises:
+        UserError: the run's own images (count, statistics) have changed since; None: not compared.
+    """
+    state = load_checkpoint(path, trainer.task, trainer.optimizer)
+    before = state.get("images")
+    check(
+        images is None or before == images,
+        f"the images have changed since {path} was written: {before} then, {images} now; "
+        "give another --run.out, and --run.resume with this checkpoint to start from it",
+    )
+    trainer.step = int(state["step"])
     log.info("resuming from %s: step %d of %d", path, trainer.step, trainer.schedule.total)

@@ -68,11 +68,14 @@ def read_info(path: Path) -> EncoderInfo:
     metadata = read_safetensors(path, tensors=False)[1]
     if _KEY not in metadata:
         raise UserError(f"{path}: a safetensors file, but not an encoder written by ssl_vit")
-    info = json.loads(metadata[_KEY])["info"]
-    config: dict[str, Any] = info.pop("config")
-    config["image_size"] = tuple(config["image_size"])
-    mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
-    return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
+    try:
+        info = json.loads(metadata[_KEY])["info"]
+        config: dict[str, Any] = info.pop("config")
+        config["image_size"] = tuple(config["image_size"])
+        mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
+        return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: metadata of another version of ssl_vit: {error}") from None
 
 
 def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:

@@ -38,6 +38,8 @@ def refused(result, *fragments):
         (("--run.resume", "nowhere"), ("--run.resume is 'nowhere'", "auto, never")),
         (("--config", "mae_cifar"), ("mae_cifar10",)),
         (("--data.mean", "0.5"), ("--data.mean and --data.std go together",)),
+        (("--data.val", "folder:missing"), ("missing",)),
+        (("--encoder.arch", "vit_base_patch16_rope_224"), ("--encoder.arch",)),
     ],
 )
 def test_options(door, options, fragments):

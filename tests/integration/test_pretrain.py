@@ -17,7 +17,7 @@ from ssl_vit.methods.mae import MAEConfig
 from ssl_vit.options import to_yaml
 from ssl_vit.pretrain import read_config
 from ssl_vit.training.metrics import read_rows
-from ssl_vit.weights.exchange import load_encoder
+from ssl_vit.weights.exchange import load_encoder, sha256
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,11 @@ def test_closing_words(run):
     folder, result = run
     for expected in ("raw pixels", "random encoder", "mae encoder", "k-NN k=20", "try next"):
         assert expected in result.stdout
-    scores = json.loads((folder / "results.json").read_text())["scores"]
+    card = json.loads((folder / "results.json").read_text())
+    scores = card["scores"]
+    assert card["encoder"]["sha256"] == sha256(folder / "encoder.safetensors")
+    assert (card["train"]["images"], card["val"]["images"]) == (1438, 359)
+    assert card["options"]["optim"]["lr"] == 1e-3
     assert set(scores) == {"raw pixels", "random encoder", "mae encoder"}
     printed = f"{scores['mae encoder']['linear']['top1']:.1f}"
     assert printed in result.stdout
@@ -202,6 +206,28 @@ def test_unlabelled_multichannel_images_of_any_size(door):
     rows = read_rows(door.folder / "run" / "metrics.jsonl")
     assert any("rankme" in r for r in rows)
     assert not any("knn4_mean" in r for r in rows)
+
+
+def test_nothing_held_out(door):
+    """Then no score is shown: each image would find itself among its neighbours."""
+    options = ("--data.holdout", "0", "--data.val", "", "--run.length", "3st")
+    result = door.pretrain("--run.out", "run", *options, "--data.statistics", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "1,438 train, none held out" in result.stdout
+    assert "linear" not in result.stdout
+    assert not (door.folder / "run" / "results.json").exists()
+
+
+def test_compiled_blocks(door):
+    """The same training, compiled; features of another number of tokens are made in between."""
+    losses = []
+    for name, flag in (("plain", "False"), ("compiled", "True")):
+        options = ("--run.compile", flag, "--run.precision", "fp32", "--run.probe-every", "6st")
+        result = door.pretrain("--run.out", name, *options, "--run.length", "12st")
+        assert result.returncode == 0, result.stderr
+        rows = read_rows(door.folder / name / "metrics.jsonl")
+        losses.append([r["loss"] for r in rows if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_cifar_shards(door, shared_data):

@@ -4,7 +4,9 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Kills the process without warning at a moment that a test chooses.
 KILLER = """
@@ -69,15 +71,20 @@ def test_killed(shared_door, unbroken, moment, resumes_at):
     assert len(trained) == len(set(trained)) + 1, "a step is logged twice (the last has a probe)"
 
 
+def wait_for(condition):
+    """Until it holds, at most two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signalled(shared_door, unbroken, number):
     """Saved at the step it was stopped at, with the command that goes on; then the same weights."""
     out = f"signal-{int(number)}"
     process = shared_door.start("--run.out", out, "--data.workers", "1")
     metrics = shared_door.folder / out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
-        time.sleep(0.01)
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
@@ -92,11 +99,53 @@ def test_signalled(shared_door, unbroken, number):
 
 
 def test_started_anew_keeps_the_old_run(door):
+    """And going on with the new one does not start anew again."""
     for _ in range(2):
         result = door.pretrain("--run.out", "run", "--run.length", "2st", "--run.resume", "never")
         assert result.returncode == 0, result.stderr
     assert (door.folder / "run-before-1" / "encoder.safetensors").is_file()
     assert (door.folder / "run" / "encoder.safetensors").is_file()
+    again = door("-m", "ssl_vit.pretrain", "mae", "--config", "run/config.yaml")
+    assert "step 2 of 2" in again.stderr
+    assert not (door.folder / "run-before-2").exists()
+
+
+def test_only_a_run_is_moved_aside(door):
+    (door.folder / "data").mkdir()
+    (door.folder / "data" / "precious.txt").write_text("mine")
+    result = door.pretrain("--run.out", "data", "--run.resume", "never")
+    assert result.returncode == 2
+    assert "holds files but no run" in result.stderr
+    assert (door.folder / "data" / "precious.txt").is_file()
+
+
+def test_changed_images_are_noticed(door):
+    """Going on with other images would be neither the old run nor a new one."""
+    rng = np.random.default_rng(0)
+    folder = door.folder / "images"
+    folder.mkdir()
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8)).save(folder / f"{i}.png")
+    options = ("--data.train", "flat:images", "--data.val", "", "--run.out", "run")
+    options += ("--optim.batch-size", "9", "--run.length", "8st")
+    first = door.pretrain(*options)
+    assert first.returncode == 0, first.stderr
+    (folder / "7.png").unlink()
+    (folder / "8.png").unlink()
+    again = door.pretrain(*options)
+    assert again.returncode == 2
+    assert "the images have changed" in again.stderr.splitlines()[-1]
+
+
+def test_probes_do_not_delay_a_stop(shared_door, unbroken):
+    """A stopped run saves and leaves; its pictures wait for the end."""
+    process = shared_door.start("--run.out", "quick", "--data.workers", "1")
+    metrics = shared_door.folder / "quick" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size)
+    process.send_signal(signal.SIGUSR2)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert not (shared_door.folder / "quick" / "reconstruction.png").exists()
 
 
 def test_from_another_runs_checkpoint(shared_door, unbroken):

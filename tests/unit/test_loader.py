@@ -25,6 +25,7 @@ from ssl_vit.data.loader import (
 )
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import open_source
+from ssl_vit.task import Views
 from tests.conftest import ROOT
 
 SPEC = ViewSpec((Crop((8, 8)), Crop((4, 6), scale=(0.05, 0.5), count=2)))
@@ -321,3 +322,26 @@ def test_a_folder_of_16_bit_images(tmp_path):
     np.testing.assert_allclose(images[:, 0].numpy(), deep / 65535, rtol=1e-6)
     levels = [len(set(row)) for row in (images[:, 0] * 65535).round().int().flatten(1).tolist()]
     assert min(levels) > 115
+
+
+def test_eight_bit_and_deeper_images_share_a_batch(tmp_path):
+    """The same picture stored with 8 and with 16 bits gives the same numbers, side by side."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(picture.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    images = EvalImages(open_source(f"flat:{tmp_path}"), (8, 8), 1.0, 1)
+    batch = images.__getitems__([0, 1]).views.crops[0]
+    assert batch.dtype == torch.float32
+    torch.testing.assert_close(batch[0], batch[1])
+    alone = images.__getitems__([0]).views.crops[0]
+    assert alone.dtype == torch.uint8
+
+
+def test_pinning_reaches_every_tensor(monkeypatch):
+    """What the loader calls on its batches; pinning itself needs a GPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    views = Views([torch.zeros(1), torch.ones(1)], torch.tensor([1]), torch.tensor([2]))
+    assert Batch(views, {3: "bad"}).pin_memory().bad == {3: "bad"}
+    assert len(pinned) == 4

@@ -18,7 +18,7 @@ from ssl_vit.data import tar as tar_module
 from ssl_vit.data import tar_index
 from ssl_vit.data.base import Names
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.sources import Source, Subset, open_source, split_holdout
+from ssl_vit.data.sources import Source, Subset, check_classes, open_source, split_holdout
 
 SHARED = Path(os.environ.get("SSL_VIT_SHARED", Path(__file__).parents[2].parent / "shared"))
 
@@ -501,3 +501,16 @@ def test_every_kind_of_source_has_its_opener():
 
     for module, function in sources._OPENERS.values():
         assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_class_numbers_of_two_sources_must_agree(tmp_path):
+    """A class missing from one of them would shift every label behind it."""
+    folders = {"train": ("cat", "dog", "owl"), "val": ("cat", "owl"), "more": ("cat", "dog")}
+    for name in (f"{part}/{label}" for part, labels in folders.items() for label in labels):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+    train, val, more = (open_source(f"folder:{tmp_path / n}") for n in ("train", "val", "more"))
+    with pytest.raises(UserError, match=r"class 1 is 'dog' in .*train and 'owl' in .*val"):
+        check_classes(train, val)
+    check_classes(train, more)
+    check_classes(train, open_source(f"flat:{tmp_path / 'val'}"))

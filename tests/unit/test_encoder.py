@@ -149,7 +149,6 @@ def test_patches_that_are_not_kept_are_never_embedded():
         {"arch": "vit_small_patch14_reg4_dinov2"},
         {"arch": "vit_base_patch16_siglip_224"},
         {"arch": "vit_base_patch16_clip_224"},
-        {"arch": "vit_base_patch16_rpn_224"},
         {"arch": "aimv2_large_patch14_224"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "plain",

@@ -158,7 +158,9 @@ class Session:
             workers=self.config.data.workers,
             seed=run.seed,
             # Without held-out images each would find itself among its neighbours.
-            labelled=images.held_out and None not in (images.train.labels, images.val.labels),
+            labelled=images.held_out
+            and images.train.labels is not None
+            and images.val.labels is not None,
         )
 
 

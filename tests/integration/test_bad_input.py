@@ -34,7 +34,7 @@ def refused(result, *fragments):
         (("--data.train", "folder:missing"), ("missing",)),
         (("--data.train", "diggits"), ("digits",)),
         (("--data.train", "folder:gray16", "--data.channels", "4"), ("--data.channels is 4",)),
-        (("--run.device", "cuda:99"), ("--run.device", "cuda:99")),
+        (("--run.device", "cuda:99"), ("cuda:99", "CUDA devices")),
         (("--run.resume", "nowhere"), ("--run.resume is 'nowhere'", "auto, never")),
         (("--config", "mae_cifar"), ("mae_cifar10",)),
         (("--data.mean", "0.5"), ("--data.mean and --data.std go together",)),

@@ -22,6 +22,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for a text."""
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """The same for a folder that does not exist yet: ``write`` fills it, then it gets its name."""
     temporary = path.with_name(f".{path.name}.partial")

@@ -26,7 +26,7 @@ from ssl_vit.data.sources import Source, check_classes, open_source, split_holdo
 from ssl_vit.encoder import Encoder, choose_attention, compile_blocks
 from ssl_vit.evaluators.features import View
 from ssl_vit.evaluators.watch import Watch, bounded
-from ssl_vit.files import write_atomically
+from ssl_vit.files import write_text_atomically
 from ssl_vit.methods.base import Method
 from ssl_vit.options import to_yaml
 from ssl_vit.training.checkpoint import Checkpoints
@@ -226,7 +226,7 @@ def prepare_folder(session: Session) -> None:
     # Going on with this file must not start anew again.
     resume = "auto" if run.resume == "never" else run.resume
     text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
-    write_atomically(out / CONFIG_FILE, lambda path: path.write_text(text))
+    write_text_atomically(out / CONFIG_FILE, text)
     file = out / ENCODER_FILE
     if trainer.step and (not file.is_file() or read_info(file).step != trainer.step):
         # Killed between a checkpoint and its encoder file, which then is of an earlier step.

@@ -16,7 +16,7 @@ from ssl_vit import __version__
 from ssl_vit.data.sources import Source
 from ssl_vit.evaluators.features import FeatureSet, View
 from ssl_vit.evaluators.scores import Score
-from ssl_vit.files import write_atomically
+from ssl_vit.files import write_text_atomically
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
@@ -57,4 +57,4 @@ def write_card(path: Path, card: dict[str, Any], scores: list[Score]) -> None:
     """The protocol with its scores, written whole or not at all."""
     result = card | {"scores": [dataclasses.asdict(score) for score in scores]}
     text = json.dumps(result, indent=1)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+    write_text_atomically(path, text + "\n")

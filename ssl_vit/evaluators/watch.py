@@ -22,7 +22,7 @@ from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.scores import Score, knn_scores, linear_scores
-from ssl_vit.files import write_atomically
+from ssl_vit.files import write_atomically, write_text_atomically
 from ssl_vit.seeds import fold
 from ssl_vit.task import Views
 from ssl_vit.training.health import health
@@ -112,7 +112,7 @@ def write_table(path: Path, table: Table, about: dict[str, object]) -> None:
     """A comparison as JSON, with its protocol."""
     rows = {n: {k: dataclasses.asdict(s) for k, s in r.items()} for n, r in table.items()}
     text = json.dumps(about | {"scores": rows}, indent=1)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
+    write_text_atomically(path, text + "\n")
 
 
 def read_table(path: Path, sha256: str) -> Table | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ssl_vit.distributed import all_reduce_mean
-from ssl_vit.files import write_atomically
+from ssl_vit.files import write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 10.0
@@ -164,4 +164,4 @@ def keep_rows(path: Path, step: int) -> None:
         return
     kept = [json.dumps(row) for row in read_rows(path) if row.get("step", 0) <= step]
     text = "".join(f"{line}{os.linesep}" for line in kept)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text_atomically(path, text)

@@ -40,7 +40,7 @@ def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
     The metadata have one key, ``ssl_vit``: JSON with ``info`` (an :class:`EncoderInfo`) and
     ``timm``, the ``arch`` and ``kwargs`` of the timm call that builds the same model.
     """
-    tensors = {k: v.detach().contiguous().cpu() for k, v in encoder.vit.state_dict().items()}
+    tensors = contiguous_state(encoder.vit)
     recipe = {"arch": info.config.arch, "kwargs": timm_kwargs(info.config, info.channels)}
     # One key, because safetensors writes several in an order of chance.
     metadata = {_KEY: json.dumps({"timm": recipe, "info": dataclasses.asdict(info)})}

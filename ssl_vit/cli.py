@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from ssl_vit.config import RunFailed, UserError, nearest
 from ssl_vit.options import known_keys, parse, yaml_flags
@@ -34,7 +35,7 @@ def run_door(main: Callable[[list[str]], int]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except (RunFailed, OSError) as error:
+    except (RunFailed, OSError, SafetensorError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

@@ -188,10 +188,15 @@ class OptimConfig:
     """Where the cosine ends."""
     warmup: str = "10ep"
     """Linear warm-up from 0, as 10ep or 500st."""
+    peak_in_warmup: bool = False
+    """Whether the last warm-up step has the peak rate already (as in DINO), or the first one after
+    it (as in MAE)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging factors."""
     weight_decay: float = 0.05
     """Decoupled weight decay, on weight matrices only (not on biases and other vectors)."""
+    weight_decay_end: float | None = None
+    """Where weight decay ends, moving there on half a cosine. None: it is constant."""
     clip: float = 0.0
     """Largest gradient norm. 0: no clipping."""
     clip_by: Literal["global", "parameter"] = "global"
@@ -206,6 +211,9 @@ class OptimConfig:
             flag = f"--optim.{option.replace('_', '-')}"
             check(value >= 0 and math.isfinite(value), f"{flag} is {value}; it must be 0 or more")
         check(self.lr is None or self.lr > 0, f"--optim.lr is {self.lr}; it must be above 0")
+        decay = self.weight_decay_end
+        fine = decay is None or 0 <= decay < math.inf
+        check(fine, f"--optim.weight-decay-end is {decay}; it must be 0 or more")
         check(all(0 <= b < 1 for b in self.betas), f"--optim.betas is {self.betas}; each in [0, 1)")
         Length.parse(self.warmup, "--optim.warmup")
 

@@ -120,12 +120,13 @@ class Encoder(nn.Module):
 
     def encode(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
         """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""
-        x = self._with_prefix(tokens)
+        x = self.with_prefix(tokens)
         for block in self.vit.blocks:
             x = block(x)
         return self.vit.norm(x)
 
-    def _with_prefix(self, tokens: Tensor) -> Tensor:
+    def with_prefix(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """What the first block is given: [CLS] and registers, if any, before the patch tokens."""
         vit = self.vit
         prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
         if prefix:
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
         blocks = self.vit.blocks
         check(1 <= last <= len(blocks), f"{last} last blocks asked; the encoder has {len(blocks)}")
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
-        x = self._with_prefix(self.embed(images))
+        x = self.with_prefix(self.embed(images))
         outputs = []
         for i, block in enumerate(blocks):
             x = block(x)

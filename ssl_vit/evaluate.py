@@ -15,20 +15,22 @@ from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config
 from ssl_vit.config import check
 from ssl_vit.data.sources import check_classes, open_source
 from ssl_vit.encoder import Encoder, image_size
-from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pixels, pooled, ready
+from ssl_vit.evaluators.features import (
+    Embed,
+    FeatureSet,
+    View,
+    extract,
+    open_encoder,
+    pixels,
+    pooled,
+    ready,
+)
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import KS, Score, knn_scores, linear_scores
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import resolve_device, resolve_precision
-from ssl_vit.weights.exchange import (
-    EncoderInfo,
-    encoder_path,
-    load_encoder,
-    random_like,
-    read_info,
-    sha256,
-)
+from ssl_vit.weights.exchange import EncoderInfo, encoder_path, read_info, sha256
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.evaluate"
@@ -103,15 +105,7 @@ def resolve_encoder(name: str, seed: int) -> tuple[Embed, Encoder | None, Encode
     if kind == "pixels" and rest:
         path = encoder_path(rest)
         return pixels, None, read_info(path), path
-    if kind == "random" and rest:
-        path = encoder_path(rest)
-        info = read_info(path)
-        encoder = random_like(info, seed)
-    else:
-        path = encoder_path(name)
-        encoder, info = load_encoder(path)
-        n = len(encoder.vit.state_dict())
-        log.info("%s: %d of %d tensors, %s at step %d", path, n, n, info.method, info.step)
+    encoder, info, path = open_encoder(name, seed)
     return pooled(encoder), encoder, info, path
 
 

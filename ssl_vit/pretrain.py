@@ -21,6 +21,7 @@ from ssl_vit.cli import (
     subcommand,
 )
 from ssl_vit.config import DataConfig, EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.data.photometric import left_out
 from ssl_vit.encoder import parameter_count
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
@@ -90,12 +91,34 @@ def show_plan(session: Session) -> None:
             ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
             ("parameters", f"{counted(encoder)} encoder, {counted(session.method)} in all"),
             ("images", f"{order.n:,} train, {held_out}"),
+            ("views", describe_views(session)),
             ("effective batch", f"{optim.batch_size} = {split}"),
             ("learning rate", rate),
             ("steps", f"{schedule.total:,} = {schedule.total / per_epoch:g} epochs x {per_epoch}"),
             ("warm-up", warmup),
         ],
     )
+
+
+def describe_views(session: Session) -> str:
+    """The crops of an image, and which photometric operations its channels do not allow."""
+    crops = session.views().crops
+    counts: dict[str, int] = {}
+    for crop in crops:
+        size = "x".join(map(str, crop.size))
+        counts[size] = counts.get(size, 0) + crop.count
+    deep, channels = session.images.deep, session.config.data.channels
+    missing = {
+        name: None
+        for crop in crops
+        if crop.photometric
+        for name in left_out(crop.photometric, channels, bounded=not deep)
+    }
+    text = " + ".join(f"{n} of {size} px" for size, n in counts.items())
+    if missing:
+        depth = "more than 8 bits" if deep else "8 bits"
+        text += f"; for images of {channels} channels and {depth} left out: {', '.join(missing)}"
+    return text
 
 
 def counted(module: torch.nn.Module) -> str:

@@ -18,7 +18,7 @@ from ssl_vit.config import (
     UserError,
     check,
 )
-from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize, ViewSpec
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.loader import BadImages, TrainImages, estimate_statistics, train_batches
 from ssl_vit.data.order import Order
@@ -68,6 +68,8 @@ class Images:
     val: Source
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    deep: bool
+    """More than 8 bits a channel, so in no fixed range."""
 
     @property
     def held_out(self) -> bool:
@@ -88,28 +90,26 @@ def open_images(config: PretrainConfig[Any]) -> Images:
     else:
         rest, val = split_holdout(train, data.holdout, config.run.seed)
         train, val = (rest, val) if len(val) else (train, train)
-    for source in (train, val):
-        check_channels(source, data.channels)
+    deep = [is_deep(source, data.channels) for source in (train, val)][0]
     check_classes(train, val)
     mean, std = data.mean, data.std
     if not mean and data.channels == 3 and data.statistics == "default":
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     elif not mean:
         mean, std = estimate_statistics(train, data.channels, config.run.seed)
-    return Images(train, val, mean, std)
+    return Images(train, val, mean, std, deep)
 
 
-def check_channels(source: Source, channels: int) -> None:
-    """The first image that can be read must have the channels asked for.
+def is_deep(source: Source, channels: int) -> bool:
+    """Whether the first image that can be read has more than 8 bits a channel.
 
     Raises:
-        UserError: it has others, or none of the first hundred can be read.
+        UserError: it has not the channels asked for, or none of the first hundred can be read.
     """
     reason = ""
     for i in range(min(100, len(source))):
         try:
-            decode(source.read(i)[0], channels)
-            return
+            return decode(source.read(i)[0], channels).dtype != torch.uint8
         except BadImage as error:
             reason = reason or f"{source.name(i)}: {error}"
     raise UserError(f"no image of {source.spec} can be read, the first is {reason}")
@@ -140,6 +140,10 @@ class Session:
             step=self.trainer.step,
         )
 
+    def views(self) -> ViewSpec:
+        """The crops the method sees of an image."""
+        return self.method.views(self.config.method, self.method.encoder)
+
     def untrained_encoder(self) -> Encoder:
         """The encoder as it was before the first step."""
         return initial_method(type(self.method), self.config).exported_encoder()
@@ -161,6 +165,7 @@ class Session:
             labelled=images.held_out
             and images.train.labels is not None
             and images.val.labels is not None,
+            pooling=self.method.pooling,
         )
 
 
@@ -239,7 +244,7 @@ def train(session: Session) -> bool:
     data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
     images = TrainImages(
         session.images.train,
-        session.method.views(session.config.method, session.method.encoder.image_size),
+        session.views(),
         data.channels,
         run.seed,
     )
@@ -255,6 +260,7 @@ def train(session: Session) -> bool:
         every=run.log_every,
         images_per_step=order.batch_size,
         main=session.parallel.main,
+        spoken=session.method.spoken,
     ) as runlog:
 
         def save(step: int) -> None:

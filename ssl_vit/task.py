@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 
@@ -17,12 +18,15 @@ class Views:
     ``crops``: one (B, C, H, W) tensor for each kind of crop; uint8 (or float in the image's own
     scale) from the workers, normalised float after the device half. ``keys``: (B,) one random key
     for each sample, a function of (seed, epoch, image), to draw with (``seeds.uniform``).
-    ``labels``: (B,) class, -1 where there is none.
+    ``labels``: (B,) class, -1 where there is none. ``photometric``: for each kind of crop the
+    parameters of its photometric operations, (B, WIDTH) of ``data.photometric`` or (B, 0) for a
+    kind that has none; an empty list in evaluation, and after the device half.
     """
 
     crops: list[Tensor]
     keys: Int64[Tensor, " b"]
     labels: Int64[Tensor, " b"]
+    photometric: list[Tensor] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Views:
         """The same batch on ``device``; copies from pinned memory do not block."""
@@ -34,21 +38,44 @@ class Views:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Views:
-        return Views([change(c) for c in self.crops], change(self.keys), change(self.labels))
+        return Views(
+            [change(c) for c in self.crops],
+            change(self.keys),
+            change(self.labels),
+            [change(p) for p in self.photometric],
+        )
 
 
 class Task(nn.Module):
-    """All that the loop knows of what it trains."""
+    """All that the loop knows of what it trains.
+
+    ``spoken`` names the scalars, beside the loss, that the line of progress shows.
+    """
+
+    spoken: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """Scalars on the device, among them ``loss``, which is minimised."""
         raise NotImplementedError
 
+    def set_length(self, steps: int, steps_per_epoch: int) -> None:
+        """Called once, before the first step: how long the training will be."""
+
     def before_update(self, step: int) -> None:
         """Called with gradients in place, before they are clipped and applied."""
 
-    def after_update(self, step: int) -> None:
-        """Called after the optimizer has moved the parameters."""
+    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+        """Called after the optimizer has moved the parameters.
+
+        ``finite`` is false, on every process, where the step was skipped: then nothing may move.
+        """
+
+    def concerns(self, means: dict[str, float]) -> dict[str, str]:
+        """What is wrong with the training, by the means of its scalars over some steps.
+
+        A short name, and a line for people with the usual remedies; empty where all is well.
+        """
+        return {}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies: to all but biases and other vectors."""

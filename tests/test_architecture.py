@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ssl_vit"
 # From the ground up; a module imports from its own floor or below.
 FLOORS = (
     {"task", "schedules", "ema", "distributed", "config", "options", "seeds", "files", "figures"},
-    {"encoder"},
+    {"encoder", "attention"},
     {"data", "weights"},
     {"methods", "training"},
     {"evaluators"},

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from ssl_vit.data.photometric import Photometric, photometric
 from ssl_vit.task import Views
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BICUBIC = v2.InterpolationMode.BICUBIC
+
+View = tuple[Tensor, list[float]]
+"""A crop, and its photometric parameters: ``WIDTH`` of them, or none."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Crop:
     """``count`` random resized crops of ``size`` (height, width) pixels.
 
     ``scale``: least and most share of the area; ``ratio``: least and most width over height, drawn
-    log-uniformly; ``flip``: probability of a horizontal flip.
+    log-uniformly; ``flip``: probability of a horizontal flip; ``photometric``: what is done to its
+    colours and sharpness, if anything.
     """
 
     size: tuple[int, int]
@@ -30,6 +35,7 @@ class Crop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     count: int = 1
+    photometric: Photometric | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,15 @@ def random_crop(image: Tensor, crop: Crop, rng: random.Random) -> Tensor:
     return image.flip(-1) if rng.random() < crop.flip else image
 
 
-def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[Tensor]]:
-    """The workers' half: for each kind of crop its crops of this image."""
-    return [[random_crop(image, crop, rng) for _ in range(crop.count)] for crop in spec.crops]
+def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[View]]:
+    """The workers' half: for each kind of crop its crops of this image, all parameters drawn."""
+    return [
+        [
+            (random_crop(image, crop, rng), crop.photometric.draw(rng) if crop.photometric else [])
+            for _ in range(crop.count)
+        ]
+        for crop in spec.crops
+    ]
 
 
 def center_view(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
@@ -85,7 +97,10 @@ def center_view(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tens
 
 
 class Normalize(nn.Module):
-    """The device half: images as float, scaled to 0..1 where they are uint8, and standardised."""
+    """The device half: images as float, scaled to 0..1 where they are uint8, and standardised.
+
+    Photometric operations, where a batch of views has parameters for them, come before the last.
+    """
 
     mean: Tensor
     std: Tensor
@@ -97,13 +112,33 @@ class Normalize(nn.Module):
 
     def images(self, images: Tensor) -> Float[Tensor, "b c h w"]:
         """Normalised images from uint8 (0..255) or float ones."""
-        scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
-        return (images.float() * scale - self.mean) / self.std
+        return self._standardised(_scaled(images))
 
     def inverse(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Normalised images back to their own scale (0..1 for uint8)."""
         return images * self.std + self.mean
 
     def forward(self, views: Views) -> Views:
-        """The same batch with normalised crops."""
-        return Views([self.images(crop) for crop in views.crops], views.keys, views.labels)
+        """The same batch with its crops augmented, by what parameters there are, and normalised.
+
+        Images that come as uint8 keep to their range; of deeper ones any range is possible.
+        """
+        if not views.photometric:
+            return replace(views, crops=[self.images(crop) for crop in views.crops])
+        crops = []
+        for images, parameters in zip(views.crops, views.photometric, strict=True):
+            scaled = _scaled(images)
+            if parameters.shape[1]:
+                scaled = photometric(scaled, parameters, bounded=images.dtype == torch.uint8)
+            crops.append(self._standardised(scaled))
+        return replace(views, crops=crops, photometric=[])
+
+    def _standardised(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Overwrites ``images``: none of this is worth another pass over memory."""
+        return images.sub_(self.mean).div_(self.std)
+
+
+def _scaled(images: Tensor) -> Float[Tensor, "b c h w"]:
+    """A float32 copy, in 0..1 if the images are uint8."""
+    copy = images.to(torch.float32, copy=True)
+    return copy.mul_(1 / 255) if images.dtype == torch.uint8 else copy

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.config import UserError
-from ssl_vit.data.augment import ViewSpec, center_view, take_views
+from ssl_vit.data.augment import View, ViewSpec, center_view, take_views
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.order import Order, permute
 from ssl_vit.data.sources import Source
@@ -52,20 +52,19 @@ class TrainImages(Dataset):
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (epoch, index) pairs, collated here, in the worker."""
         bad: dict[int, str] = {}
-        crops: list[list[Tensor]] = [[] for _ in self.spec.crops]
+        taken: list[list[View]] = [[] for _ in self.spec.crops]
         keys, labels = [], []
         for epoch, index in wanted:
             image, label = self._readable(index, bad)
             key = fold(self.seed, epoch, index)
             for kind, views in enumerate(take_views(image, self.spec, random.Random(key))):
-                crops[kind] += views
+                taken[kind] += views
             keys.append(fold(key))
             labels.append(-1 if label is None else label)
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
-        stacked = [
-            _by_view(views, c.count) for views, c in zip(crops, self.spec.crops, strict=True)
-        ]
-        return Batch(Views(stacked, torch.tensor(keys), torch.tensor(labels)), bad)
+        kinds = [_by_view(views, c.count) for views, c in zip(taken, self.spec.crops, strict=True)]
+        crops, parameters = [crops for crops, _ in kinds], [drawn for _, drawn in kinds]
+        return Batch(Views(crops, torch.tensor(keys), torch.tensor(labels), parameters), bad)
 
     def _readable(self, index: int, bad: dict[int, str]) -> tuple[Tensor, int | None]:
         """The image at ``index`` or, if it is bad, the one that always replaces it."""
@@ -80,9 +79,10 @@ class TrainImages(Dataset):
         raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last: {reasons}")
 
 
-def _by_view(crops: list[Tensor], count: int) -> Tensor:
-    """Crops listed image by image, ``count`` each, as one batch view by view."""
-    return _stack([c for view in range(count) for c in crops[view::count]])
+def _by_view(taken: list[View], count: int) -> tuple[Tensor, Tensor]:
+    """Crops listed image by image, ``count`` each, and their parameters, stacked view by view."""
+    ordered = [view for nth in range(count) for view in taken[nth::count]]
+    return _stack([crop for crop, _ in ordered]), torch.tensor([drawn for _, drawn in ordered])
 
 
 def _stack(crops: list[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +18,13 @@ from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.sources import Source
 from ssl_vit.encoder import Encoder, choose_attention
 from ssl_vit.training.parallel import autocast, loader_workers
+from ssl_vit.weights.exchange import (
+    EncoderInfo,
+    encoder_path,
+    load_encoder,
+    random_like,
+    read_info,
+)
 
 log = logging.getLogger("ssl_vit")
 Embed = Callable[[Float[Tensor, "b c h w"]], dict[str, Tensor]]
@@ -57,6 +65,16 @@ class View:
         Encoders of less than 112 pixels see the whole image: theirs are small pictures already.
         """
         return 0.875 if min(self.size) >= 112 else 1.0
+
+    def display(self, images: Tensor) -> Normalize:
+        """How to show such images: its ``inverse`` takes normalised ones to 0..1.
+
+        8-bit images get their own values back. Of deeper ones any range is possible: shown is the
+        mean +- 2.5 standard deviations.
+        """
+        if images.dtype == torch.uint8:
+            return Normalize(self.mean, self.std)
+        return Normalize((0.5,) * self.channels, (0.2,) * self.channels)
 
 
 def pooled(encoder: Encoder) -> Embed:
@@ -113,6 +131,27 @@ def extract(
         raise UserError(f"no image of {source.spec} can be read: {next(iter(bad.values()), '')}")
     joined = {kind: torch.cat(parts) for kind, parts in found.items()}
     return FeatureSet(joined, torch.cat(labels), len(bad))
+
+
+def open_encoder(name: str, seed: int) -> tuple[Encoder, EncoderInfo, Path]:
+    """An ``--encoder`` argument as its module, its info and its file.
+
+    A run folder or a file; ``random:`` before it means the same architecture with random weights,
+    a function of ``seed``.
+
+    Raises:
+        UserError: no such file, or not an encoder.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "random" and rest:
+        path = encoder_path(rest)
+        info = read_info(path)
+        return random_like(info, seed), info, path
+    path = encoder_path(name)
+    encoder, info = load_encoder(path)
+    n = len(encoder.vit.state_dict())
+    log.info("%s: %d of %d tensors, %s at step %d", path, n, n, info.method, info.step)
+    return encoder, info, path
 
 
 def ready(module: nn.Module, device: torch.device) -> None:

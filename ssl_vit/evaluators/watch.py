@@ -34,7 +34,10 @@ _PANEL_ROWS = 6
 
 @dataclass(frozen=True)
 class Watch:
-    """Everything needed to look at an encoder; ``labelled`` says whether k-NN has a meaning."""
+    """Everything needed to look at an encoder.
+
+    ``labelled`` says whether k-NN has a meaning, ``pooling`` which feature the method trains.
+    """
 
     train: Source
     val: Source
@@ -44,6 +47,7 @@ class Watch:
     workers: int
     seed: int
     labelled: bool
+    pooling: str = "mean"
 
     def features(self, embed: Embed) -> tuple[FeatureSet | None, FeatureSet]:
         """Features of the training images (where labels make them useful) and the held-out ones."""
@@ -54,10 +58,10 @@ class Watch:
         return (of(self.train) if self.labelled else None), of(self.val)
 
     def look(self, encoder: Encoder) -> dict[str, float]:
-        """Health of the mean-patch feature and, with labels, k-NN accuracy in percent."""
+        """Health of the method's feature and, with labels, k-NN accuracy in percent of all."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
-        numbers = health(val.features["mean"])
+        numbers = health(val.features[self.pooling])
         if train is not None:
             k = min(20, len(train.labels))
             for score in knn_scores(train, val, (k,)):
@@ -72,10 +76,8 @@ class Watch:
         if not views.crops:
             return {}
         keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
-        display = normalize = Normalize(self.view.mean, self.view.std).to(self.device)
-        if views.crops[0].dtype != torch.uint8:
-            # Of deeper images any range is possible: show the mean +- 2.5 standard deviations.
-            display = Normalize((0.5,) * self.view.channels, (0.2,) * self.view.channels)
+        display = self.view.display(views.crops[0])
+        normalize = Normalize(self.view.mean, self.view.std).to(self.device)
         views = normalize(Views(views.crops, keys, views.labels).to(self.device))
         pictures = painter(views, display.to(self.device))
         for name, picture in pictures.items():
@@ -84,12 +86,12 @@ class Watch:
         return pictures
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
-        """k-NN (k = 20) and linear score of each entry, on its mean-patch feature if it has one."""
+        """k-NN (k = 20) and linear score of each entry, on the method's feature if it has it."""
         table: dict[str, dict[str, Score]] = {}
         for name, embed in embeds.items():
             train, val = self.features(embed)
             assert train is not None
-            shown = "mean" if "mean" in train.features else next(iter(train.features))
+            shown = self.pooling if self.pooling in train.features else next(iter(train.features))
             train, val = train.only(shown).to(self.device), val.only(shown).to(self.device)
             k = min(20, len(train.labels))
             linear = linear_scores(train, val, LinearProtocol(seed=self.seed))

@@ -19,10 +19,12 @@ class Method(Task):
     """A self-supervised objective. One file in ``methods/`` defines one subclass.
 
     ``Config`` is its frozen dataclass of options, with the paper's values as defaults; ``defaults``
-    are its values for the shared groups, as ``{"optim": {"betas": (0.9, 0.95)}}``.
+    are its values for the shared groups, as ``{"optim": {"betas": (0.9, 0.95)}}``; ``pooling`` is
+    the feature it is watched by: ``mean`` of the patches, or ``cls``.
     """
 
     Config: ClassVar[type]
+    pooling: ClassVar[str] = "mean"
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, encoder_config: EncoderConfig, channels: int) -> None:
@@ -31,8 +33,8 @@ class Method(Task):
         self.encoder = Encoder(encoder_config, channels)
 
     @staticmethod
-    def views(config: Any, image_size: tuple[int, int]) -> ViewSpec:
-        """Which crops the method sees of an image, for an encoder of ``image_size`` pixels."""
+    def views(config: Any, encoder: Encoder) -> ViewSpec:
+        """Which crops the method sees of an image, for this encoder."""
         raise NotImplementedError
 
     def exported_encoder(self) -> Encoder:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, check
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.encoder import sincos_positions, take
+from ssl_vit.encoder import Encoder, sincos_positions, take
 from ssl_vit.figures import picture_rows, to_rgb
 from ssl_vit.methods.base import Method
 from ssl_vit.seeds import uniform
@@ -139,9 +139,9 @@ class MAE(Method):
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 
     @staticmethod
-    def views(config: MAEConfig, image_size: tuple[int, int]) -> ViewSpec:
+    def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
         """One random resized crop, bicubic, perhaps flipped."""
-        return ViewSpec((Crop(image_size, scale=config.crop_scale, flip=config.flip),))
+        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """The loss of a batch, each image masked by its own key."""

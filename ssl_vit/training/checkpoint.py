@@ -108,7 +108,8 @@ def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path) -> None:
     for label, value in tensors.items():
         owner, _, key = label.partition("::")
         saved.setdefault(owner, {})[key] = value
-    strange = sorted(saved.keys() ^ parameters.keys())
+    # A parameter that was frozen so far has no moments; another set of names is another task's.
+    strange = sorted(saved.keys() - parameters.keys())
     check(not strange, f"{path}: {len(strange)} parameters do not match ({', '.join(strange[:3])})")
     for name, state in saved.items():
         same = all(v.shape in (parameters[name].shape, ()) for v in state.values())

@@ -1,5 +1,7 @@
 """Is the encoder alive? Numbers of its features that a falling loss does not show."""
 
+from dataclasses import dataclass, field
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,3 +30,30 @@ def effective_rank(features: Float[Tensor, "n d"]) -> float:
 def health(features: Float[Tensor, "n d"]) -> dict[str, float]:
     """Both numbers, named as they are logged."""
     return {"feature_std": feature_spread(features), "rankme": effective_rank(features)}
+
+
+@dataclass
+class Alarm:
+    """Tells what is worth saying: a concern that lasts, when it has lasted, and when it is over.
+
+    after: steps at the start (the warm-up) in which any state is normal.
+    patience: looks in a row at which a concern must be there.
+    """
+
+    after: int
+    patience: int = 5
+    streaks: dict[str, int] = field(default_factory=dict)
+
+    def news(self, step: int, concerns: dict[str, str]) -> list[str]:
+        """Lines to say after ``step``, given the concerns there are now."""
+        if step <= self.after:
+            return []
+        lines = []
+        for name, streak in self.streaks.items():
+            if name not in concerns and streak >= self.patience:
+                lines.append(f"step {step}: recovered from: {name}")
+        self.streaks = {name: self.streaks.get(name, 0) + 1 for name in concerns}
+        for name, streak in self.streaks.items():
+            if streak == self.patience:
+                lines.append(f"step {step}: {concerns[name]}")
+        return lines

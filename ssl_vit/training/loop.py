@@ -19,6 +19,7 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
 from ssl_vit.seeds import fold
 from ssl_vit.task import Task
+from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import Schedule, clip_gradients, guarded_step, make_optimizer
 from ssl_vit.training.parallel import Parallel, autocast
@@ -60,11 +61,13 @@ class Trainer:
         self.task, self.run, self.optim = task, run, optim
         self.schedule, self.normalize = schedule, normalize
         self.parallel, self.precision = parallel, precision
+        task.set_length(schedule.total, schedule.steps_per_epoch)
         self.optimizer = make_optimizer(task, optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.model = parallel.wrap(task)
         self.step = 0
         self.streak = torch.zeros((), device=parallel.device)
+        self.alarm = Alarm(after=schedule.warmup)
 
     def train(
         self, batches: Iterator[Batch], bad: BadImages, log: RunLog, hooks: list[Hook]
@@ -83,8 +86,11 @@ class Trainer:
                 waited = time.perf_counter() - started
                 scalars = self.update(parts)
                 self.step += 1
-                if log.add(self.step, scalars, self.schedule.lr(self.step - 1), waited):
+                means = log.add(self.step, scalars, self.schedule.lr(self.step - 1), waited)
+                if means:
                     self._check_streak()
+                    for line in self.alarm.news(self.step, self.task.concerns(means)):
+                        log.warn(self.step, line)
                 unfinished = self.step < self.schedule.total
                 stopping = self.parallel.any(stop.requested) and unfinished
                 self._call(hooks, log, stopping)
@@ -96,15 +102,16 @@ class Trainer:
         """One optimizer step from its accumulated parts; scalars that stay on the device."""
         # Dropout and its like follow from the step, so no generator's state need be saved.
         torch.manual_seed(fold(self.run.seed, self.step, self.parallel.rank))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.step)
+        decayed, plain = self.optimizer.param_groups
+        decayed["lr"] = plain["lr"] = self.schedule.lr(self.step)
+        decayed["weight_decay"] = self.schedule.weight_decay(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         scalars = self._forward_backward(parts)
         self.task.before_update(self.step)
         norm = clip_gradients(self.trained, self.optim)
         finite = torch.isfinite(scalars["loss"]) & torch.isfinite(norm)
-        guarded_step(self.optimizer, finite)
-        self.task.after_update(self.step)
+        finite = guarded_step(self.optimizer, finite)
+        self.task.after_update(self.step, finite)
         skipped = (~finite).float()
         self.streak = (self.streak + skipped) * skipped
         return {**scalars, "grad_norm": norm, "skipped": skipped}

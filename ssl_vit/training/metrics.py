@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ssl_vit.distributed import all_reduce_mean
 from ssl_vit.files import write_text_atomically
 
+log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 10.0
 
@@ -32,13 +35,21 @@ class RunLog:
         folder: the run's; files are written by the main process only.
         start, total: steps done before, and in all; later rows of an earlier try are dropped.
         images_per_step: of the effective batch, for the rate.
+        spoken: scalars that the line of progress shows beside the loss.
     """
 
     def __init__(
-        self, folder: Path, start: int, total: int, every: int, images_per_step: int, main: bool
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        every: int,
+        images_per_step: int,
+        main: bool,
+        spoken: Sequence[str] = (),
     ) -> None:
         self.start, self.total, self.every = start, total, every
-        self.images_per_step, self.main = images_per_step, main
+        self.images_per_step, self.main, self.spoken = images_per_step, main, spoken
         self.sums: dict[str, Tensor] = {}
         self.finite: dict[str, Tensor] = {}
         self.count = 0
@@ -61,8 +72,10 @@ class RunLog:
             self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
             self.progress.start()
 
-    def add(self, step: int, scalars: dict[str, Tensor], lr: float, waited: float) -> bool:
-        """Take in the scalars of step ``step`` (counted from 1); whether a line was due.
+    def add(
+        self, step: int, scalars: dict[str, Tensor], lr: float, waited: float
+    ) -> dict[str, float]:
+        """Take in the scalars of step ``step`` (counted from 1); their means, if a line was due.
 
         Nothing is read from the device between lines.
         """
@@ -75,11 +88,9 @@ class RunLog:
         self.count += 1
         self.waited += waited
         due = step % self.every == 0 or step == self.total
-        if due:
-            self._flush(step, lr)
-        return due
+        return self._flush(step, lr) if due else {}
 
-    def _flush(self, step: int, lr: float) -> None:
+    def _flush(self, step: int, lr: float) -> dict[str, float]:
         sums = all_reduce_mean(torch.stack(list(self.sums.values())))
         counts = all_reduce_mean(torch.stack(list(self.finite.values())))
         means = (sums / counts).tolist()
@@ -91,6 +102,14 @@ class RunLog:
         self._speak(step, row)
         self.sums, self.finite, self.count, self.waited = {}, {}, 0, 0.0
         self.since = time.perf_counter()
+        return row
+
+    def warn(self, step: int, line: str) -> None:
+        """Say it, and keep it: a line of metrics.jsonl, and a text in TensorBoard."""
+        log.warning(line)
+        if self.main:
+            self.file.write(json.dumps({"step": step, "warning": line}) + "\n")
+            self.board.add_text("warning", line, step)
 
     def pause(self, seconds: float) -> None:
         """Leave time that was not training (probes, checkpoints) out of the rate."""
@@ -113,7 +132,8 @@ class RunLog:
     def _speak(self, step: int, row: dict[str, float]) -> None:
         if not self.main:
             return
-        text = f"step {step}/{self.total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.spoken))
+        text = f"step {step}/{self.total}  {shown}  lr {row['lr']:.2e}  "
         text += f"{row['images_per_s']:.0f} img/s"
         if self.progress:
             self.progress.update(self.bar, completed=step, description=text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -25,21 +26,31 @@ def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
 
 
 class Schedule:
-    """The learning rate as a function of the step, resolved from the options."""
+    """Learning rate and weight decay as functions of the step, resolved from the options."""
 
     def __init__(self, run: RunConfig, optim: OptimConfig, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
         self.total = max(1, Length.parse(run.length, "--run.length").steps(steps_per_epoch))
         asked = Length.parse(optim.warmup, "--optim.warmup").steps(steps_per_epoch)
         # A run shorter than its warm-up would never reach its learning rate.
         self.warmup = min(asked, self.total // 2)
         self.shortened = asked if asked > self.warmup else 0
-        self.peak, self.end = optim.peak_lr, optim.min_lr
+        self.optim = optim
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0."""
-        return warmup_cosine(
-            step, warmup=self.warmup, total=self.total, peak=self.peak, end=self.end
-        )
+        optim = self.optim
+        if optim.peak_in_warmup and self.warmup > 0 and step < self.warmup:
+            return optim.peak_lr * step / max(1, self.warmup - 1)
+        peak, end = optim.peak_lr, optim.min_lr
+        return warmup_cosine(step, warmup=self.warmup, total=self.total, peak=peak, end=end)
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of optimizer step ``step``: constant, or half a cosine to its end."""
+        start, end = self.optim.weight_decay, self.optim.weight_decay_end
+        if end is None:
+            return start
+        return warmup_cosine(step, warmup=0, total=self.total, peak=start, end=end)
 
 
 def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tensor:
@@ -54,9 +65,10 @@ def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tenso
     return total
 
 
-def guarded_step(optimizer: AdamW, finite: Tensor) -> None:
+def guarded_step(optimizer: AdamW, finite: Tensor) -> Bool[Tensor, ""]:
     """An optimizer step that changes nothing, moments included, where ``finite`` is false.
 
+    Returns whether it was finite on every process, and so was done.
     The decision stays on the device: fused AdamW reads a ``found_inf`` flag, as it does for a
     gradient scaler, so that the host never waits for it.
     """
@@ -66,7 +78,8 @@ def guarded_step(optimizer: AdamW, finite: Tensor) -> None:
     if found.device.type == "mps":  # whose fused kernel does not look at the flag
         if not bool(found):
             optimizer.step()
-        return
+        return found == 0
     optimizer.found_inf = found  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
+    return found == 0

@@ -40,7 +40,9 @@ class Parallel:
         if self.world == 1:
             return task
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            task, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any process; all must call it."""

@@ -1,27 +1,18 @@
 """MAE against numbers recorded from the original implementation, in float64, relative 1e-6."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from ssl_vit.config import EncoderConfig
 from ssl_vit.encoder import choose_attention
 from ssl_vit.methods.mae import MAE, MAEConfig
-from tests.conftest import SHARED
+from tests.parity.golden import check_there_are, close, golden_files, read_golden
 
-GOLDEN = Path(os.environ.get("SSL_VIT_GOLDEN", SHARED / "golden"))
-FILES = sorted(GOLDEN.glob("mae_*.safetensors"))
+FILES = golden_files("mae_*.safetensors")
 
 
 def test_there_are_golden_files():
-    """Without files the cases below would vanish and nobody would know."""
-    if not GOLDEN.is_dir() and "SSL_VIT_GOLDEN" not in os.environ and "CI" not in os.environ:
-        pytest.skip(f"no recorded numbers at {GOLDEN}; set SSL_VIT_GOLDEN")
-    assert FILES, f"no mae_*.safetensors in {GOLDEN}; set SSL_VIT_GOLDEN"
+    check_there_are(FILES, "mae_*.safetensors")
 
 
 def our_name(theirs: str) -> str:
@@ -39,20 +30,11 @@ def our_name(theirs: str) -> str:
     return f"encoder.vit.{theirs}" if ours is None else f"{ours}.{rest}".rstrip(".")
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Relative 1e-6 of the tensor's own scale, so that tiny entries do not decide."""
-    assert actual.dtype == expected.dtype == torch.float64
-    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-    assert error < 1e-6, f"{name}: relative error {error:.2e}"
-
-
 class Case:
     """A golden file, and our model with its weights."""
 
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.config = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    def __init__(self, path) -> None:
+        self.config, self.tensors = read_golden(path)
         c = self.config
         size = c["img_size"] if isinstance(c["img_size"], list) else [c["img_size"]]
         encoder = EncoderConfig(

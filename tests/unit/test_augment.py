@@ -20,6 +20,7 @@ from ssl_vit.data.augment import (
     random_crop,
     take_views,
 )
+from ssl_vit.data.photometric import Photometric, photometric
 from ssl_vit.task import Views
 
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -142,14 +143,36 @@ def test_views_are_the_crops_that_were_asked_for():
     """By kind and count, all of different boxes, the same again for the same generator."""
     spec = ViewSpec((Crop((16, 16), count=2), Crop((8, 12), scale=(0.05, 0.2), count=3)))
     views = take_views(picture(40, 40), spec, random.Random(1))
-    assert [[tuple(c.shape) for c in kind] for kind in views] == [
+    assert [[tuple(c.shape) for c, _ in kind] for kind in views] == [
         [(3, 16, 16)] * 2,
         [(3, 8, 12)] * 3,
     ]
-    assert not torch.equal(views[0][0], views[0][1])
+    assert not torch.equal(views[0][0][0], views[0][1][0])
     again = take_views(picture(40, 40), spec, random.Random(1))
     for kind, same in zip(views, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(kind, same, strict=True))
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(kind, same, strict=True))
+
+
+def test_views_without_photometric_operations_draw_nothing_for_them():
+    """The generator is used for crops alone, so runs without them keep their numbers."""
+    image, crops = picture(40, 40), (Crop((16, 16), count=2), Crop((8, 8)))
+    rng, again = random.Random(1), random.Random(1)
+    views = take_views(image, ViewSpec(crops), rng)
+    expected = [random_crop(image, c, again) for c in (crops[0], *crops)]
+    for (crop, drawn), same in zip([*views[0], *views[1]], expected, strict=True):
+        assert torch.equal(crop, same)
+        assert drawn == []
+    assert rng.random() == again.random()
+
+
+def test_photometric_parameters_are_drawn_after_their_crop():
+    """Crop, parameters, next crop, its parameters: all from the sample's one generator."""
+    image, photometric = picture(40, 40), Photometric(jitter=0.5, blur=0.5)
+    crop = Crop((8, 8), count=2, photometric=photometric)
+    again = random.Random(1)
+    for taken, drawn in take_views(image, ViewSpec((crop,)), random.Random(1))[0]:
+        assert torch.equal(taken, random_crop(image, crop, again))
+        assert drawn == photometric.draw(again)
 
 
 # --- center_view --------------------------------------------------------------------------------
@@ -219,6 +242,26 @@ def test_normalize_takes_a_whole_batch_of_views():
     assert [tuple(c.shape) for c in out.crops] == [(2, 1, 4, 4), (4, 1, 2, 2)]
     assert out.keys.tolist() == [5, 6]
     assert out.labels.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalize_augments_what_has_parameters(dtype):
+    """Before it standardises; the batch itself is left alone, and the result has none to apply."""
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    images = torch.stack([picture(9, 7, seed=i) for i in range(4)])
+    images = images if dtype == torch.uint8 else images / 100 - 1
+    spec = Photometric(jitter=1.0, gray=0.3, blur=0.5, solarize=0.5)
+    drawn = torch.tensor([spec.draw(random.Random(i)) for i in range(4)])
+    before = images.clone()
+    keys = torch.arange(2)
+    out = normalize(Views([images, images[:2]], keys, keys, [drawn, torch.empty(2, 0)]))
+    assert torch.equal(images, before)
+    assert out.photometric == []
+    scaled = images / 255 if dtype == torch.uint8 else images.clone()
+    changed = photometric(scaled, drawn, bounded=dtype == torch.uint8)
+    torch.testing.assert_close(normalize.inverse(out.crops[0]), changed, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.crops[1], normalize.images(images[:2]))
+    assert (normalize.inverse(out.crops[0]) - normalize.inverse(normalize.images(images))).any()
 
 
 def test_normalize_adds_nothing_to_a_state_dict():

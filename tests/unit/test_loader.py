@@ -2,6 +2,7 @@
 
 import io
 import logging
+import random
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.config import UserError
-from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.augment import Crop, ViewSpec, take_views
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.loader import (
@@ -24,11 +25,14 @@ from ssl_vit.data.loader import (
     train_batches,
 )
 from ssl_vit.data.order import Order
+from ssl_vit.data.photometric import WIDTH, Photometric
 from ssl_vit.data.sources import open_source
+from ssl_vit.seeds import fold
 from ssl_vit.task import Views
 from tests.conftest import ROOT
 
-SPEC = ViewSpec((Crop((8, 8)), Crop((4, 6), scale=(0.05, 0.5), count=2)))
+COLOUR = Photometric(jitter=0.8, gray=0.2, blur=0.5, solarize=0.2)
+SPEC = ViewSpec((Crop((8, 8)), Crop((4, 6), scale=(0.05, 0.5), count=2, photometric=COLOUR)))
 
 
 class MadeUp(Source):
@@ -65,6 +69,7 @@ def batches(
 
 def same(a: Batch, b: Batch) -> bool:
     pairs = [*zip(a.views.crops, b.views.crops, strict=True)]
+    pairs += zip(a.views.photometric, b.views.photometric, strict=True)
     pairs += [(a.views.keys, b.views.keys), (a.views.labels, b.views.labels)]
     return a.bad == b.bad and all(torch.equal(x, y) for x, y in pairs)
 
@@ -80,6 +85,23 @@ def test_batches_are_the_same_at_any_number_of_workers(workers):
     alone, helped = batches(source), batches(source, workers)
     assert len(alone) == len(helped) == 6
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_crops_and_their_parameters_are_in_one_order():
+    """View by view: all first crops of a kind, then all second ones; what a worker drew for each.
+
+    A kind without photometric operations has a row of no parameters for each crop.
+    """
+    source = MadeUp(5)
+    views = TrainImages(source, SPEC, channels=3, seed=1).__getitems__([(2, 4), (2, 0)]).views
+    assert [tuple(p.shape) for p in views.photometric] == [(2, 0), (4, WIDTH)]
+    for i, index in enumerate((4, 0)):
+        image = torch.from_numpy(source.read(index)[0]).permute(2, 0, 1)
+        taken = take_views(image, SPEC, random.Random(fold(1, 2, index)))
+        for view, (crop, drawn) in enumerate(taken[1]):
+            assert torch.equal(views.crops[1][view * 2 + i], crop)
+            assert torch.equal(views.photometric[1][view * 2 + i], torch.tensor(drawn))
+    assert len({tuple(row) for row in views.photometric[1].tolist()}) == 4
 
 
 def test_batches_do_not_depend_on_where_iteration_starts():
@@ -342,6 +364,9 @@ def test_pinning_reaches_every_tensor(monkeypatch):
     """What the loader calls on its batches; pinning itself needs a GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    views = Views([torch.zeros(1), torch.ones(1)], torch.tensor([1]), torch.tensor([2]))
+    crops, drawn = [torch.zeros(1), torch.ones(1)], [torch.full((1,), 2.0), torch.zeros(1, 0)]
+    views = Views(crops, torch.tensor([1]), torch.tensor([2]), drawn)
     assert Batch(views, {3: "bad"}).pin_memory().bad == {3: "bad"}
-    assert len(pinned) == 4
+    assert len(pinned) == 6
+    moved = views.to(torch.device("cpu"))
+    assert moved.photometric[0] is drawn[0]

@@ -90,7 +90,7 @@ def open_images(config: PretrainConfig[Any]) -> Images:
     else:
         rest, val = split_holdout(train, data.holdout, config.run.seed)
         train, val = (rest, val) if len(val) else (train, train)
-    deep = [is_deep(source, data.channels) for source in (train, val)][0]
+    deep, _ = (is_deep(source, data.channels) for source in (train, val))
     check_classes(train, val)
     mean, std = data.mean, data.std
     if not mean and data.channels == 3 and data.statistics == "default":

@@ -123,6 +123,8 @@ class DINOConfig:
             patch * max(1, round(large[1] * share)),
         )
         for option, size in (("global_size", large), ("local_size", small)):
+            if option == "local_size" and not self.local_crops:
+                continue
             fits = all(s > 0 and s % patch == 0 for s in size)
             shown = "x".join(map(str, size))
             check(fits, f"{_flag(option)} is {shown}; the patch size, {patch}, must divide it")

@@ -34,26 +34,26 @@ def health(features: Float[Tensor, "n d"]) -> dict[str, float]:
 
 @dataclass
 class Alarm:
-    """Tells what is worth saying: a concern that lasts, when it has lasted, and when it is over.
+    """Tells what is worth saying: a concern, when it has lasted, and when it is over.
 
     after: steps at the start (the warm-up) in which any state is normal.
-    patience: looks in a row at which a concern must be there.
+    patience: steps for which a concern must have been there at every look.
     """
 
     after: int
-    patience: int = 5
-    streaks: dict[str, int] = field(default_factory=dict)
+    patience: int = 50
+    since: dict[str, int] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     def news(self, step: int, concerns: dict[str, str]) -> list[str]:
         """Lines to say after ``step``, given the concerns there are now."""
         if step <= self.after:
             return []
-        lines = []
-        for name, streak in self.streaks.items():
-            if name not in concerns and streak >= self.patience:
-                lines.append(f"step {step}: recovered from: {name}")
-        self.streaks = {name: self.streaks.get(name, 0) + 1 for name in concerns}
-        for name, streak in self.streaks.items():
-            if streak == self.patience:
-                lines.append(f"step {step}: {concerns[name]}")
+        lines = [f"step {step}: over: {name}" for name in sorted(self.told - concerns.keys())]
+        self.told &= concerns.keys()
+        self.since = {name: self.since.get(name, step) for name in concerns}
+        for name, line in concerns.items():
+            if name not in self.told and step - self.since[name] >= self.patience:
+                lines.append(f"step {step}: {line}")
+                self.told.add(name)
         return lines

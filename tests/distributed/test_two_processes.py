@@ -42,3 +42,40 @@ def test_same_weights(folder, other):
     one, many = (load_file(folder / name / "encoder.safetensors") for name in ("one", other))
     for name, value in one.items():
         torch.testing.assert_close(many[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory):
+    """DINO's tiny run by one process, and by two with half of the batch each."""
+    door = Door(tmp_path_factory.mktemp("dino"))
+    # A low rate: AdamW's first steps turn rounding errors of tiny gradients into whole steps.
+    common = ("--config", "tiny_dino.yaml", "--run.precision", "fp32", "--optim.lr", "1e-4")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    for name, launcher in (("one", ()), ("two", torchrun)):
+        arguments = ("-m", "ssl_vit.pretrain", "dino", "--run.out", name, *common)
+        result = door(*launcher, *arguments)
+        assert result.returncode == 0, result.stderr
+    return door.folder
+
+
+def test_dino_losses(dino_folder):
+    """The centre of the loss is that of the whole batch."""
+    one, two = (
+        [r for r in read_rows(dino_folder / name / "metrics.jsonl") if "loss" in r]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 24
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "teacher_entropy", "center_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6)
+
+
+def test_dino_state(dino_folder):
+    """Student, teacher and centre at the end."""
+    one, two = (
+        load_file(dino_folder / name / "checkpoints" / "step-00000024" / "task.safetensors")
+        for name in ("one", "two")
+    )
+    assert one["center"].abs().max() > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=5e-5, msg=name)

@@ -18,6 +18,41 @@ method: {decoder_width: 16, decoder_depth: 1, decoder_heads: 1, flip: 0.0}
 optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
 """
 
+TINY_DINO = """
+run: {length: 24st, save_every: 8st, probe_every: 1000ep, log_every: 1}
+data: {train: 'digits:train', val: 'digits:val', channels: 1, workers: 0}
+encoder: {arch: vit_tiny_patch16_224, image_size: [8], patch_size: 2, width: 32, depth: 2, heads: 2}
+method: {prototypes: 64, head_width: 32, bottleneck: 16, momentum: 0.9, freeze_last_layer: 10st,
+  local_crops: 2, local_size: [4], global_scale: [0.6, 1.0], local_scale: [0.2, 0.6], flip: 0.0}
+optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
+"""
+
+# Kills the process without warning at a moment that a test chooses.
+KILLER = """
+import os, signal, sys
+from ssl_vit import cli, pretrain, session
+from ssl_vit.training import checkpoint, loop
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(n, real):
+    calls = iter(range(1, 1000))
+    return lambda *a, **k: die() if next(calls) == n else real(*a, **k)
+
+moment = sys.argv.pop(1)
+if moment == "mid-epoch":
+    loop.Trainer.update = at_call(14, loop.Trainer.update)
+    real = loop.Trainer.update
+    loop.Trainer.update = lambda self, parts: real(self, parts)
+elif moment == "mid-checkpoint":
+    # Two files a checkpoint: the fourth is the optimizer's, in the second checkpoint.
+    checkpoint.save_file = at_call(4, checkpoint.save_file)
+elif moment == "before-encoder":
+    session.save_encoder = at_call(2, session.save_encoder)
+cli.run_door(pretrain.main)
+"""
+
 
 class Door:
     """Runs ``python -m ssl_vit...`` in ``folder`` with one thread, and keeps what it said."""
@@ -25,6 +60,7 @@ class Door:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "tiny.yaml").write_text(TINY)
+        (folder / "tiny_dino.yaml").write_text(TINY_DINO)
         self.env = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -49,6 +85,10 @@ class Door:
     def pretrain(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The tiny run with changes."""
         return self("-m", "ssl_vit.pretrain", "mae", "--config", "tiny.yaml", *arguments)
+
+    def dino(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The tiny run of DINO with changes."""
+        return self("-m", "ssl_vit.pretrain", "dino", "--config", "tiny_dino.yaml", *arguments)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The same, without waiting."""

@@ -8,31 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Kills the process without warning at a moment that a test chooses.
-KILLER = """
-import os, signal, sys
-from ssl_vit import cli, pretrain, session
-from ssl_vit.training import checkpoint, loop
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def at_call(n, real):
-    calls = iter(range(1, 1000))
-    return lambda *a, **k: die() if next(calls) == n else real(*a, **k)
-
-moment = sys.argv.pop(1)
-if moment == "mid-epoch":
-    loop.Trainer.update = at_call(14, loop.Trainer.update)
-    real = loop.Trainer.update
-    loop.Trainer.update = lambda self, parts: real(self, parts)
-elif moment == "mid-checkpoint":
-    # Two files a checkpoint: the fourth is the optimizer's, in the second checkpoint.
-    checkpoint.save_file = at_call(4, checkpoint.save_file)
-elif moment == "before-encoder":
-    session.save_encoder = at_call(2, session.save_encoder)
-cli.run_door(pretrain.main)
-"""
+from tests.integration.conftest import KILLER
 
 
 @pytest.fixture(scope="module")

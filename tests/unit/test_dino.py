@@ -342,7 +342,7 @@ def test_sizes():
     assert DINOConfig().sizes((32, 64), 4) == ((32, 64), (12, 28))
     config = DINOConfig(global_size=(24,), local_size=(8, 12))
     assert config.sizes((32, 32), 4) == ((24, 24), (8, 12))
-    with pytest.raises(UserError, match="--method.local-size is 10x10"):
+    with pytest.raises(UserError, match=r"--method\.local-size is 10x10"):
         DINOConfig(local_size=(10,)).sizes((32, 32), 4)
 
 

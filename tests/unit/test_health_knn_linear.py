@@ -13,7 +13,7 @@ from ssl_vit.evaluators.knn import accuracy, knn_classify
 from ssl_vit.evaluators.linear import LinearProtocol, fit_heads, linear_probe
 from ssl_vit.evaluators.scores import knn_scores, linear_scores
 from ssl_vit.seeds import fold
-from ssl_vit.training.health import effective_rank, feature_spread, health
+from ssl_vit.training.health import Alarm, effective_rank, feature_spread, health
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -258,3 +258,24 @@ def test_linear_scores_refuse_too_small_a_set():
     few = FeatureSet({"mean": points}, labels, 0)
     with pytest.raises(UserError, match="the training set has 19 images; a probe needs 20"):
         linear_scores(few, few, QUICK)
+
+
+# --- the alarm ------------------------------------------------------------------------------------
+
+
+def test_alarm():
+    """Said once when it has lasted, once when it is over; never within the warm-up."""
+    alarm = Alarm(after=20, patience=30)
+    there = {"asleep": "the teacher sleeps"}
+    said = {step: alarm.news(step, there if step <= 100 else {}) for step in range(10, 200, 10)}
+    assert {k: v for k, v in said.items() if v} == {
+        60: ["step 60: the teacher sleeps"],
+        110: ["step 110: over: asleep"],
+    }
+
+
+def test_alarm_of_what_comes_and_goes():
+    """A concern that is not there at every look has not lasted."""
+    alarm = Alarm(after=0, patience=30)
+    for step in range(10, 200, 10):
+        assert alarm.news(step, {"asleep": "..."} if step % 40 else {}) == []

@@ -99,6 +99,27 @@ def test_the_rate_of_a_run():
     assert Length.parse("2.5ep", "x").steps(10) == 25
 
 
+def test_the_peak_within_the_warmup():
+    """DINO's warm-up, numpy.linspace(0, peak, n): its last step has the peak already."""
+    optim = OptimConfig(lr=2.0, warmup="5st", min_lr=0.5, peak_in_warmup=True)
+    schedule = Schedule(RunConfig(length="15st"), optim, steps_per_epoch=3)
+    assert [schedule.lr(s) for s in range(6)] == pytest.approx([0, 0.5, 1.0, 1.5, 2.0, 2.0])
+    assert schedule.lr(10) == pytest.approx(1.25)
+    one = Schedule(RunConfig(length="15st"), OptimConfig(warmup="1st", peak_in_warmup=True), 3)
+    assert one.lr(0) == 0
+    none = Schedule(RunConfig(length="15st"), OptimConfig(warmup="0st", peak_in_warmup=True), 3)
+    assert none.lr(0) == none.optim.peak_lr
+
+
+def test_weight_decay_of_a_step():
+    """Constant, or half a cosine from start to end."""
+    run = RunConfig(length="100st")
+    assert Schedule(run, OptimConfig(weight_decay=0.3), 10).weight_decay(70) == 0.3
+    schedule = Schedule(run, OptimConfig(weight_decay=0.04, weight_decay_end=0.4), 10)
+    found = [schedule.weight_decay(s) for s in (0, 50, 100)]
+    assert found == pytest.approx([0.04, 0.22, 0.4])
+
+
 # --- the optimizer ------------------------------------------------------------------------------
 
 

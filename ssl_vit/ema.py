@@ -13,7 +13,8 @@ def ema_update(
 
     Both have the same parameters in the same order. The host does not wait for ``moves``.
     """
-    old, new = list(average.parameters()), list(source.parameters())
+    old: list[Tensor] = list(average.parameters())
+    new: list[Tensor] = list(source.parameters())
     if moves.device.type != "cpu":
         move_where(old, new, 1 - momentum, moves)
     elif moves:  # reading it waits for nothing here

@@ -12,7 +12,18 @@ PACKAGE = ROOT / "ssl_vit"
 
 # From the ground up; a module imports from its own floor or below.
 FLOORS = (
-    {"task", "schedules", "ema", "distributed", "config", "options", "seeds", "files", "figures"},
+    {
+        "task",
+        "schedules",
+        "ema",
+        "distributed",
+        "config",
+        "options",
+        "seeds",
+        "files",
+        "figures",
+        "heads",
+    },
     {"encoder", "attention"},
     {"data", "weights"},
     {"methods", "training"},

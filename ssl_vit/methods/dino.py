@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_vit.attention import attention_panel, cls_attention
 from ssl_vit.config import EncoderConfig, Length, check
@@ -21,6 +19,7 @@ from ssl_vit.distributed import all_reduce_mean
 from ssl_vit.ema import ema_update
 from ssl_vit.encoder import Encoder
 from ssl_vit.figures import to_rgb
+from ssl_vit.heads import ProjectionHead
 from ssl_vit.methods.base import Method
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.task import Views, at_least_fp32
@@ -139,37 +138,6 @@ def _pair(size: tuple[int, ...]) -> tuple[int, int] | None:
     return (size[0], size[-1]) if size else None
 
 
-class LastLayer(nn.Module):
-    """A weight-normalised linear layer without bias (Salimans and Kingma 2016)."""
-
-    def __init__(self, width: int, outputs: int, fixed_gain: bool) -> None:
-        super().__init__()
-        self.weight_v = nn.Parameter(nn.Linear(width, outputs, bias=False).weight.detach())
-        self.weight_g = nn.Parameter(torch.ones(outputs, 1), requires_grad=not fixed_gain)
-
-    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        """Inner products with the rows of v, each scaled to the length g."""
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
-
-
-class Head(nn.Module):
-    """MLP to a bottleneck, L2 normalisation, weight-normalised prototypes."""
-
-    def __init__(self, config: DINOConfig, width: int) -> None:
-        super().__init__()
-        widths = [width, *[config.head_width] * (config.head_depth - 1), config.bottleneck]
-        layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(pairwise(widths)):
-            layers += [nn.GELU()] if i else []
-            layers.append(nn.Linear(before, after))
-        self.mlp = nn.Sequential(*layers)
-        self.last_layer = LastLayer(config.bottleneck, config.prototypes, config.norm_last_layer)
-
-    def forward(self, cls: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        """Logits of [CLS] features."""
-        return self.last_layer(F.normalize(self.mlp(cls), dim=-1))
-
-
 class DINO(Method):
     """The student predicts the teacher's output for other crops; the teacher is its average."""
 
@@ -198,11 +166,11 @@ class DINO(Method):
             f"--encoder.arch is {encoder_config.arch!r}; DINO learns by [CLS], which it lacks",
         )
         config.sizes(self.encoder.image_size, self.encoder.patch_size)
-        self.head = Head(config, self.encoder.width)
+        self.head = self._new_head()
         self._init_weights()
         # Stochastic depth is the student's alone.
         self.teacher = Encoder(replace(encoder_config, drop_path=0.0), channels)
-        self.teacher_head = Head(config, self.encoder.width)
+        self.teacher_head = self._new_head()
         self.teacher.load_state_dict(self.encoder.state_dict(), strict=True)
         self.teacher_head.load_state_dict(self.head.state_dict(), strict=True)
         self.teacher.requires_grad_(False)
@@ -210,6 +178,11 @@ class DINO(Method):
         self.register_buffer("center", torch.zeros(config.prototypes))
         self.outputs: list[Tensor] = []
         self.set_length(1, 1)
+
+    def _new_head(self) -> ProjectionHead:
+        c = self.config
+        widths = [self.encoder.width, *[c.head_width] * (c.head_depth - 1), c.bottleneck]
+        return ProjectionHead(widths, c.prototypes, fixed_gain=c.norm_last_layer)
 
     def _init_weights(self) -> None:
         """The original's: linear maps and tokens truncated normal with σ = .02, zero biases."""

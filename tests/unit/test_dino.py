@@ -13,7 +13,8 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
 from ssl_vit.ema import ema_update, move_where
 from ssl_vit.encoder import Encoder, choose_attention
-from ssl_vit.methods.dino import DINO, DINOConfig, Head, cross_entropy_of_views
+from ssl_vit.heads import ProjectionHead
+from ssl_vit.methods.dino import DINO, DINOConfig, cross_entropy_of_views
 from ssl_vit.task import Views
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
@@ -114,9 +115,8 @@ def test_gradients_reach_the_student_only():
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_head(depth):
     """Depth, the unit-length bottleneck, and rows of prototypes scaled to their gain."""
-    config = dataclasses.replace(SMALL, head_depth=depth, norm_last_layer=False)
-    torch.manual_seed(0)
-    head = Head(config, 24)
+    head = dino(dataclasses.replace(SMALL, head_depth=depth, norm_last_layer=False)).head
+    assert isinstance(head, ProjectionHead)
     assert sum(isinstance(m, nn.Linear) for m in head.mlp) == depth
     assert sum(isinstance(m, nn.GELU) for m in head.mlp) == depth - 1
     with torch.no_grad():

@@ -1,0 +1,86 @@
+"""A report of speeds: what was measured, where, with what, and when."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ssl_vit import __version__
+from ssl_vit.data.augment import ViewSpec
+from ssl_vit.training.parallel import cores
+
+_PACKAGES = ("torch", "torchvision", "timm", "pillow", "lightly")
+
+
+@dataclass
+class Speed:
+    """Seconds of each repeat, all of which handled this many images."""
+
+    images: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Images per second, by the median repeat."""
+        return self.images / median(self.seconds)
+
+    def card(self) -> dict[str, Any]:
+        """For JSON: the median, and every repeat."""
+        rates = [round(self.images / s, 3) for s in self.seconds]
+        return {
+            "images_per_second": round(self.rate, 3),
+            "images_per_second_of_repeats": rates,
+            "seconds_of_repeats": [round(s, 6) for s in self.seconds],
+        }
+
+
+def describe(spec: ViewSpec) -> list[dict[str, Any]]:
+    """Number and size (height, width) of each kind of crop."""
+    return [{"count": crop.count, "size": list(crop.size)} for crop in spec.crops]
+
+
+def summary(speeds: dict[str, Speed], ratios: dict[str, float]) -> dict[str, Any]:
+    """What was found, for JSON."""
+    results = {name: speed.card() for name, speed in speeds.items()}
+    return {"results": results, "ratios": {n: round(r, 4) for n, r in ratios.items()}}
+
+
+def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
+    """Where and with what something was measured, and when."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    versions = {"ssl_vit": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # of the optional ones
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": cpu_model(),
+            "cores": cores(),
+            "cores_of_machine": os.cpu_count(),
+            "threads": threads,
+            "gpu": gpu,
+            "device": str(device),
+        },
+        "versions": versions,
+    }
+
+
+def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, as Linux has it; elsewhere what Python knows."""
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,8 +1,9 @@
-"""Where an encoder looks: the attention of its [CLS] token over the patches, and its picture."""
+"""The [CLS] token: its features for less work, where it looks, and a picture of that."""
 
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,58 @@ from ssl_vit.task import at_least_fp32
 
 _WIDTH = 1400
 _GOLDEN = 0.618034
+_NO_CLS = "the encoder has no [CLS], which is asked for"
+
+
+def cls_features(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """The same as ``encoder(images).cls``, for less work.
+
+    The last block computes the row of [CLS] alone: keys and values of all tokens, but query,
+    projection and MLP of one. That saves 5/6 of a block: 7 % of twelve.
+
+    Raises:
+        UserError: the encoder has no [CLS], or the patch does not divide the images.
+    """
+    last = encoder.vit.blocks[-1]
+    if getattr(last.attn, "gate", None) is not None:
+        cls = encoder(images).cls
+        check(cls is not None, _NO_CLS)
+        return cls
+    x = _before_last_block(encoder, images)
+    row = x[:, :1]
+    row = row + last.drop_path1(last.ls1(_attend(last.attn, last.norm1(x))))
+    row = row + last.drop_path2(last.ls2(last.mlp(last.norm2(row))))
+    return encoder.vit.norm(row)[:, 0]
+
+
+def _before_last_block(
+    encoder: Encoder, images: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b m d"]:
+    """All tokens, [CLS] first, as the last block gets them."""
+    vit = encoder.vit
+    check(vit.cls_token is not None, _NO_CLS)
+    x = encoder.with_prefix(encoder.embed(images))
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    return x
+
+
+def _attend(attn: Any, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b 1 d"]:
+    """What timm's ``Attention`` gives for the first token."""
+    width = attn.attn_dim
+    q = _part(attn.qkv, x[:, :1], slice(0, width))
+    kv = _part(attn.qkv, x, slice(width, None))
+    q = rearrange(q, "b m (h d) -> b h m d", h=attn.num_heads)
+    k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=attn.num_heads)
+    scores = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
+    out = attn.attn_drop(scores.softmax(dim=-1)) @ v
+    return attn.proj_drop(attn.proj(attn.norm(rearrange(out, "b h m d -> b m (h d)"))))
+
+
+def _part(linear: Any, x: Tensor, rows: slice) -> Tensor:
+    """Some of a linear layer's outputs."""
+    bias = None if linear.bias is None else linear.bias[rows]
+    return F.linear(x, linear.weight[rows], bias)
 
 
 def cls_attention_rows(
@@ -32,14 +85,10 @@ def cls_attention_rows(
     Raises:
         UserError: the encoder has no [CLS], or the patch does not divide the images.
     """
-    vit = encoder.vit
-    check(vit.cls_token is not None, "attention of [CLS] is asked of an encoder without one")
-    x = encoder.with_prefix(encoder.embed(images))
-    for block in vit.blocks[:-1]:
-        x = block(x)
+    x = _before_last_block(encoder, images)
     # Fused kernels never hold the probabilities, so the row is computed here, from the
     # projections of the block's own attention.
-    last = vit.blocks[-1]
+    last = encoder.vit.blocks[-1]
     joined = last.attn.qkv(last.norm1(x))
     q, k, _ = rearrange(joined, "b m (three h d) -> three b h m d", three=3, h=last.attn.num_heads)
     q = at_least_fp32(last.attn.q_norm(q[:, :, :1]))

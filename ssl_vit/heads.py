@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_vit.task import at_least_fp32
+
 
 class PrototypeLayer(nn.Module):
     """A weight-normalised linear layer without bias (Salimans and Kingma 2016)."""
@@ -20,8 +22,10 @@ class PrototypeLayer(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(outputs, 1), requires_grad=not fixed_gain)
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        """Inner products with the rows of v, each scaled to the length g."""
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        """Inner products with the rows of v, each scaled to the length g; in float32 at least."""
+        # The outputs are scaled, not the weights: another tensor of their size is never made.
+        scale = self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
+        return at_least_fp32(F.linear(x, self.weight_v)) * scale.T
 
 
 class ProjectionHead(nn.Module):

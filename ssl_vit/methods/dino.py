@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssl_vit.attention import attention_panel, cls_attention
+from ssl_vit.attention import attention_panel, cls_attention, cls_features
 from ssl_vit.config import EncoderConfig, Length, check
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.photometric import Photometric
@@ -22,7 +22,7 @@ from ssl_vit.figures import to_rgb
 from ssl_vit.heads import ProjectionHead
 from ssl_vit.methods.base import Method
 from ssl_vit.schedules import warmup_cosine
-from ssl_vit.task import Views, at_least_fp32
+from ssl_vit.task import Views
 
 # Share of the largest entropy, and number of prototypes in use, beyond which nothing is learned.
 _UNIFORM, _ONE = 0.99, 1.5
@@ -247,13 +247,13 @@ class DINO(Method):
         batch = len(views.keys)
         both = torch.cat(views.crops[:2])
         with torch.no_grad():
-            output = at_least_fp32(self.teacher_head(_cls(self.teacher(both))))
+            output = self.teacher_head(cls_features(self.teacher, both))
             self.outputs.append(output.mean(0))
             logits = (output - self.center) / self.teacher_temp(step)
             target = logits.softmax(-1).unflatten(0, (-1, batch))
         # Each resolution goes through the encoder once, all its crops together.
-        cls = [_cls(self.encoder(crops)) for crops in (both, *views.crops[2:])]
-        student = at_least_fp32(self.head(torch.cat(cls))) / self.config.student_temp
+        cls = [cls_features(self.encoder, crops) for crops in (both, *views.crops[2:])]
+        student = self.head(torch.cat(cls)) / self.config.student_temp
         loss = cross_entropy_of_views(target, student.unflatten(0, (-1, batch)))
         return {"loss": loss, **self._health(loss.detach(), target)}
 
@@ -313,10 +313,6 @@ class DINO(Method):
         images = views.crops[0]
         attention, grid = cls_attention(self.teacher, images)
         return {"attention": attention_panel(to_rgb(normalize.inverse(images)), attention, grid)}
-
-
-def _cls(features: Any) -> Float[Tensor, "b d"]:
-    return features.cls
 
 
 def cross_entropy_of_views(

@@ -74,7 +74,7 @@ class StepConfig(PretrainConfig[M]):
     """Images of one step."""
     repeats: int = 5
     """Steps that are measured."""
-    warm_up: int = 2
+    warm_up: int = 3
     """Steps before them that are not."""
     against: Literal["none", "lightly", "lightly-grouped"] = "none"
     """lightly: in turn with ours, DINO in the same sizes made of lightly's modules, one view after

@@ -13,11 +13,12 @@ from ssl_vit.attention import (
     attention_panel,
     cls_attention,
     cls_attention_rows,
+    cls_features,
     head_colours,
     mass_mask,
 )
-from ssl_vit.config import UserError
-from ssl_vit.encoder import choose_attention
+from ssl_vit.config import EncoderConfig, UserError
+from ssl_vit.encoder import Encoder, choose_attention
 from ssl_vit.figures import enlarged, heat, picture_rows
 from tests.unit.test_encoder import images, make
 
@@ -124,7 +125,7 @@ def test_patches_are_numbered_row_by_row():
 
 def test_refusals():
     without = make(arch="vit_base_patch16_siglip_224")
-    with pytest.raises(UserError, match=r"without one"):
+    with pytest.raises(UserError, match=r"which is asked for"):
         cls_attention(without, images(without))
     encoder = make()
     with pytest.raises(UserError, match=r"17x24 pixels .* patches of 4"):
@@ -237,3 +238,55 @@ def test_enlarging_keeps_pixels_square():
     assert large.shape == (1, 6, 3, 3)
     assert (large[:, :3] == small[:, :1]).all()
     assert np.array_equal(enlarged(large, least=3), large)
+
+
+# --- [CLS] for less work --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"registers": 3}, {"layer_scale": 0.3}])
+@pytest.mark.parametrize("fused", [True, False])
+@torch.enable_grad()
+def test_cls_features_are_those_of_the_whole_encoder(extra, fused):
+    """Values and gradients, for any kind of block, and for another size of image."""
+    config = EncoderConfig(
+        arch="vit_tiny_patch16_224",
+        image_size=(16,),
+        patch_size=4,
+        width=32,
+        depth=3,
+        heads=2,
+        **extra,
+    )
+    torch.manual_seed(0)
+    encoder = Encoder(config).double()
+    for part in encoder.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
+    for shape in ((2, 3, 16, 16), (2, 3, 8, 12)):
+        images = torch.randn(*shape, dtype=torch.float64)
+        parameters = [p for p in encoder.parameters() if p.requires_grad]
+        outputs = cls_features(encoder, images), encoder(images).cls
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(o.square().sum(), parameters) for o in outputs)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_cls_features_drop_the_same_paths():
+    """Stochastic depth draws as many numbers, so that a step is the same one."""
+    config = EncoderConfig(
+        arch="vit_tiny_patch16_224",
+        image_size=(16,),
+        patch_size=4,
+        width=32,
+        depth=3,
+        heads=2,
+        drop_path=0.5,
+    )
+    torch.manual_seed(0)
+    encoder, images = Encoder(config).train(), torch.randn(8, 3, 16, 16)
+    outputs = []
+    for features in (lambda: cls_features(encoder, images), lambda: encoder(images).cls):
+        torch.manual_seed(1)
+        outputs.append(features())
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)

@@ -19,12 +19,13 @@ from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import open_source
 from ssl_vit.encoder import Encoder, parameter_count
 from ssl_vit.evaluators.measured import describe, machine_card, summary
-from ssl_vit.evaluators.peers import LightlyDINO, OriginalChain
+from ssl_vit.evaluators.own_process import OwnProcess
+from ssl_vit.evaluators.peers import OriginalChain
 from ssl_vit.evaluators.speed import (
+    lightly_step,
     our_step,
     random_batch,
     readable,
-    single_views,
     time_loader,
     time_steps,
     trainer_midway,
@@ -193,13 +194,10 @@ def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> dict[
     batch = random_batch(spec, config.batch_size, channels, config.run.seed)
     steps, parameters = {"ours": our_step(trainer, batch)}, {"ours": parameter_count(trainer.task)}
     if peer != "none":
-        grouped = peer == "lightly-grouped"
-        theirs = LightlyDINO(
-            config.encoder, channels, config.method, config.optim, device, precision, grouped
-        )
-        views = single_views(batch, spec, trainer.normalize)
-        steps[peer] = lambda: theirs.step(views)
-        parameters[peer] = theirs.parameters
+        grouped, mean_std = peer == "lightly-grouped", statistics(config.data)
+        shared = (config.encoder, channels, config.method, config.optim, device, precision)
+        theirs = OwnProcess(lightly_step, shared, grouped, spec, batch, mean_std)
+        steps[peer], parameters[peer] = theirs, theirs.facts
     speeds, losses = time_steps(steps, device, config.batch_size, config.warm_up, config.repeats)
     ratios = {f"ours / {n}": speeds["ours"].rate / s.rate for n, s in speeds.items() if n != "ours"}
     sizes = {"batch_size": config.batch_size, "parameters": parameters, "crops": describe(spec)}

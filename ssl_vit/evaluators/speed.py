@@ -21,7 +21,7 @@ from ssl_vit.data.loader import Batch, TrainImages
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.encoder import choose_attention, compile_blocks
 from ssl_vit.evaluators.measured import Speed
-from ssl_vit.evaluators.peers import OriginalChain
+from ssl_vit.evaluators.peers import LightlyDINO, OriginalChain
 from ssl_vit.task import Task, Views
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
@@ -145,6 +145,25 @@ def single_views(batch: Batch, spec: ViewSpec, normalize: Normalize) -> list[Ten
     """The same batch for a peer: every view (B, C, h, w) apart, normalised, on the device."""
     views = normalize(batch.views.to(normalize.mean.device)).crops
     return [v for crops, c in zip(views, spec.crops, strict=True) for v in crops.chunk(c.count)]
+
+
+def lightly_step(
+    shared: tuple[Any, ...],
+    grouped: bool,
+    spec: ViewSpec,
+    batch: Batch,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+) -> tuple[Callable[[], Tensor], int]:
+    """A step of lightly's DINO on a batch (``shared``: of ``LightlyDINO``), and its parameters."""
+    peer = LightlyDINO(*shared, grouped)
+    views = single_views(batch, spec, Normalize(*statistics).to(peer.device))
+
+    def step() -> Tensor:
+        loss = peer.step(views)
+        wait(peer.device)
+        return loss
+
+    return step, peer.parameters
 
 
 def trainer_midway(

@@ -57,7 +57,7 @@ def _before_last_block(
 
 def _attend(attn: Any, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b 1 d"]:
     """What timm's ``Attention`` gives for the first token."""
-    width = attn.attn_dim
+    width = attn.qkv.out_features // 3
     q = _part(attn.qkv, x[:, :1], slice(0, width))
     kv = _part(attn.qkv, x, slice(width, None))
     q = rearrange(q, "b m (h d) -> b h m d", h=attn.num_heads)

@@ -72,7 +72,7 @@ class StepConfig(PretrainConfig[M]):
     config: str = ""
     """A YAML file of options, or a recipe by its name in configs/. The command line wins."""
     batch_size: int = 8
-    """Images of one step."""
+    """Images of one step; of noise, without photometric operations, which loader measures."""
     repeats: int = 5
     """Steps that are measured."""
     warm_up: int = 3
@@ -192,7 +192,8 @@ def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> dict[
     trainer = trainer_midway(method, config.run, config.optim, normalize, device, precision)
     spec = crops_of(kind, config)
     batch = random_batch(spec, config.batch_size, channels, config.run.seed)
-    steps, parameters = {"ours": our_step(trainer, batch)}, {"ours": parameter_count(trainer.task)}
+    steps: dict[str, Callable[[], Any]] = {"ours": our_step(trainer, batch)}
+    parameters = {"ours": parameter_count(trainer.task)}
     if peer != "none":
         grouped, mean_std = peer == "lightly-grouped", statistics(config.data)
         shared = (config.encoder, channels, config.method, config.optim, device, precision)

@@ -91,10 +91,19 @@ class Encoder(nn.Module):
         return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
-        """Positions of (prefix tokens, patches), resampled bicubically for another grid."""
+        """Positions of (prefix tokens, patches), resampled bicubically for another grid.
+
+        A larger grid as timm does; a smaller one, that of DINO's local crops, as the original DINO
+        does: not antialiased, and by a factor for a grid of a tenth of a patch more.
+        """
         position = self.vit.pos_embed
         prefix = position.shape[1] - self.grid[0] * self.grid[1]
-        if grid != self.grid:
+        if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
+            old = position[:, prefix:].unflatten(1, self.grid).permute(0, 3, 1, 2)
+            factor = [(new + 0.1) / own for new, own in zip(grid, self.grid, strict=True)]
+            new = F.interpolate(old, scale_factor=factor, mode="bicubic")
+            position = torch.cat([position[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
+        elif grid != self.grid:
             position = resample_abs_pos_embed(
                 position, list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
             )
@@ -240,10 +249,17 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile every transformer block of a module in place; its weights keep their names."""
-    for part in module.modules():
-        if isinstance(part, Block):
-            part.compile()
+    """Compile every transformer block of a module in place; its weights keep their names.
+
+    A block with stochastic depth is compiled in parts: each block has a probability of its own, for
+    each of which the compiler would start anew, and soon give up.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            whole = isinstance(block.drop_path1, nn.Identity)
+            parts = [block] if whole else [block.norm1, block.attn, block.norm2, block.mlp]
+            for part in parts:
+                part.compile()
 
 
 def choose_attention(module: nn.Module, device: torch.device) -> None:

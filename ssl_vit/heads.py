@@ -22,7 +22,10 @@ class PrototypeLayer(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(outputs, 1), requires_grad=not fixed_gain)
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        """Inner products with the rows of v, each scaled to the length g; in float32 at least."""
+        """Inner products with the rows of v, each scaled to the length g.
+
+        The product is in the precision of autocast, if that is on; the result in float32 at least.
+        """
         # The outputs are scaled, not the weights: another tensor of their size is never made.
         scale = self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
         return at_least_fp32(F.linear(x, self.weight_v)) * scale.T

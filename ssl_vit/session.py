@@ -205,7 +205,7 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Session
     method.to(parallel.device)
     if config.run.compile:
         compile_blocks(method)
-    normalize = Normalize(images.mean, images.std).to(parallel.device)
+    normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(parallel.device)
     trainer = Trainer(method, config.run, optim, schedule, normalize, parallel, precision)
     return Session(name, config, Path(config.run.out), images, method, order, trainer, parallel)
 

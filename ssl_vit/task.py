@@ -59,7 +59,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
-        """Called once, before the first step: how long the training will be."""
+        """Called before the first step: how long the training will be."""
 
     def before_update(self, step: int) -> None:
         """Called with gradients in place, before they are clipped and applied."""

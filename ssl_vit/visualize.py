@@ -51,7 +51,7 @@ class AttentionConfig:
     mass: float = 0.6
     """Share of the attention to patches that the shown sets of patches hold."""
     out: str = ""
-    """PNG file. Empty: attention.png in the run folder, or beside the encoder file."""
+    """PNG file. Empty: attention-images.png in the run folder, or beside the encoder file."""
     seed: int = 0
     """For the choice of images, and the random encoder."""
     device: str = "auto"
@@ -179,7 +179,9 @@ def main(argv: list[str]) -> int:
     ready(encoder, device)
     picture = draw_attention(encoder, images, view, config.mass)
     prefix = "random-" if config.encoder.startswith("random:") else ""
-    out = Path(config.out).expanduser() if config.out else path.parent / f"{prefix}{name}.png"
+    out = (
+        Path(config.out).expanduser() if config.out else path.parent / f"{prefix}{name}-images.png"
+    )
     write_atomically(out, partial(Image.fromarray(picture).save, format="PNG"))
     print(f"{name} of {len(images)} images: {out}")
     return 0

@@ -17,7 +17,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BICUBIC = v2.InterpolationMode.BICUBIC
 
-View = tuple[Tensor, list[float]]
+DrawnCrop = tuple[Tensor, list[float]]
 """A crop, and its photometric parameters: ``WIDTH`` of them, or none."""
 
 
@@ -72,7 +72,7 @@ def random_crop(image: Tensor, crop: Crop, rng: random.Random) -> Tensor:
     return image.flip(-1) if rng.random() < crop.flip else image
 
 
-def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[View]]:
+def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[DrawnCrop]]:
     """The workers' half: for each kind of crop its crops of this image, all parameters drawn."""
     return [
         [
@@ -105,8 +105,11 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], bounded: bool = True
+    ) -> None:
         super().__init__()
+        self.bounded = bounded
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -121,7 +124,8 @@ class Normalize(nn.Module):
     def forward(self, views: Views) -> Views:
         """The same batch with its crops augmented, by what parameters there are, and normalised.
 
-        Images that come as uint8 keep to their range; of deeper ones any range is possible.
+        ``bounded`` says whether the data set's images lie in 0..1, and have to stay there; it is no
+        matter of a batch, where 8-bit images may meet deeper ones.
         """
         if not views.photometric:
             return replace(views, crops=[self.images(crop) for crop in views.crops])
@@ -129,7 +133,7 @@ class Normalize(nn.Module):
         for images, parameters in zip(views.crops, views.photometric, strict=True):
             scaled = _scaled(images)
             if parameters.shape[1]:
-                scaled = photometric(scaled, parameters, bounded=images.dtype == torch.uint8)
+                scaled = photometric(scaled, parameters, bounded=self.bounded)
             crops.append(self._standardised(scaled))
         return replace(views, crops=crops, photometric=[])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.config import UserError
-from ssl_vit.data.augment import View, ViewSpec, center_view, take_views
+from ssl_vit.data.augment import DrawnCrop, ViewSpec, center_view, take_views
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.order import Order, permute
 from ssl_vit.data.sources import Source
@@ -52,7 +52,7 @@ class TrainImages(Dataset):
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (epoch, index) pairs, collated here, in the worker."""
         bad: dict[int, str] = {}
-        taken: list[list[View]] = [[] for _ in self.spec.crops]
+        taken: list[list[DrawnCrop]] = [[] for _ in self.spec.crops]
         keys, labels = [], []
         for epoch, index in wanted:
             image, label = self._readable(index, bad)
@@ -79,7 +79,7 @@ class TrainImages(Dataset):
         raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last: {reasons}")
 
 
-def _by_view(taken: list[View], count: int) -> tuple[Tensor, Tensor]:
+def _by_view(taken: list[DrawnCrop], count: int) -> tuple[Tensor, Tensor]:
     """Crops listed image by image, ``count`` each, and their parameters, stacked view by view."""
     ordered = [view for nth in range(count) for view in taken[nth::count]]
     return _stack([crop for crop, _ in ordered]), torch.tensor([drawn for _, drawn in ordered])

@@ -33,7 +33,8 @@ class Photometric:
     ``blur``: of a Gaussian blur of standard deviation uniform in ``blur_sigma`` (pixels);
     ``solarize``: of inverting all values of at least 128/255. Strengths are those of Caron et al.
     2021 (section 3.2), who follow Grill et al. 2020 (appendix B); the probabilities differ from
-    crop to crop. The original blurs with PIL's repeated box filter, this is the Gaussian itself.
+    crop to crop. The original blurs with PIL's repeated box filter, which continues the pixels of
+    the edge; this is the Gaussian itself, and mirrors the image.
 
     Raises:
         UserError: a probability outside 0..1, a negative strength or sigma, a hue above 0.5.

@@ -18,7 +18,7 @@ class OwnProcess:
     """Calls ``build(*arguments)`` in a new process, and there, at each call, what it returned.
 
     How the C library keeps memory, which ours sets, belongs to the whole process: a peer in ours
-    would be half as fast again as its users see it. The new process has as many threads as this.
+    would be faster, by half, than its users see it. The new process has as many threads as this.
 
     ``build`` is a function of a module; it returns a step, which returns a number, and facts about
     it. While one side works the other waits. The process ends with this one.
@@ -38,13 +38,14 @@ class OwnProcess:
         self.facts = self._answer()
 
     def __call__(self) -> float:
-        self.pipe.send(None)
-        return self._answer()
+        return self._answer(ask=True)
 
-    def _answer(self) -> Any:
+    def _answer(self, ask: bool = False) -> Any:
         try:
+            if ask:
+                self.pipe.send(None)
             kind, value = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise RunFailed("the peer's process has ended") from None
         if kind is None:
             return value

@@ -155,7 +155,7 @@ def lightly_step(
     statistics: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> tuple[Callable[[], Tensor], int]:
     """A step of lightly's DINO on a batch (``shared``: of ``LightlyDINO``), and its parameters."""
-    peer = LightlyDINO(*shared, grouped)
+    peer = LightlyDINO(*shared, grouped=grouped)
     views = single_views(batch, spec, Normalize(*statistics).to(peer.device))
 
     def step() -> Tensor:
@@ -201,7 +201,7 @@ def our_step(trainer: Trainer, batch: Batch) -> Callable[[], Tensor]:
 
 
 def time_steps(
-    steps: dict[str, Callable[[], Tensor]],
+    steps: dict[str, Callable[[], Any]],
     device: torch.device,
     batch_size: int,
     warm_up: int,

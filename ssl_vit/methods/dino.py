@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,8 +25,11 @@ from ssl_vit.methods.base import Method
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.task import Views
 
-# Share of the largest entropy, and number of prototypes in use, beyond which nothing is learned.
-_UNIFORM, _ONE = 0.99, 1.5
+log = logging.getLogger("ssl_vit")
+# Above this share of the largest entropy the teacher tells no image from another.
+_UNIFORM = 0.99
+# Fewer prototypes in use than this are one; said of no fewer images, which may share one rightly.
+_ONE_PROTOTYPE, _ENOUGH_IMAGES = 1.5, 16
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class DINOConfig:
             check(0 <= value <= 1, f"{_flag(option)} is {value}; it lies in [0, 1]")
         for option in ("teacher_temp", "teacher_temp_start", "student_temp"):
             value = getattr(self, option)
-            check(value > 0, f"{_flag(option)} is {value}; it must be above 0")
+            check(0 < value < math.inf, f"{_flag(option)} is {value}; it must be above 0")
         for option in ("global_scale", "local_scale"):
             low, high = getattr(self, option)
             check(0 < low <= high <= 1, f"{_flag(option)} is {low} {high}; 0 < least <= most <= 1")
@@ -104,7 +108,7 @@ class DINOConfig:
             shares = value if isinstance(value, tuple) else (value,)
             check(all(0 <= p <= 1 for p in shares), f"{_flag(option)} is {value}; 0 to 1 allowed")
         low, high = self.blur_sigma
-        check(0 < low <= high, f"--method.blur-sigma is {low} {high}; 0 < least <= most")
+        check(0 < low <= high < math.inf, f"--method.blur-sigma is {low} {high}; 0 < least <= most")
         check(self.local_crops >= 0, f"--method.local-crops is {self.local_crops}; 0 or more")
         for option in ("freeze_last_layer", "teacher_temp_warmup"):
             Length.parse(getattr(self, option), _flag(option))
@@ -177,6 +181,7 @@ class DINO(Method):
         self.teacher_head.requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
         self.outputs: list[Tensor] = []
+        self.images = 0
         self.set_length(1, 1)
 
     def _new_head(self) -> ProjectionHead:
@@ -225,13 +230,19 @@ class DINO(Method):
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
         """Resolve what depends on the length of the training."""
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
-        freeze = Length.parse(self.config.freeze_last_layer, "--method.freeze-last-layer")
+        c = self.config
+        freeze = Length.parse(c.freeze_last_layer, "--method.freeze-last-layer")
         self.freeze_steps = freeze.steps(steps_per_epoch)
+        if 1 < steps <= self.freeze_steps:
+            log.warning(
+                "--method.freeze-last-layer is %s, the whole training: the prototypes never move",
+                c.freeze_last_layer,
+            )
+        self.temp_warmup = Length.parse(c.teacher_temp_warmup, "--method.teacher-temp-warmup")
 
     def teacher_temp(self, step: int) -> float:
-        """Temperature of the teacher at a step: linear, by epoch or by step, then constant."""
-        c = self.config
-        span = Length.parse(c.teacher_temp_warmup, "--method.teacher-temp-warmup")
+        """Temperature at a step, counted from 0: linear, by epoch or by step, then constant."""
+        c, span = self.config, self.temp_warmup
         n = math.ceil(span.amount)
         i = step // self.steps_per_epoch if span.unit == "ep" else step
         if i >= n:
@@ -239,16 +250,17 @@ class DINO(Method):
         return c.teacher_temp_start + (c.teacher_temp - c.teacher_temp_start) * i / max(1, n - 1)
 
     def teacher_momentum(self, step: int) -> float:
-        """The share of itself that the teacher keeps: half a cosine up to 1."""
+        """The share of itself that the teacher keeps at a step, from 0: half a cosine up to 1."""
         return warmup_cosine(step, warmup=0, total=self.steps, peak=self.config.momentum, end=1.0)
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """The loss of a batch and, of the same outputs, what shows a collapse."""
-        batch = len(views.keys)
+        self.images = batch = len(views.keys)
         both = torch.cat(views.crops[:2])
         with torch.no_grad():
             output = self.teacher_head(cls_features(self.teacher, both))
-            self.outputs.append(output.mean(0))
+            if self.training:
+                self.outputs.append(output.mean(0))
             logits = (output - self.center) / self.teacher_temp(step)
             target = logits.softmax(-1).unflatten(0, (-1, batch))
         # Each resolution goes through the encoder once, all its crops together.
@@ -258,7 +270,11 @@ class DINO(Method):
         return {"loss": loss, **self._health(loss.detach(), target)}
 
     def _health(self, loss: Tensor, target: Float[Tensor, "g b k"]) -> dict[str, Tensor]:
-        """What the loss alone does not show; every teacher view has a part in as many pairs."""
+        """What the loss alone does not show, of the images at hand.
+
+        The loss minus the teacher's entropy is KL(teacher || student), averaged over pairs, because
+        each teacher view is in equally many of them.
+        """
         entropy = torch.special.entr(target).sum(-1).mean()
         spread = torch.special.entr(target.mean((0, 1))).sum()
         return {
@@ -280,7 +296,7 @@ class DINO(Method):
                 "remedies: a lower --method.teacher-temp, a lower --optim.lr, a longer "
                 "--optim.warmup"
             )
-        if used < _ONE:
+        if used < _ONE_PROTOTYPE and self.images >= _ENOUGH_IMAGES:
             found["one prototype"] = (
                 f"the teacher says the same of every image: one prototype takes all ({used:.2f} "
                 f"of {self.config.prototypes} in use). Usual remedies: a lower "

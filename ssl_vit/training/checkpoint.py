@@ -45,8 +45,10 @@ class Checkpoints:
 
         def write(folder: Path) -> None:
             save_file(contiguous_state(task), folder / _TASK)
-            save_file(moments(task, optimizer), folder / _OPTIMIZER)
-            (folder / _STATE).write_text(json.dumps({"step": step, "images": images}))
+            tensors = moments(task, optimizer)
+            save_file(tensors, folder / _OPTIMIZER)
+            state = {"step": step, "images": images, "moments": len(tensors)}
+            (folder / _STATE).write_text(json.dumps(state))
 
         try:
             write_folder_atomically(path, write)
@@ -76,7 +78,7 @@ def load_checkpoint(path: Path, task: nn.Module, optimizer: Optimizer) -> dict[s
     """
     state = _read_state(path)
     log.info("task: %s", load_strictly(task, read_safetensors(path / _TASK)[0], str(path / _TASK)))
-    _load_moments(task, optimizer, path / _OPTIMIZER)
+    _load_moments(task, optimizer, path / _OPTIMIZER, state.get("moments"))
     return state
 
 
@@ -101,8 +103,12 @@ def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path) -> None:
+def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path, count: int | None) -> None:
     tensors = read_safetensors(path)[0]
+    check(
+        count is None or len(tensors) == count,
+        f"{path}: {len(tensors)} tensors, and {count} were written",
+    )
     parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
     saved: dict[str, dict[str, Tensor]] = {}
     for label, value in tensors.items():

@@ -49,7 +49,7 @@ class Alarm:
         """Lines to say after ``step``, given the concerns there are now."""
         if step <= self.after:
             return []
-        lines = [f"step {step}: over: {name}" for name in sorted(self.told - concerns.keys())]
+        lines = [f"step {step}: no longer: {name}" for name in sorted(self.told - concerns.keys())]
         self.told &= concerns.keys()
         self.since = {name: self.since.get(name, step) for name in concerns}
         for name, line in concerns.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -89,8 +90,7 @@ class Trainer:
                 means = log.add(self.step, scalars, self.schedule.lr(self.step - 1), waited)
                 if means:
                     self._check_streak()
-                    for line in self.alarm.news(self.step, self.task.concerns(means)):
-                        log.warn(self.step, line)
+                    self._check_health(means, log)
                 unfinished = self.step < self.schedule.total
                 stopping = self.parallel.any(stop.requested) and unfinished
                 self._call(hooks, log, stopping)
@@ -145,6 +145,11 @@ class Trainer:
             if hook.due(self.step, self.schedule.total, stopping):
                 hook.call(self.step)
         log.pause(time.perf_counter() - started)
+
+    def _check_health(self, means: dict[str, float], log: RunLog) -> None:
+        if math.isfinite(means["loss"]):  # else no step of the interval says anything
+            for line in self.alarm.news(self.step, self.task.concerns(means)):
+                log.warn(self.step, line)
 
     def _check_streak(self) -> None:
         streak = int(self.streak.item())

@@ -46,16 +46,16 @@ def test_same_weights(folder, other):
 
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory):
-    """DINO's tiny run by one process, and by two with half of the batch each."""
+    """DINO's tiny run by one process, and by two, each with half of the batch in two parts."""
     door = Door(tmp_path_factory.mktemp("dino"))
     # A low rate: AdamW's first steps turn rounding errors of tiny gradients into whole steps. No
     # stochastic depth: processes draw their own.
     common = ("--config", "tiny_dino.yaml", "--run.precision", "fp32", "--optim.lr", "1e-4")
     common += ("--encoder.drop-path", "0")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    for name, launcher in (("one", ()), ("two", torchrun)):
+    for name, launcher, parts in (("one", (), "1"), ("two", torchrun, "2")):
         arguments = ("-m", "ssl_vit.pretrain", "dino", "--run.out", name, *common)
-        result = door(*launcher, *arguments)
+        result = door(*launcher, *arguments, "--optim.accumulate", parts)
         assert result.returncode == 0, result.stderr
     return door.folder
 

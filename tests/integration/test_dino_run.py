@@ -1,12 +1,13 @@
 """DINO as a user runs it: what it prints and leaves, killed and resumed, collapsed and told of."""
 
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ssl_vit.training.metrics import read_rows
 from tests.integration.conftest import KILLER
@@ -79,6 +80,21 @@ def test_killed(shared_door, run, moment, resumes_at):
     assert again.returncode == 0, again.stderr
     assert f"step {resumes_at} of 24" in again.stderr
     assert outcome(shared_door.folder / moment) == outcome(run[0])
+
+
+def test_lost_moments_are_noticed(shared_door, run):
+    """A checkpoint whose optimizer state lacks a tensor is refused, in one line."""
+    folder = shared_door.folder / "lost"
+    shutil.copytree(run[0], folder)
+    path = folder / "checkpoints" / "step-00000016" / "optimizer.safetensors"
+    shutil.rmtree(folder / "checkpoints" / "step-00000024")
+    tensors = load_file(path)
+    count = len(tensors)
+    tensors.popitem()
+    save_file(tensors, path)
+    again = shared_door.dino("--run.out", "lost", "--run.probe-every", "12st")
+    assert again.returncode == 2
+    assert f"{count - 1} tensors, and {count} were written" in again.stderr.splitlines()[-1]
 
 
 COLLAPSES = {

@@ -74,10 +74,13 @@ def cell(picture, row, column):
 def test_files(room):
     result = room(*ATTENTION, "--encoder", "run", "--images", "photos/a.png", "photos/b.png")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "attention of 2 images: run/attention.png\n"
+    assert result.stdout == "attention of 2 images: run/attention-images.png\n"
     assert "tensors, mae at step 7" in result.stderr
-    out = room.folder / "run" / "attention.png"
-    assert sorted(p.name for p in out.parent.iterdir()) == ["attention.png", "encoder.safetensors"]
+    out = room.folder / "run" / "attention-images.png"
+    assert sorted(p.name for p in out.parent.iterdir()) == [
+        "attention-images.png",
+        "encoder.safetensors",
+    ]
     with Image.open(out) as image:
         assert image.format == "PNG"
         picture = np.asarray(image)
@@ -105,8 +108,8 @@ def test_source_count_size_random_and_yaml(room):
     )
     result = room(*ATTENTION, "--config", "look.yaml", "--mass", "0.9")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "attention of 3 images: gray/random-attention.png\n"
-    with Image.open(room.folder / "gray" / "random-attention.png") as image:
+    assert result.stdout == "attention of 3 images: gray/random-attention-images.png\n"
+    with Image.open(room.folder / "gray" / "random-attention-images.png") as image:
         assert image.width == 6 * (CELL + 4) + 4
         assert image.height > 3 * (CELL + 4)
 

@@ -242,23 +242,17 @@ def test_enlarging_keeps_pixels_square():
 
 # --- [CLS] for less work --------------------------------------------------------------------------
 
+SHORT = {"arch": "vit_tiny_patch16_224", "image_size": (16,), "patch_size": 4, "width": 32}
+SHORT |= {"depth": 3, "heads": 2}
+
 
 @pytest.mark.parametrize("extra", [{}, {"registers": 3}, {"layer_scale": 0.3}])
 @pytest.mark.parametrize("fused", [True, False])
 @torch.enable_grad()
 def test_cls_features_are_those_of_the_whole_encoder(extra, fused):
     """Values and gradients, for any kind of block, and for another size of image."""
-    config = EncoderConfig(
-        arch="vit_tiny_patch16_224",
-        image_size=(16,),
-        patch_size=4,
-        width=32,
-        depth=3,
-        heads=2,
-        **extra,
-    )
     torch.manual_seed(0)
-    encoder = Encoder(config).double()
+    encoder = Encoder(EncoderConfig(**SHORT, **extra)).double()
     for part in encoder.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused
@@ -274,17 +268,9 @@ def test_cls_features_are_those_of_the_whole_encoder(extra, fused):
 
 def test_cls_features_drop_the_same_paths():
     """Stochastic depth draws as many numbers, so that a step is the same one."""
-    config = EncoderConfig(
-        arch="vit_tiny_patch16_224",
-        image_size=(16,),
-        patch_size=4,
-        width=32,
-        depth=3,
-        heads=2,
-        drop_path=0.5,
-    )
     torch.manual_seed(0)
-    encoder, images = Encoder(config).train(), torch.randn(8, 3, 16, 16)
+    encoder = Encoder(EncoderConfig(**SHORT, drop_path=0.5)).train()
+    images = torch.randn(8, 3, 16, 16)
     outputs = []
     for features in (lambda: cls_features(encoder, images), lambda: encoder(images).cls):
         torch.manual_seed(1)

@@ -247,7 +247,8 @@ def test_normalize_takes_a_whole_batch_of_views():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_normalize_augments_what_has_parameters(dtype):
     """Before it standardises; the batch itself is left alone, and the result has none to apply."""
-    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    bounded = dtype == torch.uint8
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, bounded)
     images = torch.stack([picture(9, 7, seed=i) for i in range(4)])
     images = images if dtype == torch.uint8 else images / 100 - 1
     spec = Photometric(jitter=1.0, gray=0.3, blur=0.5, solarize=0.5)
@@ -258,7 +259,7 @@ def test_normalize_augments_what_has_parameters(dtype):
     assert torch.equal(images, before)
     assert out.photometric == []
     scaled = images / 255 if dtype == torch.uint8 else images.clone()
-    changed = photometric(scaled, drawn, bounded=dtype == torch.uint8)
+    changed = photometric(scaled, drawn, bounded)
     torch.testing.assert_close(normalize.inverse(out.crops[0]), changed, rtol=1e-5, atol=1e-5)
     assert torch.equal(out.crops[1], normalize.images(images[:2]))
     assert (normalize.inverse(out.crops[0]) - normalize.inverse(normalize.images(images))).any()
@@ -267,3 +268,17 @@ def test_normalize_augments_what_has_parameters(dtype):
 def test_normalize_adds_nothing_to_a_state_dict():
     """Statistics travel as metadata; the weights have exactly the encoder's names."""
     assert not Normalize((0.5,), (0.25,)).state_dict()
+
+
+def test_a_crop_is_augmented_alike_whatever_it_meets():
+    """Beside a deeper image an 8-bit one comes as float; it is solarised as it would be alone."""
+    crop = torch.full((1, 1, 4, 4), 200, dtype=torch.uint8)
+    parameters = torch.tensor([[1.0, 1, 1, 0, -1, -2, 1, 0, 0, 1]])
+    normalize = Normalize((0.0,), (1.0,))
+    keys = torch.zeros(1, dtype=torch.int64)
+    found = [
+        normalize(Views([images], keys, keys, [parameters])).crops[0]
+        for images in (crop, crop.float() / 255)
+    ]
+    torch.testing.assert_close(found[0], torch.full((1, 1, 4, 4), 55 / 255))
+    torch.testing.assert_close(found[0], found[1])

@@ -13,6 +13,7 @@ from ssl_vit.config import EncoderConfig, UserError
 from ssl_vit.encoder import (
     Encoder,
     choose_attention,
+    compile_blocks,
     parameter_count,
     sincos_positions,
     take,
@@ -209,9 +210,32 @@ def test_drop_path_grows_to_the_last_block():
 # --- positions ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("grid", [(2, 3), (1, 1), (3, 6), (2, 8)])
+def test_a_smaller_grid_is_resampled_as_dino_does(grid):
+    """Bicubic weights (a = -.75) at centres scaled by own / (new + .1), edges repeated; a loop."""
+    encoder = make(registers=0)
+    position = encoder.vit.pos_embed.detach().double()[0, 1:].unflatten(0, (4, 6))
+
+    def weights(new: int, own: int) -> torch.Tensor:
+        matrix = torch.zeros(new, own, dtype=torch.float64)
+        for i in range(new):
+            at = (i + 0.5) * own / (new + 0.1) - 0.5
+            for j in range(math.floor(at) - 1, math.floor(at) + 3):
+                t = abs(at - j)
+                w = 1.25 * t**3 - 2.25 * t**2 + 1
+                w = w if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+                matrix[i, min(max(j, 0), own - 1)] += w
+        return matrix
+
+    rows, columns = weights(grid[0], 4), weights(grid[1], 6)
+    expected = torch.einsum("ih,jw,hwd->ijd", rows, columns, position).flatten(0, 1)
+    found = encoder.positions(grid)[1][0].double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
-@pytest.mark.parametrize("size", [(32, 32), (8, 40)])
-def test_another_grid_is_resampled_as_timm_does(arch, size):
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+def test_a_larger_grid_is_resampled_as_timm_does(arch, size):
     encoder = make(arch=arch)
     grid = (size[0] // 4, size[1] // 4)
     position = encoder.vit.pos_embed
@@ -346,3 +370,14 @@ def test_an_image_that_does_not_divide_into_patches_is_refused():
     encoder = make()
     with pytest.raises(UserError, match="16x22 pixels does not divide into patches of 4"):
         encoder(torch.zeros(1, 3, 16, 22))
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.2])
+def test_blocks_are_compiled_whole_or_in_parts(drop_path):
+    """With stochastic depth in parts, for which the compiler need not start anew at each block."""
+    encoder = make(depth=3, drop_path=drop_path)
+    compile_blocks(encoder)
+    for i, block in enumerate(encoder.vit.blocks):
+        whole = i == 0 or not drop_path
+        assert (block._compiled_call_impl is not None) is whole
+        assert (block.attn._compiled_call_impl is not None) is not whole

@@ -270,7 +270,7 @@ def test_alarm():
     said = {step: alarm.news(step, there if step <= 100 else {}) for step in range(10, 200, 10)}
     assert {k: v for k, v in said.items() if v} == {
         60: ["step 60: the teacher sleeps"],
-        110: ["step 110: over: asleep"],
+        110: ["step 110: no longer: asleep"],
     }
 
 

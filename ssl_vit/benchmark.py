@@ -196,8 +196,8 @@ def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> dict[
     parameters = {"ours": parameter_count(trainer.task)}
     if peer != "none":
         grouped, mean_std = peer == "lightly-grouped", statistics(config.data)
-        shared = (config.encoder, channels, config.method, config.optim, device, precision)
-        theirs = OwnProcess(lightly_step, shared, grouped, spec, batch, mean_std)
+        shared = (config.encoder, channels, config.method, config.optim, device, precision, grouped)
+        theirs = OwnProcess(lightly_step, shared, spec, batch, mean_std)
         steps[peer], parameters[peer] = theirs, theirs.facts
     speeds, losses = time_steps(steps, device, config.batch_size, config.warm_up, config.repeats)
     ratios = {f"ours / {n}": speeds["ours"].rate / s.rate for n, s in speeds.items() if n != "ours"}

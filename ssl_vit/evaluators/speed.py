@@ -148,14 +148,13 @@ def single_views(batch: Batch, spec: ViewSpec, normalize: Normalize) -> list[Ten
 
 
 def lightly_step(
-    shared: tuple[Any, ...],
-    grouped: bool,
+    sizes: tuple[Any, ...],
     spec: ViewSpec,
     batch: Batch,
     statistics: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> tuple[Callable[[], Tensor], int]:
-    """A step of lightly's DINO on a batch (``shared``: of ``LightlyDINO``), and its parameters."""
-    peer = LightlyDINO(*shared, grouped=grouped)
+    """A step of lightly's DINO on a batch (``sizes``: of ``LightlyDINO``), and its parameters."""
+    peer = LightlyDINO(*sizes)
     views = single_views(batch, spec, Normalize(*statistics).to(peer.device))
 
     def step() -> Tensor:

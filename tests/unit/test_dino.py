@@ -346,6 +346,26 @@ def test_sizes():
         DINOConfig(local_size=(10,)).sizes((32, 32), 4)
 
 
+def test_views_are_the_originals():
+    """Sizes, areas and numbers of crops; which of them is blurred and solarised how often."""
+    encoder = Encoder(EncoderConfig(arch="vit_tiny_patch16_224", depth=1))
+    views = DINO.views(DINOConfig(), encoder).crops
+    assert [(c.count, c.size, c.scale) for c in views] == [
+        (1, (224, 224), (0.4, 1.0)),
+        (1, (224, 224), (0.4, 1.0)),
+        (8, (96, 96), (0.05, 0.4)),
+    ]
+    assert [(c.photometric.blur, c.photometric.solarize) for c in views] == [
+        (1.0, 0.0),
+        (0.1, 0.2),
+        (0.5, 0.0),
+    ]
+    for crop in views:
+        p = crop.photometric
+        assert (crop.flip, p.jitter, p.gray, p.blur_sigma) == (0.5, 0.8, 0.2, (0.1, 2.0))
+        assert (p.brightness, p.contrast, p.saturation, p.hue) == (0.4, 0.4, 0.2, 0.1)
+
+
 def test_an_encoder_without_cls_is_refused():
     config = EncoderConfig(arch="vit_base_patch16_siglip_224")
     assert Encoder(config).vit.cls_token is None

@@ -281,7 +281,8 @@ def test_the_method_is_found_by_its_file():
 
 
 def test_views_are_one_crop_of_the_encoders_size():
-    spec = MAE.views(MAEConfig(crop_scale=(0.3, 0.9), flip=0.1), (16, 24))
+    config = MAEConfig(crop_scale=(0.3, 0.9), flip=0.1)
+    spec = MAE.views(config, make().encoder)
     (crop,) = spec.crops
     assert (crop.size, crop.scale, crop.flip, crop.count) == ((16, 24), (0.3, 0.9), 0.1, 1)
 

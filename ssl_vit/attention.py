@@ -57,14 +57,20 @@ def _before_last_block(
 
 def _attend(attn: Any, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b 1 d"]:
     """What timm's ``Attention`` gives for the first token."""
+    q, k, v = _query_keys_values(attn, x)
+    scores = (q * attn.scale) @ k.transpose(-2, -1)
+    out = attn.attn_drop(scores.softmax(dim=-1)) @ v
+    return attn.proj_drop(attn.proj(attn.norm(rearrange(out, "b h m d -> b m (h d)"))))
+
+
+def _query_keys_values(attn: Any, x: Float[Tensor, "b m d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of timm's ``Attention`` the first token's query (b, h, 1, d), all keys and values."""
     width = attn.qkv.out_features // 3
     q = _part(attn.qkv, x[:, :1], slice(0, width))
     kv = _part(attn.qkv, x, slice(width, None))
     q = rearrange(q, "b m (h d) -> b h m d", h=attn.num_heads)
     k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=attn.num_heads)
-    scores = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
-    out = attn.attn_drop(scores.softmax(dim=-1)) @ v
-    return attn.proj_drop(attn.proj(attn.norm(rearrange(out, "b h m d -> b m (h d)"))))
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _part(linear: Any, x: Tensor, rows: slice) -> Tensor:
@@ -89,12 +95,9 @@ def cls_attention_rows(
     # Fused kernels never hold the probabilities, so the row is computed here, from the
     # projections of the block's own attention.
     last = encoder.vit.blocks[-1]
-    joined = last.attn.qkv(last.norm1(x))
-    q, k, _ = rearrange(joined, "b m (three h d) -> three b h m d", three=3, h=last.attn.num_heads)
-    q = at_least_fp32(last.attn.q_norm(q[:, :, :1]))
-    k = at_least_fp32(last.attn.k_norm(k))
+    q, k, _ = _query_keys_values(last.attn, last.norm1(x))
     # Not a matrix product, which autocast would round to bfloat16.
-    return ((q * last.attn.scale) * k).sum(-1).softmax(dim=-1)
+    return ((at_least_fp32(q) * last.attn.scale) * at_least_fp32(k)).sum(-1).softmax(dim=-1)
 
 
 def cls_attention(

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config, subcommand
-from ssl_vit.config import DataConfig, EncoderConfig, OptimConfig, RunConfig, check
+from ssl_vit.config import DataConfig, check
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize, ViewSpec
 from ssl_vit.data.decode import decode
 from ssl_vit.data.loader import TrainImages
@@ -33,7 +33,7 @@ from ssl_vit.evaluators.speed import (
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.files import write_text_atomically
 from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.session import PretrainConfig, initial_method, is_deep
+from ssl_vit.session import PretrainConfig, default_options, initial_method, is_deep
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
 M = TypeVar("M")
@@ -119,10 +119,7 @@ def read_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
         for f in flags
     ]
     method, options = find_method(name), _BENCHMARKS[what]
-    given = {"data": {"train": ""}} | method.defaults
-    groups = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": OptimConfig}
-    shared = {g: kind(**given.get(g, {})) for g, kind in groups.items()}
-    default = options(method=method.Config(), **shared)
+    default = default_options(options, method, data={"train": ""})
     files = [find_recipe(c) for c in configs]
     about, prog = options.__doc__ or "", f"{_PROG} {what} {name}"
     config = layered(default, files, flags, prog, about, options[method.Config])
@@ -162,7 +159,7 @@ def loader_report(kind: type[Method], config: LoaderConfig[Any]) -> dict[str, An
     chosen, bad = readable(bounded(source, config.images, seed), opens)
     size = min(config.batch_size or config.optim.batch_size, len(chosen))
     images = TrainImages(chosen, spec, data.channels, seed)
-    normalize = Normalize(*statistics(data))
+    normalize = Normalize(*statistics(data), bounded=not deep)
     speeds = time_loader(images, normalize, original, size, config.repeats)
     results = {
         "workers": speeds.workers,

@@ -1,9 +1,14 @@
 """Pictures for people: batches of images as one captioned uint8 array."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ssl_vit.files import write_atomically
 
 _GAP = 4
 _TEXT = 16
@@ -82,6 +87,11 @@ def picture_rows(
     for i, words in enumerate(text):
         draw.text((_GAP, bottom + i * _TEXT), words, fill="black", font=font)
     return np.asarray(sheet)
+
+
+def save_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Write a picture, whole or not at all."""
+    write_atomically(path, partial(Image.fromarray(picture).save, format="PNG"))
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

@@ -20,7 +20,6 @@ from ssl_vit.cli import (
     split_config,
     subcommand,
 )
-from ssl_vit.config import DataConfig, EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.data.photometric import left_out
 from ssl_vit.encoder import parameter_count
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
@@ -28,7 +27,14 @@ from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card
 from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
 from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.session import PretrainConfig, Session, build, prepare_folder, train
+from ssl_vit.session import (
+    PretrainConfig,
+    Session,
+    build,
+    default_options,
+    prepare_folder,
+    train,
+)
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.weights.exchange import ENCODER_FILE, sha256
@@ -48,9 +54,7 @@ def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]
         configs = [f"{name}_digits"]
         if "--help" not in flags and "-h" not in flags:
             log.info("no --config and no --data.train: using the recipe %s", configs[0])
-    groups = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": OptimConfig}
-    shared = {g: kind(**method.defaults.get(g, {})) for g, kind in groups.items()}
-    default = PretrainConfig(method=method.Config(), **shared)
+    default = default_options(PretrainConfig, method)
     kind = PretrainConfig[method.Config]  # type: ignore[name-defined]
     files = [find_recipe(c) for c in configs]
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)

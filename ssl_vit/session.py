@@ -60,6 +60,17 @@ class PretrainConfig(Generic[M]):
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+def default_options(options: Any, method: type[Method], **groups: dict[str, Any]) -> Any:
+    """``options`` (a ``PretrainConfig``) as a method has them, before YAML and command line.
+
+    ``groups`` holds a door's own values of shared options; those of the method win.
+    """
+    kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": OptimConfig}
+    given = groups | method.defaults
+    shared = {name: kind(**given.get(name, {})) for name, kind in kinds.items()}
+    return options(method=method.Config(), **shared)
+
+
 @dataclass
 class Images:
     """The images of a run: sources, and how a pixel becomes a number."""

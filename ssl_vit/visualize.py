@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ssl_vit.attention import attention_panel, cls_attention
@@ -23,8 +21,7 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import View, open_encoder, ready
 from ssl_vit.evaluators.watch import bounded
-from ssl_vit.figures import to_rgb
-from ssl_vit.files import write_atomically
+from ssl_vit.figures import save_png, to_rgb
 from ssl_vit.training.parallel import resolve_device
 
 log = logging.getLogger("ssl_vit")
@@ -182,7 +179,7 @@ def main(argv: list[str]) -> int:
     out = (
         Path(config.out).expanduser() if config.out else path.parent / f"{prefix}{name}-images.png"
     )
-    write_atomically(out, partial(Image.fromarray(picture).save, format="PNG"))
+    save_png(out, picture)
     print(f"{name} of {len(images)} images: {out}")
     return 0
 

@@ -7,12 +7,10 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages
@@ -22,7 +20,8 @@ from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.scores import Score, knn_scores, linear_scores
-from ssl_vit.files import write_atomically, write_text_atomically
+from ssl_vit.figures import save_png
+from ssl_vit.files import write_text_atomically
 from ssl_vit.seeds import fold
 from ssl_vit.task import Views
 from ssl_vit.training.health import health
@@ -81,8 +80,7 @@ class Watch:
         views = normalize(Views(views.crops, keys, views.labels).to(self.device))
         pictures = painter(views, display.to(self.device))
         for name, picture in pictures.items():
-            save = partial(Image.fromarray(picture).save, format="PNG")
-            write_atomically(folder / f"{name}.png", save)
+            save_png(folder / f"{name}.png", picture)
         return pictures
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:

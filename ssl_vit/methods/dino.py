@@ -125,9 +125,8 @@ class DINOConfig:
             patch * max(1, round(large[0] * share)),
             patch * max(1, round(large[1] * share)),
         )
-        for option, size in (("global_size", large), ("local_size", small)):
-            if option == "local_size" and not self.local_crops:
-                continue
+        used = {"global_size": large} | ({"local_size": small} if self.local_crops else {})
+        for option, size in used.items():
             fits = all(s > 0 and s % patch == 0 for s in size)
             shown = "x".join(map(str, size))
             check(fits, f"{_flag(option)} is {shown}; the patch size, {patch}, must divide it")

@@ -54,6 +54,13 @@ cli.run_door(pretrain.main)
 """
 
 
+def outcome(folder: Path) -> list[bytes]:
+    """All that a finished run leaves of its training, as bytes."""
+    last = folder / "checkpoints" / "step-00000024"
+    files = [last / "task.safetensors", last / "optimizer.safetensors"]
+    return [f.read_bytes() for f in [*files, folder / "encoder.safetensors"]]
+
+
 class Door:
     """Runs ``python -m ssl_vit...`` in ``folder`` with one thread, and keeps what it said."""
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ssl_vit.training.metrics import read_rows
-from tests.integration.conftest import KILLER
+from tests.integration.conftest import KILLER, outcome
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,6 @@ def run(shared_door):
     result = shared_door.dino("--run.out", "run", "--run.probe-every", "12st")
     assert result.returncode == 0, result.stderr
     return shared_door.folder / "run", result
-
-
-def outcome(folder):
-    """All that a finished run leaves of its training, as bytes."""
-    last = folder / "checkpoints" / "step-00000024"
-    files = [last / "task.safetensors", last / "optimizer.safetensors"]
-    return [f.read_bytes() for f in [*files, folder / "encoder.safetensors"]]
 
 
 def test_what_it_prints(run):

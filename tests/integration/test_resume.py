@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.conftest import KILLER
+from tests.integration.conftest import KILLER, outcome
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +17,6 @@ def unbroken(shared_door):
     result = shared_door.pretrain("--run.out", "unbroken")
     assert result.returncode == 0, result.stderr
     return outcome(shared_door.folder / "unbroken")
-
-
-def outcome(folder):
-    """All that a finished run leaves of its training, as bytes."""
-    last = folder / "checkpoints" / "step-00000024"
-    files = [last / "task.safetensors", last / "optimizer.safetensors"]
-    return [f.read_bytes() for f in [*files, folder / "encoder.safetensors"]]
 
 
 @pytest.mark.parametrize(

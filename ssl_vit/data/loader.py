@@ -64,7 +64,8 @@ class TrainImages(Dataset):
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
         kinds = [_by_view(views, c.count) for views, c in zip(taken, self.spec.crops, strict=True)]
         crops, parameters = [crops for crops, _ in kinds], [drawn for _, drawn in kinds]
-        return Batch(Views(crops, torch.tensor(keys), torch.tensor(labels), parameters), bad)
+        views = Views(crops, torch.tensor(keys), torch.tensor(labels), parameters, fold(*keys))
+        return Batch(views, bad)
 
     def _readable(self, index: int, bad: dict[int, str]) -> tuple[Tensor, int | None]:
         """The image at ``index`` or, if it is bad, the one that always replaces it."""
@@ -82,10 +83,10 @@ class TrainImages(Dataset):
 def _by_view(taken: list[DrawnCrop], count: int) -> tuple[Tensor, Tensor]:
     """Crops listed image by image, ``count`` each, and their parameters, stacked view by view."""
     ordered = [view for nth in range(count) for view in taken[nth::count]]
-    return _stack([crop for crop, _ in ordered]), torch.tensor([drawn for _, drawn in ordered])
+    return stack([crop for crop, _ in ordered]), torch.tensor([drawn for _, drawn in ordered])
 
 
-def _stack(crops: list[Tensor]) -> Tensor:
+def stack(crops: list[Tensor]) -> Tensor:
     """One batch; where 8-bit images meet deeper ones, all in the deeper ones' scale of 0..1."""
     if len({c.dtype for c in crops}) > 1:
         crops = [c.float() / 255 if c.dtype == torch.uint8 else c for c in crops]
@@ -171,7 +172,7 @@ class EvalImages(Dataset):
             labels.append(-1 if label is None else label)
         if not crops:
             return Batch(Views([], torch.tensor([]).long(), torch.tensor([]).long()), bad)
-        return Batch(Views([_stack(crops)], torch.tensor(keys), torch.tensor(labels)), bad)
+        return Batch(Views([stack(crops)], torch.tensor(keys), torch.tensor(labels)), bad)
 
 
 def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:

@@ -1,0 +1,231 @@
+"""Linear segmentation probe: classes of pixels from an encoder's frozen patch tokens.
+
+The protocol is that of Oquab et al. 2023 (section 7.4, "linear"): BatchNorm and one linear layer
+on each patch token give class logits at the patches' resolution, which bilinear interpolation
+brings to that of the mask. What differs: ``patch_heads.fit_heads``, ``data.masks``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from ssl_vit.config import UserError, check
+from ssl_vit.data.base import check_classes
+from ssl_vit.data.masks import CLASSES_FILE, Pairs
+from ssl_vit.data.order import permute
+from ssl_vit.evaluators.backbone import Backbone
+from ssl_vit.evaluators.overlap import Overlap, confusion, counts, iou
+from ssl_vit.evaluators.patch_heads import BATCH, WARMUP, WEIGHT_DECAY, Heads, fit_heads, upsampled
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.tokens import Look, Material, gather, look_through
+from ssl_vit.seeds import fold
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+# The confusion matrix is the square of this; more are no classes but depths, or instances.
+_MOST_CLASSES = 4096
+_LARGEST_CONFUSION = 100
+# Most values of the logits that are held at once when a mask is judged, 256 MB.
+_VALUES = 1 << 26
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Options of the segmentation probe."""
+
+    blocks: Literal[1, 4] = 1
+    """Patch tokens of the last block, or of each of the last four, joined."""
+    ignore: int = 255
+    """Number in the masks of pixels that have no class. -1: there is none."""
+    epochs: int = 30
+    """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
+    cache_gb: float = 8.0
+    """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
+    Where they need more, they are made anew in every epoch: the same score, in more time."""
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"--epochs is {self.epochs}; at least 1")
+        check(self.ignore >= -1, f"--ignore is {self.ignore}; a class number, or -1 for none")
+        check(self.cache_gb >= 0, f"--cache-gb is {self.cache_gb}; 0 or more")
+
+
+def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:
+    """The class of each of ``size`` pixels, the one of the highest interpolated logit.
+
+    Some classes at a time, so that a large mask with many classes fits in memory.
+    """
+    step = max(1, _VALUES // (size[0] * size[1]))
+    best, guess = None, None
+    for first in range(0, len(logits), step):
+        value, index = upsampled(logits[None, first : first + step], size)[0].max(0)
+        if best is None or guess is None:
+            best, guess = value, index
+            continue
+        higher = value > best  # of equal ones the first
+        best, guess = torch.where(higher, value, best), torch.where(higher, index + first, guess)
+    assert guess is not None
+    return guess
+
+
+@torch.no_grad()
+def held_out_miou(
+    heads: Heads, material: Material, rows: Int64[Tensor, " n"], ignore: int
+) -> list[float]:
+    """Each head's mean intersection over union, 0 to 1, at four pixels a patch and side."""
+    classes = heads.bias.shape[1]
+    tables = [torch.zeros(classes, classes, dtype=torch.int64) for _ in heads.bias]
+    for tokens, masks in material.batches(rows, BATCH):
+        truth = known(masks, ignore).flatten()
+        logits = heads(tokens)
+        for table, head in zip(tables, logits.unbind(1), strict=True):
+            fine = upsampled(head, (masks.shape[1], masks.shape[2]))
+            table += confusion(truth, fine.argmax(1).flatten(), classes).cpu()
+    return [float(iou(counts(table).double()).nanmean()) for table in tables]
+
+
+def known(mask: Int[Tensor, "*shape"], ignore: int) -> Int[Tensor, "*shape"]:
+    """The mask with -1 for pixels without a class."""
+    return torch.where(mask == ignore, -1, mask)
+
+
+@torch.no_grad()
+def judge_masks(heads: Heads, look: Look, pairs: Pairs, ignore: int) -> tuple[Overlap, int]:
+    """One head against every mask at the mask's own resolution; with the unreadable pairs.
+
+    Raises:
+        UserError: a class that the head does not know, or no pixel has one.
+    """
+    classes = heads.bias.shape[1]
+    table, images, bad = torch.zeros(classes, classes, dtype=torch.int64), [], 0
+    for seen in look.batches(pairs):
+        bad += len(seen.bad)
+        if not seen.masks:
+            continue
+        for i, logits, mask in zip(
+            seen.keys.tolist(), heads(seen.tokens)[:, 0], seen.masks, strict=True
+        ):
+            truth = known(mask.to(logits.device).long(), ignore)
+            highest = int(truth.max())
+            if highest >= classes:
+                raise UserError(
+                    f"the mask of {pairs.name(i)} has class {highest}, those of training go up to "
+                    f"{classes - 1}; name all classes in {CLASSES_FILE} beside the masks"
+                )
+            guess = classify(logits, (mask.shape[0], mask.shape[1]))
+            own = confusion(truth.flatten(), guess.flatten(), classes).cpu()
+            table += own
+            images.append(counts(own))
+    check(int(table.sum()) > 0, f"{pairs.spec}: no pixel of its masks has a class")
+    return Overlap(table, torch.stack(images)), bad
+
+
+def choose_head(
+    material: Material, classes: int, config: SegmentConfig, seed: int
+) -> tuple[Heads, float, dict[str, float]]:
+    """The head of the best learning rate on a held-out tenth, trained again on all images.
+
+    Of equal rates the lowest. Returned with the rate, and each rate's held-out mIoU in %.
+    """
+    n = len(material.masks)
+    check(n >= 10, f"{material.pairs.spec} has {n} readable pairs; a probe needs 10")
+    shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, 2)))
+    held, kept = shuffled[: max(1, n // 10)], shuffled[max(1, n // 10) :]
+    trial = fit_heads(material, kept, classes, LEARNING_RATES, config.epochs, config.ignore, seed)
+    scores = held_out_miou(trial, material, held, config.ignore)
+    chosen = LEARNING_RATES[scores.index(max(scores))]
+    head = fit_heads(
+        material, torch.arange(n), classes, (chosen,), config.epochs, config.ignore, seed
+    )
+    by_rate = {f"{r:g}": round(100 * s, 3) for r, s in zip(LEARNING_RATES, scores, strict=True)}
+    return head, chosen, by_rate
+
+
+def segment(
+    config: SegmentConfig,
+    backbone: Backbone,
+    train: Pairs,
+    val: Pairs,
+    device: torch.device,
+    precision: torch.dtype,
+    seed: int = 0,
+    workers: int = -1,
+    batch_size: int = 64,
+) -> tuple[list[Score], dict[str, Any]]:
+    """Train on ``train``, choose on a tenth of it, judge ``val`` once; scores, and the protocol.
+
+    Raises:
+        UserError: a network without patch tokens, pairs that do not fit together, or too few.
+    """
+    check_classes(train, val)
+    look = look_through(backbone, config.blocks, device, precision, workers, batch_size)
+    material = gather(look, train, config.cache_gb)
+    names = train.classes or val.classes or ()
+    classes = count_classes(material, len(names), config.ignore)
+    head, rate, by_rate = choose_head(material, classes, config, seed)
+    overlap, bad = judge_masks(head, look, val, config.ignore)
+    labels = names or tuple(map(str, range(classes)))
+    shares = zip(labels, overlap.by_class.tolist(), strict=True)
+    score = Score(
+        features=look.name,
+        setting=f"lr={rate:g}",
+        metrics=overlap.metrics(),
+        interval=overlap.interval(fold(seed, 3)),
+        per_class={name: 100 * share for name, share in shares if not math.isnan(share)},
+        confusion=overlap.table.tolist() if classes <= _LARGEST_CONFUSION else None,
+        details={"chosen_lr": rate, "held_out_miou_by_lr": by_rate},
+    )
+    return [score], card(config, material, overlap, bad)
+
+
+def count_classes(material: Material, named: int, ignore: int) -> int:
+    """How many classes there are: as many as are ``named``, or up to the highest in the masks.
+
+    Raises:
+        UserError: the masks have a class without a name, or fewer than two classes.
+    """
+    values = [v for v in material.values if v != ignore]
+    spec = material.pairs.spec
+    beside = f" beside --ignore {ignore}" if ignore >= 0 else ""
+    check(
+        len(values) >= 2,
+        f"the masks of {spec} have only {values}{beside}; at least two classes are needed",
+    )
+    check(
+        not named or values[-1] < named,
+        f"the masks of {spec} have class {values[-1]}, {CLASSES_FILE} names 0 to {named - 1}",
+    )
+    check(
+        values[-1] < _MOST_CLASSES,
+        f"the masks of {spec} go up to {values[-1]}{beside}; at most {_MOST_CLASSES} classes",
+    )
+    return named or values[-1] + 1
+
+
+def card(config: SegmentConfig, material: Material, overlap: Overlap, bad: int) -> dict[str, Any]:
+    """What the protocol says of the probe."""
+    view = "whole images, each side scaled to the size; masks judged at their own resolution"
+    return {
+        "probe": asdict(config)
+        | {
+            "head": "BatchNorm without affine (statistics of all training tokens), linear",
+            "optimizer": f"AdamW, weight decay {WEIGHT_DECAY}, warm-up {WARMUP}, cosine",
+            "batch_size": BATCH,
+            "learning_rates": LEARNING_RATES,
+            "view": view,
+            "token_grid": material.look.grid,
+            "tokens_kept": material.tokens is not None,
+        },
+        "pairs": {
+            "train": len(material.masks),
+            "train_unreadable": material.unreadable,
+            "val": len(overlap.images),
+            "val_unreadable": bad,
+            "val_pixels": int(overlap.table.sum()),
+        },
+    }

@@ -20,21 +20,27 @@ from ssl_vit.config import EncoderConfig, check, nearest
 
 @dataclass
 class Features:
-    """An encoder's output: [CLS] (B, D) or None, patches (B, N, D), grid (rows, columns)."""
+    """An encoder's output: [CLS] (B, D) or None, patches (B, N, D), grid (rows, columns).
+
+    ``norm`` is applied to each pooled vector, where the final norm sits after the pooling; else it
+    has been applied to the tokens, and is None.
+    """
 
     cls: Tensor | None
     patches: Tensor
     grid: tuple[int, int]
+    norm: nn.Module | None = None
 
     def pool(self, kind: str) -> Float[Tensor, "b _"]:
         """One vector an image: ``cls``, ``mean`` (of patches) or ``cls+mean`` (both, joined)."""
-        mean = self.patches.mean(1)
+        norm = self.norm or nn.Identity()
+        mean = norm(self.patches.mean(1))
         if kind == "mean":
             return mean
         check(self.cls is not None, f"pooling is {kind!r}; this encoder has no [CLS]: use mean")
-        assert self.cls is not None
         check(kind in ("cls", "cls+mean"), f"pooling is {kind!r}; allowed: cls, mean, cls+mean")
-        return self.cls if kind == "cls" else torch.cat([self.cls, mean], dim=1)
+        cls = norm(self.cls)
+        return cls if kind == "cls" else torch.cat([cls, mean], dim=1)
 
 
 class Encoder(nn.Module):
@@ -61,6 +67,8 @@ class Encoder(nn.Module):
         self.vit = timm.create_model(
             config.arch, num_classes=0, drop_path_rate=config.drop_path, **kwargs
         )
+        if config.norm_eps:
+            set_norm_eps(self.vit, config.norm_eps)
         patches = self.vit.patch_embed
         self.image_size: tuple[int, int] = tuple(patches.img_size)
         self.patch_size: int = patches.patch_size[0]
@@ -149,7 +157,8 @@ class Encoder(nn.Module):
     def split(self, tokens: Float[Tensor, "b m d"], grid: tuple[int, int]) -> Features:
         """The encoder's output as [CLS] and patches; registers are left out."""
         cls = tokens[:, 0] if self.vit.cls_token is not None else None
-        return Features(cls, tokens[:, self.vit.num_prefix_tokens :], grid)
+        norm = self.vit.fc_norm if self.config.norm == "pooled" else None
+        return Features(cls, tokens[:, self.vit.num_prefix_tokens :], grid, norm)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Features of whole images of any size that the patch size divides."""
@@ -189,7 +198,10 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
 
 
 def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
-    """What to give ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights."""
+    """What to give ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights.
+
+    It can be written as JSON, and so leaves out ``config.norm_eps``: :func:`set_norm_eps` after it.
+    """
     kwargs: dict[str, Any] = {}
     if channels != 3:
         kwargs["in_chans"] = channels
@@ -203,7 +215,16 @@ def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
             kwargs[theirs] = getattr(config, ours)
     if config.registers >= 0:
         kwargs["reg_tokens"] = config.registers
+    if config.norm == "pooled":
+        kwargs |= {"global_pool": "avg", "fc_norm": True}
     return kwargs
+
+
+def set_norm_eps(module: nn.Module, eps: float) -> None:
+    """Give every LayerNorm of a module the same epsilon."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps
 
 
 def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
@@ -215,15 +236,16 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
         f"{nearest(config.arch, known)}",
     )
     with torch.device("meta"):
-        vit: Any = timm.create_model(config.arch, num_classes=0, depth=1)
+        pooling = {k: kwargs[k] for k in ("global_pool", "fc_norm") if k in kwargs}
+        vit: Any = timm.create_model(config.arch, num_classes=0, depth=1, **pooling)
     plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
     plain = plain and hasattr(vit.blocks[0], "attn")  # parallel blocks have theirs elsewhere
-    # A norm after the pooling would leave the patch tokens without one.
-    plain = plain and isinstance(vit.fc_norm, nn.Identity)
+    # A norm after the pooling leaves the patch tokens without one: only where that is asked for.
+    pooled = not isinstance(vit.fc_norm, nn.Identity)
     check(
-        plain and vit.pos_embed is not None,
+        plain and pooled == (config.norm == "pooled") and vit.pos_embed is not None,
         f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions and "
-        "a final norm on its tokens",
+        f"a final norm on its {config.norm if config.norm == 'tokens' else 'pooled features'}",
     )
     patch = kwargs.get("patch_size", vit.patch_embed.patch_size[0])
     size = config.image_size or vit.patch_embed.img_size

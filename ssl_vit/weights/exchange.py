@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, UserError, check
@@ -41,7 +43,12 @@ def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
     ``timm``, the ``arch`` and ``kwargs`` of the timm call that builds the same model.
     """
     tensors = contiguous_state(encoder.vit)
-    recipe = {"arch": info.config.arch, "kwargs": timm_kwargs(info.config, info.channels)}
+    recipe: dict[str, Any] = {
+        "arch": info.config.arch,
+        "kwargs": timm_kwargs(info.config, info.channels),
+    }
+    if info.config.norm_eps:  # no argument of timm's: ssl_vit.encoder.set_norm_eps
+        recipe["norm_eps"] = info.config.norm_eps
     # One key, because safetensors writes several in an order of chance.
     metadata = {_KEY: json.dumps({"timm": recipe, "info": dataclasses.asdict(info)})}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -57,6 +64,22 @@ def encoder_path(name: str | Path) -> Path:
     file = path / ENCODER_FILE if path.is_dir() else path
     check(file.is_file(), f"--encoder is {str(name)!r}; no such file, nor a run folder with one")
     return file
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is an encoder written by :func:`save_encoder`."""
+    try:
+        return _KEY in read_safetensors(path, tensors=False)[1]
+    except UserError:
+        return False
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first four bytes of a file; none if it is no file."""
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        return file.read(4)
 
 
 def read_info(path: Path) -> EncoderInfo:
@@ -86,9 +109,49 @@ def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:
     """
     path = encoder_path(name)
     info = read_info(path)
-    encoder = Encoder(info.config, info.channels)
-    load_strictly(encoder.vit, read_safetensors(path)[0], str(path))
-    return encoder.eval(), info
+    return encoder_of(info, read_safetensors(path)[0], str(path)), info
+
+
+def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encoder:
+    """The encoder that ``info`` describes with all of ``state``, in evaluation mode.
+
+    Raises:
+        UserError: names or shapes differ, as :func:`load_strictly` says.
+    """
+    # Without memory first: drawing random weights takes longer than reading the ones of a file.
+    with torch.device("meta"):
+        encoder = Encoder(info.config, info.channels)
+    encoder.to_empty(device="cpu")
+    load_strictly(encoder.vit, state, where)
+    return encoder.eval()
+
+
+def resample_positions(
+    state: dict[str, Tensor], source: Encoder, target: Encoder
+) -> dict[str, Tensor]:
+    """``state``, of ``source.vit``, with positions for the image size of ``target``.
+
+    Those of the patches are resampled bicubically, those of [CLS] and registers kept; every other
+    tensor is the same object.
+
+    Raises:
+        UserError: one of the two has positions for [CLS] or registers, the other has not.
+    """
+    position = state["pos_embed"]
+    prefixes = [e.vit.pos_embed.shape[1] - math.prod(e.grid) for e in (source, target)]
+    check(
+        prefixes[0] == prefixes[1],
+        f"positions of {prefixes[0]} prefix tokens do not fit an encoder with {prefixes[1]}",
+    )
+    if source.grid == target.grid:
+        return state
+    resampled = resample_abs_pos_embed(
+        position,
+        list(target.grid),
+        old_size=list(source.grid),
+        num_prefix_tokens=prefixes[0],
+    )
+    return {**state, "pos_embed": resampled}
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> str:
@@ -123,7 +186,7 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor
             found = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}  # noqa: SIM118
             return found, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        start = path.read_bytes()[:4] if path.is_file() else b""
+        start = _first_bytes(path)
         kind = (
             "a pickle"
             if start[:1] == b"\x80" or start[:2] == b"PK"

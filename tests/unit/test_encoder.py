@@ -1,5 +1,6 @@
 """The encoder against timm's own forward pass, and what it refuses."""
 
+import functools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from ssl_vit.encoder import (
     take,
     timm_kwargs,
 )
+from ssl_vit.weights.exchange import resample_positions
 
 SMALL = {"width": 48, "depth": 2, "heads": 4}
 PLAIN = [
@@ -147,7 +149,12 @@ def test_patches_that_are_not_kept_are_never_embedded():
         {"layer_scale": 0.1},
         {"drop_path": 0.5},
         {"image_size": (16,)},
+        {"arch": "vit_small_patch14_dinov2"},
         {"arch": "vit_small_patch14_reg4_dinov2"},
+        {"arch": "vit_giant_patch14_dinov2"},
+        {"arch": "vit_giant_patch14_reg4_dinov2"},
+        {"norm": "pooled"},
+        {"norm_eps": 0.5},
         {"arch": "vit_base_patch16_siglip_224"},
         {"arch": "vit_base_patch16_clip_224"},
         {"arch": "aimv2_large_patch14_224"},
@@ -255,6 +262,33 @@ def test_a_larger_grid_is_resampled_as_timm_does(arch, size):
     torch.testing.assert_close(features.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("size", [(32, 32), (12, 40), (16, 24)])
+def test_weights_for_another_image_size(arch, size):
+    """Positions as timm resamples them, those of prefix tokens kept, all else the same object."""
+    source, target = make(arch=arch), make(arch=arch, image_size=size)
+    state = source.vit.state_dict()
+    found = resample_positions(state, source, target)
+    prefix = 1 if arch == "vit_tiny_patch16_224" else 0
+    theirs = resample_abs_pos_embed(
+        state["pos_embed"], list(target.grid), old_size=[4, 6], num_prefix_tokens=prefix
+    )
+    torch.testing.assert_close(found["pos_embed"], theirs)
+    assert torch.equal(found["pos_embed"][:, :prefix], state["pos_embed"][:, :prefix])
+    assert all(found[k] is state[k] for k in state if k != "pos_embed")
+    target.vit.load_state_dict(found, strict=True)
+    if size == (32, 32):  # on a larger grid an encoder resamples its own alike
+        x = images(source, size)
+        with torch.no_grad():
+            torch.testing.assert_close(target(x).patches, source(x).patches, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_for_other_prefix_tokens_are_refused():
+    source, target = make(), make(registers=2, image_size=(8, 8))
+    with pytest.raises(UserError, match=r"positions of 1 prefix tokens do not fit .* with 3"):
+        resample_positions(source.vit.state_dict(), source, target)
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (3, 3), (2, 5)])
 @pytest.mark.parametrize("width", [4, 12, 48])
 def test_sincos_is_the_papers(grid, width):
@@ -341,6 +375,44 @@ def test_pooling():
         bare(images(bare)).pool("cls")
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_a_norm_after_the_pooling_is_timms(arch, channels):
+    """Tokens have none, pooled vectors have it; ``timm_kwargs`` says so to timm."""
+    encoder = make(channels, arch=arch, norm="pooled")
+    kwargs = timm_kwargs(encoder.config, channels)
+    vit = timm.create_model(arch, num_classes=0, **kwargs).eval()
+    vit.load_state_dict(encoder.vit.state_dict(), strict=True)
+    x = images(encoder)
+    with torch.no_grad():
+        features, tokens = encoder(x), vit.forward_features(x)
+        theirs = vit.forward_head(tokens, pre_logits=True)
+        cls = vit.fc_norm(tokens[:, 0])
+    torch.testing.assert_close(features.pool("mean"), theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.pool("cls"), cls, atol=1e-5, rtol=1e-5)
+    both = torch.cat([cls, theirs], dim=1)
+    torch.testing.assert_close(features.pool("cls+mean"), both, atol=1e-5, rtol=1e-5)
+    assert (theirs - tokens[:, vit.num_prefix_tokens :].mean(1)).abs().max() > 0.1
+
+
+def test_epsilon_of_every_norm():
+    """Its own where none is given; with a large one features are those of timm's model with it."""
+    own, changed = make(), make(norm_eps=0.5)
+    norms = [m for m in changed.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 2 + 1
+    assert {m.eps for m in norms} == {0.5}
+    assert {m.eps for m in own.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    layer = functools.partial(torch.nn.LayerNorm, eps=0.5)
+    kwargs = timm_kwargs(changed.config) | {"norm_layer": layer}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs).eval()
+    vit.load_state_dict(changed.vit.state_dict(), strict=True)
+    x = images(changed)
+    with torch.no_grad():
+        theirs = vit.forward_features(x)
+        torch.testing.assert_close(changed(x).cls, theirs[:, 0], atol=1e-5, rtol=1e-5)
+        assert (own(x).cls - theirs[:, 0]).abs().max() > 0.01
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -352,6 +424,7 @@ def test_pooling():
         ({"arch": "vit_base_patch16_rope_224"}, "--encoder.arch.*plain ViT"),
         ({"arch": "resnet50"}, "--encoder.arch.*plain ViT"),
         ({"arch": "vit_small_patch16_18x2_224"}, "--encoder.arch.*plain ViT"),
+        ({"norm_eps": 1.0}, r"--encoder.norm-eps is 1.0; it lies in \[0, 1\)"),
         ({"image_size": (16, 18)}, r"--encoder.image-size is 16x18.*divisible.*4"),
         ({"image_size": (30,)}, r"--encoder.image-size is 30.*divisible.*4"),
         ({"image_size": (0,)}, r"--encoder.image-size"),

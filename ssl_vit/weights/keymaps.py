@@ -1,0 +1,200 @@
+"""Names of other libraries' tensors as timm's: functions of dictionaries, recognised by their keys.
+
+Joined tensors are in the order timm expects: queries, keys, values; gate, value of a gated MLP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssl_vit.config import check
+
+State = dict[str, Tensor]
+MAE, DINO, DINOV2, TIMM = "MAE (official)", "DINO (official)", "DINOv2 (official)", "timm"
+HUGGING_FACE = {
+    "vit": "Hugging Face ViT",
+    "vit_mae": "Hugging Face ViTMAE",
+    "dinov2": "Hugging Face Dinov2",
+    "dinov2_with_registers": "Hugging Face Dinov2WithRegisters",
+}
+_METHODS = {MAE: "mae", DINO: "dino", DINOV2: "dinov2", HUGGING_FACE["vit_mae"]: "mae"}
+_METHODS |= {HUGGING_FACE[kind]: "dinov2" for kind in ("dinov2", "dinov2_with_registers")}
+
+# Tensors that are no part of an encoder, by the name they are reported under.
+_LEFT_OUT = {
+    MAE: r"(decoder)_|(mask_token)$|(head)\.",
+    DINO: r"(head|dino_head|ibot_head)\.",
+    DINOV2: r"(mask_token)$|(head)\.",
+    TIMM: r"(head)\.",
+    "Hugging Face": r"(decoder|pooler|classifier)\.|embeddings\.(mask_token)$",
+}
+_DINOV2_NAMES = (
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks; the second number counts through
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+    (r"^register_tokens$", "reg_token"),
+)
+_PATCHES = "embeddings.patch_embeddings.projection.weight"
+# Long-standing names and those of transformers 5, which keeps the former on disk.
+_HUGGING_FACE_JOINED = (
+    ("attn.qkv", tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))),
+    ("attn.qkv", tuple(f"attention.{part}_proj" for part in "qkv")),
+    ("mlp.fc1", ("mlp.gate_proj", "mlp.up_proj")),
+)
+_HUGGING_FACE_NAMES = (
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^layernorm\.", "norm."),
+    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+    (r"^(blocks\.\d+\.)layernorm_before\.", r"\1norm1."),
+    (r"^(blocks\.\d+\.)layernorm_after\.", r"\1norm2."),
+    (r"^(blocks\.\d+\.)attention\.(?:output\.dense|o_proj)\.", r"\1attn.proj."),
+    (r"^(blocks\.\d+\.)(?:intermediate\.dense|mlp\.weights_in)\.", r"\1mlp.fc1."),
+    (r"^(blocks\.\d+\.)(?:output\.dense|mlp\.(?:weights_out|down_proj))\.", r"\1mlp.fc2."),
+    (r"^(blocks\.\d+\.)layer_scale([12])\.lambda1$", r"\1ls\2.gamma"),
+)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """An encoder under timm's names, what wrote it, and what of the file is no part of it."""
+
+    format: str
+    state: State
+    left_out: Counter[str]
+
+    @property
+    def method(self) -> str:
+        """How such encoders are trained; empty where the format does not tell."""
+        return _METHODS.get(self.format, "")
+
+
+def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Mapped:
+    """A file's tensors under timm's names; names that no rule knows stay as they are.
+
+    A backbone of DINO alone has timm's very names, and is called so. ``model_type`` is that of a
+    Hugging Face configuration, where there is one.
+
+    Raises:
+        UserError: no Vision Transformer, or one whose tensors cannot be joined.
+    """
+    if any(k.endswith(_PATCHES) for k in state):
+        return _from_hugging_face(state, where, model_type)
+    heads: Counter[str] = Counter()
+    if any(k.startswith("backbone.") for k in state):
+        kept, heads = _without(state, _LEFT_OUT[DINO])
+        state = {k.removeprefix("backbone."): v for k, v in kept.items()}
+    names = ", ".join(list(state)[:3])
+    check(
+        "patch_embed.proj.weight" in state and "pos_embed" in state,
+        f"{where}: no Vision Transformer that is known here, among {len(state)} tensors ({names}, "
+        "...) are no patch_embed.proj.weight and pos_embed",
+    )
+    kind = _kind(wrapper, state, bool(heads))
+    state, left_out = _without(state, _LEFT_OUT[kind])
+    if kind == DINOV2:
+        state = with_own_position(_renamed(state, _DINOV2_NAMES, where))
+    return Mapped(kind, state, heads + left_out)
+
+
+def _kind(wrapper: str, state: State, has_heads: bool) -> str:
+    """Which of the formats with timm's names, or nearly so, this one is."""
+    mask = state.get("mask_token")
+    gated = any(re.match(r"blocks\.(\d+\.)+mlp\.w12\.", k) for k in state)
+    chunked = any(re.match(r"blocks\.\d+\.\d+\.", k) for k in state)
+    if "register_tokens" in state or gated or chunked or (mask is not None and mask.ndim == 2):
+        return DINOV2
+    if has_heads or wrapper == "teacher":
+        return DINO
+    fixed = wrapper == "model" and ("fc_norm.weight" in state or cls_has_no_position(state))
+    has_decoder = any(k.startswith("decoder_") for k in state)
+    return MAE if has_decoder or mask is not None or fixed else TIMM
+
+
+def cls_has_no_position(state: State) -> bool:
+    """Whether the first position is zero, as MAE's fixed sine-cosine ones have it for [CLS]."""
+    position = state["pos_embed"]
+    return position.ndim == 3 and position.numel() > 0 and not bool(position[0, 0].any())
+
+
+def with_own_position(state: State) -> State:
+    """Where registers stand beside a [CLS] with a position, that position as a part of [CLS].
+
+    timm gives prefix tokens no position where there are registers (``no_embed_class``).
+    """
+    if "reg_token" not in state or "cls_token" not in state:
+        return state
+    position, cls = state["pos_embed"], state["cls_token"]
+    if position.ndim != 3 or cls.ndim != 3 or position.shape[2] != cls.shape[2]:
+        return state
+    return {**state, "cls_token": cls + position[:, :1], "pos_embed": position[:, 1:]}
+
+
+def _from_hugging_face(state: State, where: str, model_type: str) -> Mapped:
+    """ViT, ViTMAE, Dinov2 or Dinov2WithRegisters, with or without a head around them."""
+    known = ", ".join(HUGGING_FACE)
+    message = f"{where}: a Hugging Face model of type {model_type!r}; known here: {known}"
+    check(model_type in ("", *HUGGING_FACE), message)
+    prefix = next(k for k in state if k.endswith(_PATCHES)).removesuffix(_PATCHES)
+    state = {k.removeprefix(prefix): v for k, v in state.items()}
+    has_decoder = "decoder.decoder_embed.weight" in state
+    state, left_out = _without(state, _LEFT_OUT["Hugging Face"])
+    state = _renamed(_joined(state, where), _HUGGING_FACE_NAMES, where)
+    check("pos_embed" in state, f"{where}: missing {prefix}embeddings.position_embeddings")
+    if not model_type and any(k.endswith(".ls1.gamma") for k in state):
+        model_type = "dinov2_with_registers" if "reg_token" in state else "dinov2"
+    elif not model_type:
+        model_type = "vit_mae" if has_decoder or cls_has_no_position(state) else "vit"
+    return Mapped(HUGGING_FACE[model_type], with_own_position(state), left_out)
+
+
+def _without(state: State, pattern: str) -> tuple[State, Counter[str]]:
+    """The tensors whose names do not begin with ``pattern``, and how many of the others, by group.
+
+    The group is what the pattern's parentheses hold.
+    """
+    groups: Counter[str] = Counter()
+    kept = {}
+    for key, tensor in state.items():
+        found = re.match(pattern, key)
+        if found:
+            groups[next(group for group in found.groups() if group)] += 1
+        else:
+            kept[key] = tensor
+    return kept, groups
+
+
+def _joined(state: State, where: str) -> State:
+    """Queries, keys and values as one tensor, and so the halves of a gated MLP."""
+    state = dict(state)
+    for target, parts in _HUGGING_FACE_JOINED:
+        for key in [k for k in state if f".{parts[0]}." in k]:
+            names = [key.replace(parts[0], part) for part in parts]
+            missing = [name for name in names if name not in state]
+            check(not missing, f"{where}: missing {', '.join(missing)}")
+            shapes = [tuple(state[name].shape) for name in names]
+            check(
+                len(set(shapes)) == 1,
+                f"{where}: {', '.join(names)} are of shapes {shapes}; they must be the same",
+            )
+            state[key.replace(parts[0], target)] = torch.cat([state.pop(name) for name in names])
+    return state
+
+
+def _renamed(state: State, rules: tuple[tuple[str, str], ...], where: str) -> State:
+    """Every name through every rule, a pattern and what stands for it, in order."""
+    renamed = {}
+    for key, tensor in state.items():
+        name = key
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        check(name not in renamed, f"{where}: {key} is there under two names")
+        renamed[name] = tensor
+    return renamed

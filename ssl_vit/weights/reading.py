@@ -1,0 +1,128 @@
+"""What is in a file of weights, of whatever library, read so that nothing in it can execute."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_vit.config import UserError, check
+from ssl_vit.weights.exchange import read_safetensors
+from ssl_vit.weights.shapes import Told
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def read_content(path: Path) -> Any:
+    """The content of a safetensors file, or of one of ``torch.save``: tensors and plain values.
+
+    Of classes only ``argparse.Namespace`` is let in, in which the official releases of MAE and DINO
+    keep their options: it holds values and runs nothing.
+
+    Raises:
+        UserError: damaged, of another format, or with objects of any other class.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # The length of a safetensors header, which comes first, may look like either; then comes {.
+    if start[8:] == b"{" or not start.startswith((b"PK", b"\x80")):
+        return read_safetensors(path)[0]
+    # Tensors in a zip stay on the disk until used: of a checkpoint, most are an optimizer's.
+    lazily = zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+    except Exception as error:  # what a damaged file raises is of every kind
+        raise UserError(f"{path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """In one line, why ``torch.load`` refused a file."""
+    foreign = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"global (\S+)", str(error))
+    if foreign:
+        return f"refused: it holds an object of {foreign[1]}; allowed: tensors and plain values"
+    return f"damaged, or not a file of weights ({one_line(error)})"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file.
+
+    Raises:
+        UserError: not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({one_line(error)})") from None
+    check(isinstance(content, dict), f"{path}: a JSON object is expected")
+    return dict(content)
+
+
+def unwrapped(content: Any, where: str) -> tuple[str, dict[str, Tensor]]:
+    """The tensors of a file, and the key that held them: "teacher", "model", "state_dict" or "".
+
+    A prefix that all names share because the module was wrapped, ``module.`` or ``_orig_mod.``, is
+    taken away. Of DINO's student and teacher the teacher is the one that is evaluated.
+
+    Raises:
+        UserError: it holds no tensors by name.
+    """
+    wrapper = ""
+    if isinstance(content, dict):
+        known = ("teacher", "model", "state_dict")
+        wrapper = next((k for k in known if isinstance(content.get(k), dict)), "")
+    state = content[wrapper] if wrapper else content
+    whole = isinstance(state, dict) and len(state) > 0
+    if not whole or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        keys = f", with keys {', '.join(map(str, list(content)[:5]))}" if content else ""
+        keys = keys if isinstance(content, dict) else ""
+        raise UserError(f"{where}: no weights: not a dictionary of tensors by name{keys}")
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return wrapper, dict(state)
+
+
+def told_by(config: dict[str, Any], kind: str, where: Path) -> Told:
+    """What a Hugging Face configuration adds to the shapes; an empty one leaves that kind's usual.
+
+    Raises:
+        UserError: a value of another type, or an activation that is not GELU.
+    """
+    eps = config.get("layer_norm_eps", 1e-6 if "Dinov2" in kind else 1e-12)
+    heads = config.get("num_attention_heads", 0)
+    size = config.get("image_size")
+    size = [size, size] if isinstance(size, int) else size
+    whole = isinstance(heads, int) and isinstance(eps, float) and eps > 0
+    whole = whole and (size is None or [type(side) for side in size] == [int, int])
+    check(whole, f"{where.parent / 'config.json'}: heads {heads}, epsilon {eps}, image size {size}")
+    act = config.get("hidden_act", "gelu")
+    check(act == "gelu", f"{where.parent / 'config.json'}: hidden_act is {act!r}; it must be gelu")
+    return Told("", heads, eps, tuple(size) if size else None)
+
+
+def preprocessing(folder: Path | None) -> Statistics | None:
+    """Mean and standard deviation that a Hugging Face folder says images are normalised with."""
+    path = folder / "preprocessor_config.json" if folder else None
+    content = read_json(path) if path else {}
+    found = [content.get(key) for key in ("image_mean", "image_std")]
+    if found == [None, None]:
+        return None
+    whole = all(isinstance(v, list) and all(isinstance(x, float | int) for x in v) for v in found)
+    check(whole, f"{path}: image_mean and image_std must be numbers, not {found}")
+    mean, std = (tuple(map(float, values or ())) for values in found)
+    check(len(mean) == len(std) and all(s > 0 for s in std), f"{path}: image_std is {std}")
+    return mean, std

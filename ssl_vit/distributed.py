@@ -1,13 +1,50 @@
-"""The one collective that tasks may use; alone it does nothing."""
+"""What code that knows of one device may ask of all processes; alone it does nothing."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share(n: int) -> range:
+    """This process's part of ``range(n)``: contiguous, in rank order, sizes differ by at most 1."""
+    rank, world = rank_and_world()
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of ``value`` over all processes (itself when there is one). Not differentiable."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world = rank_and_world()[1]
+    if world == 1:
         return value
     value = value.detach().clone()
     dist.all_reduce(value)
-    return value / dist.get_world_size()
+    return value / world
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All processes' rows (n, ...) one after the other, in rank order; the same on every process.
+
+    ``n`` may differ, even be 0; the other dimensions and the type must not. Itself when alone. Not
+    differentiable.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return rows
+    rows = rows.detach().contiguous()
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(world)]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    # A collective moves equal shapes only.
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

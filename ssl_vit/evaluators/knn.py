@@ -9,39 +9,186 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.config import check
+from ssl_vit.distributed import gather_rows, share
+from ssl_vit.evaluators.features import FEATURES, FeatureSet
+from ssl_vit.evaluators.scores import Prediction, labelled
+
+KS = (10, 20, 100, 200)
 _CELLS = 1 << 25
+_BANK_ROWS = 1 << 16
+_QUERIES = 1 << 14
+
+
+def knn_predictions(
+    train: FeatureSet,
+    val: FeatureSet | None,
+    ks: Sequence[int],
+    features: Sequence[str],
+    device: torch.device,
+    temperature: float = 0.07,
+    shared: bool = True,
+) -> list[Prediction]:
+    """k-NN for each feature and each k that the training set can fill.
+
+    ``val`` None: leave-one-out, each training image by all others; by its place, so that a copy of
+    it elsewhere in the set is a neighbour like any other. ``shared``: all processes call this, each
+    with the same sets; each takes a part of the queries, and all get the whole result.
+
+    Raises:
+        UserError: training labels are missing, or every k is too large.
+    """
+    labels = labelled(train.labels, "the training set")
+    queries, count = (train, len(labels) - 1) if val is None else (val, len(labels))
+    possible = [k for k in ks if k <= count]
+    check(bool(possible), f"k is {tuple(ks)}; the training set has {len(labels)} images")
+    own = share(len(queries.index)) if shared else range(len(queries.index))
+    found = []
+    for name in features:
+        bank = [train.parts[part] for part in FEATURES[name]]
+        rows = [queries.parts[part][own.start : own.stop] for part in FEATURES[name]]
+        first = own.start if val is None else None
+        by_k = knn_classify(bank, labels, rows, possible, device, temperature, first)
+        for k, guesses in by_k.items():
+            guesses = gather_rows(guesses) if shared else guesses
+            details = {"k": k, "temperature": temperature, "leave_one_out": val is None}
+            found.append(Prediction(name, f"k={k}", guesses, details))
+    return found
 
 
 def knn_classify(
-    bank: Float[Tensor, "n d"],
-    bank_labels: Int64[Tensor, " n"],
-    queries: Float[Tensor, "q d"],
+    bank: Sequence[Tensor],
+    labels: Tensor,
+    queries: Sequence[Tensor],
     ks: Sequence[int],
+    device: torch.device,
     temperature: float = 0.07,
-) -> dict[int, Int64[Tensor, "q top"]]:
-    """The classes of each query by votes of its k nearest, best first, at most 5; for every k.
+    first: int | None = None,
+) -> dict[int, Tensor]:
+    """What each query is, by votes of its k nearest; for every k, from one pass over the bank.
 
-    Similarity is the cosine s; each neighbour votes for its class with weight
-    exp(s / temperature). Queries are taken in chunks, so that memory does not grow with their
-    number: at most 2^25 similarities or votes exist at once.
+    Similarity is the cosine s; each neighbour votes with weight exp(s / temperature). A k above
+    the number of neighbours means all. Memory does not grow with the number of images: bank and
+    queries may lie anywhere, and go to ``device`` in chunks, the bank once for each 2^14 queries;
+    at most 2^25 numbers of a kind (similarities, votes, features) exist at once. Features that are
+    not finite count as zeros.
+
+    Args:
+        bank, queries: features as parts (n, _) and (q, _) that stand side by side.
+        labels: (n,) classes, or (n, L) labels 1, 0 or NaN, of the bank.
+        first: the queries are the rows of the bank from here on, and none is its own neighbour.
+
+    Returns:
+        (q, at most 5) int64 classes, best first, of equal votes the lower; or (q, L) float32, the
+        weighted mean of the neighbours' known labels. On the CPU.
     """
-    classes = int(bank_labels.max()) + 1
-    bank = F.normalize(bank, dim=1)
-    chunk = max(1, _CELLS // max(len(bank), classes))
-    largest = min(max(ks), len(bank))
-    votes: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in F.normalize(queries, dim=1).split(chunk):
-        similarity, index = (part @ bank.T).topk(largest, dim=1)
-        # exp(s / T) overflows nothing: s <= 1. The largest is taken out all the same, for fp16.
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        label = bank_labels[index]
+    n, q = len(bank[0]), len(queries[0])
+    width, most = sum(part.shape[1] for part in bank), min(max(ks), n - (first is not None))
+    several = labels.ndim == 2
+    outcomes = most * labels.shape[1] if several else int(labels.max()) + 1
+    step = max(1, min(_QUERIES, _CELLS // max(outcomes, width)))
+    labels = labels.to(device)
+    usual = labels.nanmean(0).nan_to_num(0) if several else None
+    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for start in range(0, max(q, 1), step):  # once for none, which gives the right shapes
+        part = unit(queries, start, start + step, device)
+        own = None if first is None else first + start
+        similarity, index = neighbours(bank, part, most, own)
+        # The largest is taken out: weights near 1 where they matter, and none is lost to rounding.
+        weight, label = ((similarity - similarity[:, :1]) / temperature).exp(), labels[index]
         for k in ks:
-            score = torch.zeros(len(part), classes, dtype=weight.dtype, device=weight.device)
-            score.scatter_add_(1, label[:, :k], weight[:, :k])
-            votes[k].append(score.topk(min(5, classes), dim=1).indices)
-    return {k: torch.cat(parts) for k, parts in votes.items()}
+            if usual is None:
+                guesses = class_votes(weight[:, :k], label[:, :k], outcomes)
+            else:
+                guesses = label_means(weight[:, :k], label[:, :k], usual)
+            found[k].append(guesses.cpu())
+    return {k: torch.cat(parts) for k, parts in found.items()}
 
 
-def accuracy(predicted: Int64[Tensor, "q top"], labels: Int64[Tensor, " q"], top: int = 1) -> float:
-    """Share of queries, in percent, whose label is among the first ``top`` predicted classes."""
-    return 100.0 * float((predicted[:, :top] == labels[:, None]).any(1).double().mean())
+def unit(
+    parts: Sequence[Tensor], start: int, stop: int, device: torch.device
+) -> Float[Tensor, "b d"]:
+    """Rows of features of length 1, on the device."""
+    rows = [part[start:stop].to(device, torch.float32) for part in parts]
+    joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    return F.normalize(joined, dim=1).nan_to_num_(0)
+
+
+def neighbours(
+    bank: Sequence[Tensor], queries: Float[Tensor, "q d"], k: int, own: int | None = None
+) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """Cosine and place of each query's k nearest in the bank, nearest first.
+
+    Of equal cosines the lower place comes first, whatever the chunks. Equal means as computed:
+    copies of one image may differ in the last bit where a matrix product treats the edges of its
+    operands in another way, and so may one process's chunks and another's.
+
+    Args:
+        queries: of length 1.
+        own: the queries are the bank's rows from here on, which are not their own neighbours.
+    """
+    step = max(1, min(len(bank[0]), _BANK_ROWS, _CELLS // queries.shape[1]))
+    blocks = queries.split(max(1, _CELLS // step))
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(bank[0]), step):
+        chunk = unit(bank, start, start + step, queries.device)
+        for i, block in enumerate(blocks):
+            similarity = block @ chunk.T
+            if own is not None:
+                similarity.diagonal(own + i * len(blocks[0]) - start).fill_(-torch.inf)
+            values, places = largest(similarity, min(k, len(chunk)))
+            if start:
+                found[i] = merged(found[i], (values, places + start), k)
+            else:
+                found.append((values, places))
+    best, index = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(index)
+
+
+def merged(
+    one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], k: int
+) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """The k largest values of two, with their places; those of equal values stay in order."""
+    values, places = (torch.cat(pair, dim=1) for pair in zip(one, two, strict=True))
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], places.gather(1, order[:, :k])
+
+
+def largest(
+    values: Float[Tensor, "q n"], k: int
+) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """The k largest of each row and their places, largest first, of equal ones the first.
+
+    ``topk`` alone does not say which of equal values it takes, nor in which order.
+    """
+    found, places = values.topk(min(k + 1, values.shape[1]), dim=1)
+    tied = (found[:, 1:] == found[:, :-1]).any(1).nonzero()[:, 0]
+    found, places = found[:, :k], places[:, :k]
+    if len(tied):
+        rows, last = values[tied], found[tied, -1:]
+        above, equal = rows > last, rows == last
+        room = k - above.sum(1, keepdim=True)
+        taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+        left = taken.nonzero()[:, 1].view(-1, k)
+        found[tied], order = rows.gather(1, left).sort(dim=1, descending=True, stable=True)
+        places[tied] = left.gather(1, order)
+    return found, places
+
+
+def class_votes(
+    weight: Float[Tensor, "q k"], label: Int64[Tensor, "q k"], classes: int
+) -> Int64[Tensor, "q top"]:
+    """The classes with most weight, best first, at most 5."""
+    votes = torch.zeros(len(weight), classes, device=weight.device).scatter_add_(1, label, weight)
+    # Those without a vote in order of their numbers: ties of all of them would cost much more.
+    order = torch.arange(classes, device=weight.device, dtype=votes.dtype)
+    return largest(torch.where(votes > 0, votes, -order), min(5, classes))[1]
+
+
+def label_means(
+    weight: Float[Tensor, "q k"], label: Float[Tensor, "q k l"], usual: Float[Tensor, " l"]
+) -> Float[Tensor, "q l"]:
+    """The weighted mean of known labels; ``usual`` where no neighbour's is known."""
+    known = torch.einsum("qk,qkl->ql", weight, (~label.isnan()).to(weight))
+    total = torch.einsum("qk,qkl->ql", weight, label.nan_to_num(0).to(weight))
+    return torch.where(known > 0, total / known.clamp_min(torch.finfo(known.dtype).tiny), usual)

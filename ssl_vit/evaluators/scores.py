@@ -1,66 +1,184 @@
-"""Scores of frozen features: k-NN and linear, from the same two feature sets."""
+"""What an evaluator predicts, how it is judged, and the score that comes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Int64
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from ssl_vit.config import UserError, check
+from ssl_vit.config import check
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.knn import accuracy, knn_classify
-from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
+from ssl_vit.evaluators.intervals import accuracy_interval, mean_precision_interval
 
-KS = (10, 20, 100, 200)
+_LARGEST_CONFUSION = 100
+
+
+@dataclass
+class Prediction:
+    """What an evaluator says of the validation images, by one setting.
+
+    ``features`` and ``setting`` name it ("cls+mean", "k=20"). ``guesses``: (q, at most 5) int64
+    classes, best first; or (q, L) float scores of labels that do not exclude each other, higher
+    where more likely. ``details``: what else there is to say, fit for JSON.
+    """
+
+    features: str
+    setting: str
+    guesses: Tensor
+    details: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One line of a result: which features, the setting, accuracies in percent, and details."""
+    """One line of a result; ``Score(**json)`` reads back what was written of it.
+
+    ``metrics``, in percent: top1 and top5, or map and auroc. ``interval``: the 95% of the first of
+    them. ``per_class``: accuracy of each class that was judged, or average precision of each label.
+    ``confusion``: images by class, rows the truth, columns the first guess; None for more than 100
+    classes and for several labels.
+    """
 
     features: str
     setting: str
-    top1: float
-    top5: float
+    metrics: dict[str, float]
+    interval: Sequence[float]
+    per_class: dict[str, float]
+    confusion: list[list[int]] | None
     details: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interval", tuple(self.interval))  # JSON makes a list of it
 
-def labelled(features: FeatureSet, spec: str) -> Tensor:
-    """The labels, all of them known.
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent."""
+        return self.metrics["top1"]
+
+    @property
+    def top5(self) -> float:
+        """Share of images, in percent, whose class is among the first five guesses."""
+        return self.metrics["top5"]
+
+
+def judge(prediction: Prediction, truth: Tensor, classes: Sequence[str] | None, seed: int) -> Score:
+    """Compare guesses with the truth: (q,) classes, or (q, L) labels, NaN where unknown.
+
+    The interval is the percentile bootstrap's over validation images: what another draw of as many
+    of them would give. It knows nothing of another draw of the training images.
 
     Raises:
-        UserError: some image has no label.
+        UserError: the truth is not known, or no label has both outcomes.
     """
-    check(bool((features.labels >= 0).all()), f"{spec} has no labels; the score needs them")
-    return features.labels
+    truth, guesses = labelled(truth, "the validation set").cpu(), prediction.guesses.cpu()
+    assert len(guesses) == len(truth), f"{len(guesses)} guesses for {len(truth)} images"
+    made = _judge_classes if truth.ndim == 1 else _judge_labels
+    metrics, interval, per_class, confusion, more = made(guesses, truth, classes, seed)
+    details = prediction.details | more
+    about = (prediction.features, prediction.setting)
+    return Score(*about, metrics, interval, per_class, confusion, details)
 
 
-def knn_scores(train: FeatureSet, val: FeatureSet, ks: tuple[int, ...] = KS) -> list[Score]:
-    """k-NN accuracy for every pooling and every k that the training set can fill."""
-    bank_labels, labels = labelled(train, "the training set"), labelled(val, "the validation set")
-    possible = tuple(k for k in ks if k <= len(bank_labels))
-    if not possible:
-        raise UserError(f"k is {ks}; the training set has {len(bank_labels)} images")
-    scores = []
-    for kind, bank in train.features.items():
-        predicted = knn_classify(bank, bank_labels, val.features[kind], possible)
-        for k in possible:
-            top1, top5 = accuracy(predicted[k], labels), accuracy(predicted[k], labels, top=5)
-            scores.append(Score(kind, f"k={k}", top1, top5, {"k": k, "temperature": 0.07}))
-    return scores
+_Judged = tuple[
+    dict[str, float], tuple[float, float], dict[str, float], list[list[int]] | None, dict[str, Any]
+]
 
 
-def linear_scores(train: FeatureSet, val: FeatureSet, protocol: LinearProtocol) -> list[Score]:
-    """Linear-probe accuracy for every pooling; the rate is chosen without the validation set."""
-    labels, truth = labelled(train, "the training set"), labelled(val, "the validation set")
-    check(len(labels) >= 20, f"the training set has {len(labels)} images; a probe needs 20")
-    scores = []
-    for kind, features in train.features.items():
-        # Seeded inside; float32 throughout.
-        result = linear_probe(features, labels, val.features[kind], protocol)
-        held = {f"{rate:g}": round(value, 3) for rate, value in result.held_out_accuracy.items()}
-        details = {"chosen_lr": result.chosen, "held_out_top1_by_lr": held}
-        top1, top5 = accuracy(result.predicted, truth), accuracy(result.predicted, truth, top=5)
-        scores.append(Score(kind, f"lr={result.chosen:g}", top1, top5, details))
-    return scores
+def _judge_classes(
+    guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int
+) -> _Judged:
+    """Metrics, interval, accuracy of each class, confusion."""
+    correct = guesses[:, 0] == truth
+    metrics = {"top1": accuracy(guesses, truth), "top5": accuracy(guesses, truth, top=5)}
+    n = max(int(truth.max()), int(guesses[:, 0].max())) + 1
+    n = max(n, len(classes or ()))
+    there, right = (torch.bincount(t, minlength=n) for t in (truth, truth[correct]))
+    shares = (100.0 * right.double() / there).tolist()
+    per_class = {_name(classes, c): shares[c] for c in range(n) if there[c]}
+    confusion = None
+    if n <= _LARGEST_CONFUSION:
+        confusion = torch.bincount(truth * n + guesses[:, 0], minlength=n * n).view(n, n).tolist()
+    return metrics, accuracy_interval(correct.numpy(), seed), per_class, confusion, {}
+
+
+def _judge_labels(
+    guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int
+) -> _Judged:
+    """Means over the labels that some images have and some have not; the others are named."""
+    scores, wanted = guesses.double().numpy(), truth.double().numpy()
+    judged = np.flatnonzero((wanted == 1).any(0) & (wanted == 0).any(0))
+    check(len(judged) > 0, "no label has both outcomes in the validation set; nothing to judge")
+    precision, area = [], []
+    for label in judged:
+        known = ~np.isnan(wanted[:, label])
+        pair = wanted[known, label], scores[known, label]
+        precision.append(100.0 * float(average_precision_score(*pair)))
+        area.append(100.0 * float(roc_auc_score(*pair)))
+    metrics = {"map": float(np.mean(precision)), "auroc": float(np.mean(area))}
+    interval = mean_precision_interval(scores[:, judged], wanted[:, judged], seed)
+    names = [_name(classes, label) for label in range(wanted.shape[1])]
+    per_class = {names[label]: p for label, p in zip(judged, precision, strict=True)}
+    left_out = [name for name in names if name not in per_class]
+    return metrics, interval, per_class, None, {"left_out": left_out} if left_out else {}
+
+
+def _name(classes: Sequence[str] | None, number: int) -> str:
+    return classes[number] if classes and number < len(classes) else str(number)
+
+
+def accuracy(predicted: Int64[Tensor, "q top"], labels: Int64[Tensor, " q"], top: int = 1) -> float:
+    """Share of queries, in percent, whose label is among the first ``top`` predicted classes."""
+    return 100.0 * float((predicted[:, :top] == labels[:, None]).any(1).double().mean())
+
+
+def labelled(labels: Tensor, whose: str) -> Tensor:
+    """The labels: classes all known, or several labels of which something is known.
+
+    Raises:
+        UserError: they are not.
+    """
+    if labels.ndim == 1:
+        missing = int((labels < 0).sum())
+        check(
+            not missing,
+            f"{whose} has no label for {missing:,} of {len(labels):,} images; the score needs all",
+        )
+    else:
+        check(not bool(labels.isnan().all()), f"{whose} has no known label; the score needs some")
+    return labels
+
+
+def check_labels(train: FeatureSet, val: FeatureSet, classes: Sequence[str] | None) -> None:
+    """Refuse sets that nothing can be learned from, or that cannot be judged by each other.
+
+    Raises:
+        UserError: labels are missing; training has one class; validation has one that training
+            lacks; one class an image here, several labels there.
+    """
+    kinds = {1: "one class an image", 2: "several labels an image"}
+    ours, theirs = train.labels, val.labels
+    check(
+        ours.ndim == theirs.ndim,
+        f"the training set has {kinds[ours.ndim]}, the validation set {kinds[theirs.ndim]}; "
+        "both must be of one kind",
+    )
+    labelled(ours, "the training set")
+    labelled(theirs, "the validation set")
+    if ours.ndim == 2:
+        n, m = ours.shape[1], theirs.shape[1]
+        check(n == m, f"the training set has {n} labels, the validation set {m}")
+        useful = ((ours == 1).any(0) & (ours == 0).any(0)).any()
+        check(bool(useful), "no label has both outcomes in the training set; nothing to learn")
+        return
+    there = set(ours.unique().tolist())
+    one = _name(classes, min(there))
+    check(len(there) > 1, f"all training images are of class {one!r}; at least two are needed")
+    strange = sorted(set(theirs.unique().tolist()) - there)
+    names = ", ".join(repr(_name(classes, c)) for c in strange[:3])
+    more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+    check(not strange, f"validation has images of {names}{more}; training has none of them")

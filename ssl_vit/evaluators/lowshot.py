@@ -1,0 +1,96 @@
+"""Seeded subsets of labelled images, and what several of them have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ssl_vit.config import check
+from ssl_vit.data.order import permute
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.seeds import fold
+
+
+def subsets(
+    labels: Tensor,
+    per_class: int | None,
+    fraction: float | None,
+    seed: int,
+    classes: Sequence[str] | None = None,
+) -> Int64[Tensor, " rows"]:
+    """Rows of a subset, ascending: so many images a class, or a share of each class, at least one.
+
+    A function of the labels, the seed and the amount; with one seed a smaller subset is part of a
+    larger one. Of several labels an image (n, L), a share of all images.
+
+    Raises:
+        UserError: not one of the two amounts is given, or a class has fewer images than asked.
+    """
+    one = (per_class is None) != (fraction is None)
+    check(one, f"a subset is so many images a class or a share; given: {per_class}, {fraction}")
+    check(per_class is None or per_class >= 1, f"{per_class} images a class; at least 1")
+    check(fraction is None or 0 < fraction <= 1, f"a share of {fraction}; above 0, at most 1")
+    n = len(labels)
+    shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, n)))
+    labels = labels.cpu()
+    if labels.ndim == 2:
+        check(per_class is None, "images with several labels are of no one class; give a share")
+        assert fraction is not None
+        return shuffled[: max(1, round(fraction * n))].sort().values
+    check(bool((labels >= 0).all()), "a subset by class needs the label of every image")
+    counts = labels.bincount()
+    if per_class is not None:
+        few = ((counts > 0) & (counts < per_class)).nonzero()[:, 0].tolist()
+        names = [classes[c] if classes else str(c) for c in few[:1]]
+        there = f"class {names[0]!r} has {counts[few[0]]} images" if few else ""
+        check(not few, f"{there}; {per_class} a class are asked")
+        amounts = torch.full_like(counts, per_class)
+    else:
+        assert fraction is not None
+        amounts = (counts * fraction).round().clamp_min(1).long()
+    # Shuffled, then by class: the first of each class are a random choice of it.
+    order = shuffled[labels[shuffled].argsort(stable=True)]
+    within = torch.arange(n) - (counts.cumsum(0) - counts)[labels[order]]
+    return order[within < amounts[labels[order]]].sort().values
+
+
+def over_seeds(scores: Sequence[Score]) -> Score:
+    """The mean of several seeds' scores of one feature.
+
+    The interval is the mean of theirs, so it is that of the validation images alone; the standard
+    deviation over seeds (of a sample, n - 1) is in the details, beside each seed's own numbers.
+    ``confusion`` is the sum.
+    """
+    assert len({s.features for s in scores}) == 1, "nothing, or different things"
+    first, settings = scores[0], list(dict.fromkeys(s.setting for s in scores))
+    spread = {m: _deviation([s.metrics[m] for s in scores]) for m in first.metrics}
+    seeds: list[dict[str, Any]] = [
+        {
+            "setting": s.setting,
+            "metrics": s.metrics,
+            "interval": list(s.interval),
+            "details": s.details,
+        }
+        for s in scores
+    ]
+    ends = np.mean([s.interval for s in scores], axis=0)
+    tables = [s.confusion for s in scores if s.confusion is not None]
+    shared = [name for name in first.per_class if all(name in s.per_class for s in scores)]
+    return Score(
+        first.features,
+        settings[0] if len(settings) == 1 else "chosen for each seed",
+        {m: float(np.mean([s.metrics[m] for s in scores])) for m in first.metrics},
+        (float(ends[0]), float(ends[1])),
+        {name: float(np.mean([s.per_class[name] for s in scores])) for name in shared},
+        np.sum(tables, axis=0).tolist() if len(tables) == len(scores) else None,
+        {"standard_deviation": spread, "seeds": seeds},
+    )
+
+
+def _deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -15,6 +15,7 @@ from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config
 from ssl_vit.config import DataConfig, check
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize, ViewSpec
 from ssl_vit.data.decode import decode
+from ssl_vit.data.images import is_deep
 from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import open_source
 from ssl_vit.encoder import Encoder, parameter_count
@@ -33,7 +34,7 @@ from ssl_vit.evaluators.speed import (
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.files import write_text_atomically
 from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.session import PretrainConfig, default_options, initial_method, is_deep
+from ssl_vit.session import PretrainConfig, default_options, initial_method
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
 M = TypeVar("M")

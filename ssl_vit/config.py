@@ -53,7 +53,7 @@ class RunConfig:
     """Where the run lives, how long it is, how it is saved and looked at."""
 
     out: str = ""
-    """Run folder. Empty: runs/<method>-<data>."""
+    """Run folder. Empty: runs/<method>-<data>, or for fine-tuning inside the encoder's run."""
     seed: int = 0
     """Everything random follows from this: weights, sample order, crops, masks."""
     length: str = "100ep"
@@ -158,6 +158,11 @@ class EncoderConfig:
     """Initial value of layer scale. 0: as the architecture has (mostly none)."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, growing linearly from the first."""
+    norm: Literal["tokens", "pooled"] = "tokens"
+    """Where the final norm sits. tokens: on every token. pooled: on the pooled vector only, as in
+    encoders that were fine-tuned so; patch features then have none."""
+    norm_eps: float = 0.0
+    """Epsilon of every LayerNorm. 0: as the architecture has (mostly 1e-6)."""
 
     def __post_init__(self) -> None:
         flag = "--encoder.image-size"
@@ -170,6 +175,16 @@ class EncoderConfig:
             0 <= self.drop_path < 1, f"--encoder.drop-path is {self.drop_path}; it lies in [0, 1)"
         )
         check(self.layer_scale >= 0, f"--encoder.layer-scale is {self.layer_scale}; 0 or more")
+        check(0 <= self.norm_eps < 1, f"--encoder.norm-eps is {self.norm_eps}; it lies in [0, 1)")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Which weights the encoder begins with."""
+
+    encoder: str = ""
+    """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
+    channels and statistics are then its own by default (image size may differ). Empty: random."""
 
 
 @dataclass(frozen=True)

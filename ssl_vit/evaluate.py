@@ -1,175 +1,127 @@
-"""The evaluation door: ``python -m ssl_vit.evaluate knn|linear --encoder RUN_OR_FILE ...``."""
+"""The evaluation door: ``python -m ssl_vit.evaluate linear --encoder RUN_OR_FILE ...``."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from ssl_vit import compare, finetune
 from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config, subcommand
-from ssl_vit.config import check
-from ssl_vit.data.sources import check_classes, open_source
-from ssl_vit.encoder import Encoder, image_size
-from ssl_vit.evaluators.features import (
-    Embed,
-    FeatureSet,
-    View,
-    extract,
-    open_encoder,
-    pixels,
-    pooled,
-    ready,
+from ssl_vit.config import RunFailed, UserError, check
+from ssl_vit.distributed import rank_and_world
+from ssl_vit.evaluation import EvalConfig
+from ssl_vit.evaluators.protocol import write_card
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.options import known_keys, parse, tree_flags
+from ssl_vit.probes import (
+    KnnConfig,
+    LinearConfig,
+    Result,
+    SegmentConfig,
+    knn,
+    linear,
+    segment,
 )
-from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
-from ssl_vit.evaluators.scores import KS, Score, knn_scores, linear_scores
 from ssl_vit.training.metrics import duration
-from ssl_vit.training.parallel import resolve_device, resolve_precision
-from ssl_vit.weights.exchange import EncoderInfo, encoder_path, read_info, sha256
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.evaluate"
+_PROBES: dict[str, tuple[type[EvalConfig], Callable[[Any], Result]]] = {
+    "knn": (KnnConfig, knn),
+    "linear": (LinearConfig, linear),
+    "segment": (SegmentConfig, segment),
+}
+_IDENTITIES = (
+    ("encoder", "weights_sha256"),
+    ("train", "content_sha256"),
+    ("val", "content_sha256"),
+)
+_OTHERS = {"finetune": finetune.main, "compare": compare.main}
 
 
-@dataclass(frozen=True)
-class EvalData:
-    """Labelled images to learn from, and to be judged on."""
-
-    train: str = ""
-    """Labelled images, named as for pretraining: folder:PATH, tar:..., torchvision:..., hf:..."""
-    val: str = ""
-    """Labelled images that the score is measured on; nothing is chosen by them."""
-    workers: int = -1
-    """Loader processes. -1: one for each core (on the CPU, for every second one), at most 16."""
+def run(name: str, config: EvalConfig) -> Result:
+    """One evaluator on one encoder; deterministic for the options."""
+    torch.manual_seed(config.seed)
+    return _PROBES[name][1](config)
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """What every evaluator needs."""
-
-    config: str = ""
-    """A YAML file of these options. The command line wins."""
-    data: EvalData = field(default_factory=EvalData)
-    encoder: str = ""
-    """A run folder or an encoder file. random:RUN_OR_FILE: the same architecture with random
-    weights. pixels:RUN_OR_FILE: no encoder, the images that it would see, at most 32 x 32."""
-    out: str = ""
-    """JSON file for the scores and their protocol. Empty: <evaluator>.json in the run folder."""
-    seed: int = 0
-    """For the random encoder, the probe's weights, batches and held-out split."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16, fp32 or auto, as in pretraining. Features are kept, and heads trained, in fp32."""
-    batch_size: int = 256
-    """Images that go through the encoder at once."""
+def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str, Any]) -> None:
+    """The table of scores, each with its 95% interval."""
+    metrics = list(scores[0].metrics)
+    header = ("features", "setting", *metrics, f"95% of {metrics[0]}")
+    rows = [
+        (
+            s.features,
+            s.setting,
+            *(f"{s.metrics[m]:.2f}" for m in metrics),
+            f"{s.interval[0]:.2f} to {s.interval[1]:.2f}",
+        )
+        for s in scores
+    ]
+    judged = card.get("val", card["train"])["images"]
+    title = f"{name}: {config.encoder}, {judged:,} images judged"
+    title += f", {card['train']['images']:,} to learn from, in %"
+    show_table(title, rows, header=header)
 
 
-@dataclass(frozen=True)
-class KnnConfig(EvalConfig):
-    """Weighted k-nearest neighbours by cosine similarity."""
-
-    k: tuple[int, ...] = KS
-    """Numbers of neighbours; those above the number of training images are left out."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.k) and min(self.k) >= 1, f"--k is {self.k}; numbers of at least 1")
-
-
-@dataclass(frozen=True)
-class LinearConfig(EvalConfig):
-    """Linear probe on frozen features; its learning rate is chosen without --data.val."""
-
-    epochs: int = 90
-    """Passes over the training features."""
-
-    def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"--epochs is {self.epochs}; at least 1")
-
-
-_EVALUATORS: dict[str, type[EvalConfig]] = {"knn": KnnConfig, "linear": LinearConfig}
-
-
-def resolve_encoder(name: str, seed: int) -> tuple[Embed, Encoder | None, EncoderInfo, Path]:
-    """An ``--encoder`` argument as features: what to call, its module, its info, its file.
-
-    Raises:
-        UserError: no such file, or not an encoder.
-    """
-    kind, _, rest = name.partition(":")
-    if kind == "pixels" and rest:
-        path = encoder_path(rest)
-        return pixels, None, read_info(path), path
-    encoder, info, path = open_encoder(name, seed)
-    return pooled(encoder), encoder, info, path
+def again(path: str) -> int:
+    """Do what a result's card says once more, and compare; 0 if the numbers are the same."""
+    file = Path(path).expanduser()
+    try:
+        card = json.loads(file.read_text())
+        name, options, before = card["evaluator"], card["options"], card["scores"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path!r} is no result of {_PROG}: a JSON file with its card") from None
+    check(name in _PROBES, f"{path} is of {name!r}; again does {', '.join(_PROBES)}")
+    kind = _PROBES[name][0]
+    options.pop("config", None)
+    flags = tree_flags(options, known_keys(kind()), path)
+    config = parse(kind(), flags, path, f"{_PROG} {name}")
+    scores, now, _ = run(name, config)
+    show(name, config, scores, now)
+    for part, key in _IDENTITIES:
+        old, new = (made.get(part, {}).get(key) for made in (card, now))
+        if old != new:
+            raise RunFailed(f"{part} {key} was {old} in {path}, and is {new} now")
+    pairs = [(b["metrics"], s.metrics) for b, s in zip(before, scores, strict=True)]
+    different = [f"{old} then, {new} now" for old, new in pairs if old != new]
+    if different:
+        raise RunFailed(f"{path}: the numbers differ: {'; '.join(different[:3])}")
+    print(f"the same numbers as in {path}")
+    return 0
 
 
-def evaluate(
-    config: EvalConfig, evaluator: str, score: Callable[[FeatureSet, FeatureSet], list[Score]]
-) -> tuple[list[Score], dict[str, Any], Path]:
-    """Features of both sets, their scores, and the protocol; with the path to write it to."""
-    embed, encoder, info, path = resolve_encoder(config.encoder, config.seed)
-    train, val = open_source(config.data.train), open_source(config.data.val)
-    for option, source in (("train", train), ("val", val)):
-        check(source.labels is not None, f"--data.{option} {source.spec} has no labels")
-    check_classes(train, val)
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    if encoder is not None:
-        ready(encoder, device)
-    view = View(image_size(info.config), info.channels, info.mean, info.std)
-    started = time.perf_counter()
-    workers, size = config.data.workers, config.batch_size
-    sets = [extract(embed, s, view, device, precision, workers, size) for s in (train, val)]
-    scores = score(*(s.to(device) for s in sets))
-    card = protocol_card(
-        evaluator,
-        {"given": config.encoder, "file": str(path), "sha256": sha256(path), **asdict(info)},
-        view,
-        {"train": split_card(train, sets[0]), "val": split_card(val, sets[1])},
-        options=asdict(config),
-        device=str(device),
-        precision=str(precision).removeprefix("torch."),
-        seconds=round(time.perf_counter() - started, 1),
-    )
-    kind = config.encoder.partition(":")[0]
-    prefix = f"{kind}-" if kind in ("random", "pixels") else ""
-    out = Path(config.out) if config.out else path.parent / f"{prefix}{evaluator}.json"
-    return scores, card, out
+def split_lists(flags: Sequence[str]) -> list[str]:
+    """``1,2,5`` written as one argument means three numbers."""
+    lists = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)+")
+    return [n for f in flags for n in (f.split(",") if lists.fullmatch(f) else [f])]
 
 
 def main(argv: list[str]) -> int:
     """The door; returns the exit status."""
     started = time.perf_counter()
-    name = subcommand(argv, _PROG, "evaluator", list(_EVALUATORS))
-    configs, flags = split_config(argv[1:])
-    kind = _EVALUATORS[name]
+    name = subcommand(argv, _PROG, "evaluator", [*_PROBES, *_OTHERS, "again"])
+    if name in _OTHERS:
+        return _OTHERS[name](argv[1:])
+    if name == "again":
+        check(len(argv) == 2, f"usage: {_PROG} again CARD.json")
+        return again(argv[1])
+    configs, flags = split_config(split_lists(argv[1:]))
+    kind = _PROBES[name][0]
     files = [find_recipe(c) for c in configs]
     config = layered(kind(), files, flags, f"{_PROG} {name}", kind.__doc__ or "", kind)
-    for option, value in (("encoder", config.encoder), ("data.train", config.data.train)):
-        check(bool(value), f"--{option} is missing")
-    check(bool(config.data.val), "--data.val is missing")
-    check(config.batch_size >= 1, f"--batch-size is {config.batch_size}; at least 1")
-    torch.manual_seed(config.seed)
-    if isinstance(config, KnnConfig):
-        ks = config.k
-        scores, card, out = evaluate(config, name, lambda t, v: knn_scores(t, v, ks))
-    else:
-        assert isinstance(config, LinearConfig)
-        protocol = LinearProtocol(epochs=config.epochs, seed=config.seed)
-        scores, card, out = evaluate(config, name, lambda t, v: linear_scores(t, v, protocol))
-        card["probe"] = asdict(protocol)
-    rows = [(s.features, s.setting, f"{s.top1:.2f}", f"{s.top5:.2f}") for s in scores]
-    n, m = card["val"]["images"], card["train"]["images"]
-    title = f"{name}: {config.encoder}, {n:,} images judged, {m:,} to learn from, accuracy in %"
-    show_table(title, rows, header=("features", "setting", "top-1", "top-5"))
-    write_card(out, card, scores)
-    print(f"protocol and scores: {out}")
+    scores, card, out = run(name, config)
+    if rank_and_world()[0] == 0:
+        show(name, config, scores, card)
+        write_card(out, card, scores)
+        print(f"protocol and scores: {out}")
     log.info("done in %s", duration(time.perf_counter() - started))
     return 0
 

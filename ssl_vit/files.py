@@ -54,3 +54,8 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $SSL_VIT_CACHE, else ~/.cache/ssl_vit."""
+    return Path(os.environ.get("SSL_VIT_CACHE") or "~/.cache/ssl_vit").expanduser()

@@ -37,10 +37,15 @@ def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     check(isinstance(tree, dict), f"{path}: must hold groups of options (run, data, ...)")
+    return tree_flags(tree, known, str(path))
+
+
+def tree_flags(tree: dict[str, Any], known: Sequence[str], where: str) -> list[str]:
+    """Groups of options as command-line flags; unknown keys are refused, naming ``where``."""
     flags = []
     for key, value in flatten(tree).items():
         name = key.replace("-", "_")
-        check(name in known, f"{path}: unknown key {key!r}{nearest(name, known)}")
+        check(name in known, f"{where}: unknown key {key!r}{nearest(name, known)}")
         values = value if isinstance(value, list) else [value]
         flags += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
     return flags
@@ -106,4 +111,4 @@ def _first_paragraph(box: str) -> str:
     ends = [i for i, line in enumerate(lines) if "─" in line or not line.strip("-")]
     start, stop = [*ends, len(lines), len(lines)][:2]
     text = " ".join(lines[start + 1 : stop]).replace("Error parsing ", "")
-    return re.sub(r"^[a-z_]+: (?=--)", "", text)
+    return re.sub(r"^\w+: (?=--)", "", text)

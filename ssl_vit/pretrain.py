@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 import shlex
-import time
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from ssl_vit.cli import (
     find_recipe,
@@ -20,8 +16,6 @@ from ssl_vit.cli import (
     split_config,
     subcommand,
 )
-from ssl_vit.data.photometric import left_out
-from ssl_vit.encoder import parameter_count
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card
@@ -29,14 +23,13 @@ from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.session import (
     PretrainConfig,
-    Session,
+    Pretraining,
     build,
+    carry_out,
     default_options,
-    prepare_folder,
-    train,
+    with_weights,
 )
-from ssl_vit.training.metrics import duration
-from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.training.session import slug
 from ssl_vit.weights.exchange import ENCODER_FILE, sha256
 
 log = logging.getLogger("ssl_vit")
@@ -58,79 +51,16 @@ def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]
     kind = PretrainConfig[method.Config]  # type: ignore[name-defined]
     files = [find_recipe(c) for c in configs]
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
+    if config.init.encoder:
+        default = with_weights(default, config.init.encoder)
+        config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
     if not config.run.out:
         out = f"runs/{name}-{slug(config.data.train)}"
         config = replace(config, run=replace(config.run, out=out))
     return name, method, config
 
 
-def slug(spec: str) -> str:
-    """A short name for a data set, fit for a folder: its last part that has a letter."""
-    parts = [re.sub(r"[^A-Za-z0-9]+", "-", p).strip("-") for p in re.split(r"[:/]", spec)]
-    named = [p for p in parts if re.search("[A-Za-z]", p) and p not in ("train", "val", "test")]
-    return named[-1] if named else "data"
-
-
-def show_plan(session: Session) -> None:
-    """The table before the first step: what will run, with every derived number resolved."""
-    trainer, optim, order = session.trainer, session.config.optim, session.order
-    encoder, schedule = session.method.exported_encoder(), session.trainer.schedule
-    device, per_epoch = session.parallel.device, order.steps_per_epoch
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    size = "x".join(map(str, encoder.image_size))
-    rate = f"{optim.peak_lr:.4g}"
-    rate += "" if optim.lr is not None else f" = {optim.base_lr:g} x {optim.batch_size} / 256"
-    warmup = f"{schedule.warmup} steps"
-    if schedule.shortened:
-        warmup += f" (half the run; --optim.warmup asks for {schedule.shortened})"
-    held_out = f"{len(session.images.val):,} held out"
-    held_out = held_out if session.images.held_out else "none held out"
-    split = f"{session.parallel.world} processes x {optim.accumulate} parts x "
-    split += str(optim.batch_size // (session.parallel.world * optim.accumulate))
-    show_table(
-        f"{session.name}: {session.out}",
-        [
-            ("device", f"{name}, {torch.get_num_threads()} threads"),
-            ("precision", str(trainer.precision).removeprefix("torch.")),
-            ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
-            ("parameters", f"{counted(encoder)} encoder, {counted(session.method)} in all"),
-            ("images", f"{order.n:,} train, {held_out}"),
-            ("views", describe_views(session)),
-            ("effective batch", f"{optim.batch_size} = {split}"),
-            ("learning rate", rate),
-            ("steps", f"{schedule.total:,} = {schedule.total / per_epoch:g} epochs x {per_epoch}"),
-            ("warm-up", warmup),
-        ],
-    )
-
-
-def describe_views(session: Session) -> str:
-    """The crops of an image, and which photometric operations its channels do not allow."""
-    crops = session.views().crops
-    counts: dict[str, int] = {}
-    for crop in crops:
-        size = "x".join(map(str, crop.size))
-        counts[size] = counts.get(size, 0) + crop.count
-    deep, channels = session.images.deep, session.config.data.channels
-    missing = {
-        name: None
-        for crop in crops
-        if crop.photometric
-        for name in left_out(crop.photometric, channels, bounded=not deep)
-    }
-    text = " + ".join(f"{n} of {size} px" for size, n in counts.items())
-    if missing:
-        depth = "more than 8 bits" if deep else "8 bits"
-        text += f"; for images of {channels} channels and {depth} left out: {', '.join(missing)}"
-    return text
-
-
-def counted(module: torch.nn.Module) -> str:
-    """A module's weights in millions."""
-    return f"{parameter_count(module) / 1e6:.2f} M"
-
-
-def show_results(session: Session) -> None:
+def show_results(session: Pretraining) -> None:
     """The closing words: scores, where the files are, and what to try next."""
     watch, out, data = session.watch(), session.out, session.config.data
     if watch.labelled:
@@ -146,7 +76,7 @@ def show_results(session: Session) -> None:
     print(f"  {_PROG} {session.name} --data.train folder:PATH_TO_YOUR_IMAGES")
 
 
-def show_scores(session: Session, watch: Watch) -> None:
+def show_scores(session: Pretraining, watch: Watch) -> None:
     """The table of scores; measured once for an encoder file, then read from ``results.json``."""
     path, encoder_file = session.out / "results.json", session.out / ENCODER_FILE
     identity = sha256(encoder_file)
@@ -173,10 +103,11 @@ def show_scores(session: Session, watch: Watch) -> None:
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
 
 
-def measure(session: Session, watch: Watch) -> Table:
+def measure(session: Pretraining, watch: Watch) -> Table:
     """Raw pixels, the untrained encoder and the trained one, under one protocol."""
-    encoders = {"random encoder": session.untrained_encoder()}
-    encoders[f"{session.name} encoder"] = session.method.exported_encoder()
+    first = "initial encoder" if session.config.init.encoder else "random encoder"
+    encoders = {first: session.untrained_encoder()}
+    encoders[f"{session.name} encoder"] = session.task.exported_encoder()
     entries: dict[str, Embed] = {"raw pixels": pixels}
     for name, encoder in encoders.items():
         ready(encoder, session.parallel.device)
@@ -186,22 +117,9 @@ def measure(session: Session, watch: Watch) -> Table:
 
 def main(argv: list[str]) -> int:
     """The door; returns the exit status."""
-    started = time.perf_counter()
     name, kind, config = read_config(argv)
     session = build(name, kind, config)
-    prepare_folder(session)
-    if session.parallel.main:
-        show_plan(session)
-    finished = session.trainer.step >= session.trainer.schedule.total or train(session)
-    if not session.parallel.main:
-        return 0
-    if not finished:
-        again = f"{_PROG} {name} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
-        log.info("stopped at step %d, saved; go on with: %s", session.trainer.step, again)
-        return 130
-    show_results(session)
-    log.info("done in %s", duration(time.perf_counter() - started))
-    return 0
+    return carry_out(session, session.about(), show_results, f"{_PROG} {name}")
 
 
 if __name__ == "__main__":

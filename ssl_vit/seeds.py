@@ -4,6 +4,11 @@ Nothing here has state, so nothing random is ever saved: the same key gives the 
 device, in any process, at any worker count.
 """
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -34,6 +39,22 @@ def uniform(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
     z = (z ^ _shift(z, 30)) * _signed(_MIX[0])
     z = (z ^ _shift(z, 27)) * _signed(_MIX[1])
     return _shift(z ^ _shift(z, 31), 40).to(torch.float32) * 2.0**-24
+
+
+@contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """Python's and numpy's global generators as a function of ``key``; as they were before, after.
+
+    For libraries that draw from them and take no generator.
+    """
+    before = random.getstate(), np.random.get_state()
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def _signed(value: int) -> int:

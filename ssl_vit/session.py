@@ -1,49 +1,64 @@
-"""A pretraining run put together from its options: images, method, trainer, folder, hooks."""
+"""What the doors that train share, and a pretraining run put together from its options."""
 
 from __future__ import annotations
 
-import zlib
+import logging
+import shlex
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from ssl_vit.config import (
-    DataConfig,
-    EncoderConfig,
-    Length,
-    OptimConfig,
-    RunConfig,
-    UserError,
-    check,
-)
-from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Normalize, ViewSpec
-from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.loader import BadImages, TrainImages, estimate_statistics, train_batches
-from ssl_vit.data.order import Order
-from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
-from ssl_vit.encoder import Encoder, choose_attention, compile_blocks
+from ssl_vit.cli import show_table
+from ssl_vit.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.data.images import Images, open_images
+from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import View
 from ssl_vit.evaluators.watch import Watch, bounded
-from ssl_vit.files import write_text_atomically
 from ssl_vit.methods.base import Method
-from ssl_vit.options import to_yaml
-from ssl_vit.training.checkpoint import Checkpoints
-from ssl_vit.training.loop import Hook, Trainer
-from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.optim import Schedule
-from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precision, start_parallel
-from ssl_vit.training.resume import (
-    CONFIG_FILE,
-    check_same_run,
-    load_into,
-    move_aside,
-    starting_point,
+from ssl_vit.training.metrics import RunLog, duration
+from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.training.session import Session, counted, prepare_folder, train
+from ssl_vit.weights.exchange import (
+    ENCODER_FILE,
+    EncoderInfo,
+    read_info,
+    resample_positions,
+    save_encoder,
 )
-from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, read_info, save_encoder
+from ssl_vit.weights.official import open_weights, weights_info
 
+log = logging.getLogger("ssl_vit")
 M = TypeVar("M")
+S = TypeVar("S", bound=Session)
+
+
+def carry_out(
+    session: S, about: list[tuple[str, str]], results: Callable[[S], None], command: str
+) -> int:
+    """Begin or resume, say what will run, train, and show what came of it; the exit status.
+
+    Args:
+        about: rows of the plan on what is trained.
+        results: the closing words, said by the main process.
+        command: the door, to which ``--config FILE`` is added to go on after a stop.
+    """
+    started = time.perf_counter()
+    prepare_folder(session)
+    if session.parallel.main:
+        show_table(f"{session.name}: {session.out}", session.plan(about))
+    finished = session.trainer.step >= session.trainer.schedule.total or train(session)
+    if not session.parallel.main:
+        return 0
+    if not finished:
+        again = f"{command} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
+        log.info("stopped at step %d, saved; go on with: %s", session.trainer.step, again)
+        return 130
+    results(session)
+    log.info("done in %s", duration(time.perf_counter() - started))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class PretrainConfig(Generic[M]):
     this and --data.train: the method's recipe for the digits inside scikit-learn."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -71,77 +87,14 @@ def default_options(options: Any, method: type[Method], **groups: dict[str, Any]
     return options(method=method.Config(), **shared)
 
 
-@dataclass
-class Images:
-    """The images of a run: sources, and how a pixel becomes a number."""
+class Pretraining(Session):
+    """A method learning its encoder, which is exported and looked at."""
 
-    train: Source
-    val: Source
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    deep: bool
-    """More than 8 bits a channel, so in no fixed range."""
-
-    @property
-    def held_out(self) -> bool:
-        """Whether ``val`` is apart from ``train``; where nothing is held out they are the same."""
-        return self.val is not self.train
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells a changed training set, as JSON gives it back."""
-        return {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
-
-
-def open_images(config: PretrainConfig[Any]) -> Images:
-    """Open the sources, hold some out, look at an image's channels, and settle the statistics."""
-    data = config.data
-    train = open_source(data.train)
-    if data.val:
-        val = open_source(data.val)
-    else:
-        rest, val = split_holdout(train, data.holdout, config.run.seed)
-        train, val = (rest, val) if len(val) else (train, train)
-    deep, _ = (is_deep(source, data.channels) for source in (train, val))
-    check_classes(train, val)
-    mean, std = data.mean, data.std
-    if not mean and data.channels == 3 and data.statistics == "default":
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    elif not mean:
-        mean, std = estimate_statistics(train, data.channels, config.run.seed)
-    return Images(train, val, mean, std, deep)
-
-
-def is_deep(source: Source, channels: int) -> bool:
-    """Whether the first image that can be read has more than 8 bits a channel.
-
-    Raises:
-        UserError: it has not the channels asked for, or none of the first hundred can be read.
-    """
-    reason = ""
-    for i in range(min(100, len(source))):
-        try:
-            return decode(source.read(i)[0], channels).dtype != torch.uint8
-        except BadImage as error:
-            reason = reason or f"{source.name(i)}: {error}"
-    raise UserError(f"no image of {source.spec} can be read, the first is {reason}")
-
-
-@dataclass
-class Session:
-    """A run put together: what is trained, on what, and how it is watched."""
-
-    name: str
-    config: PretrainConfig[Any]
-    out: Path
-    images: Images
-    method: Method
-    order: Order
-    trainer: Trainer
-    parallel: Parallel
+    task: Method
 
     def info(self) -> EncoderInfo:
         """What the encoder file says of itself, now."""
-        encoder = self.method.exported_encoder()
+        encoder = self.task.exported_encoder()
         return EncoderInfo(
             config=encoder.config,
             channels=encoder.channels,
@@ -151,18 +104,39 @@ class Session:
             step=self.trainer.step,
         )
 
-    def views(self) -> ViewSpec:
-        """The crops the method sees of an image."""
-        return self.method.views(self.config.method, self.method.encoder)
+    def export(self) -> None:
+        """Write the encoder file."""
+        save_encoder(self.out / ENCODER_FILE, self.task.exported_encoder(), self.info())
+
+    def exported_step(self) -> int | None:
+        """The step of the encoder file."""
+        file = self.out / ENCODER_FILE
+        return read_info(file).step if file.is_file() else None
+
+    def look(self, step: int, log: RunLog) -> None:
+        """Health, k-NN and pictures."""
+        watch = self.watch()
+        log.write(step, watch.look(self.task.exported_encoder()), "probe")
+        for name, picture in watch.paint(self.task.panels, self.out).items():
+            log.picture(step, name, picture)
+
+    def about(self) -> list[tuple[str, str]]:
+        """Rows of the plan on the encoder."""
+        encoder = self.task.exported_encoder()
+        size = "x".join(map(str, encoder.image_size))
+        return [
+            ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
+            ("parameters", f"{counted(encoder)} encoder, {counted(self.task)} in all"),
+        ]
 
     def untrained_encoder(self) -> Encoder:
         """The encoder as it was before the first step."""
-        return initial_method(type(self.method), self.config).exported_encoder()
+        return initial_method(type(self.task), self.config).exported_encoder()
 
     def watch(self) -> Watch:
         """How the encoder is looked at: bounded numbers of training and held-out images."""
         run, images = self.config.run, self.images
-        encoder = self.method.exported_encoder()
+        encoder = self.task.exported_encoder()
         view = View(encoder.image_size, encoder.channels, images.mean, images.std)
         return Watch(
             train=bounded(images.train, run.probe_images, run.seed),
@@ -176,125 +150,49 @@ class Session:
             labelled=images.held_out
             and images.train.labels is not None
             and images.val.labels is not None,
-            pooling=self.method.pooling,
+            pooling=self.task.pooling,
         )
 
 
 def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
-    """The method with its first weights, a function of the options and the seed."""
+    """The method with its first weights, a function of the options, the seed and ``init.encoder``.
+
+    Raises:
+        UserError: the weights to begin with cannot be had, or do not match.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return kind(config.method, config.encoder, config.data.channels)
+        method = kind(config.method, config.encoder, config.data.channels)
+    if config.init.encoder:
+        given = open_weights(config.init.encoder)
+        own = method.encoder
+        state = resample_positions(given.encoder.vit.state_dict(), given.encoder, own)
+        if own.config.positions == given.encoder.config.positions == "sincos":
+            state = {**state, "pos_embed": own.vit.pos_embed}  # a formula, for any size
+        method.begin_with(state, f"--init.encoder {config.init.encoder}")
+        log.info("beginning with %s: %s, %s", given.path, given.format, given.report)
+    return method
 
 
-def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Session:
-    """Put a run together; nothing is written yet.
+def with_weights(default: PretrainConfig[Any], name: str) -> PretrainConfig[Any]:
+    """Options as an encoder to begin with has them: architecture, channels and statistics.
+
+    Raises:
+        UserError: no such encoder.
+    """
+    info = weights_info(name)[0]
+    encoder = replace(info.config, drop_path=default.encoder.drop_path)
+    data = replace(default.data, channels=info.channels, mean=info.mean, std=info.std)
+    return replace(default, encoder=encoder, data=data)
+
+
+def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretraining:
+    """Put a pretraining run together; nothing is written yet.
 
     Raises:
         UserError: options that do not fit together, or images that are not there.
     """
     method = initial_method(kind, config)
-    images = open_images(config)
-    parallel = start_parallel(config.run.device)
-    optim, n = config.optim, len(images.train)
-    parts = parallel.world * optim.accumulate
-    check(
-        optim.batch_size % parts == 0,
-        f"--optim.batch-size is {optim.batch_size}; it must be divisible by "
-        f"{parallel.world} processes x {optim.accumulate} parts",
-    )
-    check(
-        optim.batch_size <= n,
-        f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images",
-    )
-    order = Order(
-        n, optim.batch_size, config.run.seed, optim.accumulate, parallel.rank, parallel.world
-    )
-    schedule = Schedule(config.run, optim, order.steps_per_epoch)
-    precision = resolve_precision(config.run.precision, parallel.device)
-    choose_attention(method, parallel.device)
-    method.to(parallel.device)
-    if config.run.compile:
-        compile_blocks(method)
-    normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(parallel.device)
-    trainer = Trainer(method, config.run, optim, schedule, normalize, parallel, precision)
-    return Session(name, config, Path(config.run.out), images, method, order, trainer, parallel)
-
-
-def prepare_folder(session: Session) -> None:
-    """Begin or resume: set the trainer to its first step and the folder to match."""
-    run, out, trainer = session.config.run, session.out, session.trainer
-    start = starting_point(run, out)
-    if start is not None:
-        own = start.parent == out / "checkpoints"
-        if own:
-            check_same_run(session.config, out)
-        load_into(trainer, start, session.images.fingerprint() if own else None)
-    statistics = zlib.crc32(str(session.images.fingerprint()).encode())
-    session.parallel.check_agreement("the step to start from", trainer.step)
-    session.parallel.check_agreement("the training set (a hash of it)", statistics)
-    if not session.parallel.main:
-        return
-    if run.resume == "never" and out.exists() and any(out.iterdir()):
-        move_aside(out)
-    out.mkdir(parents=True, exist_ok=True)
-    Checkpoints(out / "checkpoints", run.keep).clean()
-    # Going on with this file must not start anew again.
-    resume = "auto" if run.resume == "never" else run.resume
-    text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
-    write_text_atomically(out / CONFIG_FILE, text)
-    file = out / ENCODER_FILE
-    if trainer.step and (not file.is_file() or read_info(file).step != trainer.step):
-        # Killed between a checkpoint and its encoder file, which then is of an earlier step.
-        save_encoder(file, session.method.exported_encoder(), session.info())
-
-
-def train(session: Session) -> bool:
-    """Run the loop with its hooks; false when a signal stopped it."""
-    run, trainer, out = session.config.run, session.trainer, session.out
-    data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
-    images = TrainImages(
-        session.images.train,
-        session.views(),
-        data.channels,
-        run.seed,
-    )
-    device = session.parallel.device
-    workers, pin = loader_workers(data.workers, device), device.type == "cuda"
-    batches = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
-    checkpoints = Checkpoints(out / "checkpoints", run.keep)
-    watch = session.watch()
-    with RunLog(
-        out,
-        start=trainer.step,
-        total=trainer.schedule.total,
-        every=run.log_every,
-        images_per_step=order.batch_size,
-        main=session.parallel.main,
-        spoken=session.method.spoken,
-    ) as runlog:
-
-        def save(step: int) -> None:
-            if session.parallel.main:
-                images = session.images.fingerprint()
-                checkpoints.save(step, session.method, trainer.optimizer, images)
-                save_encoder(out / ENCODER_FILE, session.method.exported_encoder(), session.info())
-
-        def look(step: int) -> None:
-            if session.parallel.main:
-                session.method.eval()
-                runlog.write(step, watch.look(session.method.exported_encoder()), "probe")
-                for name, picture in watch.paint(session.method.panels, out).items():
-                    runlog.picture(step, name, picture)
-
-        hooks = [
-            Hook(every(run.save_every, "--run.save-every", per_epoch), save, when_stopped=True),
-            Hook(every(run.probe_every, "--run.probe-every", per_epoch), look),
-        ]
-        bad = BadImages(session.images.train, data.max_bad)
-        return trainer.train(batches, bad, runlog, hooks)
-
-
-def every(text: str, option: str, steps_per_epoch: int) -> int:
-    """An interval in steps, at least one."""
-    return max(1, Length.parse(text, option).steps(steps_per_epoch))
+    images: Images = open_images(config.data, config.run.seed)
+    views = method.views(config.method, method.encoder)
+    return Pretraining(name, config, method, views, images)

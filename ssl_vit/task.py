@@ -20,13 +20,16 @@ class Views:
     for each sample, a function of (seed, epoch, image), to draw with (``seeds.uniform``).
     ``labels``: (B,) class, -1 where there is none. ``photometric``: for each kind of crop the
     parameters of its photometric operations, (B, WIDTH) of ``data.photometric`` or (B, 0) for a
-    kind that has none; an empty list in evaluation, and after the device half.
+    kind that has none; an empty list in evaluation, and after the device half. ``key``: one random
+    key for the whole batch, a function of ``keys`` that is known without asking the device; 0 in
+    evaluation.
     """
 
     crops: list[Tensor]
     keys: Int64[Tensor, " b"]
     labels: Int64[Tensor, " b"]
     photometric: list[Tensor] = field(default_factory=list)
+    key: int = 0
 
     def to(self, device: torch.device) -> Views:
         """The same batch on ``device``; copies from pinned memory do not block."""
@@ -43,6 +46,7 @@ class Views:
             change(self.keys),
             change(self.labels),
             [change(p) for p in self.photometric],
+            self.key,
         )
 
 
@@ -80,6 +84,10 @@ class Task(nn.Module):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies: to all but biases and other vectors."""
         return parameter.ndim > 1 and not name.endswith(".bias")
+
+    def lr_scale(self, name: str) -> float:
+        """What the learning rate is multiplied by, for the parameter of this name."""
+        return 1.0
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from ssl_vit.data.decode import BadImage
 from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.encoder import Encoder
-from ssl_vit.evaluators.features import View, open_encoder, ready
+from ssl_vit.evaluators.backbone import open_backbone, result_file
+from ssl_vit.evaluators.features import View, ready
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.figures import save_png, to_rgb
 from ssl_vit.training.parallel import resolve_device
@@ -36,8 +37,8 @@ class AttentionConfig:
     config: str = ""
     """A YAML file of these options. The command line wins."""
     encoder: str = ""
-    """A run folder or an encoder file. random:RUN_OR_FILE: the same architecture with random
-    weights."""
+    """A run folder or a weight file of any kind that evaluate takes. random: before it: the same
+    architecture with random weights."""
     images: tuple[str, ...] = ()
     """Image files, or one source named as for pretraining: digits:val, folder:PATH, tar:..."""
     count: int = 8
@@ -130,22 +131,6 @@ def read_images(source: Source, view: View) -> Tensor:
     return batch.views.crops[0]
 
 
-def view_size(config: AttentionConfig, encoder: Encoder) -> tuple[int, int]:
-    """The height and width asked for, or the encoder's own.
-
-    Raises:
-        UserError: the patch size does not divide them.
-    """
-    if not config.size:
-        return encoder.image_size
-    height, width = config.size[0], config.size[-1]
-    check(
-        height % encoder.patch_size == 0 and width % encoder.patch_size == 0,
-        f"--size is {height}x{width}; it must be divisible by the patch size, {encoder.patch_size}",
-    )
-    return height, width
-
-
 @torch.inference_mode()
 def draw_attention(encoder: Encoder, images: Tensor, view: View, mass: float) -> np.ndarray:
     """The attention panel of images (b, c, h, w) as read, with the encoder on its device."""
@@ -170,15 +155,14 @@ def main(argv: list[str]) -> int:
     check(bool(config.encoder), "--encoder is missing")
     source = find_images(config.images, config.count, config.seed)
     device = resolve_device(config.device)
-    encoder, info, path = open_encoder(config.encoder, config.seed)
-    view = View(view_size(config, encoder), info.channels, info.mean, info.std)
+    backbone = open_backbone(config.encoder, config.seed, config.size)
+    encoder, view = backbone.module, backbone.view
+    check(isinstance(encoder, Encoder), f"--encoder is {config.encoder!r}; a ViT is needed")
+    assert isinstance(encoder, Encoder)
     images = read_images(source, view)
     ready(encoder, device)
     picture = draw_attention(encoder, images, view, config.mass)
-    prefix = "random-" if config.encoder.startswith("random:") else ""
-    out = (
-        Path(config.out).expanduser() if config.out else path.parent / f"{prefix}{name}-images.png"
-    )
+    out = result_file(config.out, backbone, f"{name}-images.png")
     save_png(out, picture)
     print(f"{name} of {len(images)} images: {out}")
     return 0

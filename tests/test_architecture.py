@@ -29,7 +29,7 @@ FLOORS = (
     {"methods", "training"},
     {"evaluators"},
     # What several doors share, beside the doors themselves.
-    {"cli", "session"},
+    {"cli", "session", "evaluation", "probes", "compare", "finetune"},
 )
 DOORS = len(FLOORS) - 1
 FORBIDDEN = {("methods", "training"), ("training", "methods"), ("evaluators", "methods")}

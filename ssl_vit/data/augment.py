@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from ssl_vit.data.photometric import Photometric, photometric
+from ssl_vit.data.policy import Policy
 from ssl_vit.task import Views
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -27,7 +28,7 @@ class Crop:
 
     ``scale``: least and most share of the area; ``ratio``: least and most width over height, drawn
     log-uniformly; ``flip``: probability of a horizontal flip; ``photometric``: what is done to its
-    colours and sharpness, if anything.
+    colours and sharpness, if anything; ``policy``: what is done to it before that, in the workers.
     """
 
     size: tuple[int, int]
@@ -36,6 +37,7 @@ class Crop:
     flip: float = 0.5
     count: int = 1
     photometric: Photometric | None = None
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,18 @@ def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[i
 
 
 def random_crop(image: Tensor, crop: Crop, rng: random.Random) -> Tensor:
-    """One random crop of a (C, H, W) image, resized bicubically, antialiased; uint8 stays so."""
+    """One random crop of a (C, H, W) image, resized bicubically, antialiased; uint8 stays so.
+
+    It is flipped after that, and what its policy says is done last.
+    """
     top, left, height, width = crop_box(image.shape[1], image.shape[2], crop, rng)
     image = image[:, top : top + height, left : left + width]
     if (height, width) != crop.size:
         image = tvf.resize(image, list(crop.size), interpolation=_BICUBIC, antialias=True)
-    return image.flip(-1) if rng.random() < crop.flip else image
+    image = image.flip(-1) if rng.random() < crop.flip else image
+    if crop.policy is None or not crop.policy.applies(image):
+        return image
+    return crop.policy(image, rng.getrandbits(63))
 
 
 def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[DrawnCrop]]:

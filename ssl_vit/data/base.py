@@ -20,11 +20,14 @@ class Source:
         spec: the string the user gave.
         classes: class names, None when unlabelled.
         labels: int64 (n,), known without reading an image; None when unlabelled.
+        targets: float32 (n, L), where an image may have several of L labels: 1, 0, NaN for unknown;
+            ``classes`` are then their names, and ``labels`` is None.
     """
 
     spec: str
     classes: tuple[str, ...] | None = None
     labels: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -58,6 +61,7 @@ class Subset(Source):
         self.indices: np.ndarray = indices
         self.spec, self.classes = source.spec, source.classes
         self.labels = None if source.labels is None else source.labels[indices]
+        self.targets = None if source.targets is None else source.targets[indices]
 
     def __len__(self) -> int:
         return len(self.indices)

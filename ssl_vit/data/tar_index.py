@@ -19,6 +19,7 @@ import numpy as np
 from ssl_vit.config import UserError
 from ssl_vit.data.base import Names
 from ssl_vit.data.folder import EXTENSIONS
+from ssl_vit.files import cache_folder
 
 INDEX_SUFFIX = ".ssl_vit.npz"
 _VERSION = 1
@@ -64,7 +65,7 @@ def _places(shard: Path) -> list[Path]:
     """Where the index may be, the first choice first."""
     real = os.path.realpath(shard)  # a relative path or a link must not share another's index
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
-    cache = Path(os.environ.get("SSL_VIT_CACHE") or "~/.cache/ssl_vit").expanduser()
+    cache = cache_folder()
     beside = shard.with_name(shard.name + INDEX_SUFFIX)
     return [beside, cache / f"{shard.name}-{digest}{INDEX_SUFFIX}"]
 

@@ -5,48 +5,77 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.config import UserError
+from ssl_vit.config import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages, eval_batches
-from ssl_vit.data.sources import Source
+from ssl_vit.data.sources import Source, Subset
+from ssl_vit.distributed import gather_rows, rank_and_world, share
 from ssl_vit.encoder import Encoder, choose_attention
 from ssl_vit.training.parallel import autocast, loader_workers
-from ssl_vit.weights.exchange import (
-    EncoderInfo,
-    encoder_path,
-    load_encoder,
-    random_like,
-    read_info,
-)
 
 log = logging.getLogger("ssl_vit")
 Embed = Callable[[Float[Tensor, "b c h w"]], dict[str, Tensor]]
 _PIXELS = 32
 
 
+# A feature is some parts side by side. ``cls-2`` is [CLS] after the last block but one.
+_LAST_FOUR = ("cls-4", "cls-3", "cls-2", "cls")
+FEATURES = {
+    "cls": ("cls",),
+    "mean": ("mean",),
+    "cls+mean": ("cls", "mean"),
+    "cls4": _LAST_FOUR,
+    "cls4+mean": (*_LAST_FOUR, "mean"),
+    "pooled": ("pooled",),
+    "pixels": ("pixels",),
+}
+
+
+def parts_of(features: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts that these features (keys of ``FEATURES``) are made of, each once."""
+    return tuple(dict.fromkeys(part for name in features for part in FEATURES[name]))
+
+
 @dataclass
 class FeatureSet:
-    """Features by pooling, each (n, D) float32 on the CPU; labels (n,), -1 where unknown."""
+    """Frozen features of the readable images of a source.
 
-    features: dict[str, Tensor]
-    labels: Int64[Tensor, " n"]
+    ``parts``: by name, (n, D) float32. ``labels``: (n,) classes, -1 where unknown; or (n, L) float
+    for L labels that do not exclude each other, 1, 0, or NaN where unknown. ``index``: (n,) the
+    images' places in their source. ``unreadable``: how many images are left out.
+    """
+
+    parts: dict[str, Tensor]
+    labels: Tensor
     unreadable: int
+    index: Int64[Tensor, " n"]
+
+    def feature(self, name: str) -> Float[Tensor, "n d"]:
+        """A feature (a key of ``FEATURES``): its parts side by side."""
+        parts = [self.parts[part] for part in FEATURES[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def has(self, name: str) -> bool:
+        """Whether all parts of a feature are here."""
+        return all(part in self.parts for part in FEATURES[name])
+
+    def take(self, rows: Int64[Tensor, " k"]) -> FeatureSet:
+        """These rows, in this order."""
+        parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}
+        labels, index = self.labels[rows.to(self.labels.device)], self.index[rows.cpu()]
+        return FeatureSet(parts, labels, self.unreadable, index)
 
     def to(self, device: torch.device) -> FeatureSet:
         """The same set on a device."""
-        moved = {kind: features.to(device) for kind, features in self.features.items()}
-        return FeatureSet(moved, self.labels.to(device), self.unreadable)
-
-    def only(self, kind: str) -> FeatureSet:
-        """The same set with one pooling."""
-        return FeatureSet({kind: self.features[kind]}, self.labels, self.unreadable)
+        moved = {name: part.to(device) for name, part in self.parts.items()}
+        return FeatureSet(moved, self.labels.to(device), self.unreadable, self.index)
 
 
 @dataclass(frozen=True)
@@ -77,13 +106,20 @@ class View:
         return Normalize((0.5,) * self.channels, (0.2,) * self.channels)
 
 
-def pooled(encoder: Encoder) -> Embed:
-    """An encoder as features by pooling: ``cls`` where it has one, and ``mean`` of patches."""
+def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
+    """An encoder as features by pooling: ``cls`` where it has one, and ``mean`` of patches.
+
+    With more than one of its last ``blocks``, [CLS] after each: ``cls-2`` is that of the last but
+    one.
+    """
 
     def embed(images: Tensor) -> dict[str, Tensor]:
-        features = encoder(images)
-        kinds = ["cls", "mean"] if features.cls is not None else ["mean"]
-        return {kind: features.pool(kind) for kind in kinds}
+        outputs = encoder.intermediate(images, last=blocks)
+        made = {"mean": outputs[-1].pool("mean")}
+        if outputs[-1].cls is not None:
+            made["cls"] = outputs[-1].pool("cls")
+            made |= {f"cls-{n}": outputs[-n].pool("cls") for n in range(2, blocks + 1)}
+        return made
 
     return embed
 
@@ -112,7 +148,7 @@ def extract(
     normalize = Normalize(view.mean, view.std).to(device)
     images = EvalImages(source, view.size, view.crop_ratio, view.channels)
     found: dict[str, list[Tensor]] = {}
-    labels: list[Tensor] = []
+    labels, places = [], []
     bad: dict[int, str] = {}
     for batch in eval_batches(
         images, batch_size, loader_workers(workers, device), device.type == "cuda"
@@ -122,36 +158,49 @@ def extract(
             continue
         with autocast(device, precision):
             made = embed(normalize(batch.views.to(device)).crops[0])
-        for kind, features in made.items():
-            found.setdefault(kind, []).append(features.float().cpu())
+        for name, part in made.items():
+            found.setdefault(name, []).append(part.float().cpu())
         labels.append(batch.views.labels)
+        places.append(batch.views.keys)
     for reason in list(bad.values())[:5]:
         log.warning("unreadable image left out: %s", reason)
     if not labels:
         raise UserError(f"no image of {source.spec} can be read: {next(iter(bad.values()), '')}")
-    joined = {kind: torch.cat(parts) for kind, parts in found.items()}
-    return FeatureSet(joined, torch.cat(labels), len(bad))
+    parts = {name: torch.cat(rows) for name, rows in found.items()}
+    index = torch.cat(places)
+    return FeatureSet(parts, targets_of(source, index, torch.cat(labels)), len(bad), index)
 
 
-def open_encoder(name: str, seed: int) -> tuple[Encoder, EncoderInfo, Path]:
-    """An ``--encoder`` argument as its module, its info and its file.
-
-    A run folder or a file; ``random:`` before it means the same architecture with random weights,
-    a function of ``seed``.
+def extract_shared(
+    embed: Embed,
+    source: Source,
+    view: View,
+    device: torch.device,
+    precision: torch.dtype,
+    workers: int = -1,
+    batch_size: int = 256,
+) -> FeatureSet:
+    """The same by all processes together: each takes a part, and all get the whole.
 
     Raises:
-        UserError: no such file, or not an encoder.
+        UserError: there are fewer images than processes, or none of a part can be read.
     """
-    kind, _, rest = name.partition(":")
-    if kind == "random" and rest:
-        path = encoder_path(rest)
-        info = read_info(path)
-        return random_like(info, seed), info, path
-    path = encoder_path(name)
-    encoder, info = load_encoder(path)
-    n = len(encoder.vit.state_dict())
-    log.info("%s: %d of %d tensors, %s at step %d", path, n, n, info.method, info.step)
-    return encoder, info, path
+    world = rank_and_world()[1]
+    if world == 1:
+        return extract(embed, source, view, device, precision, workers, batch_size)
+    check(len(source) >= world, f"{source.spec} has {len(source)} images for {world} processes")
+    own = share(len(source))
+    part = Subset(source, np.arange(own.start, own.stop))
+    made = extract(embed, part, view, device, precision, workers, batch_size)
+    index = gather_rows(made.index + own.start)
+    unreadable = int(gather_rows(torch.tensor([made.unreadable])).sum())
+    parts = {name: gather_rows(rows) for name, rows in made.parts.items()}
+    return FeatureSet(parts, gather_rows(made.labels), unreadable, index)
+
+
+def targets_of(source: Source, index: Tensor, labels: Tensor) -> Tensor:
+    """What the images at ``index`` are: their classes, or several labels each."""
+    return labels if source.targets is None else torch.from_numpy(source.targets)[index]
 
 
 def ready(module: nn.Module, device: torch.device) -> None:

@@ -1,129 +1,175 @@
-"""Linear probe on frozen, cached features: many learning rates side by side, chosen honestly."""
+"""The linear probe on cached features: a grid of heads trained side by side, chosen honestly."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isnan
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from ssl_vit.data.order import permute
+from ssl_vit.config import check
+from ssl_vit.data.order import Order
+from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
+from ssl_vit.evaluators.heads import FeatureNorm, Heads, Trainer, heads_of, preconditioner
+from ssl_vit.evaluators.scores import Prediction
+from ssl_vit.evaluators.selection import (
+    NOT_CHOSEN,
+    best,
+    grid_of,
+    guesses_of,
+    outputs_of,
+    quality,
+    split_rows,
+    usable,
+)
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.seeds import fold
 
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+Parts = dict[str, Tensor]
+_LEAST_BATCH = 32
 
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """The head of MAE's linear probe (He et al. 2022, appendix A.1) on cached features.
+    """``fast``: features are cached once, without augmentation, and heads learn from them alone.
 
-    BatchNorm without affine parameters (eps 1e-6), one linear layer (weights normal with
-    sigma .01), SGD with momentum .9 and no weight decay, linear warm-up, cosine to 0. Features are
-    cached once, so there is no augmentation; SGD stands for LARS, whose trust ratio only matters
-    at MAE's batch of 16384.
+    A grid of learning rates x features, as DINOv2's (Oquab et al. 2023, appendix B.3), but chosen
+    on images held out from training. Each head is that of MAE's probe (He et al. 2022, appendix
+    A.1): features standardised, by the exact statistics of all training ones, and one linear layer
+    of normal weights (sigma .01), here by SGD without weight decay, its gradients preconditioned by
+    the features' covariance to the power of minus ``whitening`` (0: plain SGD).
+
+    Small sets get ``least_steps`` updates, however many epochs that makes.
+
+    ``learning_rates`` are for 256 images; ``features`` are tried as far as the encoder gives them;
+    ``fallback_rate`` is taken where too few images are left to choose by, with the first feature.
     """
 
-    epochs: int = 90
-    warmup_share: float = 1 / 9
-    batch_size: int = 1024
+    name: ClassVar[str] = "fast"
+    epochs: int = 10
+    least_steps: int = 1000
+    batch_size: int = 512
+    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    features: tuple[str, ...] = ("cls", "cls+mean", "cls4", "cls4+mean")
+    fallback_rate: float = 0.01
+    warmup_share: float = 0.1
     momentum: float = 0.9
-    learning_rates: tuple[float, ...] = LEARNING_RATES
+    whitening: float = 0.5
     held_out: float = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
+        check(self.batch_size >= 1, f"--probe-batch is {self.batch_size}; it must be at least 1")
+        check(0 <= self.held_out < 1, f"the held-out share is {self.held_out}; it lies in [0, 1)")
+        check(min(self.learning_rates, default=0) > 0, "learning rates must be above 0")
 
-@dataclass
-class LinearResult:
-    """Predictions (q, top) best first, the chosen rate, and each rate's held-out accuracy."""
+    def batch(self, n: int) -> int:
+        """Images of a step: an eighth of small sets, all of tiny ones."""
+        return min(n, self.batch_size, max(_LEAST_BATCH, n // 8))
 
-    predicted: Int64[Tensor, "q top"]
-    chosen: float
-    held_out_accuracy: dict[float, float]
+    def steps(self, n: int) -> int:
+        """Updates of the heads, with ``n`` images."""
+        return max(self.least_steps, self.epochs * (n // self.batch(n)))
 
 
-class Heads(nn.Module):
-    """One BatchNorm and ``g`` linear layers over the same features."""
-
-    def __init__(self, heads: int, width: int, classes: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        weight = torch.randn(width, classes, generator=generator) * 0.01
-        self.weight = nn.Parameter(weight[:, None].repeat(1, heads, 1))
-        self.bias = nn.Parameter(torch.zeros(heads, classes))
-
-    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b g c"]:
-        """Logits of every head, in one matrix product."""
-        logits = self.norm(features) @ self.weight.flatten(1)
-        return logits.unflatten(1, self.bias.shape) + self.bias
+def joined(parts: Parts, names: tuple[str, ...]) -> Parts:
+    """Features (keys of ``FEATURES``) from their parts."""
+    return {name: torch.cat([parts[p] for p in FEATURES[name]], dim=1) for name in names}
 
 
 def fit_heads(
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    classes: int,
-    rates: tuple[float, ...],
-    protocol: LinearProtocol,
-) -> Heads:
-    """Train one head for each learning rate (for 256 images), all on the same batches."""
-    generator = torch.Generator().manual_seed(fold(protocol.seed))
-    heads = Heads(len(rates), features.shape[1], classes, generator).to(features.device)
-    heads.train()
-    # Small sets would give a handful of steps; at least 8 batches an epoch.
-    size = max(2, min(protocol.batch_size, len(features) // 8))
-    steps = len(features) // size
-    rate = torch.tensor(rates, device=features.device).view(-1, 1)
-    speed = {p: torch.zeros_like(p) for p in heads.parameters()}
-    total = protocol.epochs * steps
+    train: FeatureSet, points: list[tuple[str, float]], protocol: LinearProtocol
+) -> dict[str, Heads]:
+    """A head for each (feature, learning rate), by feature, all trained on the same batches."""
+    targets, n = train.labels, len(train.labels)
+    # Frozen features have fixed statistics: the exact ones, not a running estimate of them.
+    norms = {name: FeatureNorm.of(train.feature(name)) for name, _ in points}
+    widths = {name: len(norm.mean) for name, norm in norms.items()}
+    heads = heads_of(points, widths, outputs_of(targets), protocol.seed, norms.__getitem__)
+    for stack in heads.values():
+        stack.to(targets.device).eval()
+    flat = {
+        name: preconditioner(train.feature(name), norms[name], protocol.whitening) for name in heads
+    }
+    trainer = Trainer(heads, protocol.momentum, precondition=flat)
+    names, size, total = tuple(heads), protocol.batch(n), protocol.steps(n)
+    order = Order(n, size, fold(protocol.seed, 2))
     warmup = round(protocol.warmup_share * total)
     for step in range(total):
-        within = step % steps
-        if within == 0:
-            order = torch.randperm(len(features), generator=generator).to(features.device)
-        pick = order[within * size : (within + 1) * size]
-        logits = heads(features[pick])
-        target = labels[pick, None].expand(-1, len(rates))
-        # The sum over heads: each head's gradient is that of its own mean loss.
-        loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="sum") / size
-        gradients = torch.autograd.grad(loss, list(speed))
-        lr = rate * warmup_cosine(step, warmup=warmup, total=total, peak=size / 256)
-        with torch.no_grad():
-            for (parameter, velocity), gradient in zip(speed.items(), gradients, strict=True):
-                velocity.mul_(protocol.momentum).add_(gradient)
-                parameter.sub_(lr * velocity)
-    # Frozen features have fixed statistics: the exact ones, not a running estimate of them.
-    heads.norm.running_mean, heads.norm.running_var = features.mean(0), features.var(0)
-    return heads.eval()
+        rows = torch.from_numpy(order.part(step, 0)[1]).to(targets.device)
+        features = joined({p: train.parts[p][rows] for p in parts_of(names)}, names)
+        factor = warmup_cosine(step, warmup=warmup, total=total, peak=size / 256)
+        trainer.step(features, targets[rows], factor)
+    return heads
 
 
 def linear_probe(
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    queries: Float[Tensor, "q d"],
+    train: FeatureSet,
+    val: FeatureSet,
     protocol: LinearProtocol | None = None,
-) -> LinearResult:
-    """Fit on the training features, choose the rate on a held-out tenth of them, predict queries.
+    held_out: FeatureSet | None = None,
+) -> list[Prediction]:
+    """Predict ``val`` with the one head chosen of the grid; its labels are never looked at.
 
-    Of equal rates the lowest is chosen, and trained again on all training features. Query labels
-    are never seen.
+    The choice is made on ``held_out``, or on a seeded share of the training images of each class
+    alike; the chosen head is then trained again on all of them. Of equal heads the narrowest
+    feature's, then the lowest learning rate's is chosen. Where too few images are left to choose
+    by, nothing is chosen, and details say so. All sets lie on one device.
+
+    Raises:
+        UserError: fewer than two images, or none of the features.
     """
     protocol = protocol or LinearProtocol()
-    classes = int(labels.max()) + 1
-    order = permute(np.arange(len(labels), dtype=np.int64), len(labels), fold(protocol.seed, 1))
-    shuffled = torch.from_numpy(order).to(labels.device)
-    n_held = max(1, round(protocol.held_out * len(labels)))
-    held, kept = shuffled[:n_held], shuffled[n_held:]
-    rates = protocol.learning_rates
-    trial = fit_heads(features[kept], labels[kept], classes, rates, protocol)
-    with torch.no_grad():
-        guesses = trial(features[held]).argmax(-1)
-    scores = (guesses == labels[held, None]).double().mean(0).tolist()
-    chosen = rates[scores.index(max(scores))]
-    final = fit_heads(features, labels, classes, (chosen,), protocol)
-    with torch.no_grad():
-        logits = final(queries)[:, 0]
-    by_rate = {r: 100.0 * s for r, s in zip(rates, scores, strict=True)}
-    return LinearResult(logits.topk(min(5, classes), dim=1).indices, chosen, by_rate)
+    check(len(train.labels) >= 2, "a linear probe needs at least 2 training images")
+    names = usable(protocol.features, train.has)
+    grid = grid_of({n: train.feature(n).shape[1] for n in names}, protocol.learning_rates)
+    found = judge_grid(train, grid, protocol, held_out)
+    chosen = best(found)
+    point = chosen or (grid[0][0], protocol.fallback_rate)
+    heads = fit_heads(train, [point], protocol)
+    n = len(train.labels)
+    resolved = {"batch_size": protocol.batch(n), "steps": protocol.steps(n)}
+    details = describe(protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN}))
+    logits = heads[point[0]].logits(val.feature(point[0]), point[1])
+    guesses = guesses_of(logits, train.labels)
+    return [Prediction(point[0], f"lr={point[1]:g}", guesses, details)]
+
+
+def judge_grid(
+    train: FeatureSet,
+    grid: list[tuple[str, float]],
+    protocol: LinearProtocol,
+    held_out: FeatureSet | None,
+) -> dict[tuple[str, float], float]:
+    """The quality of each point on images not learned from; empty if there are too few."""
+    if held_out is None:
+        rows = split_rows(train.labels, protocol.held_out, protocol.seed)
+        if rows is None:
+            return {}
+        train, held_out = train.take(rows[0]), train.take(rows[1])
+    return grid_quality(fit_heads(train, grid, protocol), held_out)
+
+
+def grid_quality(heads: dict[str, Heads], held_out: FeatureSet) -> dict[tuple[str, float], float]:
+    """The quality of each trained head on a set, in the heads' order."""
+    found = {}
+    for name, stack in heads.items():
+        device = stack.weight.device
+        features, labels = held_out.feature(name).to(device), held_out.labels.to(device)
+        for rate in stack.rates:
+            found[name, rate] = quality(stack.logits(features, rate), labels)
+    return found
+
+
+def describe(
+    protocol: Any, found: dict[tuple[str, float], float], resolved: dict[str, Any]
+) -> dict[str, Any]:
+    """What a score must say of how it was made, fit for JSON; ``resolved`` replaces options."""
+    grid: dict[str, dict[str, float | None]] = {}
+    for (name, setting), value in found.items():
+        grid.setdefault(name, {})[f"{setting:g}"] = None if isnan(value) else round(value, 3)
+    details = {"protocol": protocol.name, **asdict(protocol), "held_out_quality": grid}
+    return details | resolved

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ssl_vit import __version__
 from ssl_vit.data.sources import Source
+from ssl_vit.evaluators.cache import labels_sha256
 from ssl_vit.evaluators.features import FeatureSet, View
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.files import write_text_atomically
@@ -21,16 +19,21 @@ from ssl_vit.files import write_text_atomically
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
-def split_card(source: Source, features: FeatureSet) -> dict[str, Any]:
-    """Which images: how they were named, how many, how many unreadable, a hash of the labels."""
-    labels = features.labels.numpy().astype(np.int64)
-    return {
+def split_card(source: Source, features: FeatureSet | None, content: str) -> dict[str, Any]:
+    """Which images: what they were named, how many, what is in them, and how they are labelled.
+
+    ``content`` is the source's ``content_sha256``; ``features`` None: they were not all looked at.
+    """
+    card: dict[str, Any] = {
         "source": source.spec,
-        "images": len(labels),
-        "unreadable": features.unreadable,
+        "images": len(source),
         "classes": None if source.classes is None else len(source.classes),
-        "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "content_sha256": content,
     }
+    if features is not None:
+        card |= {"images": len(features.index), "unreadable": features.unreadable}
+        card["labels_sha256"] = labels_sha256(features.labels)
+    return card
 
 
 def protocol_card(

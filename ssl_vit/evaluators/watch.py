@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from ssl_vit.data.sources import Source, Subset
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.scores import Score, knn_scores, linear_scores
+from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
+from ssl_vit.evaluators.scores import Score
 from ssl_vit.figures import save_png
 from ssl_vit.files import write_text_atomically
 from ssl_vit.seeds import fold
@@ -60,7 +61,7 @@ class Watch:
         """Health of the method's feature and, with labels, k-NN accuracy in percent of all."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
-        numbers = health(val.features[self.pooling])
+        numbers = health(val.parts[self.pooling])
         if train is not None:
             k = min(20, len(train.labels))
             for score in knn_scores(train, val, (k,)):
@@ -86,14 +87,16 @@ class Watch:
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
         """k-NN (k = 20) and linear score of each entry, on the method's feature if it has it."""
         table: dict[str, dict[str, Score]] = {}
+        protocol = LinearProtocol(seed=self.seed)
         for name, embed in embeds.items():
             train, val = self.features(embed)
             assert train is not None
-            shown = self.pooling if self.pooling in train.features else next(iter(train.features))
-            train, val = train.only(shown).to(self.device), val.only(shown).to(self.device)
+            train, val = train.to(self.device), val.to(self.device)
+            shown = self.pooling if self.pooling in train.parts else next(iter(train.parts))
             k = min(20, len(train.labels))
-            linear = linear_scores(train, val, LinearProtocol(seed=self.seed))
-            table[name] = {"knn": knn_scores(train, val, (k,))[0], "linear": linear[0]}
+            nearest = knn_scores(train, val, (k,), (shown,))
+            linear = linear_scores(train, val, replace(protocol, features=(shown,)))
+            table[name] = {"knn": nearest[0], "linear": linear[0]}
         return table
 
 

@@ -7,12 +7,14 @@ import pkgutil
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from ssl_vit import methods
-from ssl_vit.config import EncoderConfig, UserError, nearest
+from ssl_vit.config import EncoderConfig, UserError, check, nearest
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.encoder import Encoder
 from ssl_vit.task import Task, Views
+from ssl_vit.weights.exchange import load_strictly
 
 
 class Method(Task):
@@ -29,6 +31,10 @@ class Method(Task):
 
     def __init__(self, config: Any, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__()
+        check(
+            encoder_config.norm == "tokens",
+            "--encoder.norm is 'pooled' (as in fine-tuned files); pretraining needs tokens",
+        )
         self.config = config
         self.encoder = Encoder(encoder_config, channels)
 
@@ -36,6 +42,14 @@ class Method(Task):
     def views(config: Any, encoder: Encoder) -> ViewSpec:
         """Which crops the method sees of an image, for this encoder."""
         raise NotImplementedError
+
+    def begin_with(self, state: dict[str, Tensor], where: str) -> None:
+        """Take these weights (of ``encoder.vit``) for the first ones.
+
+        Raises:
+            UserError: they do not match; ``where`` says whose they are.
+        """
+        load_strictly(self.encoder.vit, state, where)
 
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""

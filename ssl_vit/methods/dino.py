@@ -222,6 +222,11 @@ class DINO(Method):
             crops.append(crop(small, config.local_scale, 2, config.local_crops))
         return ViewSpec(tuple(crops))
 
+    def begin_with(self, state: dict[str, Tensor], where: str) -> None:
+        """Student and teacher start equal."""
+        super().begin_with(state, where)
+        self.teacher.load_state_dict(self.encoder.state_dict(), strict=True)
+
     def exported_encoder(self) -> Encoder:
         """The teacher's: the better one at every moment of the training."""
         return self.teacher

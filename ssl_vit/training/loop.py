@@ -22,7 +22,13 @@ from ssl_vit.seeds import fold
 from ssl_vit.task import Task
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.optim import Schedule, clip_gradients, guarded_step, make_optimizer
+from ssl_vit.training.optim import (
+    Schedule,
+    clip_gradients,
+    guarded_step,
+    make_optimizer,
+    set_rates,
+)
 from ssl_vit.training.parallel import Parallel, autocast
 
 log = logging.getLogger("ssl_vit")
@@ -102,9 +108,8 @@ class Trainer:
         """One optimizer step from its accumulated parts; scalars that stay on the device."""
         # Dropout and its like follow from the step, so no generator's state need be saved.
         torch.manual_seed(fold(self.run.seed, self.step, self.parallel.rank))
-        decayed, plain = self.optimizer.param_groups
-        decayed["lr"] = plain["lr"] = self.schedule.lr(self.step)
-        decayed["weight_decay"] = self.schedule.weight_decay(self.step)
+        schedule = self.schedule
+        set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         scalars = self._forward_backward(parts)
         self.task.before_update(self.step)

@@ -1,4 +1,4 @@
-"""AdamW with a task's decay rule, an update that skips itself when a number is not finite."""
+"""AdamW by a task's rules of decay and rate, an update that skips itself if not finite."""
 
 from __future__ import annotations
 
@@ -14,15 +14,29 @@ from ssl_vit.task import Task
 
 
 def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
-    """Fused AdamW over the trained parameters, those that decay and those that do not."""
-    trained = [(n, p) for n, p in task.named_parameters() if p.requires_grad]
-    decayed = [p for n, p in trained if task.decays(n, p)]
-    plain = [p for n, p in trained if not task.decays(n, p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+    """Fused AdamW over the trained parameters, those that decay first; of full rate first."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad:
+            kind = task.decays(name, parameter), task.lr_scale(name)
+            groups.setdefault(kind, []).append(parameter)
+    made = [
+        {
+            "params": groups[decays, scale],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "decays": decays,
+            "lr_scale": scale,
+        }
+        for decays, scale in sorted(groups, reverse=True)
     ]
-    return AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
+    return AdamW(made, lr=config.peak_lr, betas=config.betas, fused=True)
+
+
+def set_rates(optimizer: AdamW, lr: float, weight_decay: float) -> None:
+    """The learning rate of a step, scaled for each group, and its weight decay where it applies."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 class Schedule:

@@ -70,7 +70,8 @@ def check_same_run(config: Any, out: Path) -> None:
     if before.get("data.val") and now["data.val"]:  # otherwise it decides what is held out
         before["data.val"] = now["data.val"]
     for key in sorted(now.keys() - _FREE):
-        if before.get(key) != now[key]:
+        # An option that did not exist then had no other value.
+        if before.get(key, now[key]) != now[key]:
             raise UserError(
                 f"--{key.replace('_', '-')} is {now[key]!r}, but the run in {out} was started with "
                 f"{before.get(key)!r}; give another --run.out, or --run.resume never to start anew"

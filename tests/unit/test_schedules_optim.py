@@ -9,7 +9,13 @@ from torch import nn
 from ssl_vit.config import Length, OptimConfig, RunConfig
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.task import Task
-from ssl_vit.training.optim import Schedule, clip_gradients, guarded_step, make_optimizer
+from ssl_vit.training.optim import (
+    Schedule,
+    clip_gradients,
+    guarded_step,
+    make_optimizer,
+    set_rates,
+)
 
 
 class Toy(Task):
@@ -134,6 +140,33 @@ def test_weight_matrices_decay_and_vectors_do_not():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+class Scaled(Toy):
+    """One whose weights are slower, the lower they are."""
+
+    def lr_scale(self, name: str) -> float:
+        return {"linear.weight": 0.25, "linear.bias": 0.25, "token": 0.5}.get(name, 1.0)
+
+
+def test_rates_are_scaled_by_parameter_and_decay_only_where_it_applies():
+    task = Scaled()
+    optimizer = make_optimizer(task, OptimConfig(weight_decay=0.3, lr=0.5))
+    set_rates(optimizer, 0.2, 0.1)
+    names = {p: n for n, p in task.named_parameters()}
+    found = {
+        names[p]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found == {
+        "linear.weight": (0.05, 0.1),
+        "linear.bias": (0.05, 0.0),
+        "token": (0.1, 0.1),
+        "norm.weight": (0.2, 0.0),
+        "norm.bias": (0.2, 0.0),
+    }
+    assert len(optimizer.param_groups) == 4
 
 
 # --- clipping -----------------------------------------------------------------------------------

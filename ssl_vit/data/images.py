@@ -1,0 +1,72 @@
+"""The images of a run: what is learned from, what is held out, and how a pixel becomes a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssl_vit.config import DataConfig, UserError
+from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.loader import estimate_statistics
+from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
+
+
+@dataclass
+class Images:
+    """The images of a run: sources, and how a pixel becomes a number."""
+
+    train: Source
+    val: Source
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    deep: bool
+    """More than 8 bits a channel, so in no fixed range."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether ``val`` is apart from ``train``; where nothing is held out they are the same."""
+        return self.val is not self.train
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells a changed training set, as JSON gives it back."""
+        return {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
+
+
+def open_images(data: DataConfig, seed: int) -> Images:
+    """Open the sources, hold some out, look at an image's channels, and settle the statistics.
+
+    Raises:
+        UserError: sources that are not there, or do not fit the options or each other.
+    """
+    train = open_source(data.train)
+    if data.val:
+        val = open_source(data.val)
+    else:
+        rest, val = split_holdout(train, data.holdout, seed)
+        train, val = (rest, val) if len(val) else (train, train)
+    deep, _ = (is_deep(source, data.channels) for source in (train, val))
+    check_classes(train, val)
+    mean, std = data.mean, data.std
+    if not mean and data.channels == 3 and data.statistics == "default":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    elif not mean:
+        mean, std = estimate_statistics(train, data.channels, seed)
+    return Images(train, val, mean, std, deep)
+
+
+def is_deep(source: Source, channels: int) -> bool:
+    """Whether the first image that can be read has more than 8 bits a channel.
+
+    Raises:
+        UserError: it has not the channels asked for, or none of the first hundred can be read.
+    """
+    reason = ""
+    for i in range(min(100, len(source))):
+        try:
+            return decode(source.read(i)[0], channels).dtype != torch.uint8
+        except BadImage as error:
+            reason = reason or f"{source.name(i)}: {error}"
+    raise UserError(f"no image of {source.spec} can be read, the first is {reason}")

@@ -1,0 +1,80 @@
+"""Automatic augmentation in the workers: timm's RandAugment on 8-bit crops."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
+from torch import Tensor
+
+from ssl_vit.config import UserError, check
+from ssl_vit.seeds import seeded
+
+_NOTATION = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)[\d.]+|-t\w*)*")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """RandAugment (Cubuk et al. 2020) as timm has it.
+
+    ``text``: in timm's notation, ``rand-m9-mstd0.5-inc1``: magnitude 9 of 10 with a standard
+    deviation of .5, operations that grow with it. ``mean``: of the data set, a value for each
+    channel, images scaled to 0..1; it fills what is moved out of sight.
+
+    Raises:
+        UserError: ``text`` is none of timm's.
+    """
+
+    text: str
+    mean: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        message = f"RandAugment is {self.text!r}; allowed: timm's notation, rand-m9-mstd0.5-inc1"
+        # timm passes over what it does not know.
+        check(_NOTATION.fullmatch(self.text) is not None, message)
+        try:
+            _transform(self.text, self.mean, 1)
+        except ValueError:
+            raise UserError(message) from None
+
+    @staticmethod
+    def applies(image: Tensor) -> bool:
+        """Whether it can be done to a (C, H, W) image: to 8-bit ones of 1 or 3 channels."""
+        return image.dtype == torch.uint8 and image.shape[0] in (1, 3)
+
+    def __call__(self, image: UInt8[Tensor, "c h w"], key: int) -> UInt8[Tensor, "c h w"]:
+        """Such an image changed; which operations, and how strong, follows from ``key``."""
+        gray = image.shape[0] == 1
+        pixels = image[0] if gray else image.permute(1, 2, 0)
+        transform = _transform(self.text, self.mean, min(image.shape[1:]))
+        with seeded(key):
+            changed = np.array(transform(Image.fromarray(pixels.contiguous().numpy())))
+        made = torch.from_numpy(changed)
+        return made[None] if gray else made.permute(2, 0, 1).contiguous()
+
+
+@cache
+def _transform(text: str, mean: tuple[float, ...], side: int) -> RandAugment:
+    """The parameters are those of timm's ``create_transform`` for crops of ``side`` pixels."""
+    parameters = {
+        "translate_const": int(side * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    transform = rand_augment_transform(text, parameters)
+    for op in transform.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
+    """timm asks for 0 bits at full magnitude. Pillow 13 refuses; before, the image became black."""
+    return posterize(image, bits, **rest) if bits else Image.new(image.mode, image.size)

@@ -1,0 +1,216 @@
+"""Any frozen encoder as evaluators see it: its features, and how images are prepared for it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ssl_vit.config import UserError, check, nearest
+from ssl_vit.encoder import Encoder
+from ssl_vit.evaluators.features import FEATURES, Embed, View, pixels, pooled
+from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
+from ssl_vit.weights.official import open_weights, weights_info
+
+log = logging.getLogger("ssl_vit")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An encoder, or what stands for one, with all that an evaluator must know of it.
+
+    ``module`` is None for raw pixels; ``info`` for networks that are no plain ViT; ``features`` are
+    the names it gives (keys of ``FEATURES``), ``folder`` is where results go by default.
+    """
+
+    name: str
+    module: nn.Module | None
+    view: View
+    features: tuple[str, ...]
+    identity: dict[str, Any]
+    folder: Path
+    info: EncoderInfo | None = None
+
+    def embed(self, parts: tuple[str, ...]) -> Embed:
+        """Images as these parts; each (b, D)."""
+        if self.module is None:
+            return pixels
+        if isinstance(self.module, Encoder):
+            blocks = max([int(p.partition("-")[2] or 1) for p in parts], default=1)
+            made = pooled(self.module, blocks)
+        else:
+            made = _whole(self.module)
+        return lambda images: {part: value for part, value in made(images).items() if part in parts}
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """The plain features, without those made of several."""
+        return tuple(f for f in self.features if len(FEATURES[f]) == 1)
+
+    @property
+    def label(self) -> str:
+        """A short name for files: ``random-mae-digits`` for ``random:runs/mae-digits``."""
+        kind = self.name.partition(":")[0] + "-"
+        kind = kind if kind in ("random-", "pixels-") else ""
+        stem = Path(self.name.rpartition(":")[2]).expanduser()
+        return kind + (stem.parent.name if stem.name == ENCODER_FILE else stem.stem)
+
+    @property
+    def prefix(self) -> str:
+        """What results of this encoder begin with, in their folder: nothing in its own run's."""
+        own = self.name.partition(":")[0] not in ("random", "pixels", "timm")
+        whole = self.identity.get("file", "").endswith(ENCODER_FILE)
+        return "" if own and whole else f"{self.label}-"
+
+
+def result_file(given: str, backbone: Backbone, name: str) -> Path:
+    """Where a result goes: as asked, or beside the encoder."""
+    if given:
+        return Path(given).expanduser()
+    return backbone.folder / f"{backbone.prefix}{name}"
+
+
+def open_backbone(name: str, seed: int, size: tuple[int, ...] = ()) -> Backbone:
+    """An ``--encoder`` argument.
+
+    A run folder, a weight file of any format that ``open_weights`` knows, ``timm:NAME``; before any
+    of them ``random:`` means the same architecture with random weights, a function of ``seed``,
+    and ``pixels:`` no encoder, the images that it would see.
+
+    Args:
+        size: height and width of the images in pixels, or one number; empty: the encoder's own.
+
+    Raises:
+        UserError: no such thing, or its weights do not fit.
+    """
+    check(bool(name), "--encoder is missing")
+    kind, _, rest = name.partition(":")
+    if kind == "timm" or (kind == "random" and rest.startswith("timm:")):
+        architecture = rest.removeprefix("timm:")
+        if not _is_plain(architecture.partition(":")[0]):
+            return _timm_backbone(name, architecture, kind == "random", seed, size)
+    if kind in ("random", "pixels") and rest:
+        info, path = weights_info(rest)
+        module = random_like(info, seed) if kind == "random" else None
+        origin: dict[str, Any] = {"format": kind, "seed": seed}
+    else:
+        opened = open_weights(name)
+        info, path, module = opened.info, opened.path, opened.encoder
+        origin = {"format": opened.format, "tensors": opened.report}
+        log.info("%s: %s, %s", name, opened.format, opened.report)
+    view = View(_size(size, info, module), info.channels, info.mean, info.std)
+    identity = {"given": name, **origin, **file_identity(path), **asdict(info)}
+    if module is not None:
+        identity["weights_sha256"] = weights_sha256(module)
+    folder = path.parent if path else Path()
+    return Backbone(name, module, view, _features(module), identity, folder, info)
+
+
+def _features(module: Encoder | None) -> tuple[str, ...]:
+    if module is None:
+        return ("pixels",)
+    if module.vit.cls_token is None:
+        return ("mean",)
+    deep = len(module.vit.blocks) >= 4
+    return ("cls", "mean", "cls+mean", *(("cls4", "cls4+mean") if deep else ()))
+
+
+def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> tuple[int, int]:
+    """The images' height and width: as asked, or as the encoder was made for."""
+    check(len(size) <= 2 and all(s > 0 for s in size), f"--size is {size}; one number or two")
+    if module is None:
+        with torch.device("meta"):
+            module = Encoder(replace(info.config, positions="learned"), info.channels)
+    if not size:
+        return module.image_size
+    patch = module.patch_size
+    check(
+        all(s % patch == 0 for s in size),
+        f"--size is {'x'.join(map(str, size))}; it must be divisible by the patch size, {patch}",
+    )
+    return size[0], size[-1]
+
+
+def _is_plain(architecture: str) -> bool:
+    """Whether a timm model is a ViT that our encoder can be; others are taken as they are."""
+    names = timm.list_models()
+    base = architecture.partition(".")[0]
+    check(base in names, f"timm knows no model {architecture!r}{nearest(base, names)}")
+    return base in timm.list_models(module="vision_transformer")
+
+
+def _timm_backbone(
+    name: str, architecture: str, random: bool, seed: int, size: tuple[int, ...]
+) -> Backbone:
+    """A network of timm that is no plain ViT, by its pooled feature."""
+    model_name, _, file = architecture.partition(":")
+    module = timm_model(model_name, file, random, seed, size)
+    wanted = module.pretrained_cfg
+    input_size = tuple(wanted["input_size"])
+    height, width = (size[0], size[-1]) if size else input_size[1:]
+    view = View((height, width), input_size[0], tuple(wanted["mean"]), tuple(wanted["std"]))
+    path = Path(file).expanduser() if file else None
+    identity = {
+        "given": name,
+        "format": "random" if random else "timm",
+        "seed": seed,
+        **file_identity(path),
+        "arch": model_name,
+        "weights_sha256": weights_sha256(module),
+    }
+    folder = path.parent if path else Path()
+    return Backbone(name, module, view, ("pooled",), identity, folder)
+
+
+def timm_model(
+    name: str, file: str, random: bool, seed: int, size: tuple[int, ...], **kwargs: Any
+) -> nn.Module:
+    """A timm network without its classifier: random weights, those of a file, or timm's own.
+
+    Raises:
+        UserError: the weights cannot be had, or do not fit.
+    """
+    given: dict[str, Any] = {"num_classes": 0} | kwargs
+    path = Path(file).expanduser()
+    check(not file or path.is_file(), f"--encoder is 'timm:{name}:{file}'; no such file")
+    source = {"checkpoint_path": str(path)} if file else {"pretrained": not random}
+    sizes = [{"img_size": size if len(size) == 2 else size[0]}, {}] if size else [{}]
+    for extra in sizes:  # only some networks are made for one size, and take it
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return timm.create_model(name, **given, **source, **extra).eval()
+        except TypeError as error:
+            if not extra:
+                raise UserError(f"timm's {name}: {error}") from None
+        except Exception as error:  # the hub's, the file's or the state's: many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the weights of timm's {name} cannot be had: {reason}") from None
+    raise AssertionError("not reached")
+
+
+def _whole(module: nn.Module) -> Embed:
+    def embed(images: Tensor) -> dict[str, Tensor]:
+        return {"pooled": module(images)}
+
+    return embed
+
+
+def file_identity(path: Path | None) -> dict[str, Any]:
+    """The file that weights came from, and the SHA-256 of its bytes."""
+    return {"file": str(path), "sha256": sha256(path)} if path else {}
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """The identity of weights wherever they came from: of all names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""Features kept between calls, found again by content: the same weights, images and preparation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ssl_vit import __version__
+from ssl_vit.config import UserError
+from ssl_vit.data.base import Source
+from ssl_vit.data.decode import BadImage
+from ssl_vit.evaluators.features import FeatureSet
+from ssl_vit.files import cache_folder, write_atomically
+from ssl_vit.weights.exchange import read_safetensors
+
+log = logging.getLogger("ssl_vit")
+# Up to this many images every byte is read; of more, as many, evenly spread.
+_ALL_UP_TO = 100_000
+_LARGEST_CACHE = 50 << 30
+
+
+def content_sha256(source: Source) -> str:
+    """The identity of a source by what is in it: image bytes and labels, whatever it is called.
+
+    Of more than 100,000 images that many, evenly spread, are read; of all, the labels.
+    """
+    n = len(source)
+    digest = hashlib.sha256(str(n).encode())
+    for i in np.linspace(0, n - 1, min(n, _ALL_UP_TO)).round().astype(int).tolist():
+        try:
+            raw = source.read(i)[0]
+        except BadImage as error:
+            raw = f"unreadable: {error}".encode()
+        if isinstance(raw, np.ndarray):
+            digest.update(f"{raw.dtype} {raw.shape}".encode())
+        data = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).view(np.uint8).data
+        digest.update(hashlib.sha256(data).digest())
+    for known in (source.labels, source.targets):
+        digest.update(b"none" if known is None else np.ascontiguousarray(known).data)
+    return digest.hexdigest()
+
+
+def cached(about: dict[str, object], make: Callable[[], FeatureSet], write: bool) -> FeatureSet:
+    """The features that ``about`` describes completely: from the cache, or made and kept there.
+
+    ``write``: whether this process is the one that keeps them. A disk that is full or read-only
+    costs a line in the log, not the features. The least recently used files go beyond 50 GiB.
+    """
+    text = json.dumps(about | {"version": __version__}, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    path = cache_folder() / "features" / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            found, metadata = read_safetensors(path)
+            path.touch()
+            log.info("features of %s: from the cache", about["source"])
+            labels, index = found.pop("labels"), found.pop("index")
+            return FeatureSet(found, labels, int(metadata["unreadable"]), index)
+        except (UserError, OSError, KeyError) as error:
+            log.warning("%s is damaged, and made anew: %s", path, error)
+    made = make()
+    if write:
+        _keep(path, made)
+    return made
+
+
+def _keep(path: Path, made: FeatureSet) -> None:
+    tensors = {k: v.contiguous() for k, v in made.parts.items()}
+    tensors |= {"labels": made.labels, "index": made.index}
+    metadata = {"unreadable": str(made.unreadable)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        kept = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+        total = sum(p.stat().st_size for p in kept)
+        while kept and total > _LARGEST_CACHE and kept[0] != path:
+            total -= kept[0].stat().st_size
+            kept.pop(0).unlink()
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        log.warning("the features are not kept in %s: %s", path.parent, error)
+
+
+def labels_sha256(labels: torch.Tensor) -> str:
+    """The identity of labels, in order."""
+    return hashlib.sha256(labels.cpu().contiguous().numpy().tobytes()).hexdigest()

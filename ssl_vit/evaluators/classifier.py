@@ -1,0 +1,266 @@
+"""An encoder made into a classifier: a network that plain timm builds, its weights, its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from ssl_vit.config import EncoderConfig, UserError, check
+from ssl_vit.encoder import Encoder, set_norm_eps, timm_kwargs
+from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.files import write_atomically
+from ssl_vit.weights.exchange import (
+    ENCODER_FILE,
+    contiguous_state,
+    load_strictly,
+    read_safetensors,
+)
+
+MODEL_FILE = "model.safetensors"
+_KEY = "ssl_vit"
+_POOLS = {"mean": "avg", "cls": "token"}
+# What has no weight decay, and the rate of the lowest layer, whatever the version of timm says.
+_TOKENS = ("cls_token", "reg_token", "pos_embed")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fine-tuning starts from.
+
+    ``module``: an :class:`Encoder`, or a network of timm without its classifier, ``arch`` then
+    being its name. ``pretrained``: whether its weights are worth keeping. ``mean``, ``std``: of the
+    images it was trained on, empty where that is for the new ones to say. ``folder``: of the run
+    that made it.
+    """
+
+    module: nn.Module
+    pretrained: bool
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    identity: dict[str, Any]
+    arch: str = ""
+    folder: Path | None = None
+
+    @property
+    def depth(self) -> int | None:
+        """Transformer blocks of a plain ViT; None for other networks."""
+        return len(self.module.vit.blocks) if isinstance(self.module, Encoder) else None
+
+
+def open_start(name: str, scratch: EncoderConfig, channels: int, seed: int) -> Start:
+    """An ``--encoder`` argument as what fine-tuning starts from.
+
+    ``none`` is the architecture ``scratch`` with random weights for images of so many channels.
+
+    Raises:
+        UserError: no such encoder, or none that can be trained.
+    """
+    check(
+        bool(name),
+        "--encoder is missing: a run folder, a weight file, timm:NAME, or none",
+    )
+    if name == "none":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = Encoder(scratch, channels)
+        identity = {"given": name, "seed": seed, "config": dataclasses.asdict(scratch)}
+        return Start(encoder, False, encoder.image_size, channels, (), (), identity)
+    found = open_backbone(name, seed)
+    if found.module is None:
+        raise UserError(f"--encoder is {name!r}; raw pixels cannot be fine-tuned")
+    view, identity = found.view, found.identity
+    of_run = Path(str(identity.get("file", ""))).name == ENCODER_FILE
+    return Start(
+        module=found.module,
+        pretrained=not name.startswith("random:"),
+        size=view.size,
+        channels=view.channels,
+        mean=view.mean,
+        std=view.std,
+        identity=identity,
+        arch=str(identity.get("arch", "")),
+        folder=found.folder if of_run else None,
+    )
+
+
+@dataclass(frozen=True)
+class TimmCall:
+    """The call of timm that builds a network: all that plain timm needs beside the weights.
+
+    ``norm_eps``: the epsilon of every LayerNorm, for which timm has no argument; 0: as it is.
+    """
+
+    arch: str
+    kwargs: dict[str, Any]
+    norm_eps: float = 0.0
+
+    def build(self, drop_path: float, seed: int) -> Any:
+        """The network, its weights random by ``seed``.
+
+        Raises:
+            UserError: timm's network does not take these arguments.
+        """
+        extra: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = timm.create_model(self.arch, **self.kwargs, **extra)
+        except TypeError as error:
+            hint = "--tune.drop-path 0, and no --tune.image-size, leave out what it may not take"
+            raise UserError(f"timm's {self.arch}: {error}; {hint}") from None
+        if self.norm_eps:
+            set_norm_eps(network, self.norm_eps)
+        return network
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network, the call that builds it, the size of its images, and what of it is not new."""
+
+    network: Any
+    call: TimmCall
+    size: tuple[int, int]
+    loaded: str
+
+
+def classifier(
+    start: Start, classes: int, pooling: str, size: tuple[int, ...], drop_path: float, seed: int
+) -> Classifier:
+    """A network of timm with the weights of ``start`` and a new classifier.
+
+    Of a plain ViT: with ``mean`` of the patch tokens the encoder's final norm is left out and a new
+    one follows the pooling; with ``cls`` it is kept (He et al. 2022, appendix A.1, and its code).
+    Everything else is loaded, or refused. Pretrained or not, positions are trained.
+
+    Args:
+        size: height and width of the images in pixels, or one number; empty: as ``start`` has.
+        drop_path: stochastic depth of the last block.
+
+    Raises:
+        UserError: a size or a pooling that the network does not allow.
+    """
+    module = start.module
+    if isinstance(module, Encoder):
+        call, state, fresh = _of_encoder(module, classes, pooling, size)
+    else:
+        call, state, fresh = _of_network(start, classes, size)
+    network = call.build(drop_path, seed)
+    own = network.state_dict()
+    state = {
+        k: v for k, v in state.items() if k in own or not k.startswith(("norm.", "attn_pool."))
+    }
+    new = {k: v for k, v in own.items() if k not in state and k.startswith(fresh)}
+    load_strictly(network, state | new, f"the classifier of {start.identity['given']}")
+    if start.pretrained:
+        start_head(network, seed)
+    made = (size[0], size[-1]) if size else start.size
+    loaded = f"{len(state)} of {len(own)} tensors, new: {', '.join(sorted(new))}"
+    return Classifier(network, call, made, loaded)
+
+
+def _of_encoder(
+    encoder: Encoder, classes: int, pooling: str, size: tuple[int, ...]
+) -> tuple[TimmCall, dict[str, Tensor], tuple[str, ...]]:
+    """The call, the encoder's tensors for it, and the names of those that will be new."""
+    patch, vit = encoder.patch_size, encoder.vit
+    check(
+        all(s > 0 and s % patch == 0 for s in size),
+        f"--tune.image-size is {'x'.join(map(str, size))}; it must be divisible by the patch "
+        f"size, {patch}",
+    )
+    check(
+        pooling == "mean" or vit.cls_token is not None,
+        "--tune.pooling is 'cls'; this encoder has no [CLS]: use mean",
+    )
+    state = dict(vit.state_dict())
+    config = encoder.config
+    if size:
+        config = dataclasses.replace(config, image_size=size)
+        prefix, patches = encoder.positions((size[0] // patch, size[-1] // patch))
+        parts = [patches] if prefix is None else [prefix, patches]
+        state["pos_embed"] = torch.cat(parts, dim=1).detach()
+    kwargs = timm_kwargs(config, encoder.channels)
+    kwargs |= {"num_classes": classes, "global_pool": _POOLS[pooling]}
+    return TimmCall(config.arch, kwargs, config.norm_eps), state, ("head.", "fc_norm.")
+
+
+def _of_network(
+    start: Start, classes: int, size: tuple[int, ...]
+) -> tuple[TimmCall, dict[str, Tensor], tuple[str, ...]]:
+    """The same for another network of timm, which pools as it is used to."""
+    kwargs: dict[str, Any] = {"num_classes": classes}
+    module: Any = start.module
+    if size and hasattr(module, "set_input_size"):  # made for one size, and can be for another
+        module.set_input_size(img_size=(size[0], size[-1]))
+        kwargs["img_size"] = [size[0], size[-1]]
+    heads = module.pretrained_cfg["classifier"]
+    names = (heads,) if isinstance(heads, str) else tuple(heads)
+    return TimmCall(start.arch, kwargs), module.state_dict(), tuple(f"{n}." for n in names)
+
+
+def start_head(network: Any, seed: int) -> None:
+    """The classifier's first weights: truncated normal, sigma 2e-5; biases 0 (He et al. 2022)."""
+    heads, generator = network.get_classifier(), torch.Generator().manual_seed(seed)
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        nn.init.trunc_normal_(head.weight, std=2e-5, generator=generator)
+        nn.init.zeros_(head.bias)
+
+
+def layer_scales(network: Any, decay: float) -> dict[str, float]:
+    """What the learning rate of each trained parameter is multiplied by: ``decay^(L + 1 - i)``.
+
+    Layer 0 holds what comes before the blocks, block i is layer i + 1, and the final norm and the
+    classifier are layer L + 1 (Bao et al. 2022, as He et al. 2022 use it). Other networks than ViTs
+    have the layers that timm says.
+    """
+    groups = param_groups_layer_decay(network, layer_decay=decay)
+    scales = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    lowest = min(scales.values())
+
+    def scale(name: str, by_timm: float) -> float:
+        if name.startswith(_TOKENS):
+            return lowest
+        # timm puts the final norm of a ViT into the layer of its last block.
+        return 1.0 if name.startswith("norm.") else by_timm
+
+    return {n: scale(n, scales[p]) for n, p in network.named_parameters() if p in scales}
+
+
+def undecayed(network: Any) -> frozenset[str]:
+    """Names of the parameters that have no weight decay though they are no vectors."""
+    by_timm = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    return frozenset(by_timm) | frozenset(_TOKENS)
+
+
+def save_classifier(path: Path, network: nn.Module, call: TimmCall, about: dict[str, Any]) -> None:
+    """Write a network with timm's keys, classifier included, whole or not at all.
+
+    The metadata have one key, ``ssl_vit``: JSON with ``timm`` (``arch`` and ``kwargs`` of the call
+    that builds it) and ``about``: statistics of the images, class names, step.
+    """
+    timm_call = {k: v for k, v in dataclasses.asdict(call).items() if k != "norm_eps" or v}
+    metadata = {_KEY: json.dumps({"timm": timm_call, "about": about})}
+    tensors = contiguous_state(network)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def saved_step(path: Path) -> int | None:
+    """The step that a classifier's file was written at; None where there is no such file."""
+    if not path.is_file():
+        return None
+    metadata = read_safetensors(path, tensors=False)[1]
+    try:
+        return int(json.loads(metadata[_KEY])["about"]["step"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a classifier written by ssl_vit") from None

@@ -1,0 +1,192 @@
+"""Fine-tuning (He et al. 2022, appendix A.1): a classifier of images as a task of the loop."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Bool
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from ssl_vit.config import DataConfig, EncoderConfig, OptimConfig, RunConfig, check
+from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.policy import Policy
+from ssl_vit.ema import ema_update
+from ssl_vit.evaluators.classifier import layer_scales, undecayed
+from ssl_vit.seeds import seeded
+from ssl_vit.task import Task, Views, at_least_fp32
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How an encoder becomes a classifier; where the default depends on it, the option says so."""
+
+    pooling: Literal["mean", "cls"] = "mean"
+    """What is classified: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
+    are no plain ViT pool as they are used to."""
+    image_size: tuple[int, ...] = ()
+    """Height and width in pixels, or one number; positions are resampled. Empty: the encoder's."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block. Above 12 blocks: 0.2, above 24: 0.3."""
+    layer_decay: float = 0.65
+    """Learning rate of a layer, as a share of that of the layer after it. Above 12 blocks: 0.75.
+    From scratch: 1, all alike."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0: none. With cutmix, each batch has one of the two by chance."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0: none."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation, for 8-bit images of 1 or 3 channels. none: without."""
+    erasing: float = 0.25
+    """Probability that a rectangle of an image is replaced by noise."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and most share of an image's area in a random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, as 0.9999: it is judged and saved. 0: none."""
+
+    def __post_init__(self) -> None:
+        for option in ("drop_path", "smoothing", "ema"):
+            value = getattr(self, option)
+            flag = f"--tune.{option.replace('_', '-')}"
+            check(0 <= value < 1, f"{flag} is {value}; it lies in [0, 1)")
+        for option in ("erasing", "flip"):
+            value = getattr(self, option)
+            check(0 <= value <= 1, f"--tune.{option} is {value}; it is a probability, 0 to 1")
+        for option in ("mixup", "cutmix"):
+            value = getattr(self, option)
+            check(value >= 0, f"--tune.{option} is {value}; it must be 0 or more")
+        decay, (least, most) = self.layer_decay, self.crop_scale
+        check(0 < decay <= 1, f"--tune.layer-decay is {decay}; it lies in (0, 1]")
+        scale = f"--tune.crop-scale is {least} {most}; shares of the area, 0 < least <= most <= 1"
+        check(0 < least <= most <= 1, scale)
+        size = self.image_size
+        check(len(size) <= 2, f"--tune.image-size is {size}; one number or two")
+        if self.randaugment != "none":
+            Policy(self.randaugment, ())
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def views(self, size: tuple[int, int], mean: tuple[float, ...]) -> ViewSpec:
+        """The crop of an image, ``size`` (height, width); ``mean`` of the data set, by channel."""
+        policy = None if self.randaugment == "none" else Policy(self.randaugment, mean)
+        return ViewSpec((Crop(size, scale=self.crop_scale, flip=self.flip, policy=policy),))
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune an encoder, or train one from scratch, to classify images."""
+
+    config: str = ""
+    """A YAML file of these options, or a recipe by its name in configs/. The command line wins."""
+    encoder: str = ""
+    """A run folder, a weight file, or timm:NAME. none: from scratch, the architecture of --scratch;
+    random:ENCODER: from scratch, that encoder's architecture."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            batch_size=1024, base_lr=5e-4, min_lr=1e-6, warmup="5ep"
+        )
+    )
+    scratch: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+def recipe(pretrained: bool, depth: int | None, channels: int = 3) -> FinetuneConfig:
+    """The options as published for such a network, before YAML and command line.
+
+    Pretrained: He et al. 2022, appendix A.1, table 9, by the number of blocks (12: B, 24: L, 32: H;
+    None, a network that is no plain ViT: as 12). From scratch: Touvron et al. 2021, table 9.
+    ``channels``: of the images it takes.
+    """
+    data = DataConfig(channels=channels)
+    if not pretrained:
+        return FinetuneConfig(
+            run=RunConfig(length="300ep"),
+            data=data,
+            tune=TuneConfig(pooling="cls", layer_decay=1.0),
+            optim=OptimConfig(batch_size=1024, base_lr=2.5e-4, min_lr=1e-5, warmup="5ep"),
+        )
+    if depth is None or depth <= 12:
+        return FinetuneConfig(data=data)
+    return FinetuneConfig(
+        run=RunConfig(length="50ep"),
+        data=data,
+        tune=TuneConfig(layer_decay=0.75, drop_path=0.2 if depth <= 24 else 0.3),
+        optim=OptimConfig(batch_size=1024, base_lr=1e-3, min_lr=1e-6, warmup="5ep"),
+    )
+
+
+class FineTune(Task):
+    """A network that learns classes from augmented, mixed images.
+
+    Augmentation on the device is timm's: erasing, then mixup or cutmix (one of the two for a batch,
+    each with probability one half). Their draws follow from the batch's key; only the noise that
+    fills what is erased is torch's, which follows from the step.
+    """
+
+    def __init__(self, network: nn.Module, config: TuneConfig, classes: int) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        average = copy.deepcopy(network).requires_grad_(False) if config.ema else None
+        self.average = average
+        self._scales = layer_scales(network, config.layer_decay)
+        self._undecayed = undecayed(network)
+        mixing = Mixup(
+            config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes
+        )
+        self._mixing = mixing if config.mixes else None
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is judged and saved: the average, where there is one."""
+        return self.network if self.average is None else self.average
+
+    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+        """Cross-entropy in float32, against mixed labels; unmixed, the accuracy (0..1) as well."""
+        images, labels, mixed = views.crops[0], views.labels, None
+        with seeded(views.key):
+            if self.config.erasing:
+                images = erase(images, self.config.erasing)
+            if self._mixing is not None:
+                images, mixed = self._mixing(images, labels)
+        logits = at_least_fp32(self.network(images))
+        if mixed is not None:
+            return {"loss": SoftTargetCrossEntropy()(logits, mixed)}
+        loss = LabelSmoothingCrossEntropy(self.config.smoothing)(logits, labels)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+        """Move the average; running statistics (of BatchNorm) are copied."""
+        if self.average is not None:
+            ema_update(self.average, self.network, self.config.ema, finite)
+            buffers = zip(self.average.buffers(), self.network.buffers(), strict=True)
+            for old, new in buffers:
+                old.copy_(new)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """All but vectors, positions and tokens, and what timm says of the network."""
+        inner = name.removeprefix("network.")
+        return super().decays(name, parameter) and inner not in self._undecayed
+
+    def lr_scale(self, name: str) -> float:
+        """Layer-wise decay of the rate (:func:`layer_scales`)."""
+        return self._scales[name.removeprefix("network.")]
+
+
+def erase(images: Tensor, probability: float) -> Tensor:
+    """Random erasing (Zhong et al. 2020) of normalised images (B, C, H, W), in place: each with
+    this probability, a rectangle of 2 to 33 % of it, filled with normal noise."""
+    erasing = RandomErasing(probability, mode="pixel", device=images.device)
+    return erasing(images)

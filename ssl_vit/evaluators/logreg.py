@@ -1,0 +1,170 @@
+"""Logistic regression on frozen features, by scikit-learn; its strength chosen honestly."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from ssl_vit.config import check
+from ssl_vit.evaluators.features import FeatureSet
+from ssl_vit.evaluators.heads import FeatureNorm
+from ssl_vit.evaluators.linear import describe
+from ssl_vit.evaluators.scores import Prediction
+from ssl_vit.evaluators.selection import NOT_CHOSEN, best, outputs_of, quality, split_rows, usable
+
+log = logging.getLogger("ssl_vit")
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class LogregProtocol:
+    """``logreg``: L2-regularised logistic regression to convergence (L-BFGS), without augmentation.
+
+    Features are standardised by the statistics of the training ones. ``strengths``: scikit-learn's
+    C, the weight of the data's loss against half the squared norm of the weights, swept as for CLIP
+    (Radford et al. 2021, appendix A.3), more coarsely. ``fallback`` is taken where too few images
+    are left to choose by.
+    """
+
+    name: ClassVar[str] = "logreg"
+    strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    features: tuple[str, ...] = ("cls",)
+    fallback: float = 1.0
+    iterations: int = 500
+    held_out: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(min(self.strengths, default=0) > 0, f"C is {self.strengths}; it must be above 0")
+        check(self.iterations >= 1, f"iterations are {self.iterations}; at least 1")
+        check(0 <= self.held_out < 1, f"the held-out share is {self.held_out}; it lies in [0, 1)")
+
+
+def logreg_probe(
+    train: FeatureSet,
+    val: FeatureSet,
+    protocol: LogregProtocol | None = None,
+    held_out: FeatureSet | None = None,
+) -> list[Prediction]:
+    """Predict ``val`` from each feature; C chosen, for each, on images held out from training.
+
+    Of equally good ones the lowest C is chosen, and fitted again on all training images. Several
+    labels an image are one regression each, with one C for all.
+    """
+    protocol = protocol or LogregProtocol()
+    made = []
+    for name in usable(protocol.features, train.has):
+        found, stopped = _sweep(train, name, protocol, held_out)
+        chosen = best(found)
+        strength = chosen[1] if chosen else protocol.fallback
+        norm = FeatureNorm.of(train.feature(name))
+        model = Logistic(train.labels, strength, protocol.iterations).fit(norm(train.feature(name)))
+        if stopped + model.stopped:
+            log.warning(
+                "logreg on %s: %d fits stopped at %d iterations, before they had converged",
+                name,
+                stopped + model.stopped,
+                protocol.iterations,
+            )
+        resolved = {"C": strength, "not_converged": stopped, "chosen_converged": not model.stopped}
+        details = describe(
+            protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN})
+        )
+        guesses = model.guesses(norm(val.feature(name)))
+        made.append(Prediction(name, f"C={strength:g}", guesses, details))
+    return made
+
+
+def _sweep(
+    train: FeatureSet, name: str, protocol: LogregProtocol, held_out: FeatureSet | None
+) -> tuple[dict[tuple[str, float], float], int]:
+    """The quality of each C on images not learned from, and how many fits did not converge."""
+    if held_out is None:
+        rows = split_rows(train.labels, protocol.held_out, protocol.seed)
+        if rows is None:
+            return {}, 0
+        train, held_out = train.take(rows[0]), train.take(rows[1])
+    norm = FeatureNorm.of(train.feature(name))
+    features, judged = norm(train.feature(name)), norm(held_out.feature(name))
+    found, stopped = {}, 0
+    for strength in sorted(protocol.strengths):
+        model = Logistic(train.labels, strength, protocol.iterations).fit(features)
+        found[name, strength] = quality(model.logits(judged), held_out.labels.cpu())
+        stopped += model.stopped
+    return found, stopped
+
+
+class Logistic:
+    """One regression over classes, or one for each of several labels.
+
+    ``targets``: (n,) classes or (n, L) labels, 1, 0, or NaN where unknown. ``stopped``: how many
+    regressions did not converge.
+    """
+
+    def __init__(self, targets: Tensor, strength: float, iterations: int) -> None:
+        self.targets, self.strength, self.iterations = targets, strength, iterations
+        self.stopped = 0
+        self.models: list[LogisticRegression | float] = []
+
+    def fit(self, features: Float[Tensor, "n d"]) -> Logistic:
+        """Fit to standardised features.
+
+        Raises:
+            UserError: all images are of one class.
+        """
+        x, targets = features.cpu().numpy(), self.targets.cpu().numpy()
+        if targets.ndim == 1:
+            one = len(np.unique(targets)) == 1
+            check(not one, "all training images are of one class; at least two are needed")
+            self.models = [self._regression(x, targets)]
+            return self
+        for wanted in targets.T:
+            known = ~np.isnan(wanted)
+            there = np.unique(wanted[known])
+            if len(there) == 2:
+                self.models.append(self._regression(x[known], wanted[known].astype(np.int64)))
+            else:  # nothing to learn: always, never, or unknown
+                self.models.append(float(there[0]) if len(there) else 0.5)
+        return self
+
+    def _regression(self, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            model = LogisticRegression(C=self.strength, max_iter=self.iterations).fit(x, y)
+        self.stopped += any(issubclass(w.category, ConvergenceWarning) for w in caught)
+        return model
+
+    def probabilities(self, features: Float[Tensor, "q d"]) -> Float[Tensor, "q c"]:
+        """Of each class up to the largest, 0 for those never seen; or of each label."""
+        x = features.cpu().numpy()
+        if self.targets.ndim == 2:
+            columns = [
+                np.full(len(x), m) if isinstance(m, float) else m.predict_proba(x)[:, 1]
+                for m in self.models
+            ]
+            return torch.from_numpy(np.stack(columns, axis=1)).float()
+        model = self.models[0]
+        assert isinstance(model, LogisticRegression)
+        made = torch.zeros(len(x), outputs_of(self.targets))
+        made[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(x)).float()
+        return made
+
+    def logits(self, features: Float[Tensor, "q d"]) -> Float[Tensor, "q c"]:
+        """Their logarithms, which order classes and images as they do."""
+        return self.probabilities(features).clamp(min=_TINY).log()
+
+    def guesses(self, features: Float[Tensor, "q d"]) -> Tensor:
+        """As a prediction has them: at most 5 classes, best first, or probabilities of labels."""
+        made = self.probabilities(features)
+        if self.targets.ndim == 2:
+            return made
+        return made.topk(min(5, made.shape[1]), dim=1).indices

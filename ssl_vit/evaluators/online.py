@@ -1,0 +1,186 @@
+"""Linear probes as published: heads learn from augmented images, seen through a frozen encoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit.config import check
+from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.loader import BadImages, TrainImages, train_batches
+from ssl_vit.data.order import Order
+from ssl_vit.data.sources import Source, Subset
+from ssl_vit.evaluators.backbone import Backbone
+from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
+from ssl_vit.evaluators.heads import FeatureNorm, Heads, Trainer, heads_of
+from ssl_vit.evaluators.linear import Parts, describe, grid_quality, joined
+from ssl_vit.evaluators.published import OnlineProtocol
+from ssl_vit.evaluators.scores import Prediction, labelled
+from ssl_vit.evaluators.selection import (
+    NOT_CHOSEN,
+    best,
+    grid_of,
+    guesses_of,
+    outputs_of,
+    split_rows,
+    usable,
+)
+from ssl_vit.seeds import fold
+from ssl_vit.training.parallel import autocast, loader_workers
+
+log = logging.getLogger("ssl_vit")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how images go through the encoder; no number depends on it but by rounding.
+
+    ``at_once``: the most images that a process' encoder sees at a time.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    workers: int = -1
+    at_once: int = 256
+
+
+def online_probe(
+    backbone: Backbone,
+    train: Source,
+    val: FeatureSet,
+    protocol: OnlineProtocol,
+    machine: Machine,
+    extract: Callable[[Source], FeatureSet],
+    held_out: Source | None = None,
+) -> list[Prediction]:
+    """Predict ``val``, features of images as they are, by a head that learns from augmented ones.
+
+    Where there is a grid, its point is chosen on ``held_out``, or on a seeded share of the
+    training images that is then not learned from; ``extract`` makes their features. Several
+    processes share each batch. The encoder must be in evaluation mode, on the machine's device.
+
+    Raises:
+        UserError: no labels, too few images, or none of the features.
+    """
+    targets, judge = source_targets(train), None
+    names = usable(protocol.features, val.has)
+    widths = {name: sum(val.parts[part].shape[1] for part in FEATURES[name]) for name in names}
+    grid = grid_of(widths, protocol.learning_rates)
+    fallback = protocol.fallback_of(grid)
+    if len(grid) > 1:
+        train, held_out = (train, held_out) if held_out else _split(train, targets, protocol)
+        judge = extract(held_out) if held_out else None
+        targets = source_targets(train)
+    points = [fallback] if judge is None else grid
+    norm = FeatureNorm if protocol.normed else lambda width: None
+    outputs = outputs_of(targets)
+    heads = heads_of(points, widths, outputs, protocol.seed, lambda name: norm(widths[name]))
+    done = train_heads(heads, backbone, train, targets, protocol, machine)
+    found = grid_quality(heads, judge) if judge else {}
+    feature, rate = best(found) or fallback
+    if len(grid) > 1 and not best(found):
+        done["selection"] = NOT_CHOSEN
+    logits = heads[feature].logits(val.feature(feature).to(machine.device), rate)
+    details = describe(protocol, found, done | {"lr": rate * done["batch_size"] / 256})
+    return [Prediction(feature, f"lr={rate:g}", guesses_of(logits, targets).cpu(), details)]
+
+
+def _split(
+    train: Source, targets: Tensor, protocol: OnlineProtocol
+) -> tuple[Source, Source | None]:
+    """The images to learn from, and those to choose by, if there are enough."""
+    rows = split_rows(targets, protocol.held_out, protocol.seed)
+    if rows is None:
+        return train, None
+    return Subset(train, rows[0].numpy()), Subset(train, rows[1].numpy())
+
+
+def source_targets(source: Source) -> Tensor:
+    """What a source's images are: (n,) classes, or (n, L) labels, NaN where unknown.
+
+    Raises:
+        UserError: it has no labels, or not for every image.
+    """
+    known = source.labels if source.targets is None else source.targets
+    check(known is not None, f"{source.spec} has no labels; the probe needs them")
+    return labelled(torch.from_numpy(np.asarray(known)), "the training set")
+
+
+def train_heads(
+    heads: dict[str, Heads],
+    backbone: Backbone,
+    source: Source,
+    targets: Tensor,
+    protocol: OnlineProtocol,
+    machine: Machine,
+) -> dict[str, Any]:
+    """Train heads on a source's augmented images; what the options came to.
+
+    ``targets``: the source's, by image.
+    """
+    order = protocol.order(len(source), machine.at_once)
+    for stack in heads.values():
+        stack.to(machine.device).train()
+    trainer = Trainer(heads, protocol.momentum, protocol.trust, shared=order.world > 1)
+    targets, names = targets.to(machine.device), tuple(heads)
+    total = protocol.epochs * order.steps_per_epoch
+    parts_seen = seen(backbone, source, names, protocol, order, total, machine)
+    for step, (parts, numbers) in enumerate(parts_seen):
+        if step % max(1, total // 10) == 0:
+            log.info("linear probe (%s): step %d of %d", protocol.name, step, total)
+        trainer.step(joined(parts, names), targets[numbers], protocol.factor(step, order))
+    return {"batch_size": order.batch_size, "steps": total}
+
+
+def seen(
+    backbone: Backbone,
+    source: Source,
+    names: tuple[str, ...],
+    protocol: OnlineProtocol,
+    order: Order,
+    total: int,
+    machine: Machine,
+) -> Iterator[tuple[Parts, Tensor]]:
+    """For each step, of this process' share: augmented images as (b, D) parts, their numbers."""
+    view, device = backbone.view, machine.device
+    spec = ViewSpec((Crop(view.size, scale=protocol.scale, flip=protocol.flip),))
+    images = TrainImages(Numbered(source), spec, view.channels, fold(protocol.seed, 3))
+    embed, normalize = backbone.embed(parts_of(names)), Normalize(view.mean, view.std).to(device)
+    workers = loader_workers(machine.workers, device)
+    batches = train_batches(images, order, 0, total, workers, device.type == "cuda")
+    bad = BadImages(source, max_share=1.0)
+    for _ in range(total):
+        made, numbers = [], []
+        for _ in range(order.accumulate):
+            batch = next(batches)
+            bad.add(batch.bad)
+            views = normalize(batch.views.to(device))
+            with torch.no_grad(), autocast(device, machine.precision):
+                made.append(embed(views.crops[0]))
+            numbers.append(views.labels)
+        yield {p: torch.cat([m[p].float() for m in made]) for p in made[0]}, torch.cat(numbers)
+
+
+class Numbered(Source):
+    """Another source whose labels are the images' numbers, so that any targets can be looked up.
+
+    An unreadable image is replaced by another, and then has that one's number.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.spec = source, source.spec
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int) -> Any:
+        return self.source.read(i)[0], i
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)

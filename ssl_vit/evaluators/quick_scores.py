@@ -1,0 +1,35 @@
+"""Both frozen-feature scores in one call, as pretraining shows them of its own encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssl_vit.evaluators.features import FEATURES, FeatureSet
+from ssl_vit.evaluators.knn import KS, knn_predictions
+from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
+from ssl_vit.evaluators.scores import Score, judge, labelled
+
+
+def plain_features(features: FeatureSet) -> tuple[str, ...]:
+    """The features that are one part."""
+    return tuple(name for name in features.parts if FEATURES.get(name) == (name,))
+
+
+def knn_scores(
+    train: FeatureSet, val: FeatureSet, ks: Sequence[int] = KS, features: tuple[str, ...] = ()
+) -> list[Score]:
+    """k-NN by each feature (empty: the plain ones) and k that the training set can fill.
+
+    One process alone.
+    """
+    truth, device = labelled(val.labels, "the validation set"), train.labels.device
+    names = features or plain_features(train)
+    found = knn_predictions(train, val, ks, names, device, shared=False)
+    return [judge(prediction, truth, None, seed=0) for prediction in found]
+
+
+def linear_scores(train: FeatureSet, val: FeatureSet, protocol: LinearProtocol) -> list[Score]:
+    """The linear probe, by the one head that is chosen without the validation set."""
+    labelled(train.labels, "the training set")
+    truth = labelled(val.labels, "the validation set")
+    return [judge(p, truth, None, protocol.seed) for p in linear_probe(train, val, protocol)]

@@ -1,0 +1,223 @@
+"""A run put together: what is trained, on what images, in what folder, with what hooks."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_vit.config import Length, check
+from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.images import Images
+from ssl_vit.data.loader import BadImages, TrainImages, train_batches
+from ssl_vit.data.order import Order
+from ssl_vit.data.photometric import left_out
+from ssl_vit.encoder import choose_attention, compile_blocks, parameter_count
+from ssl_vit.files import write_text_atomically
+from ssl_vit.options import to_yaml
+from ssl_vit.task import Task
+from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.loop import Hook, Trainer
+from ssl_vit.training.metrics import RunLog
+from ssl_vit.training.optim import Schedule
+from ssl_vit.training.parallel import loader_workers, resolve_precision, start_parallel
+from ssl_vit.training.resume import (
+    CONFIG_FILE,
+    check_same_run,
+    load_into,
+    move_aside,
+    starting_point,
+)
+
+
+class Session:
+    """A run put together; nothing is written yet. What it leaves is a subclass' to say.
+
+    Args:
+        name: what people call this kind of run.
+        config: its options: a dataclass with the groups ``run``, ``data`` and ``optim``.
+        task: with its first weights. It is moved to the run's device.
+        views: the crops it is given of an image.
+        images: those it learns from.
+
+    Raises:
+        UserError: a batch that the images or the processes do not allow, or a device that is not
+            there.
+    """
+
+    def __init__(self, name: str, config: Any, task: Task, views: ViewSpec, images: Images) -> None:
+        self.name, self.config, self.out = name, config, Path(config.run.out)
+        self.task, self.views, self.images = task, views, images
+        self.parallel = start_parallel(config.run.device)
+        run, optim, n = config.run, config.optim, len(images.train)
+        rank, world, device = self.parallel.rank, self.parallel.world, self.parallel.device
+        check(
+            optim.batch_size % (world * optim.accumulate) == 0,
+            f"--optim.batch-size is {optim.batch_size}; it must be divisible by "
+            f"{world} processes x {optim.accumulate} parts",
+        )
+        check(
+            optim.batch_size <= n,
+            f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images",
+        )
+        self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
+        schedule = Schedule(run, optim, self.order.steps_per_epoch)
+        precision = resolve_precision(run.precision, device)
+        choose_attention(task, device)
+        task.to(device)
+        if run.compile:
+            compile_blocks(task)
+        normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
+        self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
+
+    def export(self) -> None:
+        """Write the file that the run is for, with the weights as they are now."""
+        raise NotImplementedError
+
+    def exported_step(self) -> int | None:
+        """The step of the file that is there; None where there is none."""
+        raise NotImplementedError
+
+    def look(self, step: int, log: RunLog) -> None:
+        """Measure what is trained on held-out images, and log it. Nothing is chosen by it."""
+        raise NotImplementedError
+
+    @property
+    def part_size(self) -> int:
+        """Images that go through the task at once in each process."""
+        return self.order.batch_size // (self.parallel.world * self.config.optim.accumulate)
+
+    def plan(self, about: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Rows of the table before the first step, with every derived number resolved.
+
+        ``about``: rows on what is trained.
+        """
+        trainer, optim, order = self.trainer, self.config.optim, self.order
+        schedule, device = trainer.schedule, self.parallel.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        rate = f"{optim.peak_lr:.4g}"
+        rate += "" if optim.lr is not None else f" = {optim.base_lr:g} x {optim.batch_size} / 256"
+        warmup = f"{schedule.warmup} steps"
+        if schedule.shortened:
+            warmup += f" (half the run; --optim.warmup asks for {schedule.shortened})"
+        held_out = f"{len(self.images.val):,} held out"
+        held_out = held_out if self.images.held_out else "none held out"
+        split = f"{self.parallel.world} processes x {optim.accumulate} parts x {self.part_size}"
+        epochs = f"{schedule.total / order.steps_per_epoch:g} epochs x {order.steps_per_epoch}"
+        return [
+            ("device", f"{name}, {torch.get_num_threads()} threads"),
+            ("precision", str(trainer.precision).removeprefix("torch.")),
+            *about,
+            ("images", f"{order.n:,} train, {held_out}"),
+            ("views", self.describe_views()),
+            ("effective batch", f"{optim.batch_size} = {split}"),
+            ("learning rate", rate),
+            ("steps", f"{schedule.total:,} = {epochs}"),
+            ("warm-up", warmup),
+        ]
+
+    def describe_views(self) -> str:
+        """The crops of an image, and which operations its channels or its depth do not allow."""
+        counts: dict[str, int] = {}
+        missing: dict[str, None] = {}
+        deep, channels = self.images.deep, self.config.data.channels
+        for crop in self.views.crops:
+            size = "x".join(map(str, crop.size))
+            counts[size] = counts.get(size, 0) + crop.count
+            if crop.photometric:
+                names = left_out(crop.photometric, channels, bounded=not deep)
+                missing |= dict.fromkeys(names)
+            if crop.policy and (deep or channels not in (1, 3)):
+                missing["RandAugment"] = None
+        text = " + ".join(f"{n} of {size} px" for size, n in counts.items())
+        if missing:
+            depth = "more than 8 bits" if deep else "8 bits"
+            text += f"; for images of {channels} channels and {depth} left out: "
+            text += ", ".join(missing)
+        return text
+
+
+def prepare_folder(session: Session) -> None:
+    """Begin or resume: set the trainer to its first step and the folder to match."""
+    run, out, trainer = session.config.run, session.out, session.trainer
+    start = starting_point(run, out)
+    if start is not None:
+        own = start.parent == out / "checkpoints"
+        if own:
+            check_same_run(session.config, out)
+        load_into(trainer, start, session.images.fingerprint() if own else None)
+    statistics = zlib.crc32(str(session.images.fingerprint()).encode())
+    session.parallel.check_agreement("the step to start from", trainer.step)
+    session.parallel.check_agreement("the training set (a hash of it)", statistics)
+    if not session.parallel.main:
+        return
+    if run.resume == "never" and out.exists() and any(out.iterdir()):
+        move_aside(out)
+    out.mkdir(parents=True, exist_ok=True)
+    Checkpoints(out / "checkpoints", run.keep).clean()
+    # Going on with this file must not start anew again.
+    resume = "auto" if run.resume == "never" else run.resume
+    text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
+    write_text_atomically(out / CONFIG_FILE, text)
+    if trainer.step and session.exported_step() != trainer.step:
+        # Killed between a checkpoint and the exported file, which then is of an earlier step.
+        session.export()
+
+
+def train(session: Session) -> bool:
+    """Run the loop with its hooks; false when a signal stopped it."""
+    run, trainer, out, task = session.config.run, session.trainer, session.out, session.task
+    data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
+    images = TrainImages(session.images.train, session.views, data.channels, run.seed)
+    device = session.parallel.device
+    workers, pin = loader_workers(data.workers, device), device.type == "cuda"
+    batches = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
+    checkpoints = Checkpoints(out / "checkpoints", run.keep)
+    with RunLog(
+        out,
+        start=trainer.step,
+        total=trainer.schedule.total,
+        every=run.log_every,
+        images_per_step=order.batch_size,
+        main=session.parallel.main,
+        spoken=task.spoken,
+    ) as runlog:
+
+        def save(step: int) -> None:
+            if session.parallel.main:
+                checkpoints.save(step, task, trainer.optimizer, session.images.fingerprint())
+                session.export()
+
+        def look(step: int) -> None:
+            if session.parallel.main:
+                task.eval()
+                session.look(step, runlog)
+
+        hooks = [
+            Hook(every(run.save_every, "--run.save-every", per_epoch), save, when_stopped=True),
+            Hook(every(run.probe_every, "--run.probe-every", per_epoch), look),
+        ]
+        bad = BadImages(session.images.train, data.max_bad)
+        return trainer.train(batches, bad, runlog, hooks)
+
+
+def every(text: str, option: str, steps_per_epoch: int) -> int:
+    """An interval in steps, at least one."""
+    return max(1, Length.parse(text, option).steps(steps_per_epoch))
+
+
+def counted(module: nn.Module) -> str:
+    """A module's weights in millions."""
+    return f"{parameter_count(module) / 1e6:.2f} M"
+
+
+def slug(spec: str) -> str:
+    """A short name for a data set, fit for a folder: its last part that has a letter."""
+    parts = [re.sub(r"[^A-Za-z0-9]+", "-", p).strip("-") for p in re.split(r"[:/]", spec)]
+    named = [p for p in parts if re.search("[A-Za-z]", p) and p not in ("train", "val", "test")]
+    return named[-1] if named else "data"

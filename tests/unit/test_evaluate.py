@@ -1,0 +1,198 @@
+"""The evaluation door, in this process: what it prints and writes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit import evaluate
+from ssl_vit.config import EncoderConfig, RunFailed, UserError
+from ssl_vit.encoder import Encoder
+from ssl_vit.evaluation import EvalConfig, EvalData, Evaluation
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+
+CONFIG = EncoderConfig(
+    arch="vit_tiny_patch16_224", image_size=(8,), patch_size=2, width=32, depth=4, heads=2
+)
+SETS = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the encoder file of a small ViT for digits."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    info = EncoderInfo(CONFIG, 1, (0.3,), (0.35,), "mae", 3)
+    save_encoder(folder / "encoder.safetensors", Encoder(CONFIG, 1), info)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path_factory.getbasetemp() / "feature-cache"
+    monkeypatch.setenv("SSL_VIT_CACHE", str(base))
+
+
+def ask(name: str, run: Path | str, *options: str) -> None:
+    assert evaluate.main([name, "--encoder", str(run), *SETS, *options]) == 0
+
+
+def card(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_knn_writes_every_pooling_and_k_with_its_protocol(run, capsys):
+    ask("knn", run, "--k", "1,10", "--out", str(run / "knn.json"))
+    made = card(run / "knn.json")
+    assert [(s["features"], s["setting"]) for s in made["scores"]] == [
+        (f, f"k={k}") for f in ("cls", "mean") for k in (1, 10)
+    ]
+    assert made["train"]["images"] == 1438
+    assert made["val"]["images"] == 359
+    assert len(made["encoder"]["weights_sha256"]) == 64
+    assert made["encoder"]["format"] == "ssl_vit"
+    assert {"content_sha256", "labels_sha256"} <= made["val"].keys()
+    score = made["scores"][0]
+    low, high = score["interval"]
+    assert low < score["metrics"]["top1"] < high
+    assert np.sum(score["confusion"]) == 359
+    assert f"{score['metrics']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_again_gives_the_same_numbers_and_tells_when_not(run, tmp_path, capsys):
+    out = tmp_path / "linear.json"
+    ask("linear", run, "--epochs", "3", "--out", str(out))
+    assert evaluate.main(["again", str(out)]) == 0
+    assert "the same numbers" in capsys.readouterr().out
+    changed = card(out)
+    changed["scores"][0]["metrics"]["top1"] += 0.1
+    out.write_text(json.dumps(changed))
+    with pytest.raises(RunFailed, match="the numbers differ"):
+        evaluate.main(["again", str(out)])
+
+
+def test_again_names_an_encoder_that_changed(run, tmp_path):
+    other, out = tmp_path / "encoder.safetensors", tmp_path / "knn.json"
+    other.write_bytes((run / "encoder.safetensors").read_bytes())
+    ask("knn", other, "--k", "5", "--out", str(out))
+    torch.manual_seed(1)
+    save_encoder(other, Encoder(CONFIG, 1), EncoderInfo(CONFIG, 1, (0.3,), (0.35,)))
+    with pytest.raises(RunFailed, match="encoder weights_sha256"):
+        evaluate.main(["again", str(out)])
+
+
+def test_again_refuses_what_is_no_card(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match="no result"):
+        evaluate.main(["again", str(tmp_path / "x.json")])
+
+
+def test_knn_without_validation_images_is_leave_one_out(run, tmp_path):
+    out = tmp_path / "knn.json"
+    sets = ("--data.train", "digits:val", "--data.workers", "0")
+    options = ("--encoder", str(run), *sets, "--k", "1", "--out", str(out))
+    assert evaluate.main(["knn", *options]) == 0
+    made = card(out)
+    assert made["judged_on"] == "leave-one-out"
+    assert made["scores"][0]["metrics"]["top1"] < 100  # each is not its own neighbour
+
+
+def test_baselines_get_files_of_their_own(run):
+    for kind in ("random", "pixels"):
+        ask("knn", f"{kind}:{run}", "--k", "5")
+        made = card(run / f"{kind}-{run.name}-knn.json")
+        assert made["encoder"]["format"] == kind
+
+
+def test_any_timm_network_is_a_comparator(tmp_path):
+    out = tmp_path / "x.json"
+    ask("knn", "random:timm:resnet10t", "--size", "32", "--k", "5", "--out", str(out))
+    assert [s["features"] for s in card(out)["scores"]] == ["pooled"]
+
+
+def test_features_come_from_the_cache_the_second_time(run, monkeypatch):
+    options = EvalConfig(
+        data=EvalData("digits:train", "digits:val", workers=0), encoder=str(run), batch_size=64
+    )
+    first = Evaluation(options).features("val")
+    monkeypatch.setattr("ssl_vit.evaluation.extract_shared", lambda *_: pytest.fail("made again"))
+    again = Evaluation(options).features("val")
+    assert all(torch.equal(first.parts[k], again.parts[k]) for k in first.parts)
+
+
+def test_a_larger_view_is_another_feature(run, tmp_path):
+    for size in ("8", "16"):
+        ask("knn", run, "--k", "5", "--size", size, "--out", str(tmp_path / f"{size}.json"))
+    made = [card(tmp_path / f"{size}.json") for size in ("8", "16")]
+    assert made[1]["transform"]["size"] == [16, 16]
+    assert made[0]["scores"][0]["metrics"] != made[1]["scores"][0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--features", "cls9"), "allowed: cls, mean"),
+        (("--features", "pooled"), "gives cls, mean"),
+        (("--size", "9"), "divisible by the patch size, 2"),
+        (("--data.labels", "nowhere.csv"), "nowhere.csv"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(run, options, message):
+    with pytest.raises(UserError, match=message):
+        ask("knn", run, *options)
+
+
+def folder_of(path: Path, classes: dict[str, int], size: int = 8) -> str:
+    rng = np.random.default_rng(len(classes))
+    for name, count in classes.items():
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 255, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{i}.png")
+    return f"folder:{path}"
+
+
+def test_bad_sets_are_refused_before_anything_is_written(run, tmp_path):
+    two = folder_of(tmp_path / "two", {"a": 12, "b": 12})
+    cases = {
+        folder_of(tmp_path / "one", {"a": 12}): "at least two",
+        folder_of(tmp_path / "flat", {".": 3}): "no labels",
+    }
+    out = tmp_path / "x.json"
+    for name in ("knn", "linear"):
+        for train, message in cases.items():
+            sets = ("--data.train", train, "--data.val", train, "--data.workers", "0")
+            with pytest.raises(UserError, match=message):
+                evaluate.main([name, "--encoder", str(run), *sets, "--out", str(out)])
+        three = f"folder:{tmp_path / 'three'}"
+        if name == "knn":
+            folder_of(tmp_path / "three", {"a": 2, "b": 2, "c": 2})
+        sets = ("--data.train", two, "--data.val", three, "--data.workers", "0")
+        with pytest.raises(UserError, match="'c'"):
+            evaluate.main([name, "--encoder", str(run), *sets, "--out", str(out)])
+    assert not out.exists()
+
+
+def test_images_of_other_channels_than_the_encoder_are_named(run, tmp_path):
+    for i in range(4):
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "set" / "ab"[i % 2] / f"{i}.npy", np.zeros((8, 8, 5), np.uint8))
+    sets = (f"folder:{tmp_path / 'set'}",) * 2
+    options = ("--data.train", sets[0], "--data.val", sets[1], "--data.workers", "0")
+    with pytest.raises(UserError, match="5 channels"):
+        evaluate.main(["knn", "--encoder", str(run), *options])
+
+
+def test_low_shot_is_a_mean_over_seeds(run, tmp_path):
+    out = tmp_path / "low.json"
+    options = ("--per-class", "1,5", "--repeats", "2", "--epochs", "3", "--out", str(out))
+    ask("linear", run, *options)
+    one, five = card(out)["scores"]
+    assert one["setting"].startswith("1 a class")
+    assert len(five["details"]["seeds"]) == 2
+    values = [s["metrics"]["top1"] for s in five["details"]["seeds"]]
+    assert five["metrics"]["top1"] == pytest.approx(np.mean(values))
+    assert one["metrics"]["top1"] < five["metrics"]["top1"]

@@ -41,7 +41,9 @@ _PROBES: dict[str, tuple[type[EvalConfig], Callable[[Any], Result]]] = {
 _IDENTITIES = (
     ("encoder", "weights_sha256"),
     ("train", "content_sha256"),
+    ("train", "masks_sha256"),
     ("val", "content_sha256"),
+    ("val", "masks_sha256"),
 )
 _OTHERS = {"finetune": finetune.main, "compare": compare.main}
 

@@ -113,7 +113,7 @@ def linear(config: LinearConfig) -> Result:
         own: dict[str, Any] = {"features": config.features} if config.features else {}
         own["seed"] = config.seed
         if config.protocol == "fast":
-            own |= {"epochs": config.epochs} if config.epochs else {}
+            own |= {"epochs": config.epochs, "least_steps": 1} if config.epochs else {}
             own |= {"batch_size": config.probe_batch} if config.probe_batch else {}
         used = LinearProtocol(**own) if config.protocol == "fast" else LogregProtocol(**own)
         scores = learn_cached(evaluation, used)

@@ -60,17 +60,21 @@ def subsets(
 
 
 def over_seeds(scores: Sequence[Score]) -> Score:
-    """The mean of several seeds' scores of one feature.
+    """The mean of several seeds' scores.
 
     The interval is the mean of theirs, so it is that of the validation images alone; the standard
     deviation over seeds (of a sample, n - 1) is in the details, beside each seed's own numbers.
     ``confusion`` is the sum.
     """
-    assert len({s.features for s in scores}) == 1, "nothing, or different things"
-    first, settings = scores[0], list(dict.fromkeys(s.setting for s in scores))
+    first = scores[0]
+    features, setting = (
+        names.pop() if len(names := {getattr(s, of) for s in scores}) == 1 else "chosen for each"
+        for of in ("features", "setting")
+    )
     spread = {m: _deviation([s.metrics[m] for s in scores]) for m in first.metrics}
     seeds: list[dict[str, Any]] = [
         {
+            "features": s.features,
             "setting": s.setting,
             "metrics": s.metrics,
             "interval": list(s.interval),
@@ -82,8 +86,8 @@ def over_seeds(scores: Sequence[Score]) -> Score:
     tables = [s.confusion for s in scores if s.confusion is not None]
     shared = [name for name in first.per_class if all(name in s.per_class for s in scores)]
     return Score(
-        first.features,
-        settings[0] if len(settings) == 1 else "chosen for each seed",
+        features,
+        setting,
         {m: float(np.mean([s.metrics[m] for s in scores])) for m in first.metrics},
         (float(ends[0]), float(ends[1])),
         {name: float(np.mean([s.per_class[name] for s in scores])) for name in shared},

@@ -196,3 +196,83 @@ def test_low_shot_is_a_mean_over_seeds(run, tmp_path):
     values = [s["metrics"]["top1"] for s in five["details"]["seeds"]]
     assert five["metrics"]["top1"] == pytest.approx(np.mean(values))
     assert one["metrics"]["top1"] < five["metrics"]["top1"]
+
+
+def test_labels_from_a_csv_one_or_several(run, tmp_path):
+    folder_of(tmp_path / "x", {".": 40})
+    flat = ("--data.train", f"flat:{tmp_path / 'x'}", "--data.val", f"flat:{tmp_path / 'x'}")
+    names = [f"{i}.png" for i in range(40)]
+    one, several = tmp_path / "one.csv", tmp_path / "several.csv"
+    one.write_text("image,kind\n" + "".join(f"{n},{'ab'[i % 2]}\n" for i, n in enumerate(names)))
+    rows = "".join(f"{n},{i % 2},{'' if i == 3 else i % 3 % 2}\n" for i, n in enumerate(names))
+    several.write_text("image,odd,third\n" + rows)
+    out = tmp_path / "x.json"
+    for evaluator in ("knn", "linear"):
+        for labels, metrics in ((one, {"top1", "top5"}), (several, {"map", "auroc"})):
+            options = ("--data.labels", str(labels), "--data.workers", "0", "--out", str(out))
+            more = ("--k", "5") if evaluator == "knn" else ("--epochs", "3")
+            assert evaluate.main([evaluator, "--encoder", str(run), *flat, *options, *more]) == 0
+            made = card(out)
+            assert made["scores"][0]["metrics"].keys() == metrics
+            assert made["scores"][0]["per_class"].keys() <= {"a", "b", "odd", "third"}
+            assert evaluate.main(["again", str(out)]) == 0
+
+
+def test_segment_learns_what_patches_show_and_can_be_done_again(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / "pairs" / name).mkdir(parents=True)
+    for i in range(40):
+        mask = np.zeros((16, 16), np.uint8)
+        mask[:, : rng.integers(2, 7) * 2] = 1
+        image = np.where(mask, 200, 40) + rng.integers(-20, 20, mask.shape)
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"pairs/images/{i}.png")
+        Image.fromarray(mask).save(tmp_path / f"pairs/masks/{i}.png")
+    spec, out = f"pairs:{tmp_path / 'pairs'}", tmp_path / "segment.json"
+    options = ("--data.train", spec, "--data.val", spec, "--data.workers", "0", "--out", str(out))
+    assert evaluate.main(["segment", "--encoder", str(run), *options, "--size", "16"]) == 0
+    assert card(out)["scores"][0]["metrics"]["miou"] > 80
+    assert "miou" in capsys.readouterr().out
+    assert evaluate.main(["again", str(out)]) == 0
+    first = tmp_path / "pairs" / "masks" / "0.png"
+    Image.fromarray(np.ones((16, 16), np.uint8)).save(first)
+    with pytest.raises(RunFailed, match="train masks_sha256"):
+        evaluate.main(["again", str(out)])
+
+
+def test_compare_writes_one_table_for_all(run, tmp_path, capsys):
+    recipe = tmp_path / "tune.yaml"
+    recipe.write_text(
+        "run: {length: 2st, probe_every: 9ep, save_every: 9ep}\n"
+        "tune: {randaugment: none}\noptim: {batch_size: 64, warmup: 1st}\n"
+    )
+    out = tmp_path / "compare"
+    encoders = (f"raw pixels=pixels:{run}", f"untrained=random:{run}", f"ours={run}")
+    options = ("--evaluators", "knn", "logreg", "finetune", "--recipe", str(recipe))
+    argv = ["compare", "--encoders", *encoders, *options, *SETS, "--out", str(out)]
+    assert evaluate.main(argv) == 0
+    rows = [line.split(",") for line in (out / "compare.csv").read_text().splitlines()]
+    assert [(r[0], r[1]) for r in rows[1:]] == [
+        ("raw pixels", "knn"),
+        ("raw pixels", "logreg"),
+        *[(n, e) for n in ("untrained", "ours") for e in ("knn", "logreg", "finetune")],
+    ]
+    cards = card(out / "compare.json")
+    assert cards["ours"]["finetune"]["scores"][0]["metrics"]["top1"] == pytest.approx(
+        float(rows[-1][5]), abs=1e-3
+    )
+    assert Image.open(out / "compare.png").size[0] > 400
+    assert "raw pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--encoders is missing"),
+        (("--encoders", "a", "a"), "'a' twice"),
+        (("--encoders", "a", "--evaluators", "finetune"), "--recipe is missing"),
+    ],
+)
+def test_compare_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["compare", *options, *SETS])

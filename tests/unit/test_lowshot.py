@@ -84,7 +84,7 @@ def test_scores_over_seeds():
     assert mean.details["standard_deviation"] == {"top1": pytest.approx(50**0.5), "top5": 0.0}
     assert [s["metrics"]["top1"] for s in mean.details["seeds"]] == [60.0, 70.0]
     assert [s["setting"] for s in mean.details["seeds"]] == ["lr=1", "lr=3"]
-    assert mean.setting == "chosen for each seed"
+    assert mean.setting == "chosen for each"
     assert mean.per_class == {"x": 65.0, "y": 20.0}
     assert mean.confusion == [[12]]
     one = over_seeds(scores[:1])

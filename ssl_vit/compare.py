@@ -7,15 +7,16 @@ import io
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ssl_vit import finetune
 from ssl_vit.cli import find_recipe, layered, show_table, split_config
 from ssl_vit.config import RunFailed, UserError, check
+from ssl_vit.distributed import rank_and_world
 from ssl_vit.evaluation import EvalConfig, EvalData, Evaluation
-from ssl_vit.evaluators.chart import bars
+from ssl_vit.evaluators.chart import Bars, bars
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.files import write_atomically, write_text_atomically
 from ssl_vit.probes import KnnConfig, LinearConfig, Result, best_pooling, knn, linear
@@ -58,6 +59,7 @@ class CompareConfig:
         check(bool(self.evaluators), "--evaluators is empty; allowed: " + ", ".join(_EVALUATORS))
         needs = "finetune" in self.evaluators
         check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
+        check(not (needs and self.data.labels), "--data.labels is not for finetune")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -
     keys = ("data", "size", "seed", "device", "precision")
     shared: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"encoder": encoder}
     if evaluator == "knn":
+        shared["data"] = replace(config.data, held_out="")  # nothing is chosen on it
         pooling = best_pooling(Evaluation(EvalConfig(**shared)))
         return knn(KnnConfig(**shared, k=(20,), features=(pooling,)))
     if evaluator in ("linear", "logreg"):
@@ -110,6 +113,7 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
     """What ``finetune`` is given."""
     options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
+    options += ["--tune.image-size", *map(str, config.size)] if config.size else []
     options += ["--data.workers", str(config.data.workers), "--run.seed", str(config.seed)]
     return [*options, "--run.device", config.device, "--run.precision", config.precision]
 
@@ -122,7 +126,9 @@ def fill(config: CompareConfig) -> Table:
         plain = "".join(c if c.isalnum() else "-" for c in name)
         for evaluator in config.evaluators:
             started = time.perf_counter()
-            result = measure(config, encoder, evaluator, Path(config.out) / f"{evaluator}-{plain}")
+            result = measure(
+                config, encoder, evaluator, Path(config.out).expanduser() / f"{evaluator}-{plain}"
+            )
             if result is not None:
                 seconds = time.perf_counter() - started
                 cell = row[evaluator] = Cell(result[0][0], result[1], seconds)
@@ -141,8 +147,7 @@ def shown(cell: Cell | None) -> str:
 
 def write(config: CompareConfig, table: Table) -> list[Path]:
     """The table as CSV and PNG, with all cards as JSON; each whole or not at all."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(config.out).expanduser()
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(
@@ -158,10 +163,12 @@ def write(config: CompareConfig, table: Table) -> list[Path]:
             rows.writerow((name, evaluator, score.features, score.setting, metric, *ends))
     write_text_atomically(out / "compare.csv", text.getvalue())
     write_text_atomically(out / "compare.json", json.dumps(cards, indent=1) + "\n")
-    values = {
-        name: {e: (next(iter(c.score.metrics.values())), *c.score.interval) for e, c in row.items()}
-        for name, row in table.items()
-    }
+    values: Bars = {}
+    for name, row in table.items():
+        for evaluator, cell in row.items():
+            low, high = cell.score.interval
+            value = next(iter(cell.score.metrics.values()))
+            values.setdefault(name, {})[evaluator] = (value, low, high)
     metric = next(iter(next(iter(next(iter(table.values())).values())).score.metrics))
     write_atomically(out / "compare.png", lambda path: bars(path, values, f"{metric} in %"))
     return [out / name for name in ("compare.csv", "compare.png", "compare.json")]
@@ -178,14 +185,18 @@ def main(argv: list[str]) -> int:
     for spec in ("train", "val"):
         check(bool(getattr(config.data, spec)), f"--data.{spec} is missing")
     encoders = named(config.encoders)
-    if Path(config.out).is_file():
+    out = Path(config.out).expanduser()
+    if out.is_file():
         raise UserError(f"--out is {config.out!r}, a file; a folder is needed")
     if "finetune" in config.evaluators:  # a mistake in the recipe should not wait for the rest
         first = next((e for e in encoders.values() if not e.startswith("pixels:")), None)
         check(first is not None, "--encoders has raw pixels alone, which cannot be fine-tuned")
         assert first is not None
         finetune.read_config(tuning_options(config, first, Path(config.out)))
+    out.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     table = fill(config)
+    if rank_and_world()[0]:
+        return 0
     rows = [
         (name, *(shown(row.get(evaluator)) for evaluator in config.evaluators))
         for name, row in table.items()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ import torch
 
 from ssl_vit import compare, finetune
 from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config, subcommand
-from ssl_vit.config import RunFailed, UserError, check
+from ssl_vit.config import check
 from ssl_vit.distributed import rank_and_world
 from ssl_vit.evaluation import EvalConfig
-from ssl_vit.evaluators.protocol import write_card
+from ssl_vit.evaluators.protocol import check_same, read_card, write_card
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.options import known_keys, parse, tree_flags
 from ssl_vit.probes import (
@@ -38,13 +38,6 @@ _PROBES: dict[str, tuple[type[EvalConfig], Callable[[Any], Result]]] = {
     "linear": (LinearConfig, linear),
     "segment": (SegmentConfig, segment),
 }
-_IDENTITIES = (
-    ("encoder", "weights_sha256"),
-    ("train", "content_sha256"),
-    ("train", "masks_sha256"),
-    ("val", "content_sha256"),
-    ("val", "masks_sha256"),
-)
 _OTHERS = {"finetune": finetune.main, "compare": compare.main}
 
 
@@ -75,29 +68,35 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
 
 def again(path: str) -> int:
     """Do what a result's card says once more, and compare; 0 if the numbers are the same."""
-    file = Path(path).expanduser()
-    try:
-        card = json.loads(file.read_text())
-        name, options, before = card["evaluator"], card["options"], card["scores"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path!r} is no result of {_PROG}: a JSON file with its card") from None
+    card = read_card(path)
+    name = card["evaluator"]
     check(name in _PROBES, f"{path} is of {name!r}; again does {', '.join(_PROBES)}")
     kind = _PROBES[name][0]
-    options.pop("config", None)
-    flags = tree_flags(options, known_keys(kind()), path)
+    flags = tree_flags(card["options"], known_keys(kind()), path)
     config = parse(kind(), flags, path, f"{_PROG} {name}")
     scores, now, _ = run(name, config)
-    show(name, config, scores, now)
-    for part, key in _IDENTITIES:
-        old, new = (made.get(part, {}).get(key) for made in (card, now))
-        if old != new:
-            raise RunFailed(f"{part} {key} was {old} in {path}, and is {new} now")
-    pairs = [(b["metrics"], s.metrics) for b, s in zip(before, scores, strict=True)]
-    different = [f"{old} then, {new} now" for old, new in pairs if old != new]
-    if different:
-        raise RunFailed(f"{path}: the numbers differ: {'; '.join(different[:3])}")
-    print(f"the same numbers as in {path}")
+    main_process = rank_and_world()[0] == 0
+    if main_process:
+        show(name, config, scores, now)
+    check_same(path, card, now, scores)
+    if main_process:
+        print(f"the same numbers as in {path}")
     return 0
+
+
+def check_place(config: EvalConfig) -> None:
+    """Refuse, before the work, a place that the result cannot be written to after it."""
+    place = Path(config.out or config.encoder.rpartition(":")[2]).expanduser()
+    if config.out or place.exists():
+        check(
+            not config.out or not place.is_dir(), f"--out is {config.out!r}, a folder; name a file"
+        )
+        folder = place if place.is_dir() else place.parent
+        usable = folder.is_dir() and os.access(folder, os.W_OK)
+        check(
+            usable,
+            f"the result cannot be written to {folder}; give --out FILE in a folder that can",
+        )
 
 
 def split_lists(flags: Sequence[str]) -> list[str]:
@@ -119,6 +118,8 @@ def main(argv: list[str]) -> int:
     kind = _PROBES[name][0]
     files = [find_recipe(c) for c in configs]
     config = layered(kind(), files, flags, f"{_PROG} {name}", kind.__doc__ or "", kind)
+    if os.environ.get("RANK", "0") == "0":
+        check_place(config)
     scores, card, out = run(name, config)
     if rank_and_world()[0] == 0:
         show(name, config, scores, card)

@@ -62,7 +62,8 @@ class EvalConfig:
     """Of cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, joined), pooled, pixels.
     Empty: those the evaluator is made for."""
     out: str = ""
-    """JSON file for the scores and their protocol. Empty: <evaluator>.json beside the encoder."""
+    """JSON file for the scores and their protocol. Empty: knn.json, linear.json (the fast
+    protocol), linear-mae.json ... beside the encoder."""
     seed: int = 0
     """For a random encoder, the probe's weights, batches and held-out split, and the bootstrap."""
     device: str = "auto"
@@ -129,11 +130,11 @@ class Evaluation:
     def features(self, split: str) -> FeatureSet:
         """All features of ``train``, ``val`` or ``held_out``: from the cache, or made now."""
         if split not in self._features:
-            self._features[split] = self.extract(self.sources[split])
+            self._features[split] = self.extract(self.sources[split], self.content(split))
         return self._features[split]
 
-    def extract(self, source: Source) -> FeatureSet:
-        """All features of a source."""
+    def extract(self, source: Source, content: str = "") -> FeatureSet:
+        """All features of a source, whose ``content_sha256`` may be known already."""
         config, backbone = self.config, self.backbone
         parts = parts_of(backbone.features)
 
@@ -146,15 +147,16 @@ class Evaluation:
             return make()
         about = {
             "weights": backbone.identity.get("weights_sha256", "none"),
+            "network": backbone.network,
             "parts": parts,
             "view": asdict(backbone.view),
             "device": self.device.type,
             "precision": str(self.precision),
-            "content": content_sha256(source),
+            "content": content or content_sha256(source),
             "torch": torch.__version__,
             "source": source.spec,
         }
-        return cached(about, make, write=self.parallel.main)
+        return cached(about, make, self.parallel.main, self.parallel.any)
 
     def content(self, split: str) -> str:
         """The identity of a split's images."""
@@ -168,6 +170,8 @@ class Evaluation:
             name: split_card(source, self._features.get(name), self.content(name))
             for name, source in self.sources.items()
         }
+        if "val" in splits and self.content("val") == self.content("train"):
+            log.warning("--data.val is --data.train: the score says nothing of other images")
         return protocol_card(
             evaluator,
             self.backbone.identity,

@@ -32,7 +32,7 @@ from ssl_vit.evaluators.watch import bounded
 from ssl_vit.session import carry_out
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted, slug
-from ssl_vit.weights.exchange import sha256
+from ssl_vit.weights.exchange import EncoderInfo, sha256
 
 _PROG = "python -m ssl_vit.evaluate finetune"
 CARD_FILE = "finetune.json"
@@ -134,8 +134,13 @@ class Finetuning(Session):
 
     def export(self) -> None:
         """Write the model file."""
-        path, call = self.out / MODEL_FILE, self.made.call
-        save_classifier(path, self.task.judged, call, self.about_model())
+        path, call, config = self.out / MODEL_FILE, self.made.call, self.made.encoder
+        images, step = self.images, self.trainer.step
+        info = None
+        if config is not None:
+            channels = self.config.data.channels
+            info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
+        save_classifier(path, self.task.judged, call, self.about_model(), info)
 
     def exported_step(self) -> int | None:
         """The step of the model file."""

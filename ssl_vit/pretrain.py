@@ -42,7 +42,7 @@ def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]
     name = subcommand(argv, _PROG, "method", method_names())
     configs, flags = split_config(argv[1:])
     method = find_method(name)
-    given = any(f.split("=")[0] == "--data.train" for f in flags)
+    given = any(f.split("=")[0] in ("--data.train", "--init.encoder") for f in flags)
     if not configs and not given and f"{name}_digits" in recipes():
         configs = [f"{name}_digits"]
         if "--help" not in flags and "-h" not in flags:

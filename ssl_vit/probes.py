@@ -46,16 +46,17 @@ class KnnConfig(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.k) and min(self.k) >= 1, f"--k is {self.k}; numbers of at least 1")
+        check(not self.data.held_out, "--data.held-out is not for knn, which chooses nothing")
 
 
 def knn(config: KnnConfig) -> Result:
     """k-NN scores of every feature and every k."""
     evaluation = Evaluation(config, needs_val=False)
+    features = evaluation.named(evaluation.backbone.poolings)
     train = evaluation.features("train")
     val = evaluation.features("val") if "val" in evaluation.sources else None
     truth = train if val is None else val
     check_labels(train, truth, evaluation.classes)
-    features = evaluation.named(evaluation.backbone.poolings)
     found = knn_predictions(train, val, config.k, features, evaluation.device)
     how = "leave-one-out" if val is None else "validation set"
     card = evaluation.card("knn", judged_on=how)
@@ -91,8 +92,16 @@ class LinearConfig(EvalConfig):
         cached = self.protocol in ("fast", "logreg")
         few = bool(self.per_class or self.fraction)
         check(cached or not few, f"--protocol is {self.protocol!r}; low-shot is for fast, logreg")
-
-        check(self.protocol != "logreg" or not self.epochs, "--epochs is not for logreg")
+        least = min(self.per_class, default=1)
+        check(least >= 1, f"--per-class is {least}; at least 1")
+        strange = [share for share in self.fraction if not 0 < share <= 1]
+        check(not strange, f"--fraction has {strange}; above 0, at most 1")
+        if self.protocol == "logreg":
+            check(not self.epochs, "--epochs is not for logreg")
+            check(not self.probe_batch, "--probe-batch is not for logreg")
+        chooses = self.protocol not in ("mae", "dino") or len(self.features) > 1
+        there = f"--data.held-out is not for --protocol {self.protocol} with one feature"
+        check(chooses or not self.data.held_out, f"{there}: it chooses nothing")
 
     @property
     def amounts(self) -> list[tuple[int | None, float | None]]:
@@ -104,6 +113,8 @@ def linear(config: LinearConfig) -> Result:
     """Scores of a linear probe: one, or one for each low-shot amount."""
     evaluation = Evaluation(config)
     evaluation.named(())  # refuses features that the encoder does not give
+    if "held_out" in evaluation.sources:
+        source_targets(evaluation.sources["held_out"], "the held-out set")
     if config.protocol in ONLINE:
         sizes = config.epochs, config.probe_batch, config.features
         published = online_protocol(config.protocol, evaluation.backbone, config.seed, *sizes)
@@ -118,7 +129,9 @@ def linear(config: LinearConfig) -> Result:
         used = LinearProtocol(**own) if config.protocol == "fast" else LogregProtocol(**own)
         scores = learn_cached(evaluation, used)
     card = evaluation.card("linear", protocol={"name": used.name, **asdict(used)})
-    return scores, card, evaluation.out("linear")
+    few = "-low-shot" if config.amounts else ""
+    name = "linear" if config.protocol == "fast" else f"linear-{config.protocol}"
+    return scores, card, evaluation.out(name + few)
 
 
 def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:

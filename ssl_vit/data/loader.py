@@ -57,13 +57,13 @@ class TrainImages(Dataset):
         for epoch, index in wanted:
             image, label = self._readable(index, bad)
             key = fold(self.seed, epoch, index)
-            for kind, views in enumerate(take_views(image, self.spec, random.Random(key))):
-                taken[kind] += views
+            for kind, drawn in enumerate(take_views(image, self.spec, random.Random(key))):
+                taken[kind] += drawn
             keys.append(fold(key))
             labels.append(-1 if label is None else label)
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
         kinds = [_by_view(views, c.count) for views, c in zip(taken, self.spec.crops, strict=True)]
-        crops, parameters = [crops for crops, _ in kinds], [drawn for _, drawn in kinds]
+        crops, parameters = [c for c, _ in kinds], [p for _, p in kinds]
         views = Views(crops, torch.tensor(keys), torch.tensor(labels), parameters, fold(*keys))
         return Batch(views, bad)
 

@@ -16,7 +16,9 @@ from ssl_vit.config import UserError, check, nearest
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import FEATURES, Embed, View, pixels, pooled
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
+from ssl_vit.weights.from_timm import tensors_only
 from ssl_vit.weights.official import open_weights, weights_info
+from ssl_vit.weights.reading import read_content, unwrapped
 
 log = logging.getLogger("ssl_vit")
 
@@ -54,11 +56,19 @@ class Backbone:
         return tuple(f for f in self.features if len(FEATURES[f]) == 1)
 
     @property
+    def network(self) -> dict[str, Any]:
+        """What features depend on and weights do not tell: the number of heads, epsilons."""
+        return asdict(self.info.config) if self.info else {"arch": self.identity["arch"]}
+
+    @property
     def label(self) -> str:
         """A short name for files: ``random-mae-digits`` for ``random:runs/mae-digits``."""
         kind = self.name.partition(":")[0] + "-"
         kind = kind if kind in ("random-", "pixels-") else ""
-        stem = Path(self.name.rpartition(":")[2]).expanduser()
+        name = self.name.rpartition(":")[2]
+        if "file" not in self.identity:  # timm's name, whose last dot begins no extension
+            return kind + name
+        stem = Path(name).expanduser()
         return kind + (stem.parent.name if stem.name == ENCODER_FILE else stem.stem)
 
     @property
@@ -108,7 +118,8 @@ def open_backbone(name: str, seed: int, size: tuple[int, ...] = ()) -> Backbone:
     identity = {"given": name, **origin, **file_identity(path), **asdict(info)}
     if module is not None:
         identity["weights_sha256"] = weights_sha256(module)
-    folder = path.parent if path else Path()
+    ours = path is not None and (kind != "timm" or ":" in rest)  # else a library's cache
+    folder = path.parent if path and ours else Path()
     return Backbone(name, module, view, _features(module), identity, folder, info)
 
 
@@ -151,7 +162,7 @@ def _timm_backbone(
     """A network of timm that is no plain ViT, by its pooled feature."""
     model_name, _, file = architecture.partition(":")
     module = timm_model(model_name, file, random, seed, size)
-    wanted = module.pretrained_cfg
+    wanted: Any = module.pretrained_cfg
     input_size = tuple(wanted["input_size"])
     height, width = (size[0], size[-1]) if size else input_size[1:]
     view = View((height, width), input_size[0], tuple(wanted["mean"]), tuple(wanted["std"]))
@@ -179,13 +190,20 @@ def timm_model(
     given: dict[str, Any] = {"num_classes": 0} | kwargs
     path = Path(file).expanduser()
     check(not file or path.is_file(), f"--encoder is 'timm:{name}:{file}'; no such file")
-    source = {"checkpoint_path": str(path)} if file else {"pretrained": not random}
-    sizes = [{"img_size": size if len(size) == 2 else size[0]}, {}] if size else [{}]
+    source: dict[str, Any] = {"pretrained": not random and not file}
+    sizes: list[dict[str, Any]] = (
+        [{"img_size": size if len(size) == 2 else size[0]}, {}] if size else [{}]
+    )
     for extra in sizes:  # only some networks are made for one size, and take it
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), tensors_only():
                 torch.manual_seed(seed)
-                return timm.create_model(name, **given, **source, **extra).eval()
+                module = timm.create_model(name, **given, **source, **extra).eval()
+                if file:
+                    _load(module, path)
+                return module
+        except UserError:
+            raise
         except TypeError as error:
             if not extra:
                 raise UserError(f"timm's {name}: {error}") from None
@@ -193,6 +211,17 @@ def timm_model(
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the weights of timm's {name} cannot be had: {reason}") from None
     raise AssertionError("not reached")
+
+
+def _load(module: Any, path: Path) -> None:
+    """All weights of a timm network from a file in timm's names; a classifier is left out."""
+    state, own = unwrapped(read_content(path), str(path))[1], module.state_dict()
+    classifier = module.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    head = tuple(f"{name}." for name in names)
+    module.load_state_dict(
+        {key: v for key, v in state.items() if key in own or not key.startswith(head)}
+    )
 
 
 def _whole(module: nn.Module) -> Embed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -47,28 +48,52 @@ def content_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def cached(about: dict[str, object], make: Callable[[], FeatureSet], write: bool) -> FeatureSet:
+def cached(
+    about: dict[str, object],
+    make: Callable[[], FeatureSet],
+    write: bool,
+    anywhere: Callable[[bool], bool] = bool,
+) -> FeatureSet:
     """The features that ``about`` describes completely: from the cache, or made and kept there.
 
-    ``write``: whether this process is the one that keeps them. A disk that is full or read-only
-    costs a line in the log, not the features. The least recently used files go beyond 50 GiB.
+    Its "source" is for the log alone: what a source is called changes no feature. A disk that is
+    full or read-only costs a line in the log, not the features. The least recently used files go
+    beyond 50 GiB.
+
+    Args:
+        write: whether this process is the one that keeps them.
+        anywhere: whether a flag is true in any process. Features that one of them lacks (each
+            machine may have a cache of its own) are made by all, who do that together.
     """
-    text = json.dumps(about | {"version": __version__}, sort_keys=True, default=str)
+    parts = {key: value for key, value in about.items() if key != "source"}
+    text = json.dumps(parts | {"version": __version__}, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
     path = cache_folder() / "features" / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            found, metadata = read_safetensors(path)
-            path.touch()
-            log.info("features of %s: from the cache", about["source"])
-            labels, index = found.pop("labels"), found.pop("index")
-            return FeatureSet(found, labels, int(metadata["unreadable"]), index)
-        except (UserError, OSError, KeyError) as error:
-            log.warning("%s is damaged, and made anew: %s", path, error)
+    found = _kept(path)
+    if not anywhere(found is None):
+        assert found is not None
+        log.info("features of %s: from the cache", about["source"])
+        return found
     made = make()
     if write:
         _keep(path, made)
     return made
+
+
+def _kept(path: Path) -> FeatureSet | None:
+    """What the cache holds there, if anything whole."""
+    if not path.is_file():
+        return None
+    try:
+        found, metadata = read_safetensors(path)
+        labels, index = found.pop("labels"), found.pop("index")
+        kept = FeatureSet(found, labels, int(metadata["unreadable"]), index)
+    except (UserError, OSError, KeyError) as error:
+        log.warning("%s is damaged, and made anew: %s", path, error)
+        return None
+    with contextlib.suppress(OSError):  # a cache may be read-only
+        path.touch()
+    return kept
 
 
 def _keep(path: Path, made: FeatureSet) -> None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, UserError, check
 from ssl_vit.encoder import Encoder, set_norm_eps, timm_kwargs
 from ssl_vit.evaluators.backbone import open_backbone
-from ssl_vit.files import write_atomically
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
+    HEAD,
+    EncoderInfo,
     contiguous_state,
     load_strictly,
-    read_safetensors,
+    own_metadata,
+    write_own,
 )
 
 MODEL_FILE = "model.safetensors"
-_KEY = "ssl_vit"
 _POOLS = {"mean": "avg", "cls": "token"}
 # What has no weight decay, and the rate of the lowest layer, whatever the version of timm says.
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
@@ -126,12 +125,16 @@ class TimmCall:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network, the call that builds it, the size of its images, and what of it is not new."""
+    """A network, the call that builds it, the size of its images, and what of it is not new.
+
+    ``encoder``: what comes before the classifier as an :class:`Encoder`; None for other networks.
+    """
 
     network: Any
     call: TimmCall
     size: tuple[int, int]
     loaded: str
+    encoder: EncoderConfig | None
 
 
 def classifier(
@@ -166,7 +169,21 @@ def classifier(
         start_head(network, seed)
     made = (size[0], size[-1]) if size else start.size
     loaded = f"{len(state)} of {len(own)} tensors, new: {', '.join(sorted(new))}"
-    return Classifier(network, call, made, loaded)
+    return Classifier(network, call, made, loaded, _encoder_config(module, pooling, size))
+
+
+def _encoder_config(module: nn.Module, pooling: str, size: tuple[int, ...]) -> EncoderConfig | None:
+    """A plain ViT as it will be when it is trained: every position is, and nothing is dropped."""
+    if not isinstance(module, Encoder):
+        return None
+    old = module.config
+    return dataclasses.replace(
+        old,
+        image_size=size or old.image_size,
+        norm="pooled" if pooling == "mean" else old.norm,
+        positions="learned",
+        drop_path=0.0,
+    )
 
 
 def _of_encoder(
@@ -192,7 +209,7 @@ def _of_encoder(
         state["pos_embed"] = torch.cat(parts, dim=1).detach()
     kwargs = timm_kwargs(config, encoder.channels)
     kwargs |= {"num_classes": classes, "global_pool": _POOLS[pooling]}
-    return TimmCall(config.arch, kwargs, config.norm_eps), state, ("head.", "fc_norm.")
+    return TimmCall(config.arch, kwargs, config.norm_eps), state, (HEAD, "fc_norm.")
 
 
 def _of_network(
@@ -243,24 +260,31 @@ def undecayed(network: Any) -> frozenset[str]:
     return frozenset(by_timm) | frozenset(_TOKENS)
 
 
-def save_classifier(path: Path, network: nn.Module, call: TimmCall, about: dict[str, Any]) -> None:
+def save_classifier(
+    path: Path,
+    network: nn.Module,
+    call: TimmCall,
+    about: dict[str, Any],
+    info: EncoderInfo | None = None,
+) -> None:
     """Write a network with timm's keys, classifier included, whole or not at all.
 
     The metadata have one key, ``ssl_vit``: JSON with ``timm`` (``arch`` and ``kwargs`` of the call
-    that builds it) and ``about``: statistics of the images, class names, step.
+    that builds it), ``about`` (statistics of the images, class names, step) and, of a plain ViT,
+    ``info``, by which its file opens as an encoder.
     """
     timm_call = {k: v for k, v in dataclasses.asdict(call).items() if k != "norm_eps" or v}
-    metadata = {_KEY: json.dumps({"timm": timm_call, "about": about})}
-    tensors = contiguous_state(network)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    content: dict[str, Any] = {"timm": timm_call, "about": about}
+    if info is not None:
+        content["info"] = dataclasses.asdict(info)
+    write_own(path, contiguous_state(network), content)
 
 
 def saved_step(path: Path) -> int | None:
     """The step that a classifier's file was written at; None where there is no such file."""
     if not path.is_file():
         return None
-    metadata = read_safetensors(path, tensors=False)[1]
     try:
-        return int(json.loads(metadata[_KEY])["about"]["step"])
+        return int(own_metadata(path)["about"]["step"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a classifier written by ssl_vit") from None

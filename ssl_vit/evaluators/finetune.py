@@ -102,6 +102,14 @@ class FinetuneConfig:
     )
     scratch: EncoderConfig = field(default_factory=EncoderConfig)
 
+    def __post_init__(self) -> None:
+        check(
+            self.encoder in ("", "none") or self.scratch == EncoderConfig(),
+            f"--scratch is for --encoder none; the architecture is that of {self.encoder!r}",
+        )
+        drop_path = self.scratch.drop_path
+        check(drop_path == 0, f"--scratch.drop-path is {drop_path}; give it as --tune.drop-path")
+
 
 def recipe(pretrained: bool, depth: int | None, channels: int = 3) -> FinetuneConfig:
     """The options as published for such a network, before YAML and command line.
@@ -132,8 +140,9 @@ class FineTune(Task):
     """A network that learns classes from augmented, mixed images.
 
     Augmentation on the device is timm's: erasing, then mixup or cutmix (one of the two for a batch,
-    each with probability one half). Their draws follow from the batch's key; only the noise that
-    fills what is erased is torch's, which follows from the step.
+    each with probability one half). Their draws follow from the key of the images that are here
+    together, a process' part of a batch, so mixing depends on how a batch is split, as stochastic
+    depth does; only the noise that fills what is erased is torch's, which follows from the step.
     """
 
     def __init__(self, network: nn.Module, config: TuneConfig, classes: int) -> None:

@@ -101,7 +101,7 @@ def _split(
     return Subset(train, rows[0].numpy()), Subset(train, rows[1].numpy())
 
 
-def source_targets(source: Source) -> Tensor:
+def source_targets(source: Source, whose: str = "the training set") -> Tensor:
     """What a source's images are: (n,) classes, or (n, L) labels, NaN where unknown.
 
     Raises:
@@ -109,7 +109,7 @@ def source_targets(source: Source) -> Tensor:
     """
     known = source.labels if source.targets is None else source.targets
     check(known is not None, f"{source.spec} has no labels; the probe needs them")
-    return labelled(torch.from_numpy(np.asarray(known)), "the training set")
+    return labelled(torch.from_numpy(np.asarray(known)), whose)
 
 
 def train_heads(

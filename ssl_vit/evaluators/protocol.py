@@ -10,13 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit import __version__
+from ssl_vit.config import RunFailed, check
 from ssl_vit.data.sources import Source
 from ssl_vit.evaluators.cache import labels_sha256
 from ssl_vit.evaluators.features import FeatureSet, View
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.files import write_text_atomically
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
+
+# What must be the same for a result to be the same, what is then compared, and what may explain it.
+_IDENTITIES = (
+    ("encoder", "weights_sha256"),
+    ("train", "content_sha256"),
+    ("train", "masks_sha256"),
+    ("val", "content_sha256"),
+    ("val", "masks_sha256"),
+    ("held_out", "content_sha256"),
+)
+_NUMBERS = ("metrics", "interval", "per_class")
+_AROUND = ("device", "precision", "processes", "versions")
 
 
 def split_card(source: Source, features: FeatureSet | None, content: str) -> dict[str, Any]:
@@ -61,3 +74,50 @@ def write_card(path: Path, card: dict[str, Any], scores: list[Score]) -> None:
     result = card | {"scores": [dataclasses.asdict(score) for score in scores]}
     text = json.dumps(result, indent=1)
     write_text_atomically(path, text + "\n")
+
+
+def read_card(path: str) -> dict[str, Any]:
+    """A result as :func:`write_card` left it, its options set so that it can be done again.
+
+    Precision is the one that was used, which on another machine ``auto`` may not mean.
+
+    Raises:
+        UserError: no such file, or no result.
+    """
+    try:
+        card = json.loads(Path(path).expanduser().read_text())
+        card["options"].pop("config", None)
+        card["options"]["precision"] = {"bfloat16": "bf16", "float32": "fp32"}[card["precision"]]
+        whole = isinstance(card["scores"], list) and isinstance(card["evaluator"], str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    check(whole, f"{path!r} is no result of an evaluation: a JSON file with its card and scores")
+    return dict(card)
+
+
+def check_same(path: str, before: dict[str, Any], now: dict[str, Any], scores: list[Score]) -> None:
+    """Refuse a result done again with other weights, images or numbers than the card says.
+
+    Raises:
+        RunFailed: what differs, and what else was different around it.
+    """
+    for part, key in _IDENTITIES:
+        old, new = (made.get(part, {}).get(key) for made in (before, now))
+        if old != new:
+            raise RunFailed(f"{part} {key} was {old} in {path}, and is {new} now")
+    made = json.loads(json.dumps([dataclasses.asdict(score) for score in scores]))
+    if len(before["scores"]) != len(made):
+        raise RunFailed(f"{path} has {len(before['scores'])} scores; there are {len(made)} now")
+    different = [
+        f"{old.get(key)} then, {new[key]} now"
+        for old, new in zip(before["scores"], made, strict=True)
+        for key in _NUMBERS
+        if old.get(key) != new[key]
+    ]
+    around = [
+        f"{key} {before.get(key)} then, {now.get(key)} now"
+        for key in _AROUND
+        if before.get(key) != now.get(key)
+    ]
+    if different:
+        raise RunFailed(f"{path}: the numbers differ: {'; '.join(different[:1] + around)}")

@@ -146,5 +146,7 @@ def online_protocol(
             own["epochs"] = 50
         if name == "dino" and vit.embed_dim > 384:
             own["features"] = ("cls+mean",)
+    if len(features) > 1:  # of several one is chosen, on images held out
+        own["held_out"] = protocol.held_out or 0.1
     given = {"epochs": epochs, "batch_size": batch_size, "features": features}
     return replace(protocol, **(own | {option: value for option, value in given.items() if value}))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from ssl_vit.config import check
@@ -78,6 +77,8 @@ def quality(logits: Float[Tensor, "h c"], targets: Tensor) -> float:
         return -1.0
     if targets.ndim == 1:
         return 100.0 * float((logits.argmax(1) == targets).double().mean())
+    from sklearn.metrics import average_precision_score  # slow to import, and rarely needed
+
     scores, wanted = logits.double().cpu().numpy(), targets.double().cpu().numpy()
     precisions = []
     for score, truth in zip(scores.T, wanted.T, strict=True):

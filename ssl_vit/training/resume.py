@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,22 @@ def check_same_run(config: Any, out: Path) -> None:
     now = flatten(yaml.safe_load(to_yaml(config)))
     if before.get("data.val") and now["data.val"]:  # otherwise it decides what is held out
         before["data.val"] = now["data.val"]
+    before = _defaults(config) | before
     for key in sorted(now.keys() - _FREE):
-        # An option that did not exist then had no other value.
-        if before.get(key, now[key]) != now[key]:
+        if before.get(key) != now[key]:
             raise UserError(
                 f"--{key.replace('_', '-')} is {now[key]!r}, but the run in {out} was started with "
                 f"{before.get(key)!r}; give another --run.out, or --run.resume never to start anew"
             )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The values that an option had before there was one: those that leave all as it was."""
+    kinds: dict[str, Any] = {
+        f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)
+    }
+    plain = {name: kind() for name, kind in kinds.items() if hasattr(kind, "__dataclass_fields__")}
+    return flatten(yaml.safe_load(to_yaml(dataclasses.replace(config, **plain))))
 
 
 def move_aside(out: Path) -> None:

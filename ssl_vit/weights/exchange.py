@@ -22,6 +22,8 @@ from ssl_vit.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
 _KEY = "ssl_vit"
+# What the names of a classifier's last layer begin with, in a file of a fine-tuned network.
+HEAD = "head."
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,13 @@ def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
     }
     if info.config.norm_eps:  # no argument of timm's: ssl_vit.encoder.set_norm_eps
         recipe["norm_eps"] = info.config.norm_eps
+    write_own(path, tensors, {"timm": recipe, "info": dataclasses.asdict(info)})
+
+
+def write_own(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """Write tensors with ``content`` as their metadata, whole or not at all."""
     # One key, because safetensors writes several in an order of chance.
-    metadata = {_KEY: json.dumps({"timm": recipe, "info": dataclasses.asdict(info)})}
+    metadata = {_KEY: json.dumps(content)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -66,12 +73,32 @@ def encoder_path(name: str | Path) -> Path:
     return file
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is an encoder written by :func:`save_encoder`."""
+def own_metadata(path: Path) -> dict[str, Any]:
+    """What we wrote into a safetensors file beside its tensors; empty in a file of others.
+
+    Raises:
+        UserError: not a safetensors file, or its metadata are not ours under our name.
+    """
+    text = read_safetensors(path, tensors=False)[1].get(_KEY, "{}")
     try:
-        return _KEY in read_safetensors(path, tensors=False)[1]
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    check(isinstance(content, dict), f"{path}: metadata of another version of ssl_vit: {text:.60}")
+    return dict(content)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file holds an encoder written here, alone or within a fine-tuned classifier."""
+    try:
+        return "info" in own_metadata(path)
     except UserError:
         return False
+
+
+def is_encoder_file(path: Path) -> bool:
+    """Whether a file was written by :func:`save_encoder`."""
+    return is_ours(path) and "about" not in own_metadata(path)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -88,11 +115,10 @@ def read_info(path: Path) -> EncoderInfo:
     Raises:
         UserError: not one of our encoder files.
     """
-    metadata = read_safetensors(path, tensors=False)[1]
-    if _KEY not in metadata:
-        raise UserError(f"{path}: a safetensors file, but not an encoder written by ssl_vit")
+    metadata = own_metadata(path)
+    check(bool(metadata), f"{path}: a safetensors file, but not an encoder written by ssl_vit")
     try:
-        info = json.loads(metadata[_KEY])["info"]
+        info = metadata["info"]
         config: dict[str, Any] = info.pop("config")
         config["image_size"] = tuple(config["image_size"])
         mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
@@ -104,12 +130,16 @@ def read_info(path: Path) -> EncoderInfo:
 def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:
     """The encoder in a run folder or file, in evaluation mode, with what its file says of it.
 
+    Of a classifier that was fine-tuned here, what comes before its head.
+
     Raises:
         UserError: no such file, not ours, or its weights do not match its architecture.
     """
     path = encoder_path(name)
     info = read_info(path)
-    return encoder_of(info, read_safetensors(path)[0], str(path)), info
+    state = read_safetensors(path)[0]
+    state = {k: v for k, v in state.items() if not k.startswith(HEAD)}
+    return encoder_of(info, state, str(path)), info
 
 
 def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encoder:

@@ -17,6 +17,7 @@ from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     EncoderInfo,
     encoder_of,
+    is_encoder_file,
     is_ours,
     load_encoder,
     read_info,
@@ -83,7 +84,8 @@ def open_weights(name: str | Path) -> Opened:
     if file is not None and is_ours(file):
         encoder, info = load_encoder(file)
         n = len(encoder.vit.state_dict())
-        return Opened(encoder, info, file, "ssl_vit", f"{n} of {n} tensors")
+        left = "" if is_encoder_file(file) else "; left out: the classifier"
+        return Opened(encoder, info, file, "ssl_vit", f"{n} of {n} tensors{left}")
     arch = _arch(name)
     found = _from_timm(arch, with_weights=True) if file is None else _foreign(file, arch)
     where = str(found.path)

@@ -21,7 +21,13 @@ from ssl_vit.config import RunFailed, UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.encoder import Encoder, timm_kwargs
 from ssl_vit.files import sync
-from ssl_vit.weights.exchange import EncoderInfo, is_ours, load_encoder, read_info, save_encoder
+from ssl_vit.weights.exchange import (
+    EncoderInfo,
+    is_encoder_file,
+    load_encoder,
+    read_info,
+    save_encoder,
+)
 from ssl_vit.weights.to_huggingface import (
     huggingface_features,
     is_huggingface_export,
@@ -96,7 +102,9 @@ def _timm_usage(path: Path, info: EncoderInfo) -> str:
 
 
 FORMATS = {
-    "timm": Format("timm.safetensors", ((), ""), _write_own, _timm_features, is_ours, _timm_usage),
+    "timm": Format(
+        "timm.safetensors", ((), ""), _write_own, _timm_features, is_encoder_file, _timm_usage
+    ),
     "huggingface": Format(
         "huggingface",
         (("transformers",), "hf"),
@@ -124,7 +132,7 @@ FORMATS = {
         ((), ""),
         _write_own,
         _own_features,
-        is_ours,
+        is_encoder_file,
         lambda path, info: (
             "from ssl_vit.weights.exchange import load_encoder; "
             f"encoder, info = load_encoder({str(path)!r})"

@@ -6,13 +6,13 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, UserError, check
-from ssl_vit.encoder import Encoder
+from ssl_vit.encoder import Encoder, sincos_positions
 
 State = dict[str, Tensor]
 # By width: timm's plain ViTs, those of DINOv2, and the heads of either (not in any shape).
@@ -74,8 +74,19 @@ def config_of(state: State, where: str, told: Told) -> tuple[EncoderConfig, int]
         registers=-1 if registers == model.vit.num_reg_tokens else registers,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in state and not scaled else 0.0,
         norm_eps=0.0 if told.norm_eps == first.norm1.eps else told.norm_eps,
+        positions=_positions(state["pos_embed"], size, patch),
     )
     return config, channels
+
+
+def _positions(found: Tensor, size: tuple[int, int], patch: int) -> Literal["learned", "sincos"]:
+    """Whether positions are MAE's fixed ones, which then stay fixed, or learned."""
+    rows, columns = size[0] // patch, size[1] // patch
+    if found.is_meta or found.shape[2] % 4 or found.shape[1] < rows * columns:
+        return "learned"
+    patches = found[0, found.shape[1] - rows * columns :]
+    fixed = sincos_positions((rows, columns), found.shape[2])
+    return "sincos" if torch.allclose(patches.float(), fixed, atol=1e-4) else "learned"
 
 
 def _change(found: int, own: int) -> int:

@@ -61,6 +61,18 @@ def test_whatever_differs_is_made_anew(key: str) -> None:
     assert other.parts["cls"][0, 0] == 5.0
 
 
+def test_the_same_images_under_another_name_are_not_made_anew() -> None:
+    cached({"source": "x", "content": "1"}, a_set, write=True)
+    cached({"source": "y", "content": "1"}, lambda: pytest.fail("made again"), write=True)
+
+
+def test_what_one_process_lacks_all_make() -> None:
+    about = {"source": "x", "content": "1"}
+    cached(about, a_set, write=True)
+    made = cached(about, lambda: a_set(5.0), write=False, anywhere=lambda lacking: True)
+    assert made.parts["cls"][0, 0] == 5.0
+
+
 def test_labels_of_several_kinds_come_back(folder: Path) -> None:
     several = a_set()
     several.labels = torch.tensor([[1.0, 0.0], [float("nan"), 1.0], [0.0, 0.0]])
@@ -100,10 +112,10 @@ def test_a_place_that_takes_no_file_costs_a_line_only(
 def test_the_oldest_files_go_when_there_are_too_many(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached({"source": "one"}, a_set, write=True)
+    cached({"source": "x", "content": "one"}, a_set, write=True)
     (first,) = folder.iterdir()
     monkeypatch.setattr(cache, "_LARGEST_CACHE", int(first.stat().st_size * 1.5))
-    cached({"source": "two"}, a_set, write=True)
+    cached({"source": "x", "content": "two"}, a_set, write=True)
     left = list(folder.iterdir())
     assert len(left) == 1
     assert left != [first]

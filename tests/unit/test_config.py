@@ -14,6 +14,7 @@ from ssl_vit.cli import find_recipe, layered, recipes, split_config
 from ssl_vit.config import (
     DataConfig,
     EncoderConfig,
+    InitConfig,
     Length,
     OptimConfig,
     RunConfig,
@@ -32,6 +33,7 @@ KEYS = known_keys(DEFAULT)
 GROUPS = {
     "run": RunConfig,
     "data": DataConfig,
+    "init": InitConfig,
     "encoder": EncoderConfig,
     "optim": OptimConfig,
     "method": MAEConfig,

@@ -1,10 +1,12 @@
 """The evaluation door, in this process: what it prints and writes, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -12,6 +14,7 @@ from ssl_vit import evaluate
 from ssl_vit.config import EncoderConfig, RunFailed, UserError
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluation import EvalConfig, EvalData, Evaluation
+from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 
 CONFIG = EncoderConfig(
@@ -121,6 +124,71 @@ def test_features_come_from_the_cache_the_second_time(run, monkeypatch):
     monkeypatch.setattr("ssl_vit.evaluation.extract_shared", lambda *_: pytest.fail("made again"))
     again = Evaluation(options).features("val")
     assert all(torch.equal(first.parts[k], again.parts[k]) for k in first.parts)
+
+
+def test_heads_that_weights_do_not_tell_of_make_other_features(run, tmp_path):
+    other = replace(CONFIG, heads=4)
+    torch.manual_seed(0)
+    info = EncoderInfo(other, 1, (0.3,), (0.35,), "mae", 3)
+    save_encoder(tmp_path / "encoder.safetensors", Encoder(other, 1), info)
+    data = EvalData("digits:train", "digits:val", workers=0)
+    two, four = (Evaluation(EvalConfig(data=data, encoder=str(f))) for f in (run, tmp_path))
+    same = "weights_sha256"
+    assert two.backbone.identity[same] == four.backbone.identity[same]
+    assert not torch.equal(two.features("val").parts["cls"], four.features("val").parts["cls"])
+
+
+def test_weights_of_a_file_for_any_timm_network(tmp_path):
+    made = timm.create_model("resnet10t", num_classes=7)
+    torch.save(made.state_dict(), tmp_path / "w.pth")
+    found = open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = made.eval().forward_head(made.forward_features(images), pre_logits=True)
+        assert torch.equal(found.embed(("pooled",))(images)["pooled"], wanted)
+    torch.save({"state_dict": {"conv1.0.weight": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="cannot be had"):
+        open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
+    torch.save({"model": made}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="refused"):
+        open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
+
+
+def test_names_of_timm_that_differ_after_a_dot_have_files_of_their_own():
+    names = [
+        f"random:timm:vit_tiny_patch16_224.{tag}"
+        for tag in ("augreg_in21k", "augreg_in21k_ft_in1k")
+    ]
+    assert len({open_backbone(name, 0).label for name in names}) == 2
+
+
+def test_of_several_features_a_published_protocol_chooses_one(run, tmp_path):
+    options = ("--protocol", "mae", "--epochs", "1", "--features", "cls", "mean")
+    ask("linear", run, *options, "--out", str(tmp_path / "x.json"))
+    details = card(tmp_path / "x.json")["scores"][0]["details"]
+    assert details["held_out_quality"].keys() == {"cls", "mean"}
+
+
+def test_a_place_that_takes_no_result_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("worked"))
+    for out, message in ((tmp_path / "no" / "x.json", "cannot be written"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=message):
+            ask("knn", run, "--out", str(out))
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "options", "message"),
+    [
+        ("knn", ("--data.held-out", "digits:val"), "not for knn"),
+        ("linear", ("--protocol", "mae", "--data.held-out", "digits:val"), "chooses nothing"),
+        ("linear", ("--protocol", "logreg", "--probe-batch", "8"), "not for logreg"),
+        ("linear", ("--fraction", "1.5"), "at most 1"),
+        ("linear", ("--per-class", "0"), "at least 1"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(run, evaluator, options, message):
+    with pytest.raises(UserError, match=message):
+        ask(evaluator, run, *options)
 
 
 def test_a_larger_view_is_another_feature(run, tmp_path):

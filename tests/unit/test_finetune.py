@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data.auto_augment import rand_augment_transform
@@ -30,9 +31,14 @@ from ssl_vit.evaluators.classifier import (
     saved_step,
 )
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, TuneConfig, erase, recipe
+from ssl_vit.options import to_yaml
 from ssl_vit.seeds import seeded
 from ssl_vit.task import Views
 from ssl_vit.training.optim import make_optimizer, set_rates
+from ssl_vit.training.resume import check_same_run
+from ssl_vit.weights.exchange import EncoderInfo
+from ssl_vit.weights.official import open_weights
+from ssl_vit.weights.outgoing import check_ready
 from tests.conftest import ROOT
 
 TINY = EncoderConfig(
@@ -468,3 +474,41 @@ def test_the_timm_call_is_the_encoders_with_a_classifier():
     expected = timm_kwargs(TINY, 1) | {"num_classes": 7, "global_pool": "token"}
     assert made.call.kwargs == expected
     assert made.call.arch == TINY.arch
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_fine_tuned_file_opens_as_an_encoder(tmp_path, pooling):
+    made = classifier(start_of(), 5, pooling, (12,), 0.0, seed=0)
+    info = EncoderInfo(made.encoder, 3, (0.1,) * 3, (0.2,) * 3, "finetune", 7)
+    path = tmp_path / MODEL_FILE
+    save_classifier(path, made.network, made.call, {"step": 7}, info)
+    opened = open_weights(tmp_path)
+    assert opened.info == info
+    assert "left out: the classifier" in opened.report
+    assert opened.encoder.image_size == (12, 12)
+    images = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        head = made.network.eval().forward_head(
+            made.network.forward_features(images), pre_logits=True
+        )
+        torch.testing.assert_close(opened.encoder(images).pool(pooling), head)
+    with pytest.raises(UserError, match="no timm export"):  # it is no encoder's file to replace
+        check_ready("timm", path)
+
+
+def test_an_option_that_a_run_did_not_have_had_its_default(tmp_path):
+    config = FinetuneConfig()
+    tree = yaml.safe_load(to_yaml(config))
+    del tree["tune"]["ema"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    check_same_run(config, tmp_path)
+    changed = dataclasses.replace(config, tune=TuneConfig(ema=0.9))
+    with pytest.raises(UserError, match=r"--tune\.ema is 0\.9, but .* started with 0.0"):
+        check_same_run(changed, tmp_path)
+
+
+def test_options_of_scratch_that_would_do_nothing():
+    with pytest.raises(UserError, match="--scratch is for --encoder none"):
+        FinetuneConfig(encoder="run", scratch=EncoderConfig(depth=3))
+    with pytest.raises(UserError, match=r"--tune\.drop-path"):
+        FinetuneConfig(encoder="none", scratch=EncoderConfig(drop_path=0.1))

@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from ssl_vit.config import EncoderConfig
+from ssl_vit.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.shapes import Told, config_of
@@ -180,3 +181,17 @@ def test_other_sizes_are_changes_of_a_standard_architecture(arch, expected):
     with torch.device("meta"):
         state = timm.create_model(arch, num_classes=0).state_dict()
     assert config_of(state, "a file", Told())[0] == EncoderConfig(**expected)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_fixed_positions_stay_fixed_and_learned_ones_learned(tmp_path, fixed):
+    """MAE's own are not trained when it goes on; those of a fine-tuned file were."""
+    config = EncoderConfig("vit_tiny_patch16_224", depth=2, positions="sincos")
+    state = Encoder(config).vit.state_dict()
+    if not fixed:
+        state["pos_embed"] = state["pos_embed"] + 0.01
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    encoder = open_weights(tmp_path / "mae.pth").encoder
+    assert encoder.config.positions == ("sincos" if fixed else "learned")
+    assert encoder.vit.pos_embed.requires_grad != fixed
+    assert torch.equal(encoder.vit.pos_embed, state["pos_embed"])

@@ -56,8 +56,8 @@ def test_nothing_executes(tmp_path, legacy):
     path = tmp_path / "bomb.pth"
     content = {"model": vit().state_dict(), "args": Bomb(f"touch {marker}")}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    refused(path, r"holds an object of \S*system; allowed: tensors and plain values")
-    refused(f"timm:vit_tiny_patch16_224:{path}", "holds an object of")
+    refused(path, r"a pickle of \S*system; allowed: tensors and plain values")
+    refused(f"timm:vit_tiny_patch16_224:{path}", "a pickle of")
     assert not marker.exists()
 
 

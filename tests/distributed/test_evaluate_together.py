@@ -1,0 +1,47 @@
+"""Two processes evaluate together: the same card as one alone, written once."""
+
+import json
+
+import pytest
+
+from tests.integration.conftest import Door
+
+SETS = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory):
+    """The encoder of an eight-step run."""
+    door = Door(tmp_path_factory.mktemp("together"))
+    result = door.pretrain("--run.out", "run", "--run.length", "8st")
+    assert result.returncode == 0, result.stderr
+    return door
+
+
+@pytest.mark.parametrize(
+    "evaluator",
+    [
+        ("knn", "--k", "5", "20"),
+        ("linear", "--protocol", "mae", "--epochs", "1"),
+    ],
+    ids=lambda e: e[0],
+)
+def test_two_processes_give_the_numbers_of_one(door, evaluator):
+    common = (*SETS, "--encoder", "run", "--precision", "fp32")
+    made = []
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        door.env["SSL_VIT_CACHE"] = str(door.folder / f"cache-{name}")
+        out = f"{evaluator[0]}-{name}.json"
+        result = door(*launcher, "-m", "ssl_vit.evaluate", *evaluator, *common, "--out", out)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("protocol and scores") == 1, "one process speaks"
+        made.append(json.loads((door.folder / out).read_text()))
+    one, two = made
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one["scores"]) == len(two["scores"])
+    for a, b in zip(one["scores"], two["scores"], strict=True):
+        # Rounding may differ with the size of a batch, and with it a vote or two.
+        assert b["metrics"]["top1"] == pytest.approx(a["metrics"]["top1"], abs=0.6)
+        assert (a["features"], a["setting"]) == (b["features"], b["setting"])
+    assert one["val"] == two["val"]

@@ -95,7 +95,7 @@ def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -
     shared: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"encoder": encoder}
     if evaluator == "knn":
         shared["data"] = replace(config.data, held_out="")  # nothing is chosen on it
-        pooling = best_pooling(Evaluation(EvalConfig(**shared)))
+        pooling = best_pooling(Evaluation(EvalConfig(**shared), plain=True))
         return knn(KnnConfig(**shared, k=(20,), features=(pooling,)))
     if evaluator in ("linear", "logreg"):
         protocol: Any = "fast" if evaluator == "linear" else evaluator

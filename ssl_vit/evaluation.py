@@ -13,9 +13,17 @@ import torch
 from ssl_vit.config import check
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.sources import Source, check_classes, open_source
+from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import cached, content_sha256
-from ssl_vit.evaluators.features import FEATURES, FeatureSet, extract_shared, parts_of, ready
+from ssl_vit.evaluators.features import (
+    FEATURES,
+    FeatureSet,
+    Machine,
+    extract_shared,
+    parts_of,
+    ready,
+)
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.training.parallel import Parallel, resolve_precision, start_parallel
 
@@ -82,11 +90,22 @@ class EvalConfig:
         check(not strange, f"--features has {strange}; allowed: {', '.join(FEATURES)}")
 
 
-class Evaluation:
-    """One encoder and the images it is judged on; features are made when first asked for."""
+# Up to this many bytes all features of an encoder are made at once, for the next evaluator too.
+_ALL_PARTS = 2 << 30
 
-    def __init__(self, config: EvalConfig, needs_val: bool = True) -> None:
+
+class Evaluation:
+    """One encoder and the images it is judged on; features are made when first asked for.
+
+    ``names`` are the features to judge: those asked for, or all that the encoder gives.
+    """
+
+    def __init__(self, config: EvalConfig, needs_val: bool = True, plain: bool = False) -> None:
         """Open everything; nothing is written.
+
+        Args:
+            needs_val: whether a validation set must be given.
+            plain: where no feature is asked for, take those that are not several joined.
 
         Raises:
             UserError: something is missing, has no labels, or does not fit together.
@@ -100,9 +119,12 @@ class Evaluation:
         self.parallel: Parallel = start_parallel(config.device)
         self.device = self.parallel.device
         self.precision = resolve_precision(config.precision, self.device)
+        how = (config.data.workers, config.batch_size)
+        self.machine = Machine(self.device, self.precision, *how)
         self.backbone: Backbone = open_backbone(config.encoder, config.seed, config.size)
         if self.backbone.module is not None:
             ready(self.backbone.module, self.device)
+        self.names = self._named(plain)
         self._features: dict[str, FeatureSet] = {}
         self._content: dict[str, str] = {}
 
@@ -112,20 +134,19 @@ class Evaluation:
         known = [s.classes for s in self.sources.values() if s.classes is not None]
         return max(known, key=len, default=None)
 
-    def named(self, default: tuple[str, ...]) -> tuple[str, ...]:
-        """The features asked for, or those of ``default`` that this encoder gives.
+    def _named(self, plain: bool) -> tuple[str, ...]:
+        """The features asked for, or all that this encoder gives.
 
         Raises:
             UserError: the encoder does not give one that was asked for.
         """
-        given = self.backbone.features
-        strange = [f for f in self.config.features if f not in given]
+        asked, given = self.config.features, self.backbone.features
+        strange = [f for f in asked if f not in given]
         check(
             not strange,
             f"--features has {strange}; {self.config.encoder} gives {', '.join(given)}",
         )
-        chosen = self.config.features or tuple(f for f in default if f in given)
-        return chosen or given
+        return asked or (self.backbone.poolings if plain else given)
 
     def features(self, split: str) -> FeatureSet:
         """All features of ``train``, ``val`` or ``held_out``: from the cache, or made now."""
@@ -137,11 +158,12 @@ class Evaluation:
         """All features of a source, whose ``content_sha256`` may be known already."""
         config, backbone = self.config, self.backbone
         parts = parts_of(backbone.features)
+        width = backbone.module.width if isinstance(backbone.module, Encoder) else 0
+        if 4 * len(source) * width * len(parts) > _ALL_PARTS:
+            parts = parts_of(self.names)
 
         def make() -> FeatureSet:
-            embed, workers, size = backbone.embed(parts), config.data.workers, config.batch_size
-            view, precision = backbone.view, self.precision
-            return extract_shared(embed, source, view, self.device, precision, workers, size)
+            return extract_shared(backbone.embed(parts), source, backbone.view, self.machine)
 
         if not config.cache:
             return make()

@@ -24,7 +24,7 @@ from ssl_vit.evaluators.classifier import (
     save_classifier,
     saved_step,
 )
-from ssl_vit.evaluators.features import FeatureSet, View, extract, ready
+from ssl_vit.evaluators.features import FeatureSet, Machine, View, extract, ready
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, recipe
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, judge
@@ -161,8 +161,8 @@ class Finetuning(Session):
         def embed(images: Tensor) -> dict[str, Tensor]:
             return {"logits": network(images)}
 
-        workers, precision = self.config.data.workers, self.trainer.precision
-        found = extract(embed, source, self.view, device, precision, workers)
+        machine = Machine(device, self.trainer.precision, self.config.data.workers)
+        found = extract(embed, source, self.view, machine)
         logits = found.parts["logits"]
         return logits.topk(min(5, self.classes), dim=1).indices, found
 

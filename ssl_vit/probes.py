@@ -22,7 +22,7 @@ from ssl_vit.evaluators.knn import KS, knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
-from ssl_vit.evaluators.online import Machine, online_probe, source_targets
+from ssl_vit.evaluators.online import online_probe, source_targets
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
 from ssl_vit.evaluators.scores import Prediction, Score, check_labels, judge
@@ -51,13 +51,12 @@ class KnnConfig(EvalConfig):
 
 def knn(config: KnnConfig) -> Result:
     """k-NN scores of every feature and every k."""
-    evaluation = Evaluation(config, needs_val=False)
-    features = evaluation.named(evaluation.backbone.poolings)
+    evaluation = Evaluation(config, needs_val=False, plain=True)
     train = evaluation.features("train")
     val = evaluation.features("val") if "val" in evaluation.sources else None
     truth = train if val is None else val
     check_labels(train, truth, evaluation.classes)
-    found = knn_predictions(train, val, config.k, features, evaluation.device)
+    found = knn_predictions(train, val, config.k, evaluation.names, evaluation.device)
     how = "leave-one-out" if val is None else "validation set"
     card = evaluation.card("knn", judged_on=how)
     return judged(found, truth.labels, evaluation), card, evaluation.out("knn")
@@ -112,7 +111,6 @@ class LinearConfig(EvalConfig):
 def linear(config: LinearConfig) -> Result:
     """Scores of a linear probe: one, or one for each low-shot amount."""
     evaluation = Evaluation(config)
-    evaluation.named(())  # refuses features that the encoder does not give
     if "held_out" in evaluation.sources:
         source_targets(evaluation.sources["held_out"], "the held-out set")
     if config.protocol in ONLINE:
@@ -136,13 +134,12 @@ def linear(config: LinearConfig) -> Result:
 
 def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
     """Scores of a published protocol, whose head sees augmented images."""
-    config, train = by.config, by.sources["train"]
+    train = by.sources["train"]
     val = by.features("val")
     known = FeatureSet({}, source_targets(train), 0, torch.arange(len(train)))
     check_labels(known, val, by.classes)
-    machine = Machine(by.device, by.precision, config.data.workers, config.batch_size)
     held_out = by.sources.get("held_out")
-    found = online_probe(by.backbone, train, val, protocol, machine, by.extract, held_out)
+    found = online_probe(by.backbone, train, val, protocol, by.machine, by.extract, held_out)
     return judged(found, val.labels, by)
 
 

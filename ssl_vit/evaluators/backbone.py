@@ -179,15 +179,12 @@ def _timm_backbone(
     return Backbone(name, module, view, ("pooled",), identity, folder)
 
 
-def timm_model(
-    name: str, file: str, random: bool, seed: int, size: tuple[int, ...], **kwargs: Any
-) -> nn.Module:
+def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, ...]) -> nn.Module:
     """A timm network without its classifier: random weights, those of a file, or timm's own.
 
     Raises:
         UserError: the weights cannot be had, or do not fit.
     """
-    given: dict[str, Any] = {"num_classes": 0} | kwargs
     path = Path(file).expanduser()
     check(not file or path.is_file(), f"--encoder is 'timm:{name}:{file}'; no such file")
     source: dict[str, Any] = {"pretrained": not random and not file}
@@ -198,7 +195,7 @@ def timm_model(
         try:
             with torch.random.fork_rng(devices=[]), tensors_only():
                 torch.manual_seed(seed)
-                module = timm.create_model(name, **given, **source, **extra).eval()
+                module = timm.create_model(name, num_classes=0, **source, **extra).eval()
                 if file:
                     _load(module, path)
                 return module

@@ -106,6 +106,19 @@ class View:
         return Normalize((0.5,) * self.channels, (0.2,) * self.channels)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where and how images go through an encoder.
+
+    ``at_once``: the most images that a process' encoder sees at a time.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    workers: int = -1
+    at_once: int = 256
+
+
 def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
     """An encoder as features by pooling: ``cls`` where it has one, and ``mean`` of patches.
 
@@ -131,32 +144,23 @@ def pixels(images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def extract(
-    embed: Embed,
-    source: Source,
-    view: View,
-    device: torch.device,
-    precision: torch.dtype,
-    workers: int = -1,
-    batch_size: int = 256,
-) -> FeatureSet:
+def extract(embed: Embed, source: Source, view: View, machine: Machine) -> FeatureSet:
     """Features of every readable image of ``source``, in its order.
 
     Raises:
         UserError: no image could be read.
     """
+    device, workers = machine.device, loader_workers(machine.workers, machine.device)
     normalize = Normalize(view.mean, view.std).to(device)
     images = EvalImages(source, view.size, view.crop_ratio, view.channels)
     found: dict[str, list[Tensor]] = {}
     labels, places = [], []
     bad: dict[int, str] = {}
-    for batch in eval_batches(
-        images, batch_size, loader_workers(workers, device), device.type == "cuda"
-    ):
+    for batch in eval_batches(images, machine.at_once, workers, device.type == "cuda"):
         bad |= batch.bad
         if not batch.views.crops:
             continue
-        with autocast(device, precision):
+        with autocast(device, machine.precision):
             made = embed(normalize(batch.views.to(device)).crops[0])
         for name, part in made.items():
             found.setdefault(name, []).append(part.float().cpu())
@@ -171,15 +175,7 @@ def extract(
     return FeatureSet(parts, targets_of(source, index, torch.cat(labels)), len(bad), index)
 
 
-def extract_shared(
-    embed: Embed,
-    source: Source,
-    view: View,
-    device: torch.device,
-    precision: torch.dtype,
-    workers: int = -1,
-    batch_size: int = 256,
-) -> FeatureSet:
+def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -> FeatureSet:
     """The same by all processes together: each takes a part, and all get the whole.
 
     Raises:
@@ -187,11 +183,11 @@ def extract_shared(
     """
     world = rank_and_world()[1]
     if world == 1:
-        return extract(embed, source, view, device, precision, workers, batch_size)
+        return extract(embed, source, view, machine)
     check(len(source) >= world, f"{source.spec} has {len(source)} images for {world} processes")
     own = share(len(source))
     part = Subset(source, np.arange(own.start, own.stop))
-    made = extract(embed, part, view, device, precision, workers, batch_size)
+    made = extract(embed, part, view, machine)
     index = gather_rows(made.index + own.start)
     unreadable = int(gather_rows(torch.tensor([made.unreadable])).sum())
     parts = {name: gather_rows(rows) for name, rows in made.parts.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
+from ssl_vit.evaluators.features import FEATURES, FeatureSet, Machine, parts_of
 from ssl_vit.evaluators.heads import FeatureNorm, Heads, Trainer, heads_of
 from ssl_vit.evaluators.linear import Parts, describe, grid_quality, joined
 from ssl_vit.evaluators.published import OnlineProtocol
@@ -35,19 +34,6 @@ from ssl_vit.seeds import fold
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how images go through the encoder; no number depends on it but by rounding.
-
-    ``at_once``: the most images that a process' encoder sees at a time.
-    """
-
-    device: torch.device
-    precision: torch.dtype
-    workers: int = -1
-    at_once: int = 256
 
 
 def online_probe(

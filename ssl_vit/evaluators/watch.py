@@ -17,7 +17,7 @@ from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.encoder import Encoder
-from ssl_vit.evaluators.features import Embed, FeatureSet, View, extract, pooled, ready
+from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
 from ssl_vit.evaluators.scores import Score
@@ -53,7 +53,8 @@ class Watch:
         """Features of the training images (where labels make them useful) and the held-out ones."""
 
         def of(source: Source) -> FeatureSet:
-            return extract(embed, source, self.view, self.device, self.precision, self.workers)
+            machine = Machine(self.device, self.precision, self.workers)
+            return extract(embed, source, self.view, machine)
 
         return (of(self.train) if self.labelled else None), of(self.val)
 

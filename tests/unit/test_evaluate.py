@@ -344,3 +344,12 @@ def test_compare_writes_one_table_for_all(run, tmp_path, capsys):
 def test_compare_refuses(options, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(["compare", *options, *SETS])
+
+
+def test_of_many_images_only_the_features_asked_for_are_made(run, monkeypatch):
+    data = EvalData("digits:train", "digits:val", workers=0)
+    options = EvalConfig(data=data, encoder=str(run), batch_size=359)
+    assert len(Evaluation(options, plain=True).features("val").parts) == 5
+    monkeypatch.setattr("ssl_vit.evaluation._ALL_PARTS", 1000)
+    assert set(Evaluation(options, plain=True).features("val").parts) == {"cls", "mean"}
+    assert len(Evaluation(options).features("val").parts) == 5

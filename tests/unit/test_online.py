@@ -16,9 +16,9 @@ from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.encoder import Encoder, choose_attention
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import View, extract, parts_of, pixels
+from ssl_vit.evaluators.features import Machine, View, extract, parts_of, pixels
 from ssl_vit.evaluators.heads import FeatureNorm, heads_of
-from ssl_vit.evaluators.online import Machine, online_probe, source_targets, train_heads
+from ssl_vit.evaluators.online import online_probe, source_targets, train_heads
 from ssl_vit.evaluators.published import (
     ONLINE,
     DinoProtocol,
@@ -49,7 +49,7 @@ def backbone(width: int = 48, depth: int = 4, channels: int = 3) -> Backbone:
 
 def extracted(source, of: Backbone | None = None):
     of = of or backbone()
-    return extract(of.embed(parts_of(of.features)), source, of.view, CPU, torch.float32, workers=0)
+    return extract(of.embed(parts_of(of.features)), source, of.view, HERE)
 
 
 @cache

@@ -15,7 +15,7 @@ from ssl_vit import finetune
 from ssl_vit.cli import find_recipe, layered, show_table, split_config
 from ssl_vit.config import RunFailed, UserError, check
 from ssl_vit.distributed import rank_and_world
-from ssl_vit.evaluation import EvalConfig, EvalData, Evaluation
+from ssl_vit.evaluation import EvalData, Evaluation, FeatureConfig
 from ssl_vit.evaluators.chart import Bars, bars
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.files import write_atomically, write_text_atomically
@@ -95,7 +95,7 @@ def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -
     shared: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"encoder": encoder}
     if evaluator == "knn":
         shared["data"] = replace(config.data, held_out="")  # nothing is chosen on it
-        pooling = best_pooling(Evaluation(EvalConfig(**shared), plain=True))
+        pooling = best_pooling(Evaluation(FeatureConfig(**shared), plain=True))
         return knn(KnnConfig(**shared, k=(20,), features=(pooling,)))
     if evaluator in ("linear", "logreg"):
         protocol: Any = "fast" if evaluator == "linear" else evaluator

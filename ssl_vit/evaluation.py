@@ -66,9 +66,6 @@ class EvalConfig:
     size: tuple[int, ...] = ()
     """Height and width in pixels, or one number for both, that images are brought to; positions
     are resampled. Empty: the size the encoder is made for."""
-    features: tuple[str, ...] = ()
-    """Of cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, joined), pooled, pixels.
-    Empty: those the evaluator is made for."""
     out: str = ""
     """JSON file for the scores and their protocol. Empty: knn.json, linear.json (the fast
     protocol), linear-mae.json ... beside the encoder."""
@@ -80,12 +77,24 @@ class EvalConfig:
     """bf16, fp32 or auto, as in pretraining. Features are kept, and heads trained, in fp32."""
     batch_size: int = 256
     """Images that go through the encoder at once."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; at least 1")
+
+
+@dataclass(frozen=True)
+class FeatureConfig(EvalConfig):
+    """What evaluators of whole images need beside it."""
+
+    features: tuple[str, ...] = ()
+    """Of cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, joined), pooled, pixels.
+    Empty: those the evaluator is made for."""
     cache: bool = True
     """Keep features (in $SSL_VIT_CACHE or ~/.cache/ssl_vit), found again by what is in the weights
     and the images."""
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; at least 1")
+        super().__post_init__()
         strange = [name for name in self.features if name not in FEATURES]
         check(not strange, f"--features has {strange}; allowed: {', '.join(FEATURES)}")
 
@@ -100,7 +109,7 @@ class Evaluation:
     ``names`` are the features to judge: those asked for, or all that the encoder gives.
     """
 
-    def __init__(self, config: EvalConfig, needs_val: bool = True, plain: bool = False) -> None:
+    def __init__(self, config: FeatureConfig, needs_val: bool = True, plain: bool = False) -> None:
         """Open everything; nothing is written.
 
         Args:

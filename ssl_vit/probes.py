@@ -14,7 +14,7 @@ import torch
 from ssl_vit.config import check
 from ssl_vit.data.masks import open_pairs
 from ssl_vit.data.order import permute
-from ssl_vit.evaluation import EvalConfig, Evaluation
+from ssl_vit.evaluation import EvalConfig, Evaluation, FeatureConfig
 from ssl_vit.evaluators.backbone import open_backbone, result_file
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.features import FeatureSet, ready
@@ -37,7 +37,7 @@ Result = tuple[list[Score], dict[str, Any], Path]
 
 
 @dataclass(frozen=True)
-class KnnConfig(EvalConfig):
+class KnnConfig(FeatureConfig):
     """Weighted k-nearest neighbours by cosine similarity; leave-one-out without --data.val."""
 
     k: tuple[int, ...] = KS
@@ -63,7 +63,7 @@ def knn(config: KnnConfig) -> Result:
 
 
 @dataclass(frozen=True)
-class LinearConfig(EvalConfig):
+class LinearConfig(FeatureConfig):
     """Linear probe on frozen features, by a published protocol or the fast one."""
 
     protocol: Literal["fast", "dinov2", "mae", "dino", "logreg"] = "fast"
@@ -183,7 +183,6 @@ class SegmentConfig(SegmentOptions, EvalConfig):
         for option in ("held_out", "labels"):
             given = getattr(self.data, option)
             check(not given, f"--data.{option.replace('_', '-')} is not for segment")
-        check(not self.features, "--features is not for segment; it has --blocks")
 
 
 def segment(config: SegmentConfig) -> Result:

@@ -1,10 +1,14 @@
 """Shapes in signatures are checked in every test: jaxtyping's annotations, by beartype."""
 
+import os
+
+# Several test processes share the cores: threads of one would wait for those of another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from jaxtyping import install_import_hook
 
 install_import_hook("ssl_vit", "beartype.beartype")
 
-import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402

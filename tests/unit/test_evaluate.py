@@ -13,7 +13,7 @@ from PIL import Image
 from ssl_vit import evaluate
 from ssl_vit.config import EncoderConfig, RunFailed, UserError
 from ssl_vit.encoder import Encoder
-from ssl_vit.evaluation import EvalConfig, EvalData, Evaluation
+from ssl_vit.evaluation import EvalData, Evaluation, FeatureConfig
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 
@@ -117,7 +117,7 @@ def test_any_timm_network_is_a_comparator(tmp_path):
 
 
 def test_features_come_from_the_cache_the_second_time(run, monkeypatch):
-    options = EvalConfig(
+    options = FeatureConfig(
         data=EvalData("digits:train", "digits:val", workers=0), encoder=str(run), batch_size=64
     )
     first = Evaluation(options).features("val")
@@ -132,7 +132,7 @@ def test_heads_that_weights_do_not_tell_of_make_other_features(run, tmp_path):
     info = EncoderInfo(other, 1, (0.3,), (0.35,), "mae", 3)
     save_encoder(tmp_path / "encoder.safetensors", Encoder(other, 1), info)
     data = EvalData("digits:train", "digits:val", workers=0)
-    two, four = (Evaluation(EvalConfig(data=data, encoder=str(f))) for f in (run, tmp_path))
+    two, four = (Evaluation(FeatureConfig(data=data, encoder=str(f))) for f in (run, tmp_path))
     same = "weights_sha256"
     assert two.backbone.identity[same] == four.backbone.identity[same]
     assert not torch.equal(two.features("val").parts["cls"], four.features("val").parts["cls"])
@@ -348,7 +348,7 @@ def test_compare_refuses(options, message):
 
 def test_of_many_images_only_the_features_asked_for_are_made(run, monkeypatch):
     data = EvalData("digits:train", "digits:val", workers=0)
-    options = EvalConfig(data=data, encoder=str(run), batch_size=359)
+    options = FeatureConfig(data=data, encoder=str(run), batch_size=359)
     assert len(Evaluation(options, plain=True).features("val").parts) == 5
     monkeypatch.setattr("ssl_vit.evaluation._ALL_PARTS", 1000)
     assert set(Evaluation(options, plain=True).features("val").parts) == {"cls", "mean"}

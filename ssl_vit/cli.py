@@ -29,7 +29,8 @@ def run_door(main: Callable[[list[str]], int]) -> None:
     """
     # force: a library may have installed a handler of its own before.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("ssl_vit").setLevel(level)  # libraries speak only of what went wrong
     try:
         status = main(sys.argv[1:])
     except UserError as error:

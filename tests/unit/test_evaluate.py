@@ -263,6 +263,7 @@ def test_low_shot_is_a_mean_over_seeds(run, tmp_path):
     assert len(five["details"]["seeds"]) == 2
     values = [s["metrics"]["top1"] for s in five["details"]["seeds"]]
     assert five["metrics"]["top1"] == pytest.approx(np.mean(values))
+    assert len(set(values)) == 2  # of other images
     assert one["metrics"]["top1"] < five["metrics"]["top1"]
 
 

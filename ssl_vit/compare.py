@@ -29,7 +29,7 @@ _EVALUATORS = ("knn", "linear", "logreg", "finetune")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Several encoders, the same evaluators on the same images; one table, CSV and chart."""
+    """Several encoders, the same evaluators and images; one table, CSV and chart."""
 
     config: str = ""
     """A YAML file of these options. The command line wins."""

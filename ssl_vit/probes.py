@@ -38,7 +38,7 @@ Result = tuple[list[Score], dict[str, Any], Path]
 
 @dataclass(frozen=True)
 class KnnConfig(FeatureConfig):
-    """Weighted k-nearest neighbours by cosine similarity; leave-one-out without --data.val."""
+    """Weighted k-NN by cosine similarity; leave-one-out without --data.val."""
 
     k: tuple[int, ...] = KS
     """Numbers of neighbours; those above the number of training images are left out."""
@@ -173,8 +173,9 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
 class SegmentConfig(SegmentOptions, EvalConfig):
     """Linear segmentation probe on patch tokens, for folders of images and masks.
 
-    --data.train and --data.val are pairs:FOLDER (with images/ and masks/ in it) or
-    pairs:IMAGES:MASKS, files of the same stems; a mask's pixel is the number of its class.
+    --data.train and --data.val are pairs:FOLDER (with images/ and masks/ in
+    it) or pairs:IMAGES:MASKS, files of the same stems; a mask's pixel is the
+    number of its class.
     """
 
     def __post_init__(self) -> None:

@@ -113,7 +113,8 @@ def open_backbone(name: str, seed: int, size: tuple[int, ...] = ()) -> Backbone:
         opened = open_weights(name)
         info, path, module = opened.info, opened.path, opened.encoder
         origin = {"format": opened.format, "tensors": opened.report}
-        log.info("%s: %s, %s", name, opened.format, opened.report)
+        made = f", {info.method} at step {info.step}" if info.step else ""
+        log.info("%s: %s, %s%s", name, opened.format, opened.report, made)
     view = View(_size(size, info, module), info.channels, info.mean, info.std)
     identity = {"given": name, **origin, **file_identity(path), **asdict(info)}
     if module is not None:
@@ -143,7 +144,7 @@ def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> t
     patch = module.patch_size
     check(
         all(s % patch == 0 for s in size),
-        f"--size is {'x'.join(map(str, size))}; it must be divisible by the patch size, {patch}",
+        f"--size is {size[0]}x{size[-1]}; it must be divisible by the patch size, {patch}",
     )
     return size[0], size[-1]
 

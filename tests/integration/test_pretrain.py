@@ -53,7 +53,7 @@ def test_closing_words(run):
     assert (card["train"]["images"], card["val"]["images"]) == (1438, 359)
     assert card["options"]["optim"]["lr"] == 1e-3
     assert set(scores) == {"raw pixels", "random encoder", "mae encoder"}
-    printed = f"{scores['mae encoder']['linear']['top1']:.1f}"
+    printed = f"{scores['mae encoder']['linear']['metrics']['top1']:.1f}"
     assert printed in result.stdout
 
 
@@ -136,34 +136,28 @@ def test_finished_run_says_so_again(run, shared_door):
 
 
 def test_evaluate_knn_and_linear(run, shared_door):
+    """The door as a user calls it; what it writes is looked at in tests/unit/test_evaluate.py."""
     folder, _ = run
     data = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
-    tops = {}
-    for evaluator in ("knn", "linear"):
-        for encoder in ("run", "random:run", "pixels:run"):
-            door = ("-m", "ssl_vit.evaluate", evaluator, "--encoder", encoder)
-            result = shared_door(*door, *data)
-            assert result.returncode == 0, result.stderr
-            prefix = "" if encoder == "run" else encoder.replace(":run", "-")
-            card = json.loads((folder / f"{prefix}{evaluator}.json").read_text())
-            tops[evaluator, encoder] = max(s["top1"] for s in card["scores"])
-            assert f"{card['scores'][0]['top1']:.2f}" in result.stdout
-            assert card["encoder"]["method"] == "mae"
-            assert len(card["encoder"]["sha256"]) == 64
-            assert card["val"]["images"] == 359
-            assert card["train"]["images"] == 1438
-    assert tops["knn", "pixels:run"] > 95
-    assert tops["linear", "run"] > 50
-    first = json.loads((folder / "linear.json").read_text())
-    assert first["probe"]["held_out"] == 0.1
-    assert len(first["scores"][0]["details"]["held_out_top1_by_lr"]) == 7
+    for evaluator, encoder in (("knn", "pixels:run"), ("linear", "run")):
+        door = ("-m", "ssl_vit.evaluate", evaluator, "--encoder", encoder)
+        result = shared_door(*door, *data)
+        assert result.returncode == 0, result.stderr
+        name = "linear.json" if encoder == "run" else "pixels-run-knn.json"
+        card = json.loads((folder / name).read_text())
+        best = max(s["metrics"]["top1"] for s in card["scores"])
+        assert best > (95 if evaluator == "knn" else 50)
+        assert f"{best:.2f}" in result.stdout
+        assert card["encoder"]["method"] == "mae"
+        assert len(card["encoder"]["sha256"]) == 64
+        assert (card["train"]["images"], card["val"]["images"]) == (1438, 359)
 
 
 def test_evaluation_repeats_to_the_last_digit(run, shared_door):
     """The number made again from its protocol is the same number."""
     folder, _ = run
     sets = ("--data.train", "digits:train", "--data.val", "digits:val")
-    door = ("-m", "ssl_vit.evaluate", "linear", "--encoder", "run", *sets)
+    door = ("-m", "ssl_vit.evaluate", "linear", "--encoder", "run", "--cache", "False", *sets)
     scores = []
     for workers in ("0", "2"):
         out = folder / f"again{workers}.json"

@@ -108,8 +108,8 @@ def test_source_count_size_random_and_yaml(room):
     )
     result = room(*ATTENTION, "--config", "look.yaml", "--mass", "0.9")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "attention of 3 images: gray/random-attention-images.png\n"
-    with Image.open(room.folder / "gray" / "random-attention-images.png") as image:
+    assert result.stdout == "attention of 3 images: gray/random-gray-attention-images.png\n"
+    with Image.open(room.folder / "gray" / "random-gray-attention-images.png") as image:
         assert image.width == 6 * (CELL + 4) + 4
         assert image.height > 3 * (CELL + 4)
 

@@ -427,6 +427,14 @@ def test_recipes_by_depth():
     assert recipe(True, 12) == FinetuneConfig()
 
 
+def test_the_laptop_recipe_parses_and_says_its_command():
+    path = ROOT / "configs" / "finetune_cifar10.yaml"
+    assert "evaluate finetune --config finetune_cifar10" in path.read_text().split("\nrun:")[0]
+    config = layered(FinetuneConfig(), [path], [], "prog", "", FinetuneConfig)
+    assert config.run.length == "10ep"
+    assert config.tune.mixes
+
+
 @pytest.mark.parametrize(
     ("name", "pretrained", "depth"),
     [("vit_b16", True, 12), ("vit_l16", True, 24), ("scratch_vit_s16", False, 12)],

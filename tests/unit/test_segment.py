@@ -318,7 +318,7 @@ def test_pixels_without_a_class_have_no_part(tmp_path):
     score, card = run(backbone(tmp_path), train, val, ignore=7)
     assert card["pairs"]["val_pixels"] == 8 * (32 * 24 + 21 * 15)
     assert len(score.confusion) == 3
-    assert score.metrics["miou"] == pytest.approx(full.metrics["miou"], abs=8)
+    assert score.metrics["miou"] > full.metrics["miou"] - 8
     seen, _ = run(backbone(tmp_path), train, val, ignore=255)
     assert len(seen.confusion) == 8
     assert "5" not in seen.per_class

@@ -210,8 +210,7 @@ class Evaluation:
             splits,
             options=asdict(self.config),
             **rest,
-            device=str(self.device),
-            precision=str(self.precision).removeprefix("torch."),
+            **self.machine.card(),
             processes=self.parallel.world,
             seconds=round(time.perf_counter() - self.started, 1),
         )

@@ -118,6 +118,8 @@ class Finetuning(Session):
         )
         channels = config.data.channels
         self.view = View(self.made.size, channels, images.mean, images.std)
+        precision, workers = self.trainer.precision, config.data.workers
+        self.machine = Machine(self.parallel.device, precision, workers)
 
     def about_model(self) -> dict[str, Any]:
         """What the model file says beside how timm builds it."""
@@ -155,14 +157,13 @@ class Finetuning(Session):
 
     def guess(self, source: Source) -> tuple[Tensor, FeatureSet]:
         """The judged network's best classes, (n, at most 5) best first, for the readable images."""
-        network, device = self.task.judged, self.parallel.device
-        ready(network, device)
+        network = self.task.judged
+        ready(network, self.parallel.device)
 
         def embed(images: Tensor) -> dict[str, Tensor]:
             return {"logits": network(images)}
 
-        machine = Machine(device, self.trainer.precision, self.config.data.workers)
-        found = extract(embed, source, self.view, machine)
+        found = extract(embed, source, self.view, self.machine)
         logits = found.parts["logits"]
         return logits.topk(min(5, self.classes), dim=1).indices, found
 
@@ -180,8 +181,7 @@ class Finetuning(Session):
             options=asdict(self.config),
             model={"file": str(path), "sha256": sha256(path), "timm": asdict(self.made.call)},
             step=self.trainer.step,
-            device=str(self.parallel.device),
-            precision=str(self.trainer.precision).removeprefix("torch."),
+            **self.machine.card(),
         )
 
     def about(self) -> list[tuple[str, str]]:

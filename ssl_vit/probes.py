@@ -17,7 +17,7 @@ from ssl_vit.data.order import permute
 from ssl_vit.evaluation import EvalConfig, Evaluation, FeatureConfig
 from ssl_vit.evaluators.backbone import open_backbone, result_file
 from ssl_vit.evaluators.cache import content_sha256
-from ssl_vit.evaluators.features import FeatureSet, ready
+from ssl_vit.evaluators.features import FeatureSet, Machine, ready
 from ssl_vit.evaluators.knn import KS, knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
@@ -195,12 +195,12 @@ def segment(config: SegmentConfig) -> Result:
     train, val = open_pairs(data.train), open_pairs(data.val)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    machine = Machine(device, precision, data.workers, config.batch_size)
     backbone = open_backbone(config.encoder, seed, config.size)
     if backbone.module is not None:
         ready(backbone.module, device)
     options = SegmentOptions(**{f.name: getattr(config, f.name) for f in fields(SegmentOptions)})
-    where = (device, precision, seed, data.workers, config.batch_size)
-    scores, about = segment_probe(options, backbone, train, val, *where)
+    scores, about = segment_probe(options, backbone, train, val, machine, seed)
     splits = {
         name: split_card(pairs, None, content_sha256(pairs))
         | {"masks_sha256": content_sha256(pairs.masks)}
@@ -213,8 +213,7 @@ def segment(config: SegmentConfig) -> Result:
         splits,
         options=asdict(config),
         **about,
-        device=str(device),
-        precision=str(precision).removeprefix("torch."),
+        **machine.card(),
         seconds=round(time.perf_counter() - started, 1),
     )
     return scores, card, result_file(config.out, backbone, "segment.json")

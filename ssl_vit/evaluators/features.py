@@ -118,6 +118,11 @@ class Machine:
     workers: int = -1
     at_once: int = 256
 
+    def card(self) -> dict[str, str]:
+        """What a protocol card says of it."""
+        precision = str(self.precision).removeprefix("torch.")
+        return {"device": str(self.device), "precision": precision}
+
 
 def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
     """An encoder as features by pooling: ``cls`` where it has one, and ``mean`` of patches.

@@ -21,6 +21,7 @@ from ssl_vit.data.base import check_classes
 from ssl_vit.data.masks import CLASSES_FILE, Pairs
 from ssl_vit.data.order import permute
 from ssl_vit.evaluators.backbone import Backbone
+from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.overlap import Overlap, confusion, counts, iou
 from ssl_vit.evaluators.patch_heads import BATCH, WARMUP, WEIGHT_DECAY, Heads, fit_heads, upsampled
 from ssl_vit.evaluators.scores import Score
@@ -151,11 +152,8 @@ def segment(
     backbone: Backbone,
     train: Pairs,
     val: Pairs,
-    device: torch.device,
-    precision: torch.dtype,
+    machine: Machine,
     seed: int = 0,
-    workers: int = -1,
-    batch_size: int = 64,
 ) -> tuple[list[Score], dict[str, Any]]:
     """Train on ``train``, choose on a tenth of it, judge ``val`` once; scores, and the protocol.
 
@@ -163,7 +161,7 @@ def segment(
         UserError: a network without patch tokens, pairs that do not fit together, or too few.
     """
     check_classes(train, val)
-    look = look_through(backbone, config.blocks, device, precision, workers, batch_size)
+    look = look_through(backbone, config.blocks, machine)
     material = gather(look, train, config.cache_gb)
     names = train.classes or val.classes or ()
     classes = count_classes(material, len(names), config.ignore)

@@ -17,7 +17,7 @@ from ssl_vit.data.loader import eval_batches
 from ssl_vit.data.masks import PairBatch, PairImages, Pairs, nearest_mask
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import View
+from ssl_vit.evaluators.features import Machine, View
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
@@ -52,10 +52,7 @@ class Look:
     tokens: TokenMap
     grid: tuple[int, int]
     view: View
-    device: torch.device
-    precision: torch.dtype
-    workers: int
-    batch_size: int
+    machine: Machine
 
     def batches(self, pairs: Pairs) -> Iterator[Seen]:
         """All readable pairs, in order.
@@ -63,30 +60,24 @@ class Look:
         Raises:
             UserError: an image and its mask differ in size, or a token is not finite.
         """
-        normalize = Normalize(self.view.mean, self.view.std).to(self.device)
+        device, workers = self.machine.device, self.machine.workers
+        normalize = Normalize(self.view.mean, self.view.std).to(device)
         images = PairImages(pairs, self.view.size, self.view.channels)
-        workers, pin = loader_workers(self.workers, self.device), self.device.type == "cuda"
-        for batch in eval_batches(images, self.batch_size, workers, pin):
+        workers, pin = loader_workers(workers, device), device.type == "cuda"
+        for batch in eval_batches(images, self.machine.at_once, workers, pin):
             assert isinstance(batch, PairBatch)
             tokens = torch.empty(0)
             if batch.masks:
                 # Not inference mode, whose tensors could not be trained on.
-                with torch.no_grad(), autocast(self.device, self.precision):
-                    tokens = self.tokens(normalize(batch.views.to(self.device)).crops[0])
+                with torch.no_grad(), autocast(device, self.machine.precision):
+                    tokens = self.tokens(normalize(batch.views.to(device)).crops[0])
                 tokens = tokens.half()
                 finite = bool(tokens.isfinite().all())
                 check(finite, f"the encoder's tokens of {pairs.spec} are not finite")
             yield Seen(tokens, batch.masks, batch.views.keys, batch.bad)
 
 
-def look_through(
-    backbone: Backbone,
-    blocks: int,
-    device: torch.device,
-    precision: torch.dtype,
-    workers: int = -1,
-    batch_size: int = 64,
-) -> Look:
+def look_through(backbone: Backbone, blocks: int, machine: Machine) -> Look:
     """The patch tokens of an encoder's last block, or of its last ``blocks`` joined.
 
     Without an encoder (``pixels:``) the image, averaged over each patch, stands for them.
@@ -121,7 +112,7 @@ def look_through(
         parts = [f.patches if f.norm is None else f.norm(f.patches) for f in outputs]
         return torch.cat(parts, dim=2).transpose(1, 2).unflatten(2, grid)
 
-    return Look(name, tokens, grid, view, device, precision, workers, batch_size)
+    return Look(name, tokens, grid, view, machine)
 
 
 @dataclass(frozen=True)
@@ -144,12 +135,13 @@ class Material:
 
     def batches(self, rows: Int64[Tensor, " k"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens (b, D, rows, columns) float32 and masks (b, R, S) of these pairs, in order."""
-        device = self.look.device
+        device = self.look.machine.device
         if self.tokens is not None:
             for chunk in rows.split(size):
                 yield self.tokens[chunk].to(device).float(), self.masks[chunk].to(device).long()
             return
-        for seen in replace(self.look, batch_size=size).batches(self.pairs.take(rows)):
+        look = replace(self.look, machine=replace(self.look.machine, at_once=size))
+        for seen in look.batches(self.pairs.take(rows)):
             if seen.masks:
                 yield seen.tokens.float(), self.masks[rows[seen.keys]].to(device).long()
 

@@ -16,7 +16,7 @@ from ssl_vit.data.masks import open_pairs
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators import segment as probe
 from ssl_vit.evaluators.backbone import Backbone, open_backbone
-from ssl_vit.evaluators.features import View
+from ssl_vit.evaluators.features import Machine, View
 from ssl_vit.evaluators.overlap import Overlap, confusion, counts, iou
 from ssl_vit.evaluators.patch_heads import Heads, fit_heads, heads_loss, upsampled
 from ssl_vit.evaluators.segment import SegmentConfig, classify, segment
@@ -69,7 +69,7 @@ def change_masks(root: Path, change) -> None:
 def run(encoder: Backbone, train: str, val: str, seed: int = 0, **options):
     config = SegmentConfig(**{"epochs": 6, **options})
     pairs = open_pairs(train), open_pairs(val)
-    scores, card = segment(config, encoder, *pairs, CPU, torch.float32, seed, 0, 16)
+    scores, card = segment(config, encoder, *pairs, Machine(CPU, torch.float32, 0, 16), seed)
     return scores[0], card
 
 
@@ -142,7 +142,7 @@ def test_the_interval_is_over_images():
 @pytest.fixture
 def made(tmp_path) -> Material:
     """Made-up tokens of which the first number says the class, with noise and ignored pixels."""
-    look = look_through(backbone(tmp_path), 1, CPU, torch.float32, 0)
+    look = look_through(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 64))
     found = gather(look, open_pairs(textures(tmp_path, 1, 0)), 1.0)
     masks = torch.randint(0, 3, (20, 2, 3), generator=seeded()).to(torch.uint8)
     tokens = torch.randn(20, 5, 2, 3, generator=seeded(1))
@@ -229,7 +229,7 @@ def test_a_mask_is_the_same_by_some_classes_at_a_time(monkeypatch, values):
 def test_tokens_are_the_encoders_at_their_places(tmp_path, data, blocks):
     """Those of each block after the other; statistics are over all of them."""
     encoder = backbone(tmp_path)
-    look = look_through(encoder, blocks, CPU, torch.float32, 0, 5)
+    look = look_through(encoder, blocks, Machine(CPU, torch.float32, 0, 5))
     found = gather(look, open_pairs(data[0]), 1.0)
     assert found.tokens.shape == (24, 32 * blocks, 4, 6)
     assert found.masks.shape == (24, 16, 24)
@@ -247,7 +247,7 @@ def test_tokens_are_the_encoders_at_their_places(tmp_path, data, blocks):
 
 
 def test_pixels_are_averaged_over_each_patch(tmp_path):
-    look = look_through(backbone(tmp_path, module=False), 1, CPU, torch.float32, 0)
+    look = look_through(backbone(tmp_path, module=False), 1, Machine(CPU, torch.float32, 0, 64))
     x = torch.rand(2, 3, 16, 24, generator=seeded())
     found = look.tokens(x)
     assert look.name == "pixels"
@@ -260,7 +260,7 @@ def test_tokens_that_are_too_many_are_made_anew(tmp_path, data, caplog):
     root = tmp_path / "train"
     textures(root, 24, 0)
     (root / "images/3.tif").write_bytes(b"no image")
-    look = look_through(backbone(tmp_path), 1, CPU, torch.float32, 0, 16)
+    look = look_through(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 16))
     caplog.set_level("INFO", "ssl_vit")
     kept, anew = (gather(look, open_pairs(f"pairs:{root}"), gb) for gb in (1.0, 0.0))
     assert "tokens need 0.0 GB, above --cache-gb 0" in caplog.text

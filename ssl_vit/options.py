@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,9 @@ import yaml
 from ssl_vit.config import UserError, check, nearest
 
 T = TypeVar("T")
+COMMAND_LINE = "command line"
+# What a call is asked for once, and no option of the run that it leaves behind.
+_OF_THE_CALL = ("config", "dry_run")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -26,8 +30,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def known_keys(config: Any) -> list[str]:
-    """All option names of a config object, as ``group.option``."""
-    return [key for key in flatten(dataclasses.asdict(config)) if key != "config"]
+    """All option names of a config object that a YAML file may hold, as ``group.option``."""
+    return [key for key in flatten(dataclasses.asdict(config)) if key not in _OF_THE_CALL]
 
 
 def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
@@ -60,7 +64,7 @@ def to_yaml(config: Any) -> str:
         return list(value) if isinstance(value, tuple) else value
 
     tree = plain(dataclasses.asdict(config))
-    tree.pop("config", None)
+    tree = {key: value for key, value in tree.items() if key not in _OF_THE_CALL}
     return yaml.safe_dump(tree, sort_keys=False)
 
 
@@ -69,7 +73,8 @@ def parse(
 ) -> T:
     """``default`` changed by command-line ``flags``; a mistake names ``where`` it was made.
 
-    ``kind`` is the type of ``default`` where that is a generic one.
+    ``kind`` is the type of ``default`` where that is a generic one. On the command line a bool may
+    stand alone: ``--flag`` is ``--flag True``.
 
     Raises:
         UserError: unknown option (the nearest is named) or a value that is not allowed.
@@ -77,6 +82,8 @@ def parse(
     """
     if {"-h", "--help"} & set(flags):
         _run_tyro(default, ["--help"], prog, about, kind)
+    if where == COMMAND_LINE:
+        flags = _switches(default, flags)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
@@ -84,10 +91,23 @@ def parse(
     except SystemExit:
         raise UserError(f"{where}: {_first_paragraph(box.getvalue())}") from None
     if unknown:
-        known = [f"--{key.replace('_', '-')}" for key in known_keys(default)]
+        known = [f"--{key.replace('_', '-')}" for key in flatten(dataclasses.asdict(default))]
         name = unknown[0].split("=")[0]
         raise UserError(f"{where}: unknown option {unknown[0]!r}{nearest(name, known)}")
     return config
+
+
+def _switches(default: Any, flags: Sequence[str]) -> list[str]:
+    """``flags`` with True after every bool option that no value follows."""
+    values = flatten(dataclasses.asdict(default))
+    bools = {key for key, value in values.items() if isinstance(value, bool)}
+    spelled: list[str] = []
+    for flag, after in zip_longest(flags, flags[1:], fillvalue="--"):
+        spelled.append(flag)
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in bools and after.startswith("--"):
+            spelled.append("True")
+    return spelled
 
 
 def _run_tyro(

@@ -142,6 +142,30 @@ def test_flags_of_every_kind():
     assert read("--optim.lr", "None").optim.lr is None
 
 
+def test_switches_may_stand_alone():
+    """On the command line, anywhere, in either spelling; with a value they are as ever."""
+    flags = ["--run.compile", "--optim.lr", "1e-3", "--method.normalize-target", "False"]
+    config = read(*flags, "--optim.peak_in_warmup", "--dry-run")
+    assert (config.run.compile, config.optim.peak_in_warmup, config.dry_run) == (True,) * 3
+    assert (config.optim.lr, config.method.normalize_target) == (1e-3, False)
+    assert read("--run.compile=False", default=config).run.compile is False
+
+
+def test_switches_in_a_file_need_their_value(tmp_path):
+    file = tmp_path / "own.yaml"
+    for value in ("[]", "null", "perhaps"):
+        file.write_text(f"run: {{compile: {value}}}")
+        with pytest.raises(UserError, match=r"own.yaml.*--run.compile"):
+            read(files=(file,))
+    file.write_text("dry_run: true")
+    with pytest.raises(UserError, match="unknown key 'dry_run'"):
+        read(files=(file,))
+
+
+def test_a_dry_run_leaves_no_trace_in_yaml():
+    assert to_yaml(read("--dry-run")) == to_yaml(DEFAULT)
+
+
 # Those of fine-tuning are read by its own door, and tested with it.
 PRETRAINING = [
     p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.stem.startswith("finetune_")
@@ -267,6 +291,8 @@ def test_mistakes_in_a_file_name_the_file_in_one_line(text, parts, tmp_path):
         (["--optim.lr"], ["--optim.lr"]),
         (["--optim.lr", "fast"], ["--optim.lr", "fast"]),
         (["--run.precision", "fp8"], ["--run.precision", "fp8"]),
+        (["--run.compile", "perhaps"], ["--run.compile", "perhaps"]),
+        (["--dry-rn"], ["'--dry-rn'", "nearest", "--dry-run"]),
         (["--optim.accumulate", "0"], ["--optim.accumulate is 0"]),
     ],
 )

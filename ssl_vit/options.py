@@ -29,9 +29,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _values(config: Any) -> dict[str, Any]:
+    """Every option of a config object, as ``group.option``, and its value."""
+    return flatten(dataclasses.asdict(config))
+
+
 def known_keys(config: Any) -> list[str]:
     """All option names of a config object that a YAML file may hold, as ``group.option``."""
-    return [key for key in flatten(dataclasses.asdict(config)) if key not in _OF_THE_CALL]
+    return [key for key in _values(config) if key not in _OF_THE_CALL]
 
 
 def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
@@ -91,7 +96,7 @@ def parse(
     except SystemExit:
         raise UserError(f"{where}: {_first_paragraph(box.getvalue())}") from None
     if unknown:
-        known = [f"--{key.replace('_', '-')}" for key in flatten(dataclasses.asdict(default))]
+        known = [f"--{key.replace('_', '-')}" for key in _values(default)]
         name = unknown[0].split("=")[0]
         raise UserError(f"{where}: unknown option {unknown[0]!r}{nearest(name, known)}")
     return config
@@ -99,8 +104,7 @@ def parse(
 
 def _switches(default: Any, flags: Sequence[str]) -> list[str]:
     """``flags`` with True after every bool option that no value follows."""
-    values = flatten(dataclasses.asdict(default))
-    bools = {key for key, value in values.items() if isinstance(value, bool)}
+    bools = {key for key, value in _values(default).items() if isinstance(value, bool)}
     spelled: list[str] = []
     for flag, after in zip_longest(flags, flags[1:], fillvalue="--"):
         spelled.append(flag)

@@ -65,6 +65,15 @@ class RunConfig:
     """Compile each transformer block with torch.compile (on CPUs this needs a C++ compiler)."""
     device: str = "auto"
     """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1 or mps."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work. ddp: each holds the whole network. fsdp: each holds its
+    part of weights and moments, gathered block by block (FSDP2): for networks too big for ddp."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: less memory, a third more work,
+    the same numbers."""
+    timeout: float = 60.0
+    """Minutes that a process waits for another before it gives up. One that hangs is named, with
+    its stack, before that."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint in the run folder. never: start anew (a run that
     is there is moved aside, not deleted). PATH: where the run folder has no checkpoint yet, start
@@ -73,6 +82,8 @@ class RunConfig:
     """Write a checkpoint this often, as 1ep or 500st; one is always written at the end."""
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
+    keep_every: str = ""
+    """Keep for good the checkpoints of every so many steps, as 100ep or 5000st. Empty: none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl and TensorBoard; each holds means over the interval."""
     probe_every: str = "10ep"
@@ -87,6 +98,11 @@ class RunConfig:
             flag = f"--run.{option.replace('_', '-')}"
             span = Length.parse(getattr(self, option), flag)
             check(span.amount > 0, f"{flag} is {getattr(self, option)!r}; it must be above 0")
+        if self.keep_every:
+            kept = Length.parse(self.keep_every, "--run.keep-every").amount
+            check(kept > 0, f"--run.keep-every is {self.keep_every!r}; it must be above 0")
+        minutes = self.timeout
+        check(0 < minutes < math.inf, f"--run.timeout is {minutes:g} minutes; it must be above 0")
         for option in ("keep", "log_every", "probe_images", "max_nonfinite"):
             value = getattr(self, option)
             flag = f"--run.{option.replace('_', '-')}"
@@ -217,12 +233,15 @@ class OptimConfig:
     """Largest gradient norm. 0: no clipping."""
     clip_by: Literal["global", "parameter"] = "global"
     """Clip the norm over all parameters together, or each parameter's own."""
+    spike: float = 0.0
+    """Skip a step whose loss is more than this many standard deviations above its running mean.
+    0: never; 6 catches what wrecks a run and little else."""
 
     def __post_init__(self) -> None:
         for option in ("batch_size", "accumulate"):
             value = getattr(self, option)
             check(value >= 1, f"--optim.{option.replace('_', '-')} is {value}; at least 1")
-        for option in ("base_lr", "min_lr", "weight_decay", "clip"):
+        for option in ("base_lr", "min_lr", "weight_decay", "clip", "spike"):
             value = getattr(self, option)
             flag = f"--optim.{option.replace('_', '-')}"
             check(value >= 0 and math.isfinite(value), f"{flag} is {value}; it must be 0 or more")

@@ -69,6 +69,9 @@ class PretrainConfig(Generic[M]):
     config: str = ""
     """A YAML file of options, or a recipe by its name in configs/. The command line wins. Without
     this and --data.train: the method's recipe for the digits inside scikit-learn."""
+    dry_run: bool = False
+    """Build everything, take two steps, and say what the run will need: memory, time, and what looks
+    wrong. Nothing is written."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)

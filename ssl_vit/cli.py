@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,36 +17,57 @@ from safetensors import SafetensorError
 
 from ssl_vit.config import RunFailed, UserError, nearest
 from ssl_vit.options import known_keys, parse, yaml_flags
-from ssl_vit.training.parallel import stop_parallel
+from ssl_vit.training.launched import Launched, launched
+from ssl_vit.training.parallel import lost_process, stop_parallel
 
 T = TypeVar("T")
+# A scheduler's signal ended a run, which is saved: the same command goes on (EX_TEMPFAIL).
+GO_ON = 75
 _HERE = Path(__file__).parent
 
 
 def run_door(main: Callable[[list[str]], int]) -> None:
     """Run a door and leave with its status: 2 for a user's mistake, 1 for a run that failed
-    (or files that cannot be written), 130 when interrupted.
+    (or files that cannot be written, or another process that is gone), 130 when interrupted.
 
     Each is one line on standard error, without a traceback.
     """
     # force: a library may have installed a handler of its own before.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("ssl_vit").setLevel(level)  # libraries speak only of what went wrong
+    own = Launched()
     try:
+        own = launched()
+        # Libraries speak only of what went wrong.
+        logging.getLogger("ssl_vit").setLevel(logging.ERROR if own.rank else logging.INFO)
         status = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except (RunFailed, OSError, SafetensorError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+    except (UserError, RunFailed, OSError, SafetensorError) as error:
+        status = 2 if isinstance(error, UserError) else 1
+        _say(own, "error" if status == 2 else "stopped", error)
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
         status = 1
+        _say(own, "stopped: another process is gone, or has not answered in time", error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    finally:
-        stop_parallel()
+    if own.world > 1 and status not in (0, GO_ON):
+        # To part in good order would be to wait for others, who may be waiting for this process.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    stop_parallel()
     sys.exit(status)
+
+
+def _say(own: Launched, kind: str, error: Exception) -> None:
+    """One line on what went wrong; what all processes say alike, one says."""
+    if own.rank and getattr(error, "everywhere", False):
+        return
+    text = str(error) if not lost_process(error) else str(error).strip().split("\n")[0]
+    who = f"process {own.rank} ({platform.node()}): " if own.rank else ""
+    print(f"{who}{kind}: {text}", file=sys.stderr)
 
 
 def recipes() -> dict[str, Path]:

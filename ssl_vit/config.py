@@ -9,11 +9,25 @@ from typing import Literal
 
 
 class UserError(ValueError):
-    """A user's mistake, in one line: what was given, what is allowed, where it came from."""
+    """A user's mistake, in one line: what was given, what is allowed, where it came from.
+
+    ``everywhere``: every process raises the same, so that one of them need speak.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class RunFailed(RuntimeError):  # noqa: N818
-    """A run cannot go on, through no mistake in its options; its last checkpoint is whole."""
+    """A run cannot go on, through no mistake in its options; its last checkpoint is whole.
+
+    ``everywhere``: as for :class:`UserError`.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def check(condition: bool, message: str) -> None:

@@ -3,6 +3,16 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its rows of a sharded one, in the same memory; else all.
+
+    Gradients do not flow through it.
+    """
+    held = tensor.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -48,3 +58,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every process's text, in rank order, on all of them. All must call it."""
+    if rank_and_world()[1] == 1:
+        return [text]
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = gather_rows(torch.tensor([len(own)])).tolist()
+    return [bytes(part.tolist()).decode() for part in gather_rows(own).split(sizes)]

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from ssl_vit.distributed import local
+
 
 @torch.no_grad()
 def ema_update(
@@ -11,10 +13,11 @@ def ema_update(
 ) -> None:
     """``average <- momentum * average + (1 - momentum) * source``, where ``moves``; else nothing.
 
-    Both have the same parameters in the same order. The host does not wait for ``moves``.
+    Both have the same parameters in the same order, sharded alike if they are. The host does not
+    wait for ``moves``.
     """
-    old: list[Tensor] = list(average.parameters())
-    new: list[Tensor] = list(source.parameters())
+    old = [local(p) for p in average.parameters()]
+    new = [local(p) for p in source.parameters()]
     if moves.device.type != "cpu":
         move_where(old, new, 1 - momentum, moves)
     elif moves:  # reading it waits for nothing here

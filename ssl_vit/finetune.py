@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from ssl_vit.evaluators.classifier import (
     Classifier,
     Start,
     classifier,
+    classifier_writer,
     open_start,
-    save_classifier,
     saved_step,
 )
 from ssl_vit.evaluators.features import FeatureSet, Machine, View, extract, ready
@@ -30,6 +31,7 @@ from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, judge
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.session import carry_out
+from ssl_vit.task import Task
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted, slug
 from ssl_vit.weights.exchange import EncoderInfo, sha256
@@ -134,30 +136,32 @@ class Finetuning(Session):
             "step": self.trainer.step,
         }
 
-    def export(self) -> None:
-        """Write the model file."""
+    def export(self, whole: Task) -> Callable[[], object]:
+        """Take the judged network as it is now; what is returned writes its file."""
+        assert isinstance(whole, FineTune)
         path, call, config = self.out / MODEL_FILE, self.made.call, self.made.encoder
         images, step = self.images, self.trainer.step
         info = None
         if config is not None:
             channels = self.config.data.channels
             info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
-        save_classifier(path, self.task.judged, call, self.about_model(), info)
+        return classifier_writer(path, whole.judged, call, self.about_model(), info)
 
     def exported_step(self) -> int | None:
         """The step of the model file."""
         return saved_step(self.out / MODEL_FILE)
 
-    def look(self, step: int, log: RunLog) -> None:
+    def look(self, whole: Task, step: int, log: RunLog) -> None:
         """Accuracy on held-out images."""
+        assert isinstance(whole, FineTune)
         run = self.config.run
-        guesses, found = self.guess(bounded(self.images.val, run.probe_images, run.seed))
+        guesses, found = self.guess(whole, bounded(self.images.val, run.probe_images, run.seed))
         tops = {f"val_top{n}": accuracy(guesses, found.labels, top=n) for n in (1, 5)}
         log.write(step, tops, "probe")
 
-    def guess(self, source: Source) -> tuple[Tensor, FeatureSet]:
+    def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
         """The judged network's best classes, (n, at most 5) best first, for the readable images."""
-        network = self.task.judged
+        network = task.judged
         ready(network, self.parallel.device)
 
         def embed(images: Tensor) -> dict[str, Tensor]:
@@ -205,7 +209,7 @@ class Finetuning(Session):
 
 def show_results(session: Finetuning) -> None:
     """The closing words: the score of the last weights, and where the files are."""
-    guesses, found = session.guess(session.images.val)
+    guesses, found = session.guess(session.task, session.images.val)
     weights = "average" if session.config.tune.ema else "last"
     prediction = Prediction("logits", f"{weights} weights", guesses, {})
     names, seed = session.images.train.classes, session.config.run.seed

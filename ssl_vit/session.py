@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,22 +12,23 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ssl_vit.cli import show_table
+from ssl_vit.cli import GO_ON, show_table
 from ssl_vit.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
 from ssl_vit.data.images import Images, open_images
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import View
 from ssl_vit.evaluators.watch import Watch, bounded
 from ssl_vit.methods.base import Method
+from ssl_vit.task import Task
 from ssl_vit.training.metrics import RunLog, duration
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.session import Session, counted, prepare_folder, train
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     EncoderInfo,
+    encoder_writer,
     read_info,
     resample_positions,
-    save_encoder,
 )
 from ssl_vit.weights.official import open_weights, weights_info
 
@@ -40,6 +42,9 @@ def carry_out(
 ) -> int:
     """Begin or resume, say what will run, train, and show what came of it; the exit status.
 
+    It is the same in every process: 0; stopped and saved, 130 by Ctrl-C and ``GO_ON`` by another
+    signal.
+
     Args:
         about: rows of the plan on what is trained.
         results: the closing words, said by the main process.
@@ -49,15 +54,15 @@ def carry_out(
     prepare_folder(session)
     if session.parallel.main:
         show_table(f"{session.name}: {session.out}", session.plan(about))
-    finished = session.trainer.step >= session.trainer.schedule.total or train(session)
-    if not session.parallel.main:
-        return 0
-    if not finished:
+    stopped = train(session) if session.trainer.step < session.trainer.schedule.total else 0
+    if stopped:
         again = f"{command} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
         log.info("stopped at step %d, saved; go on with: %s", session.trainer.step, again)
-        return 130
-    results(session)
-    log.info("done in %s", duration(time.perf_counter() - started))
+        return 130 if stopped == signal.SIGINT else GO_ON
+    session.task = session.trainer.whole()
+    if session.parallel.main:
+        results(session)
+        log.info("done in %s", duration(time.perf_counter() - started))
     return 0
 
 
@@ -70,8 +75,8 @@ class PretrainConfig(Generic[M]):
     """A YAML file of options, or a recipe by its name in configs/. The command line wins. Without
     this and --data.train: the method's recipe for the digits inside scikit-learn."""
     dry_run: bool = False
-    """Build everything, take two steps, and say what the run will need: memory, time, and what looks
-    wrong. Nothing is written."""
+    """Build everything, take two steps, and say what the run needs: memory, time, what looks wrong.
+    Nothing is written."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -107,20 +112,22 @@ class Pretraining(Session):
             step=self.trainer.step,
         )
 
-    def export(self) -> None:
-        """Write the encoder file."""
-        save_encoder(self.out / ENCODER_FILE, self.task.exported_encoder(), self.info())
+    def export(self, whole: Task) -> Callable[[], object]:
+        """Take the encoder as it is now; what is returned writes its file."""
+        assert isinstance(whole, Method)
+        return encoder_writer(self.out / ENCODER_FILE, whole.exported_encoder(), self.info())
 
     def exported_step(self) -> int | None:
         """The step of the encoder file."""
         file = self.out / ENCODER_FILE
         return read_info(file).step if file.is_file() else None
 
-    def look(self, step: int, log: RunLog) -> None:
+    def look(self, whole: Task, step: int, log: RunLog) -> None:
         """Health, k-NN and pictures."""
+        assert isinstance(whole, Method)
         watch = self.watch()
-        log.write(step, watch.look(self.task.exported_encoder()), "probe")
-        for name, picture in watch.paint(self.task.panels, self.out).items():
+        log.write(step, watch.look(whole.exported_encoder()), "probe")
+        for name, picture in watch.paint(whole.panels, self.out).items():
             log.picture(step, name, picture)
 
     def about(self) -> list[tuple[str, str]]:
@@ -134,7 +141,9 @@ class Pretraining(Session):
 
     def untrained_encoder(self) -> Encoder:
         """The encoder as it was before the first step."""
-        return initial_method(type(self.task), self.config).exported_encoder()
+        kind = type(self.trainer.blank)  # that of a sharded task is FSDP's
+        assert issubclass(kind, Method)
+        return initial_method(kind, self.config).exported_encoder()
 
     def watch(self) -> Watch:
         """How the encoder is looked at: bounded numbers of training and held-out images."""

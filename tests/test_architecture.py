@@ -17,6 +17,7 @@ FLOORS = (
         "schedules",
         "ema",
         "distributed",
+        "drop_path",
         "config",
         "options",
         "seeds",
@@ -29,7 +30,7 @@ FLOORS = (
     {"methods", "training"},
     {"evaluators"},
     # What several doors share, beside the doors themselves.
-    {"cli", "session", "evaluation", "probes", "compare", "finetune"},
+    {"cli", "session", "evaluation", "probes", "compare", "finetune", "preflight"},
 )
 DOORS = len(FLOORS) - 1
 FORBIDDEN = {("methods", "training"), ("training", "methods"), ("evaluators", "methods")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import multiprocessing
 import random
@@ -21,6 +22,7 @@ from ssl_vit.data.augment import DrawnCrop, ViewSpec, center_view, take_views
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.order import Order, permute
 from ssl_vit.data.sources import Source
+from ssl_vit.distributed import gather_texts
 from ssl_vit.seeds import fold
 from ssl_vit.task import Views
 
@@ -94,26 +96,38 @@ def stack(crops: list[Tensor]) -> Tensor:
 
 
 class BadImages:
-    """Counts unreadable images, names each once, and stops the run when they are too many."""
+    """Counts unreadable images, names each once, and stops the run when they are too many.
+
+    Over all processes: each notes its own, and all count them together.
+    """
 
     def __init__(self, source: Source, max_share: float) -> None:
         self.spec, self.n, self.max_share = source.spec, len(source), max_share
-        self.found: dict[int, str] = {}
+        self.found: set[int] = set()
+        self.noted: dict[int, str] = {}
 
-    def add(self, bad: dict[int, str]) -> None:
-        """Take in a batch's unreadable images.
+    def note(self, bad: dict[int, str]) -> None:
+        """Take in a batch's unreadable images; ``count`` counts those that are new."""
+        self.noted |= {index: why for index, why in bad.items() if index not in self.found}
+
+    def count(self) -> None:
+        """Count and name what any process has noted. All must call it.
 
         Raises:
             UserError: more than the allowed share of all images is unreadable.
         """
-        for index, reason in bad.items():
-            if index not in self.found:
-                self.found[index] = reason
-                log.warning("unreadable image %d skipped: %s", len(self.found), reason)
+        reason = ""
+        for text in gather_texts(json.dumps(self.noted)):
+            for index, reason in json.loads(text).items():
+                if int(index) not in self.found:
+                    self.found.add(int(index))
+                    log.warning("unreadable image %d skipped: %s", len(self.found), reason)
+        self.noted = {}
         if len(self.found) > self.max_share * self.n:
             raise UserError(
                 f"{len(self.found)} of {self.n} images of {self.spec} are unreadable, more than "
-                f"--data.max-bad {self.max_share:g} allows; the last: {reason}"
+                f"--data.max-bad {self.max_share:g} allows; the last: {reason}",
+                everywhere=True,
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, UserError, check
+from ssl_vit.drop_path import draw_for_whole_batch
 from ssl_vit.encoder import Encoder, set_norm_eps, timm_kwargs
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.weights.exchange import (
@@ -118,6 +120,7 @@ class TimmCall:
         except TypeError as error:
             hint = "--tune.drop-path 0, and no --tune.image-size, leave out what it may not take"
             raise UserError(f"timm's {self.arch}: {error}; {hint}") from None
+        draw_for_whole_batch(network)
         if self.norm_eps:
             set_norm_eps(network, self.norm_eps)
         return network
@@ -273,11 +276,24 @@ def save_classifier(
     that builds it), ``about`` (statistics of the images, class names, step) and, of a plain ViT,
     ``info``, by which its file opens as an encoder.
     """
+    classifier_writer(path, network, call, about, info)()
+
+
+def classifier_writer(
+    path: Path,
+    network: nn.Module,
+    call: TimmCall,
+    about: dict[str, Any],
+    info: EncoderInfo | None = None,
+) -> Callable[[], None]:
+    """Copy a network's weights as they are now; what is returned writes them, as
+    :func:`save_classifier` does, whenever it is called."""
+    tensors = contiguous_state(network)
     timm_call = {k: v for k, v in dataclasses.asdict(call).items() if k != "norm_eps" or v}
     content: dict[str, Any] = {"timm": timm_call, "about": about}
     if info is not None:
         content["info"] = dataclasses.asdict(info)
-    write_own(path, contiguous_state(network), content)
+    return lambda: write_own(path, tensors, content)
 
 
 def saved_step(path: Path) -> int | None:

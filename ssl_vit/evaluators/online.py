@@ -145,12 +145,13 @@ def seen(
         made, numbers = [], []
         for _ in range(order.accumulate):
             batch = next(batches)
-            bad.add(batch.bad)
+            bad.note(batch.bad)
             views = normalize(batch.views.to(device))
             with torch.no_grad(), autocast(device, machine.precision):
                 made.append(embed(views.crops[0]))
             numbers.append(views.labels)
         yield {p: torch.cat([m[p].float() for m in made]) for p in made[0]}, torch.cat(numbers)
+    bad.count()
 
 
 class Numbered(Source):

@@ -1,11 +1,17 @@
-"""Checkpoints: a folder each, complete or absent; tensors as safetensors, the rest JSON."""
+"""Checkpoints: a folder each, complete or absent; tensors as safetensors, the rest JSON.
+
+Every process writes its part of the state, behind the training's back. Only when all have it on the
+disk does the folder get its name.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +21,224 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_vit.config import RunFailed, UserError, check
-from ssl_vit.files import write_folder_atomically
-from ssl_vit.weights.exchange import contiguous_state, load_strictly, read_safetensors
+from ssl_vit.distributed import gather_texts
+from ssl_vit.files import sync, write_text_atomically
+from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.shards import Parts, load_moments, load_parts, moments, own_part
 
 log = logging.getLogger("ssl_vit")
-_STATE, _TASK, _OPTIMIZER = "state.json", "task.safetensors", "optimizer.safetensors"
+_STATE, _TASK, _OPTIMIZER = "state.json", "task", "optimizer"
+_NAME = "step-{:08d}"
 
 
-@dataclass(frozen=True)
+def complete(folder: Path) -> list[Path]:
+    """Whole checkpoints in a folder, the oldest first. What a killed save left has another name."""
+    return sorted(path for path in folder.glob("step-*") if _is_whole(path))
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed saves left behind, and name what is not whole for another reason."""
+    for partial in folder.glob(".step-*.partial"):
+        log.warning("%s is an incomplete checkpoint; removed", partial)
+        shutil.rmtree(partial)
+    for path in folder.glob("step-*"):
+        if not _is_whole(path):
+            log.warning("%s lacks some of its files; it is passed over", path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all files are there, in the length that they were written in."""
+    try:
+        sizes = json.loads((path / _STATE).read_text()).get("files", {})
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except OSError:
+        return False
+    except (ValueError, AttributeError, TypeError):
+        return True  # damaged otherwise: said when it is opened
+
+
+@dataclass
+class _Save:
+    """A checkpoint on its way to the disk; ``work`` is what this process still does for it."""
+
+    path: Path
+    partial: Path
+    state: dict[str, Any]
+    work: threading.Thread = field(default_factory=threading.Thread)
+    written: bool = False
+    error: str = ""
+
+
 class Checkpoints:
-    """The checkpoints of a run: ``folder/step-00001000``, the newest ``keep`` of them."""
+    """The checkpoints of a run: ``folder/step-00001000``.
 
-    folder: Path
-    keep: int
+    One at a time is written, by threads, while the training goes on; the next waits for it. All
+    processes call the same methods at the same step.
+
+    Args:
+        keep: how many of the newest stay.
+        keep_every: those of every so many steps stay for good; 0: none.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int, parallel: Parallel) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.parallel = parallel
+        self.save_: _Save | None = None
 
     def save(
-        self, step: int, task: nn.Module, optimizer: Optimizer, images: dict[str, Any]
-    ) -> Path:
-        """Write the state after ``step`` optimizer steps, then drop the oldest checkpoints.
+        self,
+        step: int,
+        task: nn.Module,
+        optimizer: Optimizer,
+        images: dict[str, Any],
+        export: Callable[[], object] | None = None,
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Copy the state after ``step`` optimizer steps, and begin to write it.
 
-        ``images`` tells the training set from a changed one; it is compared on resuming.
+        Args:
+            images: tell the training set from a changed one; compared on resuming.
+            export: writes what else belongs to this step, on the process that has one.
+            extra: the trainer's own scalars.
+
+        Raises:
+            RunFailed: the disk did not take the one before.
+        """
+        self.finish()
+        rank, world = self.parallel.rank, self.parallel.world
+        path = self.folder / _NAME.format(step)
+        state = {**moments(task, optimizer), **{f"::{k}": v for k, v in (extra or {}).items()}}
+        count = {"step": step, "images": images, "moments": len(state), "world": world}
+        buffers = {name for name, _ in task.named_buffers()}
+        files = {
+            _file(_TASK, rank, world): own_part(task.state_dict(), buffers, rank, world),
+            _file(_OPTIMIZER, rank, world): own_part(state, set(), rank, world),
+        }
+        there = _is_whole(path)  # of a run that stopped here before: the same
+
+        def write(partial: Path) -> None:
+            if not there:
+                partial.mkdir(parents=True, exist_ok=True)
+                for name, tensors in files.items():
+                    save_file(tensors, partial / name)
+                    sync(partial / name)
+            if export is not None:
+                export()
+
+        partial = path.with_name(f".{path.name}.partial")
+        self.save_ = _Save(path, partial, count, written=there)
+        self._begin(self.save_, lambda: write(partial))
+
+    def _begin(self, save: _Save, work: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except (OSError, SafetensorError) as error:
+                save.error = f"checkpoint {save.path} cannot be written: {error}"
+
+        save.work = threading.Thread(target=attempt, daemon=True)
+        save.work.start()
+
+    def state(self) -> tuple[bool, bool]:
+        """Whether this process failed to write its part, and whether it is still at it."""
+        save = self.save_
+        return (bool(save.error), save.work.is_alive()) if save else (False, False)
+
+    def go_on(self, failed: bool, busy: bool) -> None:
+        """Take the next step of a save, knowing what ``state`` says of any process.
 
         Raises:
             RunFailed: the disk does not take it; nothing of it is left, older ones stay.
         """
-        path = self.folder / f"step-{step:08d}"
-        if path in self.complete():
-            return path
+        save = self.save_
+        if save is None or (busy and not failed):
+            return
+        if failed:
+            self._give_up(save)
+        elif save.written:
+            self.save_ = None
+        else:
+            save.written = True
+            if self.parallel.main:
+                self._begin(save, lambda: self._name(save))
 
-        def write(folder: Path) -> None:
-            save_file(contiguous_state(task), folder / _TASK)
-            tensors = moments(task, optimizer)
-            save_file(tensors, folder / _OPTIMIZER)
-            state = {"step": step, "images": images, "moments": len(tensors)}
-            (folder / _STATE).write_text(json.dumps(state))
+    def finish(self) -> None:
+        """Wait until nothing is being written.
 
-        try:
-            write_folder_atomically(path, write)
-        except (OSError, SafetensorError) as error:
-            raise RunFailed(f"checkpoint {path} cannot be written: {error}") from error
-        for old in self.complete()[: -self.keep]:
-            # Renamed first: half a deleted folder must not pass for a checkpoint.
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
-        return path
+        Raises:
+            RunFailed: as ``go_on``.
+        """
+        while self.save_ is not None:
+            self.save_.work.join()
+            failed, busy = self.parallel.most(*self.state())
+            self.go_on(bool(failed), bool(busy))
 
-    def complete(self) -> list[Path]:
-        """Whole checkpoints, the oldest first. What a killed save left has another name."""
-        return sorted(p for p in self.folder.glob("step-*") if (p / _STATE).is_file())
+    def _give_up(self, save: _Save) -> None:
+        save.work.join()
+        errors = gather_texts(save.error)
+        if self.parallel.main:
+            shutil.rmtree(save.partial, ignore_errors=True)
+        self.save_ = None
+        raise RunFailed(self.parallel.first(errors), everywhere=True)
 
-    def clean(self) -> None:
-        """Remove what killed saves left behind, saying so."""
-        for partial in self.folder.glob(".step-*.partial"):
-            log.warning("%s is an incomplete checkpoint; removed", partial)
-            shutil.rmtree(partial)
+    def _name(self, save: _Save) -> None:
+        """Make a written checkpoint count, and drop the oldest; the main process' work."""
+        world = self.parallel.world
+        names = [_file(kind, r, world) for kind in (_TASK, _OPTIMIZER) for r in range(world)]
+        sizes = {}
+        for name in names:
+            file = save.partial / name
+            if not file.is_file():
+                raise OSError(f"{file} is not there; --run.out must be on a disk all nodes share")
+            sizes[name] = file.stat().st_size
+        write_text_atomically(save.partial / _STATE, json.dumps({**save.state, "files": sizes}))
+        if save.path.exists():  # it lacks files, and was passed over
+            shutil.rmtree(save.path)
+        save.partial.rename(save.path)
+        sync(self.folder)
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        for old in complete(self.folder)[: -self.keep]:
+            step = int(old.name.removeprefix("step-"))
+            if not self.keep_every or step % self.keep_every:
+                # Renamed first: half a deleted folder must not pass for a checkpoint.
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
 
 
-def load_checkpoint(path: Path, task: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def _file(kind: str, rank: int, world: int) -> str:
+    if world == 1:
+        return f"{kind}.safetensors"
+    return f"{kind}-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def load_checkpoint(
+    path: Path, task: nn.Module, optimizer: Optimizer, extra: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Load a checkpoint into a task and its optimizer; the rest of it, with its ``step``.
+
+    It may have been written by another number of processes, sharded or not. ``extra``: the
+    trainer's own scalars, which are set to what was saved, if it was.
 
     Raises:
         UserError: not a checkpoint, damaged, or of another architecture. Nothing is unpickled.
     """
     state = _read_state(path)
-    log.info("task: %s", load_strictly(task, read_safetensors(path / _TASK)[0], str(path / _TASK)))
-    _load_moments(task, optimizer, path / _OPTIMIZER, state.get("moments"))
+    world = state.get("world", 1)
+    task_parts, moment_parts = (
+        Parts([path / _file(kind, r, world) for r in range(world)]) for kind in (_TASK, _OPTIMIZER)
+    )
+    log.info("task: %s", load_parts(task, task_parts))
+    count = len(moment_parts.names)
+    check(
+        state.get("moments") in (None, count),
+        f"{moment_parts.where}: {count} tensors, and {state.get('moments')} were written",
+    )
+    for name, value in (extra or {}).items():
+        if f"::{name}" in moment_parts.names:
+            value.copy_(moment_parts.read(f"::{name}"))
+    moment_parts.names = [name for name in moment_parts.names if not name.startswith("::")]
+    load_moments(task, optimizer, moment_parts)
     return state
 
 
@@ -87,40 +247,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     check((path / _STATE).is_file(), f"{path} is {kind} (step-00001000, with {_STATE} in it)")
     try:
         state = json.loads((path / _STATE).read_text())
-        return state | {"step": int(state["step"])}
+        found = state | {"step": int(state["step"]), "world": int(state.get("world", 1))}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / _STATE} is damaged: {error}") from None
-
-
-def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, named ``parameter::tensor``."""
-    names: dict[Tensor, str] = {p: n for n, p in task.named_parameters()}
-    return {
-        f"{names[p]}::{key}": value.detach().to("cpu", copy=True).contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_moments(task: nn.Module, optimizer: Optimizer, path: Path, count: int | None) -> None:
-    tensors = read_safetensors(path)[0]
-    check(
-        count is None or len(tensors) == count,
-        f"{path}: {len(tensors)} tensors, and {count} were written",
-    )
-    parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
-    saved: dict[str, dict[str, Tensor]] = {}
-    for label, value in tensors.items():
-        owner, _, key = label.partition("::")
-        saved.setdefault(owner, {})[key] = value
-    # A parameter that was frozen so far has no moments; another set of names is another task's.
-    strange = sorted(saved.keys() - parameters.keys())
-    check(not strange, f"{path}: {len(strange)} parameters do not match ({', '.join(strange[:3])})")
-    for name, state in saved.items():
-        same = all(v.shape in (parameters[name].shape, ()) for v in state.values())
-        check(same, f"{path}: the moments of {name} are of another shape")
-    for name, state in saved.items():
-        parameter = parameters[name]
-        # Fused AdamW keeps its step counter beside the parameter, as it does its moments.
-        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+    check(found["world"] >= 1, f"{path / _STATE} is damaged: world is {found['world']}")
+    check(_is_whole(path), f"{path} lacks some of its files, or of their bytes")
+    return found

@@ -7,31 +7,34 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ssl_vit.config import OptimConfig, RunConfig, RunFailed
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
+from ssl_vit.drop_path import batch_share
 from ssl_vit.seeds import fold
 from ssl_vit.task import Task
+from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import (
     Schedule,
+    SpikeGuard,
     clip_gradients,
     guarded_step,
     make_optimizer,
     set_rates,
 )
+from ssl_vit.training.pace import Pace
 from ssl_vit.training.parallel import Parallel, autocast
+from ssl_vit.training.shards import blank_copy, put_together
 
-log = logging.getLogger("ssl_vit")
+speak = logging.getLogger("ssl_vit")
 
 
 @dataclass(frozen=True)
@@ -69,45 +72,53 @@ class Trainer:
         self.schedule, self.normalize = schedule, normalize
         self.parallel, self.precision = parallel, precision
         task.set_length(schedule.total, schedule.steps_per_epoch)
+        self.blank = blank_copy(task) if parallel.sharded else task
+        parallel.shard(task, precision)
         self.optimizer = make_optimizer(task, optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.model = parallel.wrap(task)
         self.step = 0
         self.streak = torch.zeros((), device=parallel.device)
+        self.guard = SpikeGuard(optim.spike, parallel.device)
         self.alarm = Alarm(after=schedule.warmup)
+        self.pace = Pace(parallel)
 
     def train(
-        self, batches: Iterator[Batch], bad: BadImages, log: RunLog, hooks: list[Hook]
-    ) -> bool:
-        """Train from ``self.step`` to the schedule's end; false when a signal stopped it before.
+        self,
+        batches: Iterator[Batch],
+        bad: BadImages,
+        log: RunLog,
+        hooks: list[Hook],
+        checkpoints: Checkpoints,
+    ) -> int:
+        """Train from ``self.step`` to the schedule's end: 0; or the signal that ended it before.
 
         Raises:
-            RunFailed: too many steps in a row had a non-finite loss or gradient.
+            RunFailed: too many steps in a row had a non-finite loss or gradient, or a checkpoint
+                cannot be written.
             UserError: too many images are unreadable.
         """
-        with StopSignal() as stop:
-            while self.step < self.schedule.total:
+        stopped = 0
+        with StopSignal() as stop, self.parallel.watchdog(self.run.timeout) as watch:
+            while self.step < self.schedule.total and not stopped:
                 self.task.train()
-                started = time.perf_counter()
-                parts = [self._next(batches, bad) for _ in range(self.optim.accumulate)]
-                waited = time.perf_counter() - started
+                watch.at(self.step, "waiting for images")
+                parts = self._next(batches, bad)
+                watch.at(self.step, "computing")
                 scalars = self.update(parts)
                 self.step += 1
-                means = log.add(self.step, scalars, self.schedule.lr(self.step - 1), waited)
+                means = log.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
                 if means:
-                    self._check_streak()
-                    self._check_health(means, log)
-                unfinished = self.step < self.schedule.total
-                stopping = self.parallel.any(stop.requested) and unfinished
-                self._call(hooks, log, stopping)
-                if stopping:
-                    return False
-        return True
+                    self._check(means, log, checkpoints)
+                watch.at(self.step, "agreeing with the others")
+                stopped = self._agree(stop, bad, checkpoints)
+                watch.at(self.step, "saving, or looking at what was learnt")
+                self._call(hooks, log, stopped)
+            checkpoints.finish()
+        return stopped
 
     def update(self, parts: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step from its accumulated parts; scalars that stay on the device."""
-        # Dropout and its like follow from the step, so no generator's state need be saved.
-        torch.manual_seed(fold(self.run.seed, self.step, self.parallel.rank))
         schedule = self.schedule
         set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -115,71 +126,89 @@ class Trainer:
         self.task.before_update(self.step)
         norm = clip_gradients(self.trained, self.optim)
         finite = torch.isfinite(scalars["loss"]) & torch.isfinite(norm)
-        finite = guarded_step(self.optimizer, finite)
-        self.task.after_update(self.step, finite)
-        skipped = (~finite).float()
+        calm = self.guard.passes(scalars["loss"])
+        took = guarded_step(self.optimizer, finite & calm)
+        self.task.after_update(self.step, took)
+        skipped, spike = (~took & calm).float(), (~calm).float()
         self.streak = (self.streak + skipped) * skipped
-        return {**scalars, "grad_norm": norm, "skipped": skipped}
+        counts = {"skipped": skipped} | ({"spikes": spike} if self.optim.spike else {})
+        return {**scalars, "grad_norm": norm, **counts}
+
+    def whole(self) -> Task:
+        """The task as one process alone holds it. All must call it; sharded, only the main process
+        is given the weights."""
+        if not self.parallel.sharded:
+            return self.task
+        return put_together(self.blank, self.task, self.parallel.main)
 
     def _forward_backward(self, parts: list[Batch]) -> dict[str, Tensor]:
         means: dict[str, Tensor] = {}
+        rank, world = self.parallel.rank, self.parallel.world
+        # All that is drawn follows from the step, so that no generator's state need be saved.
+        key = fold(self.run.seed, self.step)
+        torch.manual_seed(fold(key, rank))
         for i, batch in enumerate(parts):
             views = self.normalize(batch.views.to(self.parallel.device))
-            with self._sync(last=i == len(parts) - 1):
-                with autocast(self.parallel.device, self.precision):
+            share = batch_share(i * world + rank, len(parts) * world, len(views.keys), key)
+            with share, self.parallel.sync(self.model, last=i == len(parts) - 1):
+                with self.pace, autocast(self.parallel.device, self.precision):
                     scalars = self.model(views, self.step)
                 (scalars["loss"] / len(parts)).backward()
             for name, value in scalars.items():
                 means[name] = means.get(name, 0) + value.detach() / len(parts)
         return means
 
-    def _sync(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients cross between processes once a step, with the last part."""
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return nullcontext()
+    def _next(self, batches: Iterator[Batch], bad: BadImages) -> list[Batch]:
+        with self.pace.waiting():
+            parts = [next(batches) for _ in range(self.optim.accumulate)]
+        for batch in parts:
+            bad.note(batch.bad)
+        return parts
 
-    def _next(self, batches: Iterator[Batch], bad: BadImages) -> Batch:
-        batch = next(batches)
-        bad.add(batch.bad)
-        return batch
+    def _agree(self, stop: StopSignal, bad: BadImages, checkpoints: Checkpoints) -> int:
+        """What all processes must know of each other after a step; the signal to stop by."""
+        own = checkpoints.state()
+        signalled, news, failed, busy = self.parallel.most(stop.received, bool(bad.noted), *own)
+        if news:
+            bad.count()
+        checkpoints.go_on(bool(failed), bool(busy))
+        return int(signalled) if self.step < self.schedule.total else 0
 
-    def _call(self, hooks: list[Hook], log: RunLog, stopping: bool) -> None:
+    def _call(self, hooks: list[Hook], log: RunLog, stopped: int) -> None:
         started = time.perf_counter()
         for hook in hooks:
-            if hook.due(self.step, self.schedule.total, stopping):
+            if hook.due(self.step, self.schedule.total, bool(stopped)):
                 hook.call(self.step)
         log.pause(time.perf_counter() - started)
 
-    def _check_health(self, means: dict[str, float], log: RunLog) -> None:
+    def _check(self, means: dict[str, float], log: RunLog, checkpoints: Checkpoints) -> None:
+        """Whether the training is sound, by the means of its last steps."""
         if math.isfinite(means["loss"]):  # else no step of the interval says anything
             for line in self.alarm.news(self.step, self.task.concerns(means)):
                 log.warn(self.step, line)
-
-    def _check_streak(self) -> None:
+        for line in self.pace.news(self.step):
+            log.warn(self.step, line)
         streak = int(self.streak.item())
         if streak >= self.run.max_nonfinite:
+            checkpoints.finish()
             raise RunFailed(
                 f"the loss or gradient was not finite {streak} steps in a row, up to step "
-                f"{self.step}; each was skipped. Lower --optim.lr, or set --optim.clip 1"
+                f"{self.step}; each was skipped. Lower --optim.lr, or set --optim.clip 1",
+                everywhere=True,
             )
         if streak:
-            log.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)
+            speak.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)
 
 
 class StopSignal:
     """SIGINT, SIGTERM, and Slurm's SIGUSR2, become a request, met at the end of the step.
 
-    A second signal has its usual effect at once.
+    ``received`` is the last one's number, or 0. A second SIGINT has its usual effect at once; the
+    others come more than once from a scheduler, and the run is saving then.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     received = 0
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return bool(self.received)
 
     def __enter__(self) -> StopSignal:
         self.before = {s: signal.signal(s, self._note) for s in self.signals}
@@ -187,7 +216,8 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[signal.SIGINT])
 
     def _restore(self) -> None:
         for number, handler in self.before.items():

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median_low
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ssl_vit.distributed import all_reduce_mean
 from ssl_vit.files import write_text_atomically
+from ssl_vit.training.pace import Pace
 
 log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
@@ -53,7 +55,6 @@ class RunLog:
         self.sums: dict[str, Tensor] = {}
         self.finite: dict[str, Tensor] = {}
         self.count = 0
-        self.waited = 0.0
         self.since = self.spoke = time.perf_counter()
         self.progress: Progress | None = None
         if main:
@@ -72,12 +73,10 @@ class RunLog:
             self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
             self.progress.start()
 
-    def add(
-        self, step: int, scalars: dict[str, Tensor], lr: float, waited: float
-    ) -> dict[str, float]:
+    def add(self, step: int, scalars: dict[str, Tensor], lr: float, pace: Pace) -> dict[str, float]:
         """Take in the scalars of step ``step`` (counted from 1); their means, if a line was due.
 
-        Nothing is read from the device between lines.
+        Nothing is read from the device between lines. ``pace``: of all steps since the last line.
         """
         for name, value in scalars.items():
             value = value.detach().float()
@@ -86,21 +85,26 @@ class RunLog:
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
             self.finite[name] = self.finite.get(name, 0) + finite.float()
         self.count += 1
-        self.waited += waited
         due = step % self.every == 0 or step == self.total
-        return self._flush(step, lr) if due else {}
+        return self._flush(step, lr, pace) if due else {}
 
-    def _flush(self, step: int, lr: float) -> dict[str, float]:
+    def _flush(self, step: int, lr: float, pace: Pace) -> dict[str, float]:
         sums = all_reduce_mean(torch.stack(list(self.sums.values())))
         counts = all_reduce_mean(torch.stack(list(self.finite.values())))
         means = (sums / counts).tolist()
         seconds = time.perf_counter() - self.since
         rate = self.images_per_step * self.count / seconds
         row = dict(zip(self.sums, means, strict=True))
-        row |= {"lr": lr, "images_per_s": rate, "waiting": self.waited / seconds}
+        waited, own = pace.take(self.count)
+        row |= {"lr": lr, "images_per_s": rate, "waiting": waited / seconds}
+        if len(own) > 1:
+            row |= {"slowest_s": max(own), "median_s": median_low(own)}
         self.write(step, row, "train")
+        if self.main and len(own) > 1:
+            shown = [float(f"{seconds:.4g}") for seconds in own]
+            self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
         self._speak(step, row)
-        self.sums, self.finite, self.count, self.waited = {}, {}, 0, 0.0
+        self.sums, self.finite, self.count = {}, {}, 0
         self.since = time.perf_counter()
         return row
 

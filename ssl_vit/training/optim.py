@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from ssl_vit.config import Length, OptimConfig, RunConfig
+from ssl_vit.distributed import all_reduce_mean, local
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.task import Task
 
@@ -68,9 +70,17 @@ class Schedule:
 
 
 def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tensor:
-    """Clip gradients as configured; the global norm before clipping, on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    """Clip gradients as configured; the global norm before clipping, on the device.
+
+    Of sharded parameters each process has its rows; norms are of the whole.
+    """
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(g) for g in found]
     norms = torch.stack(torch._foreach_norm(gradients))
+    if isinstance(found[0], DTensor):
+        squares = norms.square()
+        dist.all_reduce(squares)
+        norms = squares.sqrt()
     total = norms.norm()
     if config.clip > 0:
         of = norms if config.clip_by == "parameter" else total.expand_as(norms)
@@ -79,14 +89,51 @@ def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tenso
     return total
 
 
-def guarded_step(optimizer: AdamW, finite: Tensor) -> Bool[Tensor, ""]:
-    """An optimizer step that changes nothing, moments included, where ``finite`` is false.
+class SpikeGuard:
+    """Finds steps whose loss stands out, by a running mean and variance of the losses before.
 
-    Returns whether it was finite on every process, and so was done.
+    Args:
+        deviations: how many standard deviations above the mean are a spike; 0: nothing is.
+    """
+
+    window = 100  # steps that the running mean looks back over; before as many nothing is a spike
+
+    def __init__(self, deviations: float, device: torch.device) -> None:
+        self.deviations = deviations
+        zeros = (torch.zeros((), device=device) for _ in range(3))
+        self.state = dict(zip(("loss_mean", "loss_variance", "losses"), zeros, strict=True))
+
+    def passes(self, loss: Tensor) -> Bool[Tensor, ""]:
+        """Whether a step of this loss (a process' own) may be taken; the same on every process.
+
+        The loss is then taken into the running numbers; a spike as the largest that is none, so
+        that a lasting change of level soon is the new level. All on the device.
+        """
+        if not self.deviations:
+            return torch.ones_like(loss, dtype=torch.bool)
+        loss = all_reduce_mean(loss.detach().float())
+        mean, variance, count = self.state.values()
+        limit = mean + self.deviations * variance.sqrt()
+        spike = (loss > limit) & (count >= self.window)
+        seen = torch.where(spike, limit, loss)
+        seen = torch.where(torch.isfinite(seen), seen, mean)
+        share = 1 / (count + 1).clamp(max=self.window)
+        step = seen - mean
+        # West (1979), with the weights of a moving average once the window is full.
+        variance.copy_((1 - share) * (variance + share * step.square()))
+        mean.add_(share * step)
+        count.add_(1)
+        return ~spike
+
+
+def guarded_step(optimizer: AdamW, takes: Tensor) -> Bool[Tensor, ""]:
+    """An optimizer step that changes nothing, moments included, where ``takes`` is false.
+
+    Returns whether it was true on every process, and so was done.
     The decision stays on the device: fused AdamW reads a ``found_inf`` flag, as it does for a
     gradient scaler, so that the host never waits for it.
     """
-    found = (~finite).float().reshape(())
+    found = (~takes).float().reshape(())
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if found.device.type == "mps":  # whose fused kernel does not look at the flag

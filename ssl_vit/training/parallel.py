@@ -5,52 +5,111 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_vit.config import UserError, check
 from ssl_vit.task import Task
+from ssl_vit.training.launched import launched
+from ssl_vit.training.watchdog import Watchdog
 
-# Rank 0 looks at the encoder while the others wait for it in the next step.
-_TIMEOUT = timedelta(minutes=60)
+# Of the process group's timeout: after so much of it, what hangs is named.
+_WATCHED_SHARE = 0.75
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among all: its rank, how many there are, and its device."""
+    """This process among all: its rank, how many there are, its device, and how they share work."""
 
     rank: int
     world: int
     device: torch.device
+    kind: Literal["ddp", "fsdp"] = "ddp"
 
     @property
     def main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only its part of the weights."""
+        return self.kind == "fsdp" and self.world > 1
+
+    def shard(self, task: Task, precision: torch.dtype) -> None:
+        """Leave in this process only its part of each weight, in place (FSDP2); before there is an
+        optimizer. Does nothing unless ``sharded``.
+
+        Each transformer block is gathered when it computes, in the precision it computes in, and
+        its gradients are summed in float32. The last of each sequence of blocks stays with all that
+        is in no block, gathered for the whole step: it is the first that the backward pass needs.
+        """
+        if not self.sharded:
+            return
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        half = torch.bfloat16 if precision == torch.bfloat16 else None
+        policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+        for sequence in task.modules():
+            blocks = [child for child in sequence.children() if isinstance(child, Block)]
+            for block in blocks[:-1]:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(task, mesh=mesh)
+
     def wrap(self, task: Task) -> nn.Module:
-        """The task with gradients averaged over processes; itself when there is one."""
-        if self.world == 1:
+        """The task with gradients averaged over processes; itself when it is alone or sharded."""
+        if self.world == 1 or self.sharded:
             return task
+        # Of the patch embedding's, one small tensor; said by every process.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(
             task, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
         )
 
+    def sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around a part of a step: gradients cross between processes with the last part alone."""
+        if isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def most(self, *values: float) -> tuple[float, ...]:
+        """The largest of each value over processes; all must call it."""
+        if self.world == 1:
+            return values
+        seen = torch.tensor(
+            values, dtype=torch.float64
+        )  # on the CPU, by gloo: no GPU is waited for
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return tuple(seen.tolist())
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any process; all must call it."""
-        if self.world == 1:
-            return flag
-        seen = torch.tensor(float(flag))  # on the CPU, by gloo: no GPU is waited for
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen.item())
+        return bool(self.most(flag)[0])
+
+    def first(self, texts: Sequence[str]) -> str:
+        """The first of ``gather_texts`` that is not empty, naming its process if not the main."""
+        rank = next(i for i, text in enumerate(texts) if text)
+        return f"process {rank}: {texts[rank]}" if rank else texts[rank]
+
+    def watchdog(self, minutes: float) -> Watchdog:
+        """Names a process that hangs, before the others give up waiting for it."""
+        return Watchdog(self.rank, self.world, 60 * minutes * _WATCHED_SHARE)
 
     def check_agreement(self, what: str, value: int) -> None:
         """Refuse to go on where processes differ in ``value``; all must call it.
@@ -58,28 +117,39 @@ class Parallel:
         Raises:
             UserError: they differ; ``what`` is named.
         """
-        if self.world > 1:
-            ends = torch.tensor([value, -value])
-            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-            high, low = int(ends[0]), -int(ends[1])
-            check(high == low, f"{what} differs between processes: {low} to {high}")
+        high, low = self.most(value, -value)
+        check(high == -low, f"{what} differs between processes: {-low:.0f} to {high:.0f}")
 
 
-def start_parallel(device: str) -> Parallel:
-    """Join the processes that ``torchrun`` started; alone without it.
+def start_parallel(
+    device: str, kind: Literal["ddp", "fsdp"] = "ddp", minutes: float = 60.0
+) -> Parallel:
+    """Join the processes that ``torchrun`` or Slurm started; alone without them.
+
+    Args:
+        minutes: how long a process waits for another.
 
     Raises:
         UserError: a device that this machine does not have.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not dist.is_initialized():
+    own = launched()
+    chosen = resolve_device(device, own.local_rank)
+    if own.world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     reuse_memory(chosen)
-    return Parallel(rank, world, chosen)
+    return Parallel(own.rank, own.world, chosen, kind)
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or has not answered in time."""
+    said = str(error)
+    signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Socket", "TCPStore")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+    )
 
 
 def stop_parallel() -> None:
@@ -96,7 +166,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         # Gloo carries no MPS tensors, so several processes on a Mac use its CPU.
-        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
+        mps = torch.backends.mps.is_available() and launched().world == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
@@ -151,7 +221,7 @@ def loader_workers(asked: int, device: torch.device) -> int:
         return asked
     # Slurm has bound each task to its own cores already.
     bound = "SLURM_CPUS_PER_TASK" in os.environ
-    local = 1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    local = 1 if bound else launched().local_world
     share = cores() // local // (2 if device.type == "cpu" else 1)
     return max(1, min(16, share))
 

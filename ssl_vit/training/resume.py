@@ -11,25 +11,31 @@ import yaml
 
 from ssl_vit.config import RunConfig, UserError, check
 from ssl_vit.options import flatten, to_yaml
-from ssl_vit.training.checkpoint import Checkpoints, load_checkpoint
+from ssl_vit.training.checkpoint import complete, load_checkpoint
 from ssl_vit.training.loop import Trainer
 
 log = logging.getLogger("ssl_vit")
 CONFIG_FILE = "config.yaml"
 
-# Options that may change when a run goes on, because no number of the training depends on them.
+# Options that may change when a run goes on: no number of the training depends on them, but by
+# rounding (and how fine-tuning mixes images, which is by the parts of a batch).
 _FREE = {
     "data.max_bad",
     "data.workers",
+    "optim.accumulate",
+    "run.activation_checkpointing",
     "run.device",
     "run.keep",
+    "run.keep_every",
     "run.log_every",
     "run.max_nonfinite",
     "run.out",
+    "run.parallel",
     "run.probe_every",
     "run.probe_images",
     "run.resume",
     "run.save_every",
+    "run.timeout",
 }
 
 
@@ -41,7 +47,7 @@ def starting_point(run: RunConfig, out: Path) -> Path | None:
     """
     if run.resume == "never":
         return None
-    own = Checkpoints(out / "checkpoints", run.keep).complete()
+    own = complete(out / "checkpoints")
     if own:
         return own[-1]
     if run.resume == "auto":
@@ -111,7 +117,7 @@ def load_into(trainer: Trainer, path: Path, images: dict[str, Any] | None) -> No
     Raises:
         UserError: the run's own images (count, statistics) have changed since; None: not compared.
     """
-    state = load_checkpoint(path, trainer.task, trainer.optimizer)
+    state = load_checkpoint(path, trainer.task, trainer.optimizer, trainer.guard.state)
     before = state.get("images")
     check(
         images is None or before == images,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,16 @@ from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
-from ssl_vit.encoder import choose_attention, compile_blocks, parameter_count
+from ssl_vit.encoder import (
+    checkpoint_activations,
+    choose_attention,
+    compile_blocks,
+    parameter_count,
+)
 from ssl_vit.files import write_text_atomically
 from ssl_vit.options import to_yaml
 from ssl_vit.task import Task
-from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import Schedule
@@ -53,8 +59,9 @@ class Session:
     def __init__(self, name: str, config: Any, task: Task, views: ViewSpec, images: Images) -> None:
         self.name, self.config, self.out = name, config, Path(config.run.out)
         self.task, self.views, self.images = task, views, images
-        self.parallel = start_parallel(config.run.device)
-        run, optim, n = config.run, config.optim, len(images.train)
+        run = config.run
+        self.parallel = start_parallel(run.device, run.parallel, run.timeout)
+        optim, n = config.optim, len(images.train)
         rank, world, device = self.parallel.rank, self.parallel.world, self.parallel.device
         check(
             optim.batch_size % (world * optim.accumulate) == 0,
@@ -70,20 +77,25 @@ class Session:
         precision = resolve_precision(run.precision, device)
         choose_attention(task, device)
         task.to(device)
+        if run.activation_checkpointing:
+            checkpoint_activations(task)
         if run.compile:
             compile_blocks(task)
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
         self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
 
-    def export(self) -> None:
-        """Write the file that the run is for, with the weights as they are now."""
+    def export(self, whole: Task) -> Callable[[], object]:
+        """Take the weights that the run is for, as they are now; what is returned writes the file.
+
+        ``whole``: the task with all its weights, also where ``self.task`` is sharded.
+        """
         raise NotImplementedError
 
     def exported_step(self) -> int | None:
         """The step of the file that is there; None where there is none."""
         raise NotImplementedError
 
-    def look(self, step: int, log: RunLog) -> None:
+    def look(self, whole: Task, step: int, log: RunLog) -> None:
         """Measure what is trained on held-out images, and log it. Nothing is chosen by it."""
         raise NotImplementedError
 
@@ -107,7 +119,8 @@ class Session:
             warmup += f" (half the run; --optim.warmup asks for {schedule.shortened})"
         held_out = f"{len(self.images.val):,} held out"
         held_out = held_out if self.images.held_out else "none held out"
-        split = f"{self.parallel.world} processes x {optim.accumulate} parts x {self.part_size}"
+        processes = f"{self.parallel.world} {'sharded ' * self.parallel.sharded}processes"
+        split = f"{processes} x {optim.accumulate} parts x {self.part_size}"
         epochs = f"{schedule.total / order.steps_per_epoch:g} epochs x {order.steps_per_epoch}"
         return [
             ("device", f"{name}, {torch.get_num_threads()} threads"),
@@ -154,56 +167,63 @@ def prepare_folder(session: Session) -> None:
     statistics = zlib.crc32(str(session.images.fingerprint()).encode())
     session.parallel.check_agreement("the step to start from", trainer.step)
     session.parallel.check_agreement("the training set (a hash of it)", statistics)
-    if not session.parallel.main:
-        return
-    if run.resume == "never" and out.exists() and any(out.iterdir()):
-        move_aside(out)
-    out.mkdir(parents=True, exist_ok=True)
-    Checkpoints(out / "checkpoints", run.keep).clean()
-    # Going on with this file must not start anew again.
-    resume = "auto" if run.resume == "never" else run.resume
-    text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
-    write_text_atomically(out / CONFIG_FILE, text)
-    if trainer.step and session.exported_step() != trainer.step:
-        # Killed between a checkpoint and the exported file, which then is of an earlier step.
-        session.export()
+    if session.parallel.main:
+        if run.resume == "never" and out.exists() and any(out.iterdir()):
+            move_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+        clean(out / "checkpoints")
+        # Going on with this file must not start anew again.
+        resume = "auto" if run.resume == "never" else run.resume
+        text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
+        write_text_atomically(out / CONFIG_FILE, text)
+    # Nobody may look into the folder before; killed between a checkpoint and the exported file,
+    # that is of another step.
+    late = session.parallel.main and bool(trainer.step) and session.exported_step() != trainer.step
+    if session.parallel.any(late):
+        write = session.export(trainer.whole())
+        if session.parallel.main:
+            write()
 
 
-def train(session: Session) -> bool:
-    """Run the loop with its hooks; false when a signal stopped it."""
+def train(session: Session) -> int:
+    """Run the loop with its hooks; 0, or the signal that stopped it."""
     run, trainer, out, task = session.config.run, session.trainer, session.out, session.task
     data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
     images = TrainImages(session.images.train, session.views, data.channels, run.seed)
-    device = session.parallel.device
+    main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
     batches = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
-    checkpoints = Checkpoints(out / "checkpoints", run.keep)
+    for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0
+    checkpoints = Checkpoints(out / "checkpoints", run.keep, for_good, session.parallel)
     with RunLog(
         out,
         start=trainer.step,
         total=trainer.schedule.total,
         every=run.log_every,
         images_per_step=order.batch_size,
-        main=session.parallel.main,
+        main=main,
         spoken=task.spoken,
     ) as runlog:
 
         def save(step: int) -> None:
-            if session.parallel.main:
-                checkpoints.save(step, task, trainer.optimizer, session.images.fingerprint())
-                session.export()
+            checkpoints.finish()  # before more is copied
+            whole = trainer.whole()
+            write = session.export(whole) if main else None
+            about, scalars = session.images.fingerprint(), trainer.guard.state
+            checkpoints.save(step, task, trainer.optimizer, about, write, scalars)
 
         def look(step: int) -> None:
-            if session.parallel.main:
-                task.eval()
-                session.look(step, runlog)
+            whole = trainer.whole()
+            if main:
+                whole.eval()
+                session.look(whole, step, runlog)
 
         hooks = [
             Hook(every(run.save_every, "--run.save-every", per_epoch), save, when_stopped=True),
             Hook(every(run.probe_every, "--run.probe-every", per_epoch), look),
         ]
         bad = BadImages(session.images.train, data.max_bad)
-        return trainer.train(batches, bad, runlog, hooks)
+        return trainer.train(batches, bad, runlog, hooks, checkpoints)
 
 
 def every(text: str, option: str, steps_per_epoch: int) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
     The metadata have one key, ``ssl_vit``: JSON with ``info`` (an :class:`EncoderInfo`) and
     ``timm``, the ``arch`` and ``kwargs`` of the timm call that builds the same model.
     """
+    encoder_writer(path, encoder, info)()
+
+
+def encoder_writer(path: Path, encoder: Encoder, info: EncoderInfo) -> Callable[[], None]:
+    """Copy an encoder's weights as they are now; what is returned writes them, as
+    :func:`save_encoder` does, whenever it is called."""
     tensors = contiguous_state(encoder.vit)
     recipe: dict[str, Any] = {
         "arch": info.config.arch,
@@ -51,7 +58,8 @@ def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
     }
     if info.config.norm_eps:  # no argument of timm's: ssl_vit.encoder.set_norm_eps
         recipe["norm_eps"] = info.config.norm_eps
-    write_own(path, tensors, {"timm": recipe, "info": dataclasses.asdict(info)})
+    content = {"timm": recipe, "info": dataclasses.asdict(info)}
+    return lambda: write_own(path, tensors, content)
 
 
 def write_own(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
@@ -190,18 +198,30 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> st
     Raises:
         UserError: names or shapes differ; the first few are given.
     """
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    own, given = module.state_dict(), {k: v.shape for k, v in state.items()}
+    said = check_names_and_shapes({k: v.shape for k, v in own.items()}, given, where)
+    module.load_state_dict(state, strict=True)
+    return said
+
+
+def check_names_and_shapes(
+    own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], where: str
+) -> str:
+    """Refuse tensors that are not all of a module's own, and only those: else "n of n tensors".
+
+    Raises:
+        UserError: names or shapes differ; the first few are given, with ``where``.
+    """
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = [
-        f"{k} is {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-        for k in sorted(own.keys() & state.keys())
-        if own[k].shape != state[k].shape
+        f"{k} is {tuple(given[k])} for {tuple(own[k])}"
+        for k in sorted(own.keys() & given.keys())
+        if own[k] != given[k]
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     problems = [f"{len(v)} {kind} ({', '.join(v[:3])})" for kind, v in parts if v]
     fitting = len(own) - len(missing) - len(shapes)
     check(not problems, f"{where}: {fitting} of {len(own)} tensors match: {'; '.join(problems)}")
-    module.load_state_dict(state, strict=True)
     return f"{len(own)} of {len(own)} tensors"
 
 

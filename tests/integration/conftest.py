@@ -30,8 +30,9 @@ optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
 # Kills the process without warning at a moment that a test chooses.
 KILLER = """
 import os, signal, sys
-from ssl_vit import cli, pretrain, session
+from ssl_vit import cli, pretrain
 from ssl_vit.training import checkpoint, loop
+from ssl_vit.weights import exchange
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -49,7 +50,10 @@ elif moment == "mid-checkpoint":
     # Two files a checkpoint: the fourth is the optimizer's, in the second checkpoint.
     checkpoint.save_file = at_call(4, checkpoint.save_file)
 elif moment == "before-encoder":
-    session.save_encoder = at_call(2, session.save_encoder)
+    exchange.write_own = at_call(2, exchange.write_own)
+elif moment == "before-its-name":
+    # All of the second checkpoint and its encoder file are on the disk.
+    checkpoint.Checkpoints._name = at_call(2, checkpoint.Checkpoints._name)
 cli.run_door(pretrain.main)
 """
 

@@ -185,13 +185,19 @@ def test_a_source_of_bad_images_is_one_clear_line(workers):
     assert "Traceback" not in text
 
 
+def count(counter: BadImages, bad: dict[int, str]) -> None:
+    """What a step does with a batch's unreadable images."""
+    counter.note(bad)
+    counter.count()
+
+
 def test_bad_images_are_counted_and_named_once(caplog):
     counter = BadImages(MadeUp(100), max_share=0.02)
     with caplog.at_level(logging.WARNING, logger="ssl_vit"):
-        counter.add({3: "image-3: is garbage"})
-        counter.add({})
-        counter.add({3: "image-3: is garbage", 5: "image-5: is garbage"})
-    assert list(counter.found) == [3, 5]
+        count(counter, {3: "image-3: is garbage"})
+        count(counter, {})
+        count(counter, {3: "image-3: is garbage", 5: "image-5: is garbage"})
+    assert counter.found == {3, 5}
     assert [r.getMessage().count("image-3") for r in caplog.records] == [1, 0]
     assert "image-5" in caplog.text
 
@@ -199,11 +205,11 @@ def test_bad_images_are_counted_and_named_once(caplog):
 def test_too_many_bad_images_stop_the_run():
     """More than the share: exactly the share is still let through."""
     counter = BadImages(MadeUp(100), max_share=0.02)
-    counter.add({1: "one", 2: "two"})
+    count(counter, {1: "one", 2: "two"})
     with pytest.raises(UserError, match=r"3 of 100 images of made up.*--data.max-bad 0.02.*three"):
-        counter.add({3: "three"})
+        count(counter, {3: "three"})
     with pytest.raises(UserError):
-        BadImages(MadeUp(100), max_share=0.0).add({1: "one"})
+        count(BadImages(MadeUp(100), max_share=0.0), {1: "one"})
 
 
 def test_an_error_does_not_wait_for_workers():

@@ -1,0 +1,89 @@
+"""How long each process takes for its own work, and which one keeps the others waiting."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+
+from ssl_vit.distributed import gather_rows, gather_texts
+from ssl_vit.training.health import Alarm
+from ssl_vit.training.parallel import Parallel
+
+# A process that takes so many times the median is named.
+_SLOW = 1.5
+
+
+class Pace:
+    """Times what a process does without the others: waiting for images, and the forward pass.
+
+    The backward pass ends together everywhere, so that whole steps tell nothing. (Sharded, the
+    forward pass waits too, and only the images tell.) A context manager around the forward pass; on
+    CUDA its time is the device's, read when it is asked for.
+    """
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel = parallel
+        self.waited = self.computed = 0.0
+        self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.all: list[float] = []
+        self.hosts: list[str] = []
+        self.alarm = Alarm(after=0)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for images."""
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
+    def __enter__(self) -> None:
+        if self.parallel.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            event[0].record()
+            self.marks.append(event)
+        self.started = time.perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self.marks and self.parallel.device.type == "cuda":
+            self.marks[-1][1].record()
+        else:
+            self.computed += time.perf_counter() - self.started
+
+    def take(self, steps: int) -> tuple[float, list[float]]:
+        """Seconds waited for images since the last call, here; and seconds a step in every process.
+
+        All must call it.
+        """
+        for first, last in self.marks:
+            last.synchronize()
+            self.computed += first.elapsed_time(last) / 1000
+        waited, own = self.waited, (self.waited + self.computed) / steps
+        self.waited, self.computed, self.marks = 0.0, 0.0, []
+        self.all = gather_rows(torch.tensor([own])).tolist()
+        return waited, self.all
+
+    def news(self, step: int) -> list[str]:
+        """Lines on processes that have been slower than the others for a while."""
+        if self.parallel.world == 1:
+            return []
+        self.hosts = self.hosts or gather_texts(platform.node())
+        usual = statistics.median_low(self.all)
+        slow = {
+            f"process {rank} ({self.hosts[rank]}) is slow": f"process {rank} ({self.hosts[rank]}) "
+            f"takes {seconds:.3g} s for its part of a step, without waiting for others; the median "
+            f"is {usual:.3g} s: all wait for it"
+            for rank, seconds in enumerate(self.all)
+            if seconds > _SLOW * usual
+        }
+        return self.alarm.news(step, slow)

@@ -1,0 +1,181 @@
+"""State in parts: what each process holds or writes of a task and its optimizer, by rows.
+
+Process r of w has the r-th of ``torch.chunk(tensor, w)``, as FSDP2 shards its parameters. Where
+every process holds all of a tensor it writes those rows alone: files are the same however the
+processes shared the work, and any number of processes can read them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ssl_vit.config import check
+from ssl_vit.distributed import local
+from ssl_vit.weights.exchange import check_names_and_shapes, read_safetensors
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def rows_of(n: int, rank: int, world: int) -> slice:
+    """Which of ``n`` rows are process ``rank``'s; none for the last ones if there are few."""
+    size = -(-n // world)
+    return slice(min(n, rank * size), min(n, (rank + 1) * size))
+
+
+def own_part(
+    state: Mapping[str, Tensor], whole: set[str], rank: int, world: int
+) -> dict[str, Tensor]:
+    """What process ``rank`` writes of a state, copied to the CPU.
+
+    The tensors named in ``whole``, and scalars, are the first process' to write.
+    """
+    part = {}
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            value = local(value)
+        elif name not in whole and value.ndim:
+            value = value.detach()[rows_of(len(value), rank, world)]
+        elif rank:
+            continue
+        part[name] = value.detach().to("cpu", copy=True).contiguous()
+    return part
+
+
+def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, named ``parameter::tensor``."""
+    names: dict[Tensor, str] = {p: n for n, p in task.named_parameters()}
+    return {
+        f"{names[p]}::{key}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+class Parts:
+    """Tensors that lie in several safetensors files, rows after rows.
+
+    Raises:
+        UserError: a file is not a safetensors file, or lacks rows of a tensor.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            read_safetensors(path, tensors=False)  # refuses anything else, saying what it is
+        self.where = str(paths[0])
+        self.files = [safe_open(path, "pt") for path in paths]
+        self.names = sorted({name for file in self.files for name in file.keys()})  # noqa: SIM118
+        self._rows: dict[str, list[tuple[int, int]]] = {}
+        for i, file in enumerate(self.files):
+            for name in file.keys():  # noqa: SIM118
+                shape = file.get_slice(name).get_shape()
+                self._rows.setdefault(name, []).append((i, shape[0] if shape else 1))
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor, its parts put together."""
+        parts = self._rows[name]
+        shape = self.files[parts[0][0]].get_slice(name).get_shape()
+        return torch.Size([sum(n for _, n in parts), *shape[1:]] if shape else [])
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows; nothing else is read."""
+        if not self.shape(name):
+            return self.files[self._rows[name][0][0]].get_tensor(name)
+        rows = rows or slice(0, self.shape(name)[0])
+        found, before = [], 0
+        for i, n in self._rows[name]:
+            start, stop = max(rows.start - before, 0), min(rows.stop - before, n)
+            if start < stop or not n:
+                found.append(self.files[i].get_slice(name)[start : max(start, stop)])
+            before += n
+        first = self.files[self._rows[name][0][0]]
+        return torch.cat(found) if found else first.get_slice(name)[:0]
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor, on the device of ``tensor`` and sharded as that is."""
+        if not isinstance(tensor, DTensor) or not self.shape(name):
+            return self.read(name).to(tensor.device)
+        mesh = tensor.device_mesh
+        rows = rows_of(len(tensor), mesh.get_local_rank(), mesh.size())
+        part = self.read(name, rows).to(tensor.device)
+        return DTensor.from_local(
+            part,
+            mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+
+@torch.no_grad()
+def load_parts(task: nn.Module, parts: Parts) -> str:
+    """Load all of the parts into all of a task, and say so: "n of n tensors".
+
+    Raises:
+        UserError: names or shapes differ; the first few are given.
+    """
+    own = task.state_dict()
+    shapes = {name: parts.shape(name) for name in parts.names}
+    said = check_names_and_shapes({k: v.shape for k, v in own.items()}, shapes, parts.where)
+    for name, value in own.items():
+        local(value).copy_(local(parts.like(name, value)))
+    return said
+
+
+def load_moments(task: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
+    """Load an optimizer's tensors, as :func:`moments` names them.
+
+    Raises:
+        UserError: they are of other parameters, or of other shapes.
+    """
+    parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
+    labels = [label.partition("::") for label in parts.names]
+    # A parameter that was frozen so far has no moments; another set of names is another task's.
+    strange = sorted({owner for owner, _, _ in labels} - parameters.keys())
+    problem = f"{len(strange)} parameters do not match ({', '.join(strange[:3])})"
+    check(not strange, f"{parts.where}: {problem}")
+    for owner, _, key in labels:
+        same = parts.shape(f"{owner}::{key}") in (parameters[owner].shape, torch.Size())
+        check(same, f"{parts.where}: the moments of {owner} are of another shape")
+    for owner, _, key in labels:
+        # Fused AdamW keeps its step counter beside the parameter, as it does its moments.
+        value = parts.like(f"{owner}::{key}", parameters[owner])
+        optimizer.state[parameters[owner]][key] = value
+
+
+def blank_copy(module: T) -> T:
+    """A copy whose parameters are without memory (on the meta device); buffers are copied."""
+    without = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
+    }
+    return copy.deepcopy(module, without)
+
+
+def put_together(blank: T, sharded: nn.Module, main: bool) -> T:
+    """A copy of ``blank``, made from the same module before that was sharded, with its state now.
+
+    On the main process, on the same device; elsewhere ``blank`` itself. All must call it.
+    """
+    state = {}
+    for name, value in sharded.state_dict().items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if main:
+            state[name] = full.detach().clone()
+    if not main:
+        return blank
+    filled = {
+        id(p): nn.Parameter(state[name], p.requires_grad) for name, p in blank.named_parameters()
+    }
+    whole = copy.deepcopy(blank, filled)
+    whole.load_state_dict(state, strict=True)
+    return whole

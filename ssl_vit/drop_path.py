@@ -86,7 +86,11 @@ class DropPath(layers.DropPath):
 
 
 def draw_for_whole_batch(network: nn.Module) -> None:
-    """Replace timm's stochastic depth by :class:`DropPath` everywhere in a network."""
+    """Replace timm's stochastic depth by :class:`DropPath` everywhere in a network.
+
+    In the few networks of timm whose rows are windows of an image, decisions are as random, but
+    depend on how a batch is split.
+    """
     for parent in network.modules():
         for name, child in parent.named_children():
             if type(child) is layers.DropPath:

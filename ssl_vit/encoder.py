@@ -316,7 +316,7 @@ def checkpoint_activations(module: nn.Module) -> None:
         UserError: the module has no such block.
     """
     blocks = [part for part in module.modules() if type(part) is Block]
-    check(bool(blocks), "activation checkpointing is for blocks of plain ViTs; there is none")
+    check(bool(blocks), "--run.activation-checkpointing is for plain ViTs; here is none")
     for block in blocks:
         block.__class__ = RecomputedBlock  # its state, and whatever refers to it, stay
 

@@ -18,7 +18,7 @@ from ssl_vit.data.decode import decode
 from ssl_vit.data.images import is_deep
 from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import open_source
-from ssl_vit.encoder import Encoder, parameter_count
+from ssl_vit.encoder import Encoder, parameter_count, without_memory
 from ssl_vit.evaluators.measured import describe, machine_card, summary
 from ssl_vit.evaluators.own_process import OwnProcess
 from ssl_vit.evaluators.peers import OriginalChain
@@ -129,7 +129,7 @@ def read_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
 
 def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
     """The crops of a method for its encoder, of which only the sizes are made."""
-    with torch.device("meta"):
+    with without_memory():
         encoder = Encoder(config.encoder, config.data.channels)
     return kind.views(config.method, encoder)
 

@@ -225,7 +225,7 @@ class OptimConfig:
     """Images of one optimizer step, over all processes and accumulated parts (effective batch)."""
     accumulate: int = 1
     """Parts in which each process computes its share of the batch: less memory, the same step (but
-    for stochastic depth, and mixup and erasing in fine-tuning: each part draws its own)."""
+    for mixup and erasing in fine-tuning: each part draws its own)."""
     base_lr: float = 1.5e-4
     """Learning rate for 256 images; the peak is base_lr * batch_size / 256."""
     lr: float | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.config import EncoderConfig, check, nearest
@@ -238,7 +241,7 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
         f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
         f"{nearest(config.arch, known)}",
     )
-    with torch.device("meta"):
+    with without_memory():
         pooling = {k: kwargs[k] for k in ("global_pool", "fc_norm") if k in kwargs}
         vit: Any = timm.create_model(config.arch, num_classes=0, depth=1, **pooling)
     plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
@@ -262,9 +265,32 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
     check(width % heads == 0, f"--encoder.heads is {heads}; it must divide the width, {width}")
 
 
+class _RealNumbers(TorchFunctionMode):
+    """Keeps ``linspace`` on the CPU, from which older timm reads the rates of stochastic depth."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Inside, modules are built with shapes only, on the meta device; it takes no time."""
+    with torch.device("meta"), _RealNumbers():
+        yield
+
+
 def image_size(config: EncoderConfig) -> tuple[int, int]:
     """Height and width in pixels of the images an architecture is made for."""
-    with torch.device("meta"):
+    with without_memory():
         return Encoder(dataclasses.replace(config, positions="learned")).image_size
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import UserError, check, nearest
-from ssl_vit.encoder import Encoder
+from ssl_vit.encoder import Encoder, without_memory
 from ssl_vit.evaluators.features import FEATURES, Embed, View, pixels, pooled
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
 from ssl_vit.weights.from_timm import tensors_only
@@ -137,7 +137,7 @@ def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> t
     """The images' height and width: as asked, or as the encoder was made for."""
     check(len(size) <= 2 and all(s > 0 for s in size), f"--size is {size}; one number or two")
     if module is None:
-        with torch.device("meta"):
+        with without_memory():
             module = Encoder(replace(info.config, positions="learned"), info.channels)
     if not size:
         return module.image_size

@@ -141,8 +141,8 @@ class FineTune(Task):
 
     Augmentation on the device is timm's: erasing, then mixup or cutmix (one of the two for a batch,
     each with probability one half). Their draws follow from the key of the images that are here
-    together, a process' part of a batch, so mixing depends on how a batch is split, as stochastic
-    depth does; only the noise that fills what is erased is torch's, which follows from the step.
+    together, a process' part of a batch, so mixing depends on how a batch is split; only the noise
+    that fills what is erased is torch's, which follows from the step and the process.
     """
 
     def __init__(self, network: nn.Module, config: TuneConfig, classes: int) -> None:

@@ -15,7 +15,7 @@ from ssl_vit.config import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import eval_batches
 from ssl_vit.data.masks import PairBatch, PairImages, Pairs, nearest_mask
-from ssl_vit.encoder import Encoder
+from ssl_vit.encoder import Encoder, without_memory
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine, View
 from ssl_vit.training.parallel import autocast, loader_workers
@@ -94,7 +94,7 @@ def look_through(backbone: Backbone, blocks: int, machine: Machine) -> Look:
         patch = module.patch_size
         name = "patches" if blocks == 1 else f"patches{blocks}"
     elif module is None and backbone.info is not None:
-        with torch.device("meta"):
+        with without_memory():
             config = replace(backbone.info.config, positions="learned")
             patch = Encoder(config, view.channels).patch_size
         name = "pixels"

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, UserError, check
-from ssl_vit.encoder import Encoder, timm_kwargs
+from ssl_vit.encoder import Encoder, timm_kwargs, without_memory
 from ssl_vit.files import write_atomically
 
 ENCODER_FILE = "encoder.safetensors"
@@ -157,7 +157,7 @@ def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encod
         UserError: names or shapes differ, as :func:`load_strictly` says.
     """
     # Without memory first: drawing random weights takes longer than reading the ones of a file.
-    with torch.device("meta"):
+    with without_memory():
         encoder = Encoder(info.config, info.channels)
     encoder.to_empty(device="cpu")
     load_strictly(encoder.vit, state, where)

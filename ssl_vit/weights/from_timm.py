@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.hub import get_dir
 
 from ssl_vit.config import UserError, check, nearest
+from ssl_vit.encoder import without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
@@ -45,7 +45,7 @@ def statistics(name: str) -> Statistics | None:
 
 def shapes(name: str) -> dict[str, Tensor]:
     """The state dict of such a model without its values."""
-    with torch.device("meta"):
+    with without_memory():
         return dict(timm.create_model(name).state_dict())
 
 

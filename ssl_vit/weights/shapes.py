@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import EncoderConfig, UserError, check
-from ssl_vit.encoder import Encoder, sincos_positions
+from ssl_vit.encoder import Encoder, sincos_positions, without_memory
 
 State = dict[str, Tensor]
 # By width: timm's plain ViTs, those of DINOv2, and the heads of either (not in any shape).
@@ -59,7 +59,7 @@ def config_of(state: State, where: str, told: Told) -> tuple[EncoderConfig, int]
     embeds = _embeds(position[1], prefix, patch, told)
     arch = told.arch or _arch(state, width, embeds, where)
     pooled = "fc_norm.weight" in state
-    with torch.device("meta"):
+    with without_memory():
         model = Encoder(EncoderConfig(arch, norm="pooled" if pooled else "tokens"))
     first: Any = model.vit.blocks[0]
     size = _image_size(position[1], prefix, patch, told, model, where)

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from ssl_vit.config import EncoderConfig
-from ssl_vit.encoder import Encoder
+from ssl_vit.encoder import Encoder, without_memory
 from ssl_vit.weights.exchange import EncoderInfo
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.shapes import Told, config_of
@@ -164,7 +164,7 @@ STANDARD = [
 @pytest.mark.parametrize("arch", STANDARD)
 def test_standard_architectures_are_known_by_their_shapes(arch):
     """Whole, without memory: nothing of timm's architecture is changed."""
-    with torch.device("meta"):
+    with without_memory():
         state = timm.create_model(arch, num_classes=0).state_dict()
     assert config_of(state, "a file", Told()) == (EncoderConfig(arch), 3)
 
@@ -178,7 +178,7 @@ def test_standard_architectures_are_known_by_their_shapes(arch):
     ],
 )
 def test_other_sizes_are_changes_of_a_standard_architecture(arch, expected):
-    with torch.device("meta"):
+    with without_memory():
         state = timm.create_model(arch, num_classes=0).state_dict()
     assert config_of(state, "a file", Told())[0] == EncoderConfig(**expected)
 

@@ -180,9 +180,9 @@ def prepare_folder(session: Session) -> None:
     # that is of another step.
     late = session.parallel.main and bool(trainer.step) and session.exported_step() != trainer.step
     if session.parallel.any(late):
-        write = session.export(trainer.whole())
+        whole = trainer.whole()
         if session.parallel.main:
-            write()
+            session.export(whole)()
 
 
 def train(session: Session) -> int:

@@ -1,115 +1,159 @@
 """One launcher for every door: ``python -m launch.slurm [options] -- pretrain mae ...``.
 
-By submitit: the job runs ``python -m ssl_vit.DOOR ARGUMENTS`` in each of its tasks, with the
-environment that torch.distributed reads.
+By submitit: the job runs ``python -m ssl_vit.DOOR ARGUMENTS`` in each of its tasks, which find each
+other by Slurm's own environment.
 """
 
 from __future__ import annotations
 
-import logging
+import os
 import shlex
-import subprocess
+import shutil
 import sys
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import FailedJobError
 
+from launch.here import run_here
+from launch.job import Job
+from launch.options import LaunchConfig, slurm_options, together
+from launch.sweep import swept
 from ssl_vit.cli import run_door
 from ssl_vit.config import UserError, check
 from ssl_vit.options import parse
 
-log = logging.getLogger("ssl_vit")
 _PROG = "python -m launch.slurm"
-_DOORS = ("pretrain", "evaluate")
+DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark")
+# Signals that come before a task is ready for them are lost, rather than end it: when Slurm wants
+# the machines back it queues the job again itself. What the task starts has their usual effects.
+_PYTHON = shlex.join(["bash", "-c", 'trap "" TERM USR2; exec "$@"', "bash", sys.executable])
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Where and how a job runs. After ``--`` comes the door and its arguments."""
+class Executor(submitit.SlurmExecutor):
+    """submitit's, also where there is no Slurm, to see the batch file."""
 
-    nodes: int = 1
-    """Machines."""
-    tasks_per_node: int = 1
-    """Processes on each machine, one for each GPU."""
-    gpus_per_node: int = 0
-    """GPUs on each machine."""
-    cpus_per_task: int = 4
-    """Cores of each process; its loader workers share them."""
-    partition: str = ""
-    """Slurm partition. Empty: the cluster's default."""
-    minutes: int = 60
-    """Time limit in minutes."""
-    folder: str = "slurm"
-    """Folder of logs and job files."""
-    local: bool = False
-    """Run the same job here, without Slurm, and wait for it."""
+    @classmethod
+    def affinity(cls) -> int:
+        """How far submitit would prefer it to others; there are none."""
+        return 1
 
-    def __post_init__(self) -> None:
-        for option in ("nodes", "tasks_per_node", "cpus_per_task", "minutes"):
-            value = getattr(self, option)
-            check(value >= 1, f"--{option.replace('_', '-')} is {value}; at least 1")
-        check(self.gpus_per_node >= 0, f"--gpus-per-node is {self.gpus_per_node}; 0 or more")
-        check(not self.local or self.nodes == 1, f"--nodes is {self.nodes}; --local runs on 1")
+    def batch_file(self, runs: int) -> str:
+        """What would be given to sbatch, for ``runs`` runs of a sweep."""
+        self.parameters |= {"map_count": runs} if runs > 1 else {}
+        return str(self._make_submission_file_text(self._submitit_command_str, ""))
 
 
-class Job:
-    """What each task of a job does; submitit carries it there."""
-
-    def __init__(self, door: str, arguments: list[str]) -> None:
-        self.command = [sys.executable, "-m", f"ssl_vit.{door}", *arguments]
-
-    def __call__(self) -> int:
-        """Run the door as its own process, with the process group's addresses set."""
-        # submitit sees one GPU a task as device 0 only if told; our processes choose by LOCAL_RANK.
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        status = subprocess.run(self.command).returncode
-        if status:
-            raise SystemExit(status)
-        return status
-
-
-def submit(config: LaunchConfig, door: str, arguments: list[str]) -> submitit.Job:
-    """Hand the job to Slurm, or start it here."""
-    folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    executor = submitit.AutoExecutor(
-        folder=str(folder / "%j"), cluster="local" if config.local else "slurm"
-    )
-    executor.update_parameters(
-        name=f"ssl_vit-{door}",
+def executor(config: LaunchConfig, door: str, folder: Path, runs: int) -> Executor:
+    """submitit's executor with all that the job asks Slurm for."""
+    made = Executor(folder, python=_PYTHON)
+    made.update_parameters(
+        job_name=f"ssl_vit-{door}",
         nodes=config.nodes,
-        tasks_per_node=config.tasks_per_node,
-        gpus_per_node=config.gpus_per_node,
+        ntasks_per_node=config.tasks,
+        gpus_per_node=config.gpus_per_node or None,
         cpus_per_task=config.cpus_per_task,
-        timeout_min=config.minutes,
-        # Without it Slurm lets the other tasks wait for one that died.
-        slurm_srun_args=["--kill-on-bad-exit=1"],
-        **({"slurm_partition": config.partition} if config.partition else {}),
+        partition=config.partition or None,
+        time=config.time,
+        wckey=None,  # submitit's own would be refused where such keys are checked
+        setup=list(config.setup) or None,
+        array_parallelism=config.at_once or runs,
+        srun_args=[
+            # Without it the other tasks wait for one that died.
+            "--kill-on-bad-exit=1",
+            # A job that was queued again goes on in the same logs.
+            "--open-mode=append",
+            # srun does not take it from the batch file.
+            f"--cpus-per-task={config.cpus_per_task}",
+        ],
+        additional_parameters={
+            "signal": f"USR2@{config.grace}",
+            "requeue": True,
+            **slurm_options(config.slurm),
+        },
     )
-    return executor.submit(Job(door, arguments))
+    return made
+
+
+def submit(config: LaunchConfig, door: str, commands: list[list[str]]) -> None:
+    """Hand the job to Slurm, and say where it is.
+
+    Raises:
+        UserError: there is no Slurm here, or it refuses the job.
+    """
+    there = shutil.which("sbatch") and shutil.which("srun")
+    check(bool(there), "there is no sbatch here: --local runs the job without Slurm")
+    folder = private_folder(Path(config.folder).expanduser().absolute(), door)
+    try:
+        made = executor(config, door, folder, len(commands))
+        jobs = made.submit_array([Job(command, folder) for command in commands])
+    except FailedJobError as error:
+        shutil.rmtree(folder)
+        said = str(error).strip().splitlines()
+        raise UserError(f"Slurm refuses the job: {said[-1] if said else 'no reason'}") from None
+    for job, command in zip(jobs, commands, strict=True):
+        paths = job.paths
+        print(f"job {job.job_id}: {shown(command)}")
+        print(f"output: {paths.stdout}\nerrors: {paths.stderr}")
+        print(f"follow: tail -F {shlex.quote(str(paths.stdout))} {shlex.quote(str(paths.stderr))}")
+    print(f"cancel: scancel {jobs[0].job_id.partition('_')[0]}")
+
+
+def private_folder(parent: Path, door: str) -> Path:
+    """A new folder that only its owner may enter; so are the parents that it needs."""
+    before = os.umask(0o077)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{door}-", dir=parent))
+    finally:
+        os.umask(before)
+
+
+def shown(command: list[str]) -> str:
+    """A command as a user would write it."""
+    return shlex.join(["python", *command[1:]])
+
+
+def show_only(config: LaunchConfig, door: str, commands: list[list[str]]) -> None:
+    """Print what would be submitted, and what each of its tasks runs."""
+    if not config.local:
+        folder = Path(config.folder).expanduser().absolute() / f"{door}-NAME"
+        print(executor(config, door, folder, len(commands)).batch_file(len(commands)))
+    tasks = config.nodes * config.tasks
+    for i, command in enumerate(commands):
+        run = f"run {i}, " if len(commands) > 1 else ""
+        print(f"# {run}each of {tasks} tasks: {shown(command)}")
 
 
 def main(argv: list[str]) -> int:
     """The launcher; returns the exit status."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    config = parse(LaunchConfig(), argv[:cut], "command line", _PROG, "Run a door as a job.")
-    command = argv[cut + 1 :]
-    if not command or command[0] not in _DOORS:
-        raise UserError(f"after -- comes a door ({', '.join(_DOORS)}) and its arguments")
-    job = submit(config, command[0], command[1:])
-    paths = job.paths
-    print(f"job {job.job_id}: python -m ssl_vit.{shlex.join(command)}")
-    print(f"output: {paths.stdout}\nerrors: {paths.stderr}")
-    if not config.local:
-        print(f"follow: tail -f {paths.stdout}")
-        return 0
-    try:
-        job.results()
-    except Exception as error:  # submitit wraps whatever the job died of
-        print(paths.stderr.read_text() if paths.stderr.is_file() else error, file=sys.stderr)
-        return 1
-    print(paths.stdout.read_text(), end="")
+    about = "Run a door as a job: options -- pretrain mae --config ..."
+    config = parse(LaunchConfig(), together(argv[:cut]), "command line", _PROG, about)
+    door, *arguments = argv[cut + 1 :] or [""]
+    if door not in DOORS:
+        raise UserError(f"after -- comes a door ({', '.join(DOORS)}) and its arguments")
+    check(not config.at_once or bool(config.sweep), "--at-once is for a --sweep")
+    given = [sys.executable, "-m", f"ssl_vit.{door}", *arguments]
+    commands = swept(given, config.sweep) if config.sweep else [given]
+    if config.dry_run:
+        show_only(config, door, commands)
+    elif config.local:
+        return run_all(commands, config.tasks)
+    else:
+        submit(config, door, commands)
+    return 0
+
+
+def run_all(commands: list[list[str]], tasks: int) -> int:
+    """Run the commands here, one after the other, up to the first that does not finish."""
+    for command in commands:
+        if len(commands) > 1:
+            print(shown(command), flush=True)
+        status = run_here(command, tasks)
+        if status:
+            return status
     return 0
 
 

@@ -1,28 +1,295 @@
-"""The launcher, with the job run here by submitit, as Slurm would run it there."""
+"""The launcher without Slurm: what it refuses, what it would submit, and jobs on this machine."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.options import LaunchConfig, seconds
+from launch.slurm import DOORS, main, private_folder
+from launch.sweep import combinations, swept
+from ssl_vit.config import UserError
+from tests.conftest import ROOT
+from tests.integration.conftest import TINY
+
+# Each task writes its number and its world, and does as the line for it says.
+TASK = r"""
+import os, signal, sys, time
+rank = int(os.environ.get("RANK", -1))
+world, local = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_RANK")
+os.write(1, f"{rank} {world} {local}\n".encode())  # in one piece
+done = []
+signal.signal(signal.SIGTERM, lambda n, f: done.append(75))
+signal.signal(signal.SIGUSR2, lambda n, f: done.append(75))
+def sleep():
+    open(f"ready{rank}", "w").close()
+    while not done:
+        time.sleep(0.02)
+    time.sleep(0.3)  # saving takes a while
+    sys.exit(done[0])
+"""
 
 
-def test_a_door_runs_as_a_job(door):
-    command = ("-m", "launch.slurm", "--local", "True", "--cpus-per-task", "1", "--")
-    tiny = ("pretrain", "mae", "--config", "tiny.yaml", "--run.out", "run", "--run.length", "2st")
-    result = door(*command, *tiny)
-    assert result.returncode == 0, result.stderr
-    assert "python -m ssl_vit.pretrain mae --config tiny.yaml" in result.stdout
-    assert "random encoder" in result.stdout
-    assert (door.folder / "run" / "encoder.safetensors").is_file()
-    assert (door.folder / "slurm").stat().st_mode & 0o777 == 0o700
-    failed = door(*command, *tiny, "--optim.lr", "7")
-    assert failed.returncode == 1
-    assert "--optim.lr is 7.0, but the run in run was started with 0.001" in failed.stderr
+def here(folder: Path, tasks: int, *lines: str, **popen: object) -> subprocess.Popen[str]:
+    """``launch.here`` with tasks that run ``lines``, one for each."""
+    script = TASK + "\n".join(f"if rank in ({i}, -1): {line}" for i, line in enumerate(lines))
+    call = (
+        f"import sys; from launch.here import run_here; sys.exit(run_here(sys.argv[1:], {tasks}))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", call, sys.executable, "-c", script],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
 
 
-def test_what_the_launcher_refuses(door):
-    for arguments, fragment in (
-        (("--nodes", "2", "--local", "True", "--", "pretrain"), "--nodes is 2"),
-        (("--nodes", "1"), "after -- comes a door (pretrain, evaluate)"),
-        (("--", "pretran"), "after -- comes a door"),
-        (("--nods", "1", "--", "pretrain"), "--nodes"),
-    ):
-        result = door("-m", "launch.slurm", *arguments)
-        assert result.returncode == 2
-        assert fragment in result.stderr
-        assert len(result.stderr.splitlines()) == 1
+def wait_for(*paths: Path, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.02)
+
+
+def test_the_doors_are_those_of_the_package():
+    modules = (ROOT / "ssl_vit").glob("*.py")
+    assert {p.stem for p in modules if "run_door(main)" in p.read_text()} == {*DOORS}
+
+
+def test_tasks_know_each_other(tmp_path):
+    job = here(tmp_path, 2, "sys.exit(0)", "sys.exit(0)")
+    out, _ = job.communicate(timeout=20)
+    assert (job.returncode, sorted(out.splitlines())) == (0, ["0 2 0", "1 2 1"])
+
+
+def test_one_task_is_alone(tmp_path):
+    job = here(tmp_path, 1, "sys.exit(0)")
+    assert job.communicate(timeout=20)[0] == "-1 None None\n"
+
+
+def test_the_first_task_that_fails_ends_the_others(tmp_path):
+    started = time.monotonic()
+    job = here(tmp_path, 3, "time.sleep(60)", "time.sleep(1); sys.exit(3)", "time.sleep(60)")
+    job.communicate(timeout=30)
+    assert job.returncode == 3
+    assert time.monotonic() - started < 15
+    killed = here(tmp_path, 2, "sys.exit(0)", "os.kill(os.getpid(), signal.SIGKILL)")
+    killed.communicate(timeout=20)
+    assert killed.returncode == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_to_the_launcher_reaches_every_task(tmp_path, number):
+    job = here(tmp_path, 2, "sleep()", "sleep()")
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    job.send_signal(number)
+    _, err = job.communicate(timeout=20)
+    assert (job.returncode, err) == (75, "stopped, saved; start it again to go on\n")
+
+
+def test_ctrl_c_of_a_terminal_reaches_the_tasks_once_by_itself(tmp_path):
+    """It goes to all processes of the terminal; a second of the launcher's would not save."""
+    line = "signal.signal(signal.SIGINT, lambda n, f: sys.exit(9) if done else done.append(75))"
+    job = here(tmp_path, 1, f"{line}; sleep()", start_new_session=True)
+    wait_for(tmp_path / "ready-1")
+    os.killpg(job.pid, signal.SIGINT)
+    job.communicate(timeout=20)
+    assert job.returncode == 75
+
+
+def test_a_run_here_is_stopped_and_goes_on(door):
+    """Two tasks; the second start loses one, which ends the job."""
+    arguments = ("--run.out", "run", "--run.length", "100000st", "--run.save-every", "10000st")
+    command = door.command("-m", "launch.slurm", "--local", "--tasks-per-node", "2")
+    command += ["--", "pretrain", "mae", "--config", "tiny.yaml", *arguments]
+    log = door.folder / "run" / "metrics.jsonl"
+    options = {"cwd": door.folder, "env": door.env, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(command, **options)
+    wait_for(log)
+    job.terminate()
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert err.endswith("stopped, saved; start it again to go on\n")
+    (saved,) = (door.folder / "run" / "checkpoints").iterdir()
+    size = log.stat().st_size
+    again = subprocess.Popen(command, **options)
+    deadline = time.monotonic() + 90
+    while log.stat().st_size <= size and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child_of_rank(again.pid, 1), signal.SIGKILL)
+    _, err = again.communicate(timeout=30)
+    assert again.returncode == 128 + 9
+    assert f"step {int(saved.name.removeprefix('step-'))} of 100000" in err
+
+
+def child_of_rank(parent: int, rank: int) -> int:
+    """The child process of ``parent`` whose environment has this rank."""
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise AssertionError(f"no task {rank}")
+
+
+def test_a_sweep_here_runs_each_and_a_door_s_error_comes_through(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("tiny.yaml").write_text(TINY)
+    run = ["--", "pretrain", "mae", "--config", "tiny.yaml", "--run.out", "runs"]
+    # The second cannot be: it ends the sweep, with its own words and status.
+    status = main(
+        ["--local", "--sweep", "optim.batch-size=120,7000,60", *run, "--run.length", "1st"]
+    )
+    assert status == 2
+    assert "--optim.batch-size is 7000" in capfd.readouterr().err
+    assert Path("runs/optim.batch-size=120/encoder.safetensors").is_file()
+    assert not Path("runs/optim.batch-size=60").exists()
+
+
+DRY = ["--nodes", "4", "--gpus-per-node", "8", "--partition", "P", "--time", "2-00:00:00"]
+DRY += [
+    "--slurm",
+    "account=me",
+    "--slurm",
+    "exclusive",
+    "mail-type=END",
+    "--setup",
+    "module load x",
+]
+
+
+def test_a_dry_run_prints_the_batch_file_without_slurm(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status = main([*DRY, "--dry-run", "--", "pretrain", "mae", "--config", "a b.yaml"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert asked >= {
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=4",
+        "partition=P",
+        "time=2-00:00:00",
+        "signal=USR2@120",
+        "requeue",
+        "open-mode=append",
+        "account=me",
+        "exclusive",
+        "mail-type=END",
+    }
+    assert not [line for line in asked if line.startswith(("array", "wckey"))]
+    (srun,) = [shlex.split(line) for line in lines if line.startswith("srun")]
+    assert {"--kill-on-bad-exit=1", "--open-mode=append", "--cpus-per-task=4"} <= {*srun}
+    assert lines.index("module load x") < lines.index("# command")
+    assert lines[-1] == ("# each of 32 tasks: python -m ssl_vit.pretrain mae --config 'a b.yaml'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_sweep_is_an_array(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sweep = ["--sweep", "optim.lr=1e-4,3e-4", "--sweep", "run.seed=0,1", "--at-once", "2"]
+    main([*sweep, "--dry-run", "--", "pretrain", "mae", "--run.out=O"])
+    out = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%2\n" in out
+    assert "run 1, each of 1 tasks: python -m ssl_vit.pretrain mae --optim.lr 1e-4 " in out
+    assert out.count("--run.out") == 4
+
+
+def test_a_sweep_is_every_combination_in_order():
+    assert combinations(["optim.lr=3e-4,1e-4", "run.seed=0,1"]) == [
+        {"optim.lr": "3e-4", "run.seed": "0"},
+        {"optim.lr": "3e-4", "run.seed": "1"},
+        {"optim.lr": "1e-4", "run.seed": "0"},
+        {"optim.lr": "1e-4", "run.seed": "1"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "sweep", "places"),
+    [
+        (["--run.out", "O"], "a=1,2", ["--run.out", "O/a=1", "--run.out", "O/a=2"]),
+        (["--run.out=O"], "data.train=folder:/x,y", ["O/data.train=folder_x", "O/data.train=y"]),
+        (["--out", "d/s.json"], "k=1,2", ["d/s-k=1.json", "d/s-k=2.json"]),
+    ],
+)
+def test_each_run_of_a_sweep_has_its_own_place(given, sweep, places):
+    commands = swept(["p", *given, "--x", "1"], [sweep])
+    assert [c[:3] for c in commands] == [["p", "--x", "1"]] * 2
+    flat = [part for command in commands for part in command]
+    assert [place for place in places if place not in flat] == []
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("1:00:30", 3630),
+        ("2-0", 172800),
+        ("1-12:30", 131400),
+        ("0-0:0:5", 5),
+    ],
+)
+def test_times_are_slurm_s(time, expected):
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "2", "--local", "--", "pretrain"], "--nodes is 2; --local runs on 1"),
+        (["--nodes", "1"], "after -- comes a door (pretrain, evaluate, export"),
+        (["--", "pretran"], "after -- comes a door"),
+        (["--nods", "1", "--", "pretrain"], "'--nods' (nearest known: --nodes"),
+        (["--time", "2d", "--", "pretrain"], "--time is '2d'; allowed: minutes, MM:SS"),
+        (["--time", "0", "--", "pretrain"], "--time is '0'"),
+        (["--time", "1:75", "--", "pretrain"], "--time is '1:75'"),
+        (["--time", "2", "--", "pretrain"], "--grace is 120 s; --time 2 is 120 s"),
+        (["--slurm", "account", "mem=", "--", "pretrain"], "--slurm is 'mem='"),
+        (["--slurm", "nodes=3", "--", "pretrain"], "--slurm is 'nodes=3'; use --nodes"),
+        (["--slurm", "--", "pretrain"], "--slurm needs a value"),
+        (["--at-once", "1", "--", "pretrain"], "--at-once is for a --sweep"),
+        (["--sweep", "a=1,2", "--", "pretrain", "mae"], "--sweep needs --run.out FOLDER"),
+        (["--sweep", "a", "--", "pretrain", "--out", "o"], "--sweep is 'a'; write option=value"),
+        (["--sweep", "a=1,,2", "--", "pretrain", "--out", "o"], "--sweep is 'a=1,,2'; write"),
+        (["--sweep", "a=1,1", "--", "pretrain", "--out", "o"], "a value is there twice"),
+        (["--sweep", "a=1", "a=2", "--", "pretrain", "--out", "o"], "--sweep has a twice"),
+        (["--sweep", "run.out=1,2", "--", "pretrain", "--out", "o"], "place of its own anyway"),
+    ],
+)
+def test_what_the_launcher_refuses(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        main(arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_there_is_no_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no sbatch here: --local"):
+        main(["--", "pretrain", "mae"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_private(tmp_path):
+    made = private_folder(tmp_path / "a" / "b", "pretrain")
+    assert made.parent == tmp_path / "a" / "b"
+    assert {p.stat().st_mode & 0o777 for p in (made, made.parent, made.parent.parent)} == {0o700}
+    assert private_folder(tmp_path / "a" / "b", "pretrain") != made
+
+
+def test_one_process_for_each_gpu():
+    assert [LaunchConfig(gpus_per_node=8).tasks, LaunchConfig().tasks] == [8, 1]
+    assert LaunchConfig(gpus_per_node=8, tasks_per_node=2).tasks == 2

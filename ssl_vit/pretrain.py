@@ -21,6 +21,7 @@ from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card
 from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
 from ssl_vit.methods.base import Method, find_method, method_names
+from ssl_vit.preflight import preflight
 from ssl_vit.session import (
     PretrainConfig,
     Pretraining,
@@ -119,6 +120,8 @@ def main(argv: list[str]) -> int:
     """The door; returns the exit status."""
     name, kind, config = read_config(argv)
     session = build(name, kind, config)
+    if config.dry_run:
+        return preflight(session)
     return carry_out(session, session.about(), show_results, f"{_PROG} {name}")
 
 

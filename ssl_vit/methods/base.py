@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,23 @@ from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.encoder import Encoder
 from ssl_vit.task import Task, Views
 from ssl_vit.weights.exchange import load_strictly
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is asked to train in, as a preflight has found it.
+
+    ``images``: of the training set. ``batch_size``: of a step, over all processes and ``parts``.
+    ``lacking``: bytes of memory that a process would need beside what there is; 0: it fits.
+    ``per_crop``: bytes that one crop of the most numerous kind takes, for all images that go
+    through at once; 0: unknown.
+    """
+
+    images: int
+    batch_size: int
+    parts: int
+    lacking: float = 0.0
+    per_crop: float = 0.0
 
 
 class Method(Task):
@@ -54,6 +72,10 @@ class Method(Task):
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""
         return self.encoder
+
+    def advice(self, setting: Setting) -> list[str]:
+        """What looks wrong with the method's options in this setting: lines with the remedy."""
+        return []
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
         """Pictures (H, W, 3) uint8 that show what the method does with these views."""

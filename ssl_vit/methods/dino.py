@@ -21,7 +21,7 @@ from ssl_vit.ema import ema_update
 from ssl_vit.encoder import Encoder
 from ssl_vit.figures import to_rgb
 from ssl_vit.heads import ProjectionHead
-from ssl_vit.methods.base import Method
+from ssl_vit.methods.base import Method, Setting
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.task import Views
 
@@ -30,6 +30,8 @@ log = logging.getLogger("ssl_vit")
 _UNIFORM = 0.99
 # Fewer prototypes in use than this are one; said of no fewer images, which may share one rightly.
 _ONE_PROTOTYPE, _ENOUGH_IMAGES = 1.5, 16
+# Smaller batches of so many images want a teacher that moves less than this one, step by step.
+_SMALL_BATCH, _MANY_IMAGES, _FAST_TEACHER = 512, 100_000, 0.998
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,28 @@ class DINO(Method):
                 "--method.norm-last-layer True, a lower --optim.lr"
             )
         return found
+
+    def advice(self, setting: Setting) -> list[str]:
+        """What the original's batches of 512 and its GPUs let one forget."""
+        c, lines = self.config, []
+        small = setting.batch_size < _SMALL_BATCH and setting.images >= _MANY_IMAGES
+        if small and c.momentum < _FAST_TEACHER:
+            lines.append(
+                f"--method.momentum {c.momentum:g} is for batches of {_SMALL_BATCH}: in batches of "
+                f"{setting.batch_size} the teacher averages over too few of {setting.images:,} "
+                "images; raise it, to 0.9995"
+            )
+        if setting.parts > 1:
+            lines.append(
+                f"--optim.accumulate {setting.parts} saves memory and nothing else: centre and "
+                f"teacher move once a step, by the whole batch of {setting.batch_size}, and "
+                "learning rate and momentum are those of that batch"
+            )
+        if setting.lacking and setting.per_crop:
+            fitting = c.local_crops - math.ceil(setting.lacking / setting.per_crop)
+            if fitting >= 0:
+                lines.append(f"--method.local-crops is {c.local_crops}; {fitting} should fit")
+        return lines
 
     def before_update(self, step: int) -> None:
         """Leave the last layer as it is at first: it steadies what the teacher says."""

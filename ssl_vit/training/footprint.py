@@ -1,0 +1,150 @@
+"""What a training step takes of a process: floating-point operations, and memory by part."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_vit.data.loader import Batch
+from ssl_vit.distributed import local
+from ssl_vit.training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a process holds at the start of a backward pass, by part.
+
+    ``weights``: parameters and buffers, trained or not. ``gradients``, ``moments``: of the trained
+    ones; of a sharded parameter this process's rows. ``activations``: what autograd keeps; under
+    bfloat16 the cast weights too. Temporary buffers of single operations come on top, and with
+    activation checkpointing what one block computes again.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    activations: float
+
+    @property
+    def state(self) -> float:
+        """What there is whatever the batch."""
+        return self.weights + self.gradients + self.moments
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.state + self.activations
+
+
+class _Held:
+    """A storage that autograd keeps, for as long as it does."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+
+class KeptBytes:
+    """The most bytes that autograd kept at once for a backward pass begun inside ``watch()``.
+
+    Distinct storages are counted, those of parameters and buffers left out. They are looked at when
+    the backward pass begins: weights that were gathered for one block only are gone by then.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.most = 0
+        self._held: WeakValueDictionary[int, _Held] = WeakValueDictionary()
+        self._own = {local(t).untyped_storage().data_ptr() for t in _tensors(module)}
+        self._forward = False
+
+    def watch(self) -> saved_tensors_hooks:
+        """A context in which it looks."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, _Held | None]:
+        self._forward = True
+        base = tensor if tensor._base is None else tensor._base
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place in self._own or isinstance(base, nn.Parameter):
+            return tensor, None
+        held = self._held.get(place)
+        if held is None:
+            held = self._held[place] = _Held(storage)
+        return tensor, held
+
+    def _unpack(self, packed: tuple[Tensor, _Held | None]) -> Tensor:
+        if self._forward:
+            self._forward = False
+            self.most = max(self.most, sum(h.storage.nbytes() for h in self._held.values()))
+        return packed[0]
+
+
+def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:
+    """(FLOPs, bytes kept for backward) of an optimizer step of this process, uncompiled.
+
+    A multiplication and an addition are two FLOPs; matrix products, convolutions and attention are
+    counted, forward and backward.
+    """
+    kept = KeptBytes(trainer.task)
+    trainer.task.train()
+    with _eager(trainer), FlopCounterMode(display=False) as flops, kept.watch():
+        trainer.update(parts)
+    return flops.get_total_flops(), kept.most
+
+
+def _eager(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Operations hidden in a compiled block could not be counted."""
+    return torch.compiler.set_stance("force_eager") if trainer.run.compile else nullcontext()
+
+
+def memory_of(trainer: Trainer, activations: float) -> Memory:
+    """Memory by part, after a step: gradients and moments are there.
+
+    Where a parameter has none yet (DINO's last layer is frozen at first), what it will have.
+    """
+    optimizer = trainer.optimizer
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p if p.grad is None else p.grad for p in trained]
+    moments = 0
+    for parameter in trained:
+        state = optimizer.state.get(parameter, {}).values()
+        tensors = [t for t in state if isinstance(t, Tensor)]
+        moments += nbytes(tensors) if tensors else 2 * nbytes([parameter])
+    weights = nbytes(_tensors(trainer.task))
+    return Memory(float(weights), float(nbytes(gradients)), float(moments), activations)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of this process's part of tensors; memory that they share counts once."""
+    storages = [local(t).untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def free_memory(device: torch.device, processes: int) -> float:
+    """Bytes that a process may still take on its device; infinite where nothing says so.
+
+    ``processes``: of this run on this machine, which share its memory if they train on CPUs.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    table = Path("/proc/meminfo")
+    if device.type == "cpu" and sys.platform.startswith("linux") and table.is_file():
+        for line in table.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / processes
+    return float("inf")
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

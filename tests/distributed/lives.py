@@ -33,8 +33,8 @@ Prepare = Callable[[], object]
 class Life:
     """The processes of one run, from their start to their end."""
 
-    def __init__(self, processes: list[ForkServerProcess], said: list[Path]) -> None:
-        self.processes, self._said = processes, said
+    def __init__(self, folder: Path, processes: list[ForkServerProcess], said: list[Path]) -> None:
+        self.processes, self._said, self.folder = processes, said, folder
 
     def said(self, rank: int = 0) -> str:
         """What a process wrote so far, standard error and output together."""
@@ -96,7 +96,7 @@ class Lives:
             given = (self.folder, said[-1], env, f"ssl_vit.{door}", arguments, first)
             processes.append(_FORKS.Process(target=_live, args=given))
         _start(processes)
-        return Life(processes, said)
+        return Life(self.folder, processes, said)
 
 
 def _start(processes: list[ForkServerProcess]) -> None:

@@ -1,5 +1,6 @@
 """The dry run as a user calls it: what it prints, that it writes nothing, several processes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,16 +55,28 @@ def test_it_says_where_a_run_would_go_on(here, door, capsys):
     assert "dry_run" not in (here / "run" / "config.yaml").read_text()
 
 
-def test_several_processes_measure_and_one_speaks(door):
-    """Sharded over two, each holds half of weights, gradients and moments."""
-    before = set(door.folder.rglob("*"))
+def memory(printed: str) -> dict[str, float]:
+    """MiB by part, from the table."""
+    return {name: float(n) for name, n in re.findall(r"│ (\w+) +│ ([\d.]+) MiB", printed)}
+
+
+def test_several_processes_measure_and_one_speaks(here, door, capsys):
+    """Sharded over two, each holds half of weights and gradients; weights that are gathered for a
+    block are no activations."""
+    tiny = ["dino", "--config", "tiny_dino.yaml", "--dry-run", "--run.precision", "fp32"]
+    tiny += ["--run.device", "cpu", "--method.head-width", "512"]
+    before = set(here.rglob("*"))
     result = door(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "ssl_vit.pretrain", "dino", "--config", "tiny_dino.yaml", "--dry-run"),
-        *("--run.parallel", "fsdp", "--run.device", "cpu", "--optim.accumulate", "2"),
+        *("-m", "ssl_vit.pretrain", *tiny, "--run.parallel", "fsdp", "--optim.accumulate", "2"),
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("dry run: nothing is written") == 1
     assert "120 = 2 sharded processes x 2 parts x 30" in result.stdout
     assert "warning: --optim.accumulate 2" in result.stdout
-    assert set(door.folder.rglob("*")) == before
+    assert set(here.rglob("*")) == before
+    assert main([*tiny, "--optim.accumulate", "4"]) == 0  # as many images at once
+    sharded, alone = memory(result.stdout), memory(capsys.readouterr().out)
+    for part in ("weights", "gradients"):
+        assert sharded[part] == pytest.approx(alone[part] / 2, rel=0.05)
+    assert sharded["activations"] == alone["activations"]

@@ -299,15 +299,16 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
     """Compile every transformer block of a module in place; its weights keep their names.
 
     A block with stochastic depth is compiled in parts: each block has a probability of its own, for
-    each of which the compiler would start anew, and soon give up.
+    each of which the compiler would start anew, and soon give up. ``in_parts``: every block, as
+    where something happens between its parts.
     """
     for block in module.modules():
         if isinstance(block, Block):
-            whole = isinstance(block.drop_path1, nn.Identity)
+            whole = isinstance(block.drop_path1, nn.Identity) and not in_parts
             parts = [block] if whole else [block.norm1, block.attn, block.norm2, block.mlp]
             for part in parts:
                 part.compile()

@@ -4,6 +4,7 @@ No shuffled list exists, so an epoch over a billion images costs nothing to star
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int64
@@ -11,6 +12,8 @@ from jaxtyping import Int64
 from ssl_vit.seeds import fold
 
 _ROUNDS = 6
+# An order of so many images is small enough to be kept.
+_SMALL = 1 << 16
 
 
 def permute(positions: Int64[np.ndarray, " k"], n: int, key: int) -> Int64[np.ndarray, " k"]:
@@ -76,4 +79,12 @@ class Order:
         size = self.batch_size // (self.world * self.accumulate)
         start = within * self.batch_size + (part * self.world + self.rank) * size
         positions = np.arange(start, start + size, dtype=np.int64)
+        if self.n <= _SMALL:
+            return epoch, _whole_epoch(self.n, self.seed, epoch)[positions]
         return epoch, permute(positions, self.n, fold(self.seed, epoch))
+
+
+@lru_cache(maxsize=2)
+def _whole_epoch(n: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
+    """All of an epoch's order at once, for few images: it costs as much as a batch of it."""
+    return permute(np.arange(n, dtype=np.int64), n, fold(seed, epoch))

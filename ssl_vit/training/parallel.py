@@ -54,19 +54,22 @@ class Parallel:
         """Leave in this process only its part of each weight, in place (FSDP2); before there is an
         optimizer. Does nothing unless ``sharded``.
 
-        Each transformer block is gathered when it computes, in the precision it computes in, and
-        its gradients are summed in float32. The last of each sequence of blocks stays with all that
-        is in no block, gathered for the whole step: it is the first that the backward pass needs.
+        Attention and MLP of each transformer block are gathered while they compute, in the
+        precision they compute in; gradients are summed in float32. The last of each sequence of
+        blocks stays with all that is in no block, gathered for the whole step in float32: it is the
+        first that the backward pass needs.
         """
         if not self.sharded:
             return
         mesh = init_device_mesh(self.device.type, (self.world,))
-        half = torch.bfloat16 if precision == torch.bfloat16 else None
-        policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
         for sequence in task.modules():
             blocks = [child for child in sequence.children() if isinstance(child, Block)]
-            for block in blocks[:-1]:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
+            for part in [part for block in blocks[:-1] for part in (block.attn, block.mlp)]:
+                # Autocast would round these weights too, but not those of norms.
+                linear = all(isinstance(m, nn.Linear) for m in part.modules() if own_weights(m))
+                half = torch.bfloat16 if linear and precision == torch.bfloat16 else None
+                policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+                fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(task, mesh=mesh)
 
     def wrap(self, task: Task) -> nn.Module:
@@ -88,7 +91,7 @@ class Parallel:
             model.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def most(self, *values: float) -> tuple[float, ...]:
+    def most(self, *values: float | bool) -> tuple[float | bool, ...]:
         """The largest of each value over processes; all must call it."""
         if self.world == 1:
             return values
@@ -96,7 +99,8 @@ class Parallel:
             values, dtype=torch.float64
         )  # on the CPU, by gloo: no GPU is waited for
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return tuple(seen.tolist())
+        largest: list[float] = seen.tolist()
+        return tuple(largest)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any process; all must call it."""
@@ -119,6 +123,11 @@ class Parallel:
         """
         high, low = self.most(value, -value)
         check(high == -low, f"{what} differs between processes: {-low:.0f} to {high:.0f}")
+
+
+def own_weights(module: nn.Module) -> bool:
+    """Whether a module has weights outside of the modules in it."""
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def start_parallel(

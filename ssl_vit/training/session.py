@@ -80,7 +80,7 @@ class Session:
         if run.activation_checkpointing:
             checkpoint_activations(task)
         if run.compile:
-            compile_blocks(task)
+            compile_blocks(task, in_parts=self.parallel.sharded)
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
         self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
 

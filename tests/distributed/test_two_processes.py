@@ -22,10 +22,10 @@ RUNS = {
     "mae-one": (1, *MAE),
     "mae-parts": (1, *MAE, "--optim.accumulate", "3"),
     "mae-two": (2, *MAE, "--optim.accumulate", "2"),
-    "mae-sharded": (2, *MAE, *FSDP, "--run.activation-checkpointing"),
+    "mae-sharded": (2, *MAE, *FSDP),
     "dino-one": (1, *DINO),
     "dino-two": (2, *DINO, "--optim.accumulate", "2"),
-    "dino-sharded": (2, *DINO, *FSDP, "--optim.accumulate", "2"),
+    "dino-sharded": (2, *DINO, *FSDP, "--optim.accumulate", "2", "--run.activation-checkpointing"),
 }
 OTHERS = [name for name in RUNS if not name.endswith("-one")]
 

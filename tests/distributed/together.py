@@ -3,6 +3,7 @@
 import socket
 import subprocess
 
+from tests.forks import Fork
 from tests.integration.conftest import Door
 
 
@@ -14,29 +15,15 @@ def free_port() -> int:
 
 
 def together(door: Door, world: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """``python ARGUMENTS`` in ``world`` processes; what each said, in rank order.
+    """``-m ssl_vit.DOOR ...`` or ``SCRIPT.py ...`` in ``world`` processes; what each said.
 
     One alone is started as a user does, without any of the variables.
     """
-    port, command = free_port(), door.command(*arguments)
-    ranks = [
-        {"RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_RANK": str(r)}
-        | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
-        for r in range(world)
-    ]
-    running = [
-        subprocess.Popen(
-            command,
-            cwd=door.folder,
-            env=door.env | (rank if world > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ranks
-    ]
-    done = []
-    for process in running:
-        out, errors = process.communicate(timeout=300)
-        done.append(subprocess.CompletedProcess(command, process.returncode, out, errors))
-    return done
+    port = str(free_port())
+    running: list[Fork] = []
+    for rank in range(world):
+        places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+        env = {k: str(v) for k, v in places.items()} | {"MASTER_ADDR": "localhost"}
+        env = door.env | (env | {"MASTER_PORT": port} if world > 1 else {})
+        running.append(Fork(arguments, door.folder, env))
+    return [process.done(timeout=300) for process in running]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.forks import Fork, is_door
 
 # A ViT so small that 20 steps take a second; every part of a real run is there.
 TINY = """
@@ -66,7 +67,10 @@ def outcome(folder: Path) -> list[bytes]:
 
 
 class Door:
-    """Runs ``python -m ssl_vit...`` in ``folder`` with one thread, and keeps what it said."""
+    """Runs ``python -m ssl_vit...`` in ``folder`` with one thread, and keeps what it said.
+
+    Doors are forks of a process that has imported the package; scripts are processes of their own.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +87,9 @@ class Door:
         return [sys.executable, *arguments]
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """``door("-m", "ssl_vit.pretrain", ...)``"""
+        """``door("-m", "ssl_vit.pretrain", ...)``: what ``python`` does with these arguments."""
+        if is_door(arguments):
+            return Fork(arguments, self.folder, self.env).done(timeout=300)
         return subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
@@ -101,16 +107,10 @@ class Door:
         """The tiny run of DINO with changes."""
         return self("-m", "ssl_vit.pretrain", "dino", "--config", "tiny_dino.yaml", *arguments)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The same, without waiting."""
-        return subprocess.Popen(
-            self.command("-m", "ssl_vit.pretrain", "mae", "--config", "tiny.yaml", *arguments),
-            cwd=self.folder,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *arguments: str) -> Fork:
+        """The same as ``pretrain``, without waiting."""
+        door = ("-m", "ssl_vit.pretrain", "mae", "--config", "tiny.yaml")
+        return Fork((*door, *arguments), self.folder, self.env)
 
 
 @pytest.fixture

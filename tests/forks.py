@@ -1,0 +1,99 @@
+"""Doors that start at once: forks of a process that has imported the package.
+
+A fresh interpreter needs seconds to import it. Here a server (multiprocessing's own) does so once
+for a process of tests; each start of a door is a fork of it, with its own folder, environment,
+output and fate.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+
+from tests.conftest import ROOT
+
+DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark")
+_FORKS = multiprocessing.get_context("forkserver")
+# scikit-learn has the digits.
+_FORKS.set_forkserver_preload([f"ssl_vit.{d}" for d in DOORS] + ["sklearn.datasets", __name__])
+
+
+class Fork:
+    """A door that runs, as much like ``subprocess.Popen`` as tests need."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
+        self.args = list(arguments)
+        self.said = Path(mkdtemp(prefix="fork-"))
+        given = (self.args, str(folder), dict(env), str(self.said))
+        self.process = _FORKS.Process(target=_live, args=given)
+        # The first start brings up the server, which finds the package by this.
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = str(ROOT)
+        try:
+            self.process.start()
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, minus the signal's number if one ended it; None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it, if the process is still there."""
+        if self.process.is_alive():
+            os.kill(self.process.pid or 0, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait; what it wrote to standard output and to standard error."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return (self.said / "out").read_text(), (self.said / "err").read_text()
+
+    def done(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Wait; all of it together."""
+        out, errors = self.communicate(timeout)
+        return subprocess.CompletedProcess(self.args, self.returncode or 0, out, errors)
+
+
+def is_door(arguments: Sequence[str]) -> bool:
+    """Whether these are ``-m ssl_vit.DOOR ...``."""
+    return list(arguments[:1]) == ["-m"] and arguments[1] in [f"ssl_vit.{d}" for d in DOORS]
+
+
+def _live(arguments: list[str], folder: str, env: dict[str, str], said: str) -> None:
+    """The life of one process: what its door does, and its exit status."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", write_through=True)
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
+    sys.argv = arguments[1:]
+    status: object = 1
+    try:
+        cli, door = (importlib.import_module(name) for name in ("ssl_vit.cli", arguments[1]))
+        cli.run_door(door.main)
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()  # which multiprocessing leaves out
+    os._exit(status if isinstance(status, int) else 1)

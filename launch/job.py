@@ -101,7 +101,9 @@ class Job:
             if status == STOPPED or killed or (status == 1 and relay.came):
                 self._again(relay.came)
         if status:
-            self._failure.write_text(f"task {_rank()}: status {status}\n")
+            how = f"failed with status {status}" if status > 0 else f"was ended by signal {-status}"
+            self._failure.write_text(f"task {_rank()} {how}\n")
+            _say(f"task {_rank()} {how}")
             raise SystemExit(exit_status(status))
 
     def _wait(self, relay: Relay) -> int:

@@ -24,7 +24,13 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["ssl_vit.pretrain", "ssl_vit.evaluate", "tests.distributed.lives"])
+# What a run imports late, too. The package comes before the tests, which would have shapes checked.
+_FORKS.set_forkserver_preload(
+    [
+        *("ssl_vit.pretrain", "ssl_vit.evaluate", "ssl_vit.methods.mae", "ssl_vit.methods.dino"),
+        *("sklearn.datasets", "matplotlib.figure", "tests.distributed.lives"),
+    ]
+)
 # Of whatever launched the tests, which must not reach a run within them.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 Prepare = Callable[[], object]

@@ -153,8 +153,12 @@ def state_of(trainer: Any) -> dict[str, torch.Tensor]:
     return {k: v.contiguous() for k, v in state.items()}
 
 
-def watch_and_poison(out: str, rank: int) -> None:
-    """Write the state around one step; on process 1 its loss is not a number."""
+def watch_and_poison(out: str, rank: int, gradients: bool) -> None:
+    """Write the state around one step; on process 1 its loss is not a number.
+
+    With ``gradients`` neither are they, which then reach process 0 as well; without, nothing but
+    what the processes say to each other can tell process 0.
+    """
     from ssl_vit.training.loop import Trainer
 
     real = Trainer.update
@@ -165,7 +169,7 @@ def watch_and_poison(out: str, rank: int) -> None:
             save_file(state_of(self), f"{out}-{rank}-before")
             if rank == 1:
                 forward = type(self.task).forward
-                type(self.task).forward = lambda *given: poisoned(forward(*given))
+                type(self.task).forward = lambda *given: poisoned(forward(*given), gradients)
         scalars = real(self, parts)
         if step == POISONED:
             save_file(state_of(self), f"{out}-{rank}-after")
@@ -178,15 +182,16 @@ def watch_and_poison(out: str, rank: int) -> None:
     Trainer.update = update
 
 
-def poisoned(scalars):
-    return {**scalars, "loss": scalars["loss"] * float("nan")}
+def poisoned(scalars, gradients: bool):
+    nan, loss = float("nan"), scalars["loss"]
+    return {**scalars, "loss": loss * nan if gradients else loss + nan}
 
 
 @pytest.fixture(scope="module")
 def poisoned_runs(lives) -> dict[str, Life]:
     runs = {}
-    for name, options in (("mae-nan", MAE), ("dino-nan", DINO)):
-        prepare = {r: functools.partial(watch_and_poison, name, r) for r in (0, 1)}
+    for name, options, gradients in (("mae-nan", MAE, True), ("dino-nan", DINO, False)):
+        prepare = {r: functools.partial(watch_and_poison, name, r, gradients) for r in (0, 1)}
         length = ("--run.length", "10st", "--run.out", name)
         runs[name] = lives.start(*options, *length, world=2, prepare=prepare)
         assert runs[name].wait() == [0, 0], runs[name].said()

@@ -12,6 +12,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -71,9 +72,11 @@ class Fork:
         return subprocess.CompletedProcess(self.args, self.returncode or 0, out, errors)
 
 
-def is_door(arguments: Sequence[str]) -> bool:
-    """Whether these are ``-m ssl_vit.DOOR ...``."""
-    return list(arguments[:1]) == ["-m"] and arguments[1] in [f"ssl_vit.{d}" for d in DOORS]
+def can_fork(arguments: Sequence[str]) -> bool:
+    """Whether these are ``-m ssl_vit.DOOR ...`` or ``SCRIPT.py ...``."""
+    if arguments[0] == "-m":
+        return arguments[1] in [f"ssl_vit.{door}" for door in DOORS]
+    return arguments[0].endswith(".py")
 
 
 def _live(arguments: list[str], folder: str, env: dict[str, str], said: str) -> None:
@@ -86,11 +89,14 @@ def _live(arguments: list[str], folder: str, env: dict[str, str], said: str) -> 
     os.environ.clear()
     os.environ.update(env)
     time.tzset()
-    sys.argv = arguments[1:]
+    sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
     status: object = 1
     try:
-        cli, door = (importlib.import_module(name) for name in ("ssl_vit.cli", arguments[1]))
-        cli.run_door(door.main)
+        if arguments[0] == "-m":
+            cli, door = (importlib.import_module(name) for name in ("ssl_vit.cli", arguments[1]))
+            cli.run_door(door.main)
+        runpy.run_path(arguments[0], run_name="__main__")
+        status = 0
     except SystemExit as leaving:
         status = leaving.code or 0
     except BaseException:

@@ -91,7 +91,7 @@ class Parallel:
             model.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def most(self, *values: float | bool) -> tuple[float | bool, ...]:
+    def most(self, *values: float | int) -> tuple[float | int, ...]:
         """The largest of each value over processes; all must call it."""
         if self.world == 1:
             return values

@@ -7,6 +7,7 @@ so once; each process of a run is a fork of it, with its own rank, files and fat
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ _FORKS.set_forkserver_preload(
 )
 # Of whatever launched the tests, which must not reach a run within them.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Prepare = Callable[[], object]
 
 
@@ -137,6 +139,9 @@ def _live(
     prepare: Prepare | None,
 ) -> None:
     """The life of one process: what its door does, and its exit status."""
+    if sys.platform == "linux":
+        # Nothing outlives the tests, however they end: the server ends with them.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir(folder)
     file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

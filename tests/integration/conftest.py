@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.forks import Fork, is_door
+from tests.forks import Fork, can_fork
 
 # A ViT so small that 20 steps take a second; every part of a real run is there.
 TINY = """
@@ -69,7 +69,7 @@ def outcome(folder: Path) -> list[bytes]:
 class Door:
     """Runs ``python -m ssl_vit...`` in ``folder`` with one thread, and keeps what it said.
 
-    Doors are forks of a process that has imported the package; scripts are processes of their own.
+    Doors and scripts are forks of a process that has imported the package.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class Door:
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``door("-m", "ssl_vit.pretrain", ...)``: what ``python`` does with these arguments."""
-        if is_door(arguments):
+        if can_fork(arguments):
             return Fork(arguments, self.folder, self.env).done(timeout=300)
         return subprocess.run(
             self.command(*arguments),

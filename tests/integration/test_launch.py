@@ -28,10 +28,11 @@ signal.signal(signal.SIGTERM, lambda n, f: done.append(75))
 signal.signal(signal.SIGUSR2, lambda n, f: done.append(75))
 def sleep():
     open(f"ready{rank}", "w").close()
-    while not done:
+    for _ in range(1000):
         time.sleep(0.02)
-    time.sleep(0.3)  # saving takes a while
-    sys.exit(done[0])
+        if done:
+            time.sleep(0.3)  # saving takes a while
+            sys.exit(done[0])
 """
 
 

@@ -30,12 +30,14 @@ ENDLESS = ["--run.length", "100000st", "--run.save-every", "100000st"]
 
 # What tasks do that are no doors: they show what becomes of a job, and start at once.
 SLEEP = "import time; time.sleep(300)"
+# The second fails; the first ends by the signal that follows, the others hang.
 ONE_FAILS = """
-import os, sys, time
+import os, signal, sys, time
+rank = int(os.environ["SLURM_PROCID"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN if rank > 1 else signal.SIG_DFL)
 time.sleep(1)
-sys.exit(1) if os.environ["SLURM_PROCID"] == "1" else time.sleep(300)
+sys.exit(1) if rank == 1 else time.sleep(300)
 """
-WHO = "from ssl_vit.training.launched import launched as l; import os; print(l(), flush=True)"
 
 
 class Jobs:
@@ -129,7 +131,7 @@ def submit_all(jobs: Jobs) -> None:
     jobs.launch("killed", *two, *slow, "killed", *ENDLESS)
     jobs.submit("early", SLEEP, nodes=2)
     jobs.submit("array", SLEEP, runs=2)
-    jobs.submit("one_fails", ONE_FAILS, nodes=2)
+    jobs.submit("one_fails", ONE_FAILS, nodes=2, tasks_per_node=2)
     jobs.launch("refused", *one, *tiny, "refused", "--optim.batch-size", "7000")
     jobs.launch("sweep", *one, "--sweep", "optim.lr=1e-4,3e-4", *tiny, "sweep")
 
@@ -172,6 +174,10 @@ def test_a_failure_is_not_taken_for_a_stop(jobs):
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     assert jobs.log("one_fails", 1) == "task 1 failed with status 1\n"
     assert "not queued again: task 1 failed with status 1" in jobs.log("one_fails")
+    # Sooner than Slurm itself would lose patience, after 30 seconds.
+    hours, minutes, seconds = map(int, ended["RunTime"].split(":"))
+    assert (hours, minutes) == (0, 0)
+    assert seconds < 25
 
 
 def test_a_task_that_dies_ends_the_job_within_seconds(jobs):

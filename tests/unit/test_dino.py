@@ -165,7 +165,7 @@ def test_initial_weights():
 
 def test_drop_path_is_the_students_alone():
     method = dino(encoder=dataclasses.replace(ENCODER, drop_path=0.5)).train()
-    images = torch.randn(2, 3, 16, 16)
+    images = torch.randn(16, 3, 16, 16)
     torch.testing.assert_close(method.teacher(images).cls, method.teacher(images).cls)
     assert not torch.equal(method.encoder(images).cls, method.encoder(images).cls)
     assert method.exported_encoder().config.drop_path == 0

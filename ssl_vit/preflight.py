@@ -12,12 +12,12 @@ import torch
 from ssl_vit.cli import show_table
 from ssl_vit.config import OptimConfig
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.evaluators.trial import Found, Pace, own_cores, try_out
+from ssl_vit.evaluators.trial import Found, Pace, try_out
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.methods.base import Setting
 from ssl_vit.session import Pretraining
 from ssl_vit.training.metrics import duration
-from ssl_vit.training.parallel import loader_workers
+from ssl_vit.training.parallel import loader_workers, own_cores
 from ssl_vit.training.resume import check_same_run, starting_point
 
 # Enlarged more than this, in height and width, an image fills its crop with interpolated pixels.

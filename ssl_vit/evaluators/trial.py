@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from ssl_vit.distributed import gather_rows
 from ssl_vit.evaluators.speed import wait
 from ssl_vit.training.footprint import Memory, free_memory, measure_step, memory_of
 from ssl_vit.training.launched import launched
-from ssl_vit.training.parallel import cores, loader_workers
+from ssl_vit.training.parallel import loader_workers, own_cores
 from ssl_vit.training.session import Session
 
 _LOADER_SECONDS, _STEP_SECONDS, _MOST_STEPS = 2.0, 1.0, 100
@@ -179,12 +178,6 @@ def _seconds(session: Session, steps: list[list[Batch]], count: int) -> tuple[fl
         trainer.step = min(trainer.step + 1, trainer.schedule.total - 1)
     wait(device)
     return (time.perf_counter() - started) / count, float(skipped)
-
-
-def own_cores() -> int:
-    """Processor cores that this process has for itself; Slurm has bound it to them already."""
-    bound = "SLURM_CPUS_PER_TASK" in os.environ
-    return max(1, cores() // (1 if bound else launched().local_world))
 
 
 def pace_of(loader: float, step: float, workers: int, busy: int, own: int) -> Pace:

@@ -41,9 +41,11 @@ speak = logging.getLogger("ssl_vit")
 class Hook:
     """Something to do every ``every`` steps and after the last: save, look at the encoder.
 
-    ``when_stopped``: also when a signal ends the run before its last step.
+    ``name``: what the metrics call the seconds that it takes. ``when_stopped``: also when a signal
+    ends the run before its last step.
     """
 
+    name: str
     every: int
     call: Callable[[int], None]
     when_stopped: bool = False
@@ -175,11 +177,11 @@ class Trainer:
         return int(signalled) if self.step < self.schedule.total else 0
 
     def _call(self, hooks: list[Hook], log: RunLog, stopped: int) -> None:
-        started = time.perf_counter()
         for hook in hooks:
             if hook.due(self.step, self.schedule.total, bool(stopped)):
+                started = time.perf_counter()
                 hook.call(self.step)
-        log.pause(time.perf_counter() - started)
+                log.pause(hook.name, time.perf_counter() - started)
 
     def _check(self, means: dict[str, float], log: RunLog, checkpoints: Checkpoints) -> None:
         """Whether the training is sound, by the means of its last steps."""

@@ -54,6 +54,7 @@ class RunLog:
         self.images_per_step, self.main, self.spoken = images_per_step, main, spoken
         self.sums: dict[str, Tensor] = {}
         self.finite: dict[str, Tensor] = {}
+        self.paused: dict[str, float] = {}
         self.count = 0
         self.since = self.spoke = time.perf_counter()
         self.progress: Progress | None = None
@@ -97,6 +98,7 @@ class RunLog:
         row = dict(zip(self.sums, means, strict=True))
         waited, own = pace.take(self.count)
         row |= {"lr": lr, "images_per_s": rate, "waiting": waited / seconds}
+        row |= self.paused
         if len(own) > 1:
             row |= {"slowest_s": max(own), "median_s": median_low(own)}
         self.write(step, row, "train")
@@ -104,7 +106,7 @@ class RunLog:
             shown = [float(f"{seconds:.4g}") for seconds in own]
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
         self._speak(step, row)
-        self.sums, self.finite, self.count = {}, {}, 0
+        self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
         return row
 
@@ -115,9 +117,10 @@ class RunLog:
             self.file.write(json.dumps({"step": step, "warning": line}) + "\n")
             self.board.add_text("warning", line, step)
 
-    def pause(self, seconds: float) -> None:
-        """Leave time that was not training (probes, checkpoints) out of the rate."""
+    def pause(self, name: str, seconds: float) -> None:
+        """Leave time that was not training out of the rate; the next line has it as ``name``."""
         self.since += seconds
+        self.paused[name] = self.paused.get(name, 0.0) + seconds
 
     def write(self, step: int, row: dict[str, float], group: str) -> None:
         """One line of metrics.jsonl, and TensorBoard scalars ``group/name``."""

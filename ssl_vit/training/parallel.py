@@ -221,6 +221,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def own_cores() -> int:
+    """Processor cores that this process has for itself; Slurm has bound it to them already."""
+    bound = "SLURM_CPUS_PER_TASK" in os.environ
+    return max(1, cores() // (1 if bound else launched().local_world))
+
+
 def loader_workers(asked: int, device: torch.device) -> int:
     """Loader processes for one training process: as asked, or its share of the machine's cores.
 
@@ -228,10 +234,7 @@ def loader_workers(asked: int, device: torch.device) -> int:
     """
     if asked >= 0:
         return asked
-    # Slurm has bound each task to its own cores already.
-    bound = "SLURM_CPUS_PER_TASK" in os.environ
-    local = 1 if bound else launched().local_world
-    share = cores() // local // (2 if device.type == "cpu" else 1)
+    share = own_cores() // (2 if device.type == "cpu" else 1)
     return max(1, min(16, share))
 
 

@@ -193,6 +193,8 @@ def train(session: Session) -> int:
     main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
     batches = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
+    saving = every(run.save_every, "--run.save-every", per_epoch)
+    looking = every(run.probe_every, "--run.probe-every", per_epoch)
     for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0
     checkpoints = Checkpoints(out / "checkpoints", run.keep, for_good, session.parallel)
     with RunLog(
@@ -219,8 +221,8 @@ def train(session: Session) -> int:
                 session.look(whole, step, runlog)
 
         hooks = [
-            Hook(every(run.save_every, "--run.save-every", per_epoch), save, when_stopped=True),
-            Hook(every(run.probe_every, "--run.probe-every", per_epoch), look),
+            Hook("saving_s", saving, save, when_stopped=True),
+            Hook("looking_s", looking, look),
         ]
         bad = BadImages(session.images.train, data.max_bad)
         return trainer.train(batches, bad, runlog, hooks, checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import sys
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -79,9 +80,12 @@ class Parallel:
         # Of the patch embedding's, one small tensor; said by every process.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            task, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True}
+        # Newer releases have another name for it.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        newer = "forward_sync_buffers"
+        options[newer if newer in known else "broadcast_buffers"] = False
+        return DistributedDataParallel(task, **options)
 
     def sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around a part of a step: gradients cross between processes with the last part alone."""

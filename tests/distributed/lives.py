@@ -23,13 +23,15 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.forks import DOORS
 
 _FORKS = multiprocessing.get_context("forkserver")
-# What a run imports late, too. The package comes before the tests, which would have shapes checked.
+# One server for a process of tests, shared with tests.forks: all that module wants, and what a run
+# imports late. The package comes before the tests, which would have its shapes checked.
 _FORKS.set_forkserver_preload(
     [
-        *("ssl_vit.pretrain", "ssl_vit.evaluate", "ssl_vit.methods.mae", "ssl_vit.methods.dino"),
-        *("sklearn.datasets", "matplotlib.figure", "tests.distributed.lives"),
+        *(f"ssl_vit.{name}" for name in (*DOORS, "methods.mae", "methods.dino")),
+        *("sklearn.datasets", "tests.forks", __name__),
     ]
 )
 # Of whatever launched the tests, which must not reach a run within them.

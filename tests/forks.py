@@ -24,9 +24,10 @@ from tempfile import mkdtemp
 from tests.conftest import ROOT
 
 DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark")
+# Methods are found by name, and the digits come with scikit-learn: both are imported late.
+_LATE = ("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets")
 _FORKS = multiprocessing.get_context("forkserver")
-# scikit-learn has the digits.
-_FORKS.set_forkserver_preload([f"ssl_vit.{d}" for d in DOORS] + ["sklearn.datasets", __name__])
+_FORKS.set_forkserver_preload([*(f"ssl_vit.{door}" for door in DOORS), *_LATE, __name__])
 
 
 class Fork:

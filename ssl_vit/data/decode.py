@@ -8,6 +8,7 @@ becomes 0 and 255. Orientation tags (EXIF) are not applied, as in the reference 
 """
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 MAX_PIXELS = 178_956_970  # what Pillow, too, refuses as a decompression bomb
 # Named, because Pillow's full list holds EPS, which runs Ghostscript on what it is given.
 _PIL_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+# Pillow warns of half as many, without saying of which image.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.init()  # Pillow knows the formats only once its plugins are loaded
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG

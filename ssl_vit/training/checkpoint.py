@@ -53,7 +53,7 @@ def _is_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except OSError:
         return False
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return True  # damaged otherwise: said when it is opened
 
 
@@ -248,8 +248,11 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
         found = state | {"step": int(state["step"]), "world": int(state.get("world", 1))}
-    except (ValueError, KeyError, TypeError) as error:
+        check(found["step"] >= 0, f"step is {found['step']}")
+        # Not more than there are files: as many would be opened.
+        most = len(list(path.glob(f"{_TASK}*.safetensors")))
+        check(1 <= found["world"] <= most, f"world is {found['world']}, of {most} files")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path / _STATE} is damaged: {error}") from None
-    check(found["world"] >= 1, f"{path / _STATE} is damaged: world is {found['world']}")
     check(_is_whole(path), f"{path} lacks some of its files, or of their bytes")
     return found

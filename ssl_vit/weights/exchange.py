@@ -90,7 +90,7 @@ def own_metadata(path: Path) -> dict[str, Any]:
     text = read_safetensors(path, tensors=False)[1].get(_KEY, "{}")
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     check(isinstance(content, dict), f"{path}: metadata of another version of ssl_vit: {text:.60}")
     return dict(content)
@@ -131,7 +131,7 @@ def read_info(path: Path) -> EncoderInfo:
         config["image_size"] = tuple(config["image_size"])
         mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
         return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: metadata of another version of ssl_vit: {error}") from None
 
 
@@ -156,12 +156,27 @@ def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encod
     Raises:
         UserError: names or shapes differ, as :func:`load_strictly` says.
     """
+    _check_claims(info.config, state, where)
     # Without memory first: drawing random weights takes longer than reading the ones of a file.
     with without_memory():
         encoder = Encoder(info.config, info.channels)
     encoder.to_empty(device="cpu")
     load_strictly(encoder.vit, state, where)
     return encoder.eval()
+
+
+def _check_claims(config: EncoderConfig, state: dict[str, Tensor], where: str) -> None:
+    """Refuse an architecture far larger than the file before it is given memory."""
+    blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    stem, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    widths = (0, *(stem.shape[:1] if stem is not None else ()))
+    places = positions.shape[1] if positions is not None and positions.ndim == 3 else 0
+    patch = stem.shape[-1] if stem is not None and stem.ndim == 4 else 1
+    pixels = math.prod(config.image_size) if len(config.image_size) == 2 else 0
+    pixels = config.image_size[0] ** 2 if len(config.image_size) == 1 else pixels
+    fits = config.depth in (0, blocks) and config.width in widths
+    fits = fits and pixels <= places * patch**2
+    check(fits, f"{where}: an architecture that is not the file's: {config}")
 
 
 def resample_positions(

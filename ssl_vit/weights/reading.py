@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def read_content(path: Path) -> Any:
     # Tensors in a zip stay on the disk until used: of a checkpoint, most are an optimizer's.
     lazily = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Of the pickle's protocol; what is wrong with a file is said in one line.
+            warnings.simplefilter("ignore")
             if path.suffix == ".safetensors":  # which torch goes by, not by what is in the file
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)

@@ -134,9 +134,13 @@ def test_every_file_of_a_checkpoint(marker):
         '{"step": {"py/reduce": ["os.system", ["touch MARKER"]]}}',
         '{"__reduce__": ["os.system", ["touch MARKER"]]}',
         '!!python/object/apply:os.system ["touch MARKER"]',
+        '{"step": -5}',
+        '{"step": 1e999}',
+        '{"step": 2, "world": 1000000000}',
+        "[" * 100_000,
         "null",
     ],
-    ids=["py-reduce", "reduce", "yaml", "null"],
+    ids=["py-reduce", "reduce", "yaml", "negative", "infinite", "many", "nested", "null"],
 )
 def test_the_state_of_a_checkpoint(marker, tmp_path, text):
     path = tmp_path / "step-00000002"
@@ -158,6 +162,7 @@ def own_file(path: Path, about: str) -> Path:
     [
         '{"__reduce__": ["os.system", ["touch MARKER"]]}',
         '{"config": {"arch": {"py/reduce": ["os.system", ["touch MARKER"]]}}}',
+        '"!!python/object/apply:os.system [touch MARKER]"',
         '{"config": {"image_size": "!!python/object/apply:os.system [touch MARKER]"}}',
     ],
 )
@@ -174,6 +179,9 @@ def test_metadata_of_an_encoder(marker, tmp_path, info):
         {"arch": "local-dir:/tmp"},
         {"arch": "../../../etc/passwd"},
         {"heads": -1},
+        {"width": 2**40},
+        {"depth": 10**9},
+        {"image_size": [10**9, 10**9]},
     ],
     ids=str,
 )

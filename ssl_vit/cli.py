@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from ssl_vit.config import RunFailed, UserError, nearest
 from ssl_vit.options import known_keys, parse, yaml_flags
 from ssl_vit.training.launched import Launched, launched
-from ssl_vit.training.parallel import lost_process, stop_parallel
+from ssl_vit.training.parallel import lost_process, stop_parallel, together
 
 T = TypeVar("T")
 # A scheduler's signal ended a run, which is saved: the same command goes on (EX_TEMPFAIL).
@@ -43,16 +44,18 @@ def run_door(main: Callable[[list[str]], int]) -> None:
     except (UserError, RunFailed, OSError, SafetensorError) as error:
         status = 2 if isinstance(error, UserError) else 1
         _say(own, "error" if status == 2 else "stopped", error)
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        status = 1
-        _say(own, "stopped: another process is gone, or has not answered in time", error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    if own.world > 1 and status not in (0, GO_ON):
-        # To part in good order would be to wait for others, who may be waiting for this process.
+    except Exception as error:
+        status = 1
+        if lost_process(error):
+            _say(own, "stopped: another process is gone, or has not answered in time", error)
+        else:
+            traceback.print_exc()
+    if status not in (0, GO_ON):
+        # To part in good order would be to wait: for other processes, who may be waiting for this
+        # one, and for a checkpoint that is being written, which will not count.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -63,9 +66,11 @@ def run_door(main: Callable[[list[str]], int]) -> None:
 
 def _say(own: Launched, kind: str, error: Exception) -> None:
     """One line on what went wrong; what all processes say alike, one says."""
-    if own.rank and getattr(error, "everywhere", False):
+    # Before they have met, all say the same if they are on one machine.
+    alike = getattr(error, "everywhere", False) or (not together() and own.local_rank > 0)
+    if own.rank and alike:
         return
-    text = str(error) if not lost_process(error) else str(error).strip().split("\n")[0]
+    text = str(error).strip().split("\n")[0] if lost_process(error) else str(error)
     who = f"process {own.rank} ({platform.node()}): " if own.rank else ""
     print(f"{who}{kind}: {text}", file=sys.stderr)
 

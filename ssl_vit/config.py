@@ -105,7 +105,8 @@ class RunConfig:
     probe_images: int = 10000
     """At most this many training images, and as many held-out ones, are used to look at it."""
     max_nonfinite: int = 10
-    """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped)."""
+    """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped);
+    looked at every --run.log-every steps."""
 
     def __post_init__(self) -> None:
         for option in ("length", "save_every", "probe_every"):

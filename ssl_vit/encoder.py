@@ -317,8 +317,8 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
 class RecomputedBlock(Block):
     """timm's block; in training it keeps its input alone, and computes the rest again in backward.
 
-    It is computed again inside the block's own call, so that hooks upon the block (FSDP's, which
-    gather its weights) enclose that as they enclose ``forward``.
+    It is computed again inside the block's own call: hooks upon the block or its parts (FSDP's,
+    which gather weights) are met then as in ``forward``.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

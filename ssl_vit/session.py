@@ -63,6 +63,7 @@ def carry_out(
     if session.parallel.main:
         results(session)
         log.info("done in %s", duration(time.perf_counter() - started))
+    session.parallel.any(False)  # all leave together: a launcher may end those that are left
     return 0
 
 

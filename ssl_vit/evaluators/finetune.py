@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from jaxtyping import Bool
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -150,6 +151,7 @@ class FineTune(Task):
         self.network, self.config = network, config
         average = copy.deepcopy(network).requires_grad_(False) if config.ema else None
         self.average = average
+        self._before: list[Tensor] | None = None
         self._scales = layer_scales(network, config.layer_decay)
         self._undecayed = undecayed(network)
         mixing = Mixup(
@@ -165,6 +167,8 @@ class FineTune(Task):
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """Cross-entropy in float32, against mixed labels; unmixed, the accuracy (0..1) as well."""
         images, labels, mixed = views.crops[0], views.labels, None
+        if self.training and self._before is None:
+            self._before = [buffer.clone() for buffer in self.network.buffers()]
         with seeded(views.key):
             if self.config.erasing:
                 images = erase(images, self.config.erasing)
@@ -177,7 +181,13 @@ class FineTune(Task):
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
-        """Move the average; running statistics (of BatchNorm) are copied."""
+        """Move the average; running statistics (of BatchNorm) are copied.
+
+        Those are moved by the forward pass already: where the step was skipped, back.
+        """
+        for now, kept in zip(self.network.buffers(), self._before or (), strict=False):
+            now.copy_(torch.where(finite, now, kept))
+        self._before = None
         if self.average is not None:
             ema_update(self.average, self.network, self.config.ema, finite)
             buffers = zip(self.average.buffers(), self.network.buffers(), strict=True)

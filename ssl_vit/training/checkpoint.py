@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,21 +28,32 @@ from ssl_vit.training.shards import Parts, load_moments, load_parts, moments, ow
 log = logging.getLogger("ssl_vit")
 _STATE, _TASK, _OPTIMIZER = "state.json", "task", "optimizer"
 _NAME = "step-{:08d}"
+_ANY = "step-" + 8 * "[0-9]"  # not step-00001000-good, which is somebody's own
 
 
 def complete(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, the oldest first. What a killed save left has another name."""
-    return sorted(path for path in folder.glob("step-*") if _is_whole(path))
+    return sorted(path for path in folder.glob(_ANY) if _is_whole(path))
 
 
 def clean(folder: Path) -> None:
     """Remove what killed saves left behind, and name what is not whole for another reason."""
-    for partial in folder.glob(".step-*.partial"):
-        log.warning("%s is an incomplete checkpoint; removed", partial)
-        shutil.rmtree(partial)
-    for path in folder.glob("step-*"):
+    for partial in folder.glob(f".{_ANY}.partial"):
+        if _remove(partial):
+            log.warning("%s is an incomplete checkpoint; removed", partial)
+    for path in folder.glob(_ANY):
         if not _is_whole(path):
             log.warning("%s lacks some of its files; it is passed over", path)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder that nobody needs; one that cannot be removed is no reason to stop."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, error)
+        return False
+    return True
 
 
 def _is_whole(path: Path) -> bool:
@@ -114,26 +124,24 @@ class Checkpoints:
             _file(_TASK, rank, world): own_part(task.state_dict(), buffers, rank, world),
             _file(_OPTIMIZER, rank, world): own_part(state, set(), rank, world),
         }
-        there = _is_whole(path)  # of a run that stopped here before: the same
+        partial = path.with_name(f".{path.name}.partial")
 
-        def write(partial: Path) -> None:
-            if not there:
-                partial.mkdir(parents=True, exist_ok=True)
-                for name, tensors in files.items():
-                    save_file(tensors, partial / name)
-                    sync(partial / name)
+        def write() -> None:
+            partial.mkdir(parents=True, exist_ok=True)
+            for name, tensors in files.items():
+                save_file(tensors, partial / name)
+                sync(partial / name)
             if export is not None:
                 export()
 
-        partial = path.with_name(f".{path.name}.partial")
-        self.save_ = _Save(path, partial, count, written=there)
-        self._begin(self.save_, lambda: write(partial))
+        self.save_ = _Save(path, partial, count)
+        self._begin(self.save_, write)
 
     def _begin(self, save: _Save, work: Callable[[], object]) -> None:
         def attempt() -> None:
             try:
                 work()
-            except (OSError, SafetensorError) as error:
+            except Exception as error:  # of any kind: what is not said now would pass for done
                 save.error = f"checkpoint {save.path} cannot be written: {error}"
 
         save.work = threading.Thread(target=attempt, daemon=True)
@@ -142,7 +150,10 @@ class Checkpoints:
     def state(self) -> tuple[bool, bool]:
         """Whether this process failed to write its part, and whether it is still at it."""
         save = self.save_
-        return (bool(save.error), save.work.is_alive()) if save else (False, False)
+        if save is None:
+            return False, False
+        busy = save.work.is_alive()  # first: it may fail and end between the two
+        return bool(save.error), busy
 
     def go_on(self, failed: bool, busy: bool) -> None:
         """Take the next step of a save, knowing what ``state`` says of any process.
@@ -203,7 +214,7 @@ class Checkpoints:
             step = int(old.name.removeprefix("step-"))
             if not self.keep_every or step % self.keep_every:
                 # Renamed first: half a deleted folder must not pass for a checkpoint.
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+                _remove(old.rename(old.with_name(f".{old.name}.partial")))
 
 
 def _file(kind: str, rank: int, world: int) -> str:

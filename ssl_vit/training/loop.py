@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor
 
-from ssl_vit.config import OptimConfig, RunConfig, RunFailed
+from ssl_vit.config import OptimConfig, RunConfig, RunFailed, UserError
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
 from ssl_vit.drop_path import batch_share
@@ -136,12 +136,16 @@ class Trainer:
         counts = {"skipped": skipped} | ({"spikes": spike} if self.optim.spike else {})
         return {**scalars, "grad_norm": norm, **counts}
 
-    def whole(self) -> Task:
-        """The task as one process alone holds it. All must call it; sharded, only the main process
-        is given the weights."""
+    def whole(self, device: torch.device | None = None) -> Task:
+        """The task as one process alone holds it. All must call it.
+
+        Sharded, it is put together on ``device`` (the trainer's own if None), with weights in the
+        main process only.
+        """
         if not self.parallel.sharded:
             return self.task
-        return put_together(self.blank, self.task, self.parallel.main)
+        device = device or self.parallel.device
+        return put_together(self.blank, self.task, self.parallel.main, device)
 
     def _forward_backward(self, parts: list[Batch]) -> dict[str, Tensor]:
         means: dict[str, Tensor] = {}
@@ -172,7 +176,11 @@ class Trainer:
         own = checkpoints.state()
         signalled, news, failed, busy = self.parallel.most(stop.received, bool(bad.noted), *own)
         if news:
-            bad.count()
+            try:
+                bad.count()
+            except UserError:
+                checkpoints.finish()
+                raise
         checkpoints.go_on(bool(failed), bool(busy))
         return int(signalled) if self.step < self.schedule.total else 0
 

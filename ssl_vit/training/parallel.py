@@ -165,9 +165,14 @@ def lost_process(error: BaseException) -> bool:
     )
 
 
+def together() -> bool:
+    """Whether this process has met the others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def stop_parallel() -> None:
     """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if together():
         dist.destroy_process_group()
 
 
@@ -189,8 +194,11 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        index = local_rank if device.index is None else device.index
-        check(index < count, f"the device is {name!r}; this machine has {count} CUDA devices")
+        # Slurm may show each process its own device alone, which is then number 0.
+        own = 0 if count == 1 and by_slurm() else local_rank
+        index = own if device.index is None else device.index
+        asked = name if device.index is not None else f"{name}, of process {index} of this machine"
+        check(index < count, f"the device is {asked}; there are {count} CUDA devices")
         return torch.device("cuda", index)
     there = device.type == "cpu" or (device.type == "mps" and torch.backends.mps.is_available())
     check(there, f"the device is {name!r}; this machine does not have it")
@@ -225,10 +233,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def by_slurm() -> bool:
+    """Whether Slurm itself started this process: not ``torchrun``, inside a job or not."""
+    return "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def own_cores() -> int:
-    """Processor cores that this process has for itself; Slurm has bound it to them already."""
-    bound = "SLURM_CPUS_PER_TASK" in os.environ
-    return max(1, cores() // (1 if bound else launched().local_world))
+    """Processor cores that this process has for itself: its share of those it may use.
+
+    Under Slurm it may have been bound to its own already.
+    """
+    bound = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if by_slurm() else 0
+    return cores() if 0 < cores() <= bound else max(1, cores() // launched().local_world)
 
 
 def loader_workers(asked: int, device: torch.device) -> int:

@@ -18,6 +18,7 @@ from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
+from ssl_vit.distributed import gather_texts
 from ssl_vit.encoder import (
     checkpoint_activations,
     choose_attention,
@@ -158,7 +159,8 @@ class Session:
 def prepare_folder(session: Session) -> None:
     """Begin or resume: set the trainer to its first step and the folder to match."""
     run, out, trainer = session.config.run, session.out, session.trainer
-    start = starting_point(run, out)
+    # One looks for all: a folder just written is not seen on every machine at once.
+    start = Path(found) if (found := gather_texts(str(starting_point(run, out) or ""))[0]) else None
     if start is not None:
         own = start.parent == out / "checkpoints"
         if own:
@@ -180,7 +182,7 @@ def prepare_folder(session: Session) -> None:
     # that is of another step.
     late = session.parallel.main and bool(trainer.step) and session.exported_step() != trainer.step
     if session.parallel.any(late):
-        whole = trainer.whole()
+        whole = trainer.whole(torch.device("cpu"))
         if session.parallel.main:
             session.export(whole)()
 
@@ -209,7 +211,7 @@ def train(session: Session) -> int:
 
         def save(step: int) -> None:
             checkpoints.finish()  # before more is copied
-            whole = trainer.whole()
+            whole = trainer.whole(torch.device("cpu"))
             write = session.export(whole) if main else None
             about, scalars = session.images.fingerprint(), trainer.guard.state
             checkpoints.save(step, task, trainer.optimizer, about, write, scalars)

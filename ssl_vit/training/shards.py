@@ -89,7 +89,8 @@ class Parts:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows; nothing else is read."""
         if not self.shape(name):
-            return self.files[self._rows[name][0][0]].get_tensor(name)
+            # Not a view of the file, which would keep it open as long as the tensor lives.
+            return self.files[self._rows[name][0][0]].get_tensor(name).clone()
         rows = rows or slice(0, self.shape(name)[0])
         found, before = [], 0
         for i, n in self._rows[name]:
@@ -161,21 +162,21 @@ def blank_copy(module: T) -> T:
     return copy.deepcopy(module, without)
 
 
-def put_together(blank: T, sharded: nn.Module, main: bool) -> T:
+def put_together(blank: T, sharded: nn.Module, main: bool, device: torch.device) -> T:
     """A copy of ``blank``, made from the same module before that was sharded, with its state now.
 
-    On the main process, on the same device; elsewhere ``blank`` itself. All must call it.
+    On the main process, on ``device``; elsewhere ``blank`` itself. All must call it.
     """
     state = {}
     for name, value in sharded.state_dict().items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if main:
-            state[name] = full.detach().clone()
+            state[name] = full.detach().to(device, copy=True)
     if not main:
         return blank
     filled = {
         id(p): nn.Parameter(state[name], p.requires_grad) for name, p in blank.named_parameters()
     }
-    whole = copy.deepcopy(blank, filled)
+    whole = copy.deepcopy(blank, filled).to(device)
     whole.load_state_dict(state, strict=True)
     return whole

@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.integration.conftest import recount
+
 
 def refused(result, *fragments):
     """One line, no traceback, status 2."""
@@ -118,6 +120,7 @@ def test_pickle_posing_as_a_checkpoint(door):
     assert door.pretrain("--run.out", "run", "--run.length", "8st").returncode == 0
     checkpoint = door.folder / "run/checkpoints/step-00000008"
     torch.save({"model": Bomb()}, checkpoint / "task.safetensors")
+    recount(checkpoint)
     refused(door.pretrain("--run.out", "run", "--run.length", "8st"), "pickle", "task.safetensors")
     torch.save({"model": Bomb()}, door.folder / "checkpoint.pth")
     refused(door.pretrain("--run.out", "new", "--run.resume", "checkpoint.pth"), "checkpoint.pth")

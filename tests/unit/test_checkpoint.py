@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -126,6 +127,55 @@ def test_a_disk_that_takes_no_more(tmp_path, monkeypatch):
         checkpoints.finish()
     assert told.value.everywhere
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_any_error_is_a_failed_save(tmp_path, monkeypatch):
+    """Not the disk's alone, and also after the files are written."""
+    net, optimizer = saved(tmp_path, 1)
+
+    def strange(*arguments):
+        raise ValueError("of another kind")
+
+    monkeypatch.setattr(checkpoint, "write_text_atomically", strange)
+    checkpoints = Checkpoints(tmp_path, 9, 0, ALONE)
+    checkpoints.save(2, net, optimizer, {})
+    with pytest.raises(RunFailed, match="of another kind"):
+        checkpoints.finish()
+    assert names(tmp_path) == [1]
+
+
+def test_a_failure_between_two_looks_is_not_a_success(tmp_path):
+    """The thread fails and ends after it was seen alive: then it is busy, and failed next time."""
+    checkpoints = Checkpoints(tmp_path, 9, 0, ALONE)
+    save = checkpoint._Save(tmp_path / "a", tmp_path / "b", {})
+
+    class Ends:
+        def is_alive(self) -> bool:
+            save.error = "it failed just now"
+            return False
+
+    save.work, checkpoints.save_ = Ends(), save
+    assert checkpoints.state() == (True, False)
+
+
+def test_what_cannot_be_removed_is_said_and_left(tmp_path, monkeypatch, caplog):
+    def busy(*arguments, **options):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    with caplog.at_level(logging.WARNING, logger="ssl_vit"):
+        saved(tmp_path, 1, 2, 3, keep=2)
+        clean(tmp_path)
+    assert names(tmp_path) == [2, 3]
+    assert ".step-00000001.partial cannot be removed" in caplog.text
+
+
+def test_folders_of_other_names_are_nobodys_business(tmp_path):
+    saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001-good")
+    saved(tmp_path, 2, 3, keep=1)
+    assert names(tmp_path) == [3]
+    assert (tmp_path / "step-00000001-good").is_dir()
 
 
 @pytest.mark.parametrize("how", ["cut", "lost", "unnamed"])

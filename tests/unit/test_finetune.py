@@ -345,6 +345,26 @@ def test_the_average_follows_the_weights_and_is_judged():
     assert "average.bn1.running_mean" in task.state_dict()
 
 
+def test_a_skipped_step_leaves_running_statistics_alone():
+    """The forward pass has moved them already; a NaN would stay in them for good."""
+    module = timm.create_model("resnet10t", num_classes=0)
+    start = Start(module, True, (32, 32), 3, (), (), {"given": "x"}, "resnet10t")
+    task = tuned(PLAIN, start=start).train()
+    views = batch(size=32)
+    before = {k: v.clone() for k, v in task.network.named_buffers()}
+    good = views.crops[0].clone()
+    views.crops[0][0, 0, 0, 0] = torch.nan
+    task(views, 0)
+    assert task.network.bn1.running_mean.isnan().any()
+    task.after_update(0, torch.tensor(False))
+    for name, value in task.network.named_buffers():
+        assert torch.equal(value, before[name]), name
+    views.crops[0] = good
+    task(views, 1)
+    task.after_update(1, torch.tensor(True))
+    assert not torch.equal(task.network.bn1.running_mean, before["bn1.running_mean"])
+
+
 def test_without_an_average_the_network_is_judged():
     task = tuned(PLAIN)
     assert task.judged is task.network

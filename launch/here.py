@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,21 +18,33 @@ from launch.job import STOPPED, STOPS, Relay, exit_status
 _LAST_WORDS = 5.0
 
 
-def run_here(command: Sequence[str], tasks: int) -> int:
-    """Run ``command`` in ``tasks`` processes and wait; the exit status.
+def run_here(commands: Sequence[Sequence[str]], tasks: int) -> int:
+    """Run each command in ``tasks`` processes, one command after the other; the exit status.
 
     That of the first task that failed, whose end ends the others; else ``STOPPED`` where a signal
-    stopped them, else 0. Ctrl-C, SIGTERM and SIGUSR2 reach the tasks, which save.
+    stopped them, else 0. No command begins after one that did not finish, or after a signal.
+    Ctrl-C, SIGTERM and SIGUSR2 reach the tasks, which save.
     """
     # A terminal has sent Ctrl-C to the tasks too, and a second one would end them at once.
     passed = {number: number for number in STOPS} | {signal.SIGINT: signal.SIGTERM}
+    status = 0
     with Relay(passed, late=True) as relay:
-        for env in _environments(tasks):
-            relay.start(command, env)
-        status = _wait(relay.children)
+        for command in commands:
+            # It may have come in the last step of the run before, which then finished.
+            status = status or (STOPPED if relay.came else 0)
+            if status:
+                break
+            if len(commands) > 1:
+                print(shown(command), flush=True)
+            status = _wait([relay.start(command, env) for env in _environments(tasks)])
     if status == STOPPED:
         print("stopped, saved; start it again to go on", file=sys.stderr)
     return exit_status(status)
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as a user would write it."""
+    return shlex.join(["python", *command[1:]])
 
 
 def _environments(tasks: int) -> list[dict[str, str]]:
@@ -38,17 +52,25 @@ def _environments(tasks: int) -> list[dict[str, str]]:
     env = dict(os.environ)
     if tasks == 1:
         return [env]
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // tasks)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // tasks)))
     world = {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks)}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(tasks)]
     return [env | world | address | rank for rank in ranks]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A port that nobody has, below those that Linux gives to outgoing connections (from 32768)."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def _wait(tasks: list[subprocess.Popen[bytes]]) -> int:

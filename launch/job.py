@@ -6,6 +6,7 @@ Of the standard library alone, so that a task is ready for signals at once.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,9 +98,9 @@ class Job:
             if status == 1 and not relay.came:
                 # Its peer was stopped, perhaps, and it lost it before the signal came here.
                 time.sleep(_SPREAD)
-            killed = status in [-number for number in STOPS]
+            killed = [number for number in STOPS if number == -status]
             if status == STOPPED or killed or (status == 1 and relay.came):
-                self._again(relay.came)
+                self._again([*relay.came, *killed], saved=status == STOPPED)
         if status:
             how = f"failed with status {status}" if status > 0 else f"was ended by signal {-status}"
             self._failure.write_text(f"task {_rank()} {how}\n")
@@ -108,7 +109,7 @@ class Job:
 
     def _wait(self, relay: Relay) -> int:
         """The door's status. It is not waited for long once another task has failed."""
-        door = relay.start(self.command)
+        door = relay.start(going_on(self.command) if _restarts() else self.command)
         while True:
             try:
                 return door.wait(timeout=_LAST_WORDS)
@@ -120,19 +121,24 @@ class Job:
     @property
     def _failure(self) -> Path:
         """A file that is there when a task of this start of the job has failed."""
-        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-        return self.folder / f"{job_id()}_{restarts}_failed"
+        return self.folder / f"{job_id()}_{_restarts()}_failed"
 
-    def _again(self, came: list[signal.Signals]) -> NoReturn:
+    def _again(self, came: list[signal.Signals], saved: bool) -> NoReturn:
         """Leave, and let the first task have the job queued again."""
         if _rank() != 0:
             raise SystemExit(0)
         if self._failure.exists():
             _say(f"not queued again: {self._failure.read_text().strip()}")
             raise SystemExit(1)
+        limited = signal.SIGUSR2 in came
+        # Once: it may have been told before it was ready. A door that never saves would come back
+        # for ever.
+        if limited and not saved and _restarts():
+            _say("not done at the time limit, and nothing was saved: give a longer --time")
+            raise SystemExit(1)
         # A job that was cancelled gets the same signal, and could be queued again.
-        if signal.SIGUSR2 not in came and _state() in ("COMPLETING", "CANCELLED"):
-            _say("stopped; the job was cancelled, so it is not queued again")
+        if not limited and _state() in ("COMPLETING", "CANCELLED"):
+            _say("stopped; Slurm is ending the job itself (cancelled, or queued again by it)")
             raise SystemExit(0)
         done = _ask("scontrol", "requeue", job_id())
         if done.returncode > 0:  # below 0: ended together with the job, as it had asked for
@@ -140,6 +146,12 @@ class Job:
             raise SystemExit(STOPPED)
         _say("stopped; the job is queued again")
         raise SystemExit(0)
+
+
+def going_on(command: Sequence[str]) -> list[str]:
+    """A door's command for a later start of its job: ``--run.resume never`` was for the first."""
+    asked = re.findall(r"--run\.resume[= ](\S+)", " ".join(command))
+    return [*command, *(["--run.resume", "auto"] if asked[-1:] == ["never"] else [])]
 
 
 def job_id() -> str:
@@ -157,12 +169,20 @@ def _rank() -> int:
     return int(os.environ.get("SLURM_PROCID", "0"))
 
 
+def _restarts() -> int:
+    """How many starts of the job there were before this one."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _state() -> str:
     return _ask("squeue", "--noheader", "--jobs", job_id(), "--format", "%T").stdout.strip()
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True)
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:  # Slurm's commands need not be there on the machines that compute
+        return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from ssl_vit.config import UserError, check
 
+# Slurm may send its signals so many seconds early (sbatch's --signal).
+_EARLY = 60
 # Lists, so that each may be written more than once.
 _LISTS = ("--slurm", "--setup", "--sweep")
 # What --slurm may not say, and which option says it instead; empty: the launcher's alone.
@@ -69,7 +71,11 @@ class LaunchConfig:
             check(value >= low, f"--{option.replace('_', '-')} is {value}; at least {low}")
         limit = seconds(self.time)
         # Told to save as it starts, a job would be queued again for ever.
-        check(self.grace < limit, f"--grace is {self.grace} s; --time {self.time} is {limit} s")
+        check(
+            self.grace + _EARLY < limit,
+            f"--grace is {self.grace} s, and Slurm may be {_EARLY} s early; --time {self.time} is "
+            f"only {limit} s",
+        )
         check(not self.local or self.nodes == 1, f"--nodes is {self.nodes}; --local runs on 1")
         slurm_options(self.slurm)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError
 
-from launch.here import run_here
+from launch.here import run_here, shown
 from launch.job import Job
 from launch.options import LaunchConfig, slurm_options, together
 from launch.sweep import swept
@@ -62,6 +62,8 @@ def executor(config: LaunchConfig, door: str, folder: Path, runs: int) -> Execut
         srun_args=[
             # Without it the other tasks wait for one that died.
             "--kill-on-bad-exit=1",
+            # Process 0 may judge for minutes after the others; a site's WaitTime would end it.
+            "--wait=0",
             # A job that was queued again goes on in the same logs.
             "--open-mode=append",
             # srun does not take it from the batch file.
@@ -110,11 +112,6 @@ def private_folder(parent: Path, door: str) -> Path:
         os.umask(before)
 
 
-def shown(command: list[str]) -> str:
-    """A command as a user would write it."""
-    return shlex.join(["python", *command[1:]])
-
-
 def show_only(config: LaunchConfig, door: str, commands: list[list[str]]) -> None:
     """Print what would be submitted, and what each of its tasks runs."""
     if not config.local:
@@ -140,20 +137,9 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         show_only(config, door, commands)
     elif config.local:
-        return run_all(commands, config.tasks)
+        return run_here(commands, config.tasks)
     else:
         submit(config, door, commands)
-    return 0
-
-
-def run_all(commands: list[list[str]], tasks: int) -> int:
-    """Run the commands here, one after the other, up to the first that does not finish."""
-    for command in commands:
-        if len(commands) > 1:
-            print(shown(command), flush=True)
-        status = run_here(command, tasks)
-        if status:
-            return status
     return 0
 
 

@@ -40,7 +40,7 @@ def combinations(sweeps: Sequence[str]) -> list[dict[str, str]]:
 def swept(command: Sequence[str], sweeps: Sequence[str]) -> list[list[str]]:
     """The commands of a sweep: each with its values, and a place of its own inside that given.
 
-    A place that is a file, as ``scores.json``, becomes ``scores-optim.lr=1e-4.json``.
+    An ``--out`` that is a file, as ``scores.json``, becomes ``scores-optim.lr=1e-4.json``.
 
     Raises:
         UserError: a malformed sweep, or no place given.
@@ -52,8 +52,9 @@ def swept(command: Sequence[str], sweeps: Sequence[str]) -> list[list[str]]:
         label = re.sub(r"[^\w.,=+-]+", "_", label)
         check(label not in labels, f"--sweep: two of its runs would be named {label}")
         labels.add(label)
-        own = place.with_name(f"{place.stem}-{label}{place.suffix}")
-        own = own if place.suffix else place / label
+        own = place / label
+        if option == "--out" and place.suffix:  # a run's is a folder, whatever its name
+            own = place.with_name(f"{place.stem}-{label}{place.suffix}")
         flags = [part for name, value in values.items() for part in (f"--{name}", value)]
         commands.append([*rest, *flags, option, str(own)])
     return commands

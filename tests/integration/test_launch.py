@@ -1,21 +1,25 @@
 """The launcher without Slurm: what it refuses, what it would submit, and jobs on this machine."""
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from launch.job import going_on
 from launch.options import LaunchConfig, seconds
 from launch.slurm import DOORS, main, private_folder
 from launch.sweep import combinations, swept
-from ssl_vit.config import UserError
+from ssl_vit.config import RunConfig, UserError
+from ssl_vit.options import parse
 from tests.conftest import ROOT
-from tests.integration.conftest import TINY
+from tests.integration.conftest import TINY, Door
 
 # Each task writes its number and its world, and does as the line for it says.
 TASK = r"""
@@ -39,11 +43,17 @@ def sleep():
 def here(folder: Path, tasks: int, *lines: str, **popen: object) -> subprocess.Popen[str]:
     """``launch.here`` with tasks that run ``lines``, one for each."""
     script = TASK + "\n".join(f"if rank in ({i}, -1): {line}" for i, line in enumerate(lines))
-    call = (
-        f"import sys; from launch.here import run_here; sys.exit(run_here(sys.argv[1:], {tasks}))"
-    )
+    return launch_here(folder, tasks, [script], **popen)
+
+
+def launch_here(
+    folder: Path, tasks: int, scripts: list[str], **popen: object
+) -> subprocess.Popen[str]:
+    """One script after the other."""
+    commands = [[sys.executable, "-c", script] for script in scripts]
+    call = f"from launch.here import run_here; raise SystemExit(run_here({commands!r}, {tasks}))"
     return subprocess.Popen(
-        [sys.executable, "-c", call, sys.executable, "-c", script],
+        [sys.executable, "-c", call],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -53,10 +63,14 @@ def here(folder: Path, tasks: int, *lines: str, **popen: object) -> subprocess.P
     )
 
 
-def wait_for(*paths: Path, seconds: float = 90.0) -> None:
+def wait_for(*paths: Path) -> None:
+    wait_until(lambda: all(path.exists() for path in paths))
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < deadline, paths
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s"
         time.sleep(0.02)
 
 
@@ -106,29 +120,55 @@ def test_ctrl_c_of_a_terminal_reaches_the_tasks_once_by_itself(tmp_path):
     assert job.returncode == 75
 
 
+def test_after_a_signal_no_other_run_begins(tmp_path):
+    """Not even where the run that it came to had its last step behind it, and finished."""
+    first = TASK + "done = [0]\nsignal.signal(signal.SIGTERM, lambda n, f: sys.exit(0))\nsleep()"
+    first = first.replace("if done:", "if False:")
+    job = launch_here(tmp_path, 1, [first, "open('second', 'w')"])
+    wait_for(tmp_path / "ready-1")
+    job.terminate()
+    _, err = job.communicate(timeout=20)
+    assert (job.returncode, err) == (75, "stopped, saved; start it again to go on\n")
+    assert not (tmp_path / "second").exists()
+
+
 def test_a_run_here_is_stopped_and_goes_on(door):
     """Two tasks; the second start loses one, which ends the job."""
     arguments = ("--run.out", "run", "--run.length", "100000st", "--run.save-every", "10000st")
     command = door.command("-m", "launch.slurm", "--local", "--tasks-per-node", "2")
     command += ["--", "pretrain", "mae", "--config", "tiny.yaml", *arguments]
     log = door.folder / "run" / "metrics.jsonl"
-    options = {"cwd": door.folder, "env": door.env, "stderr": subprocess.PIPE, "text": True}
-    job = subprocess.Popen(command, **options)
-    wait_for(log)
-    job.terminate()
-    _, err = job.communicate(timeout=60)
+    with started(command, door) as job:
+        wait_until(lambda: size(log) > 0)
+        job.terminate()
+        _, err = job.communicate(timeout=60)
     assert job.returncode == 75
     assert err.endswith("stopped, saved; start it again to go on\n")
     (saved,) = (door.folder / "run" / "checkpoints").iterdir()
-    size = log.stat().st_size
-    again = subprocess.Popen(command, **options)
-    deadline = time.monotonic() + 90
-    while log.stat().st_size <= size and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(child_of_rank(again.pid, 1), signal.SIGKILL)
-    _, err = again.communicate(timeout=30)
+    before = size(log)
+    with started(command, door) as again:
+        wait_until(lambda: size(log) > before)
+        os.kill(child_of_rank(again.pid, 1), signal.SIGKILL)
+        _, err = again.communicate(timeout=30)
     assert again.returncode == 128 + 9
     assert f"step {int(saved.name.removeprefix('step-'))} of 100000" in err
+
+
+@contextlib.contextmanager
+def started(command: list[str], door: Door) -> Iterator[subprocess.Popen[str]]:
+    """A launcher; in the end nothing is left of it and its tasks."""
+    options = {"cwd": door.folder, "env": door.env, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield job
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+def size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def child_of_rank(parent: int, rank: int) -> int:
@@ -189,7 +229,8 @@ def test_a_dry_run_prints_the_batch_file_without_slurm(tmp_path, monkeypatch, ca
     }
     assert not [line for line in asked if line.startswith(("array", "wckey"))]
     (srun,) = [shlex.split(line) for line in lines if line.startswith("srun")]
-    assert {"--kill-on-bad-exit=1", "--open-mode=append", "--cpus-per-task=4"} <= {*srun}
+    expected = {"--kill-on-bad-exit=1", "--wait=0", "--open-mode=append", "--cpus-per-task=4"}
+    assert expected <= {*srun}
     assert lines.index("module load x") < lines.index("# command")
     assert lines[-1] == ("# each of 32 tasks: python -m ssl_vit.pretrain mae --config 'a b.yaml'")
     assert list(tmp_path.iterdir()) == []
@@ -219,6 +260,7 @@ def test_a_sweep_is_every_combination_in_order():
     [
         (["--run.out", "O"], "a=1,2", ["--run.out", "O/a=1", "--run.out", "O/a=2"]),
         (["--run.out=O"], "data.train=folder:/x,y", ["O/data.train=folder_x", "O/data.train=y"]),
+        (["--run.out", "v1.5"], "k=1,2", ["v1.5/k=1", "v1.5/k=2"]),
         (["--out", "d/s.json"], "k=1,2", ["d/s-k=1.json", "d/s-k=2.json"]),
     ],
 )
@@ -254,7 +296,7 @@ def test_times_are_slurm_s(time, expected):
         (["--time", "2d", "--", "pretrain"], "--time is '2d'; allowed: minutes, MM:SS"),
         (["--time", "0", "--", "pretrain"], "--time is '0'"),
         (["--time", "1:75", "--", "pretrain"], "--time is '1:75'"),
-        (["--time", "2", "--", "pretrain"], "--grace is 120 s; --time 2 is 120 s"),
+        (["--time", "3", "--", "pretrain"], "be 60 s early; --time 3 is only 180 s"),
         (["--slurm", "account", "mem=", "--", "pretrain"], "--slurm is 'mem='"),
         (["--slurm", "nodes=3", "--", "pretrain"], "--slurm is 'nodes=3'; use --nodes"),
         (["--slurm", "--", "pretrain"], "--slurm needs a value"),
@@ -274,6 +316,38 @@ def test_what_the_launcher_refuses(tmp_path, monkeypatch, arguments, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "resume"),
+    [
+        ([], "auto"),
+        (["--run.resume", "never"], "auto"),
+        (["--run.resume=never", "--run.keep", "3"], "auto"),
+        (["--run.resume", "never", "--run.resume", "/a/step-00000010"], "/a/step-00000010"),
+    ],
+)
+def test_a_job_begins_anew_only_once(given, resume):
+    """As the door's own parser reads the arguments of a later start; the others stay."""
+    flags = [flag.replace("--run.", "--") for flag in going_on(given)]
+    assert flags[: len(given)] == [flag.replace("--run.", "--") for flag in given]
+    assert parse(RunConfig(), flags, "command line", "pretrain").resume == resume
+
+
+JOB = """
+import sys; from pathlib import Path; from launch.job import Job
+Job([sys.executable, "-c", sys.argv[1]], Path())()
+"""
+
+
+def test_where_slurm_has_no_commands_the_job_says_that_it_is_not_queued_again(tmp_path):
+    env = {"PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "PATH": str(tmp_path)}
+    door = "import sys; sys.exit(75)"
+    command = [sys.executable, "-c", JOB, door]
+    job = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert job.returncode == 75
+    assert job.stderr.startswith("stopped, but not queued again: ")
+    assert job.stderr.endswith("No such file or directory: 'scontrol'\n")
 
 
 def test_without_slurm_there_is_no_job(tmp_path, monkeypatch):

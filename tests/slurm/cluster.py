@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from launch.here import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 # Addresses, so that the first task's machine is found by its name without any name service.
@@ -27,6 +30,7 @@ CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmUser={user}
 SlurmdUser={user}
+FirstJobId={first}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -69,7 +73,9 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         names = {"folder": folder, "host": host, "user": getpass.getuser()}
-        self.config.write_text(CONFIG.format(ports=free_ports(3), nodes=NODES, **names))
+        # The ports of a job's processes follow from its number: not those of a cluster beside it.
+        first, ports = random.SystemRandom().randrange(1, 1_000_000), free_ports(3)
+        self.config.write_text(CONFIG.format(first=first, ports=ports, nodes=NODES, **names))
         files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munge.log"}
         files |= {"pid-file": "munge.pid", "seed-file": "munge.seed"}
         # --force: others cannot enter this folder, and need not.
@@ -162,12 +168,11 @@ def find(daemon: str) -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens to now."""
-    probes = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Different ports that nobody listens to now."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return [*ports]
 
 
 def wait_until(true: Callable[[], bool], what: str, seconds: float) -> None:

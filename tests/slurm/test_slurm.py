@@ -126,7 +126,8 @@ def submit_all(jobs: Jobs) -> None:
     tiny = ["--", "pretrain", "mae", "--config", "tiny.yaml", "--run.length", "1st", "--run.out"]
     # So many cores that another job needs this one's.
     low = [*two[:3], "16", "--partition", "low"]
-    jobs.launch("limited", *two, "--grace", "110", *slow, "limited", *ENDLESS)
+    anew = ["--run.resume", "never"]
+    jobs.launch("limited", *two, "--grace", "110", *slow, "limited", *ENDLESS, *anew)
     jobs.launch("preempted", *low, *slow, "preempted", *FINITE)
     jobs.launch("killed", *two, *slow, "killed", *ENDLESS)
     jobs.submit("early", SLEEP, nodes=2)
@@ -136,13 +137,38 @@ def submit_all(jobs: Jobs) -> None:
     jobs.launch("sweep", *one, "--sweep", "optim.lr=1e-4,3e-4", *tiny, "sweep")
 
 
+@pytest.fixture(scope="module")
+def preempted(jobs: Jobs) -> int:
+    """The step at which a job with more right to its cores has stopped the one; it runs again."""
+    jobs.wait_for_steps("preempted")
+    more = ["--partition=main", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=20"]
+    taken = jobs.ask("sbatch", *more, "--parsable", "--output=/dev/null", "--wrap=sleep 1").strip()
+    assert jobs.wait_for("preempted", "PENDING", "COMPLETED")["Restarts"] == "1"
+    jobs.cluster.wait_for(taken, "COMPLETED")
+    jobs.cluster.start_again(jobs.number["preempted"])
+    return jobs.stopped_at("preempted")
+
+
+def test_a_preempted_job_is_queued_again(preempted):
+    """The first test, so that the job is not done before."""
+    assert 3 <= preempted < STEPS
+
+
 def test_a_job_that_is_told_to_stop_before_it_is_ready_is_queued_again(jobs):
     jobs.wait_for("early", "RUNNING")
     wait_until(lambda: len(tasks_of(jobs, "early")) == 2, "both tasks", 60)
     jobs.ask("scancel", "--signal=USR2", jobs.number["early"])
     assert jobs.wait_for("early", "PENDING")["Restarts"] == "1"
     assert "stopped; the job is queued again\n" in jobs.log("early")
-    jobs.ask("scancel", jobs.number["early"])
+
+
+def test_one_that_is_never_ready_ends_the_second_time(jobs):
+    jobs.cluster.start_again(jobs.number["early"])
+    wait_until(lambda: len(tasks_of(jobs, "early")) == 2, "both tasks", 60)
+    jobs.ask("scancel", "--signal=USR2", jobs.number["early"])
+    ended = jobs.wait_for("early", "FAILED", "PENDING", "COMPLETED", seconds=30)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
+    assert "not done at the time limit, and nothing was saved" in jobs.log("early")
 
 
 def test_of_an_array_only_the_run_that_was_stopped_is_queued_again(jobs):
@@ -204,22 +230,6 @@ def doors(jobs: Jobs, name: str, *having: str) -> list[int]:
     ]
 
 
-@pytest.fixture(scope="module")
-def preempted(jobs: Jobs) -> int:
-    """The step at which a job with more right to its cores has stopped the one; it runs again."""
-    jobs.wait_for_steps("preempted")
-    more = ["--partition=main", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=20"]
-    taken = jobs.ask("sbatch", *more, "--parsable", "--output=/dev/null", "--wrap=sleep 1").strip()
-    assert jobs.wait_for("preempted", "PENDING", "COMPLETED")["Restarts"] == "1"
-    jobs.cluster.wait_for(taken, "COMPLETED")
-    jobs.cluster.start_again(jobs.number["preempted"])
-    return jobs.stopped_at("preempted")
-
-
-def test_a_preempted_job_is_queued_again(preempted):
-    assert 3 <= preempted < STEPS
-
-
 def test_a_job_at_its_time_limit_saves_and_goes_on_at_the_step(jobs):
     """Then it is cancelled: the same signal, after which it must not come back."""
     number = jobs.number["limited"]
@@ -240,7 +250,7 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_at_the_step(jobs):
     assert f"step-{stopped:08}: step {stopped} of 100000" in jobs.log("limited")
     jobs.ask("scancel", number)
     assert jobs.wait_for("limited", "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
-    assert "the job was cancelled, so it is not queued again" in jobs.log("limited")
+    assert "stopped; Slurm is ending the job itself (cancelled" in jobs.log("limited")
     steps = jobs.steps("limited")
     assert steps == list(range(1, len(steps) + 1))
 

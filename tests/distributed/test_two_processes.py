@@ -13,7 +13,8 @@ from tests.distributed.together import together
 from tests.integration.conftest import Door
 
 # Nothing held out, so that no time goes into scores.
-COMMON = ("--run.precision", "fp32", "--data.val", "", "--data.holdout", "0", "--run.keep", "3")
+COMMON = ("--run.precision", "fp32", "--data.val", "", "--data.holdout", "0", "--optim.spike", "6")
+COMMON += ("--run.keep", "1", "--run.keep-every", "8st")
 MAE = ("mae", "--config", "tiny.yaml", "--optim.clip", "0.5")
 # A low rate: AdamW's first steps turn rounding errors of tiny gradients into whole steps.
 DINO = ("dino", "--config", "tiny_dino.yaml", "--optim.lr", "1e-4", "--encoder.drop-path", "0.3")
@@ -96,6 +97,17 @@ def test_each_process_writes_half(door):
         assert [half[weight].shape for half in halves] == [(64, 32), (64, 32)]
         assert halves[0]["encoder.vit.cls_token"].shape == (1, 1, 32)
         assert halves[1]["encoder.vit.cls_token"].shape == (0, 1, 32)
+
+
+def test_the_guard_against_spikes_is_part_of_the_state(door):
+    """Its mean is that of the losses so far, in every world, and it goes on from there."""
+    for name in ("mae-one", "mae-two", "mae-sharded"):
+        folder = door.folder / name / "checkpoints" / "step-00000016"
+        parts = Parts(sorted(folder.glob("optimizer*.safetensors")))
+        seen = [row["loss"] for row in losses(door.folder / name)]
+        assert parts.read("::losses") == 16
+        mean = parts.read("::loss_mean").item()
+        assert mean == pytest.approx(sum(seen[:16]) / 16, rel=1e-5)
 
 
 def test_slow_processes_are_seen(door):

@@ -63,7 +63,8 @@ def try_out(session: Session) -> Found:
     The weights move, and are of no use after it. All processes must call it.
 
     Raises:
-        RunFailed: not even a few images fit into memory.
+        RunFailed: not even a few images fit into memory; with several processes, a whole step does
+            not fit into that of this one.
         UserError: too many images are unreadable.
     """
     try:
@@ -77,6 +78,9 @@ def try_out(session: Session) -> Found:
     try:
         return _take(session, found, steps, workers, delivered)
     except torch.OutOfMemoryError:
+        # The others may be waiting for this process: it has to leave.
+        if session.parallel.world > 1:
+            raise RunFailed("a whole step does not fit into the device's memory") from None
         return replace(found, fits=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -138,12 +139,38 @@ def free_memory(device: torch.device, processes: int) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
-    table = Path("/proc/meminfo")
-    if device.type == "cpu" and sys.platform.startswith("linux") and table.is_file():
-        for line in table.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 / processes
+    if device.type == "cpu" and sys.platform.startswith("linux"):
+        own = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
+        return min(_free_on_machine(), free_in_group(own[1] if own else "")) / processes
     return float("inf")
+
+
+def _free_on_machine() -> float:
+    found = re.search(r"^MemAvailable: +(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
+    return float(found[1]) * 1024 if found else float("inf")
+
+
+def free_in_group(own: str, root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that a control group of Linux (``own``, below ``root``) and those around it leave.
+
+    Version 2, see cgroup-v2.rst of the kernel: schedulers and containers set such limits. What is
+    held of files that were not used lately is given back when it is needed.
+    """
+    group, free = root / own, float("inf")
+    for place in [group, *group.parents][: len(group.relative_to(root).parts) + 1]:
+        limit, used = _read(place / "memory.max").strip(), _read(place / "memory.current")
+        files = re.search(r"^inactive_file (\d+)", _read(place / "memory.stat"), re.MULTILINE)
+        if limit.isdigit() and used:
+            free = min(free, float(limit) - float(used) + (float(files[1]) if files else 0.0))
+    return free
+
+
+def _read(file: Path) -> str:
+    """A small file of the kernel's; empty where there is none."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

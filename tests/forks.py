@@ -8,18 +8,20 @@ output and fate.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import io
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from tests.conftest import ROOT
 
@@ -28,6 +30,23 @@ DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark")
 _LATE = ("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets")
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([*(f"ssl_vit.{door}" for door in DOORS), *_LATE, __name__])
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def _end(owner: int) -> None:
+    """Kill the forks that a test which failed has left, if this is the process of the tests."""
+    for process in multiprocessing.active_children() if os.getpid() == owner else ():
+        process.kill()
+
+
+# Registered later than multiprocessing's own hook, which waits for them: it runs before that one.
+atexit.register(_end, os.getpid())
+
+
+def end_with_server() -> None:
+    """This fork does not outlive the server, and that not the tests, however they end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Fork:
@@ -35,8 +54,8 @@ class Fork:
 
     def __init__(self, arguments: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
         self.args = list(arguments)
-        self.said = Path(mkdtemp(prefix="fork-"))
-        given = (self.args, str(folder), dict(env), str(self.said))
+        self._said = TemporaryDirectory(prefix="fork-")
+        given = (self.args, str(folder), dict(env), self._said.name)
         self.process = _FORKS.Process(target=_live, args=given)
         # The first start brings up the server, which finds the package by this.
         before = os.environ.get("PYTHONPATH")
@@ -60,17 +79,26 @@ class Fork:
             os.kill(self.process.pid or 0, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait; what it wrote to standard output and to standard error."""
+        """Wait; what it wrote to standard output and to standard error. To be called once."""
         self.process.join(timeout)
-        if self.process.is_alive():
-            self.process.kill()
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        return (self.said / "out").read_text(), (self.said / "err").read_text()
+        late = self.process.is_alive()
+        self.process.kill()  # if it is there
+        self.process.join()
+        with self._said as folder:
+            out, errors = (_text(Path(folder, name)) for name in ("out", "err"))
+        if late:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, out, errors)
+        return out, errors
 
     def done(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Wait; all of it together."""
         out, errors = self.communicate(timeout)
         return subprocess.CompletedProcess(self.args, self.returncode or 0, out, errors)
+
+
+def _text(file: Path) -> str:
+    """What a file holds; nothing if its process ended before it made it."""
+    return file.read_text() if file.exists() else ""
 
 
 def can_fork(arguments: Sequence[str]) -> bool:
@@ -82,6 +110,8 @@ def can_fork(arguments: Sequence[str]) -> bool:
 
 def _live(arguments: list[str], folder: str, env: dict[str, str], said: str) -> None:
     """The life of one process: what its door does, and its exit status."""
+    end_with_server()
+    multiprocessing.set_start_method("fork", force=True)  # as for a process started by a user
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)

@@ -7,11 +7,9 @@ so once; each process of a run is a fork of it, with its own rank, files and fat
 from __future__ import annotations
 
 import atexit
-import ctypes
 import importlib
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import sys
@@ -22,8 +20,9 @@ from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from launch.here import free_port
 from tests.conftest import ROOT
-from tests.forks import DOORS
+from tests.forks import DOORS, end_with_server
 
 _FORKS = multiprocessing.get_context("forkserver")
 # One server for a process of tests, shared with tests.forks: all that module wants, and what a run
@@ -36,7 +35,6 @@ _FORKS.set_forkserver_preload(
 )
 # Of whatever launched the tests, which must not reach a run within them.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Prepare = Callable[[], object]
 
 
@@ -123,15 +121,6 @@ def _start(processes: list[ForkServerProcess]) -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def free_port() -> int:
-    """A port that nobody listens on, below those that the system hands out by itself."""
-    while True:
-        port = random.SystemRandom().randrange(12000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-
-
 def _live(
     folder: Path,
     said: Path,
@@ -141,9 +130,8 @@ def _live(
     prepare: Prepare | None,
 ) -> None:
     """The life of one process: what its door does, and its exit status."""
-    if sys.platform == "linux":
-        # Nothing outlives the tests, however they end: the server ends with them.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_server()
+    multiprocessing.set_start_method("fork", force=True)  # as for a process started by a user
     os.chdir(folder)
     file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, keep_every: int, parallel: Parallel) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.parallel = parallel
-        self.save_: _Save | None = None
+        self.under_way: _Save | None = None
 
     def save(
         self,
@@ -134,8 +135,8 @@ class Checkpoints:
             if export is not None:
                 export()
 
-        self.save_ = _Save(path, partial, count)
-        self._begin(self.save_, write)
+        self.under_way = _Save(path, partial, count)
+        self._begin(self.under_way, write)
 
     def _begin(self, save: _Save, work: Callable[[], object]) -> None:
         def attempt() -> None:
@@ -149,7 +150,7 @@ class Checkpoints:
 
     def state(self) -> tuple[bool, bool]:
         """Whether this process failed to write its part, and whether it is still at it."""
-        save = self.save_
+        save = self.under_way
         if save is None:
             return False, False
         busy = save.work.is_alive()  # first: it may fail and end between the two
@@ -161,13 +162,13 @@ class Checkpoints:
         Raises:
             RunFailed: the disk does not take it; nothing of it is left, older ones stay.
         """
-        save = self.save_
+        save = self.under_way
         if save is None or (busy and not failed):
             return
         if failed:
             self._give_up(save)
         elif save.written:
-            self.save_ = None
+            self.under_way = None
         else:
             save.written = True
             if self.parallel.main:
@@ -179,8 +180,8 @@ class Checkpoints:
         Raises:
             RunFailed: as ``go_on``.
         """
-        while self.save_ is not None:
-            self.save_.work.join()
+        while self.under_way is not None:
+            self.under_way.work.join()
             failed, busy = self.parallel.most(*self.state())
             self.go_on(bool(failed), bool(busy))
 
@@ -189,7 +190,7 @@ class Checkpoints:
         errors = gather_texts(save.error)
         if self.parallel.main:
             shutil.rmtree(save.partial, ignore_errors=True)
-        self.save_ = None
+        self.under_way = None
         raise RunFailed(self.parallel.first(errors), everywhere=True)
 
     def _name(self, save: _Save) -> None:
@@ -198,10 +199,7 @@ class Checkpoints:
         names = [_file(kind, r, world) for kind in (_TASK, _OPTIMIZER) for r in range(world)]
         sizes = {}
         for name in names:
-            file = save.partial / name
-            if not file.is_file():
-                raise OSError(f"{file} is not there; --run.out must be on a disk all nodes share")
-            sizes[name] = file.stat().st_size
+            sizes[name] = _size(save.partial / name)
         write_text_atomically(save.partial / _STATE, json.dumps({**save.state, "files": sizes}))
         if save.path.exists():  # it lacks files, and was passed over
             shutil.rmtree(save.path)
@@ -215,6 +213,20 @@ class Checkpoints:
             if not self.keep_every or step % self.keep_every:
                 # Renamed first: half a deleted folder must not pass for a checkpoint.
                 _remove(old.rename(old.with_name(f".{old.name}.partial")))
+
+
+def _size(file: Path, patience: float = 10.0) -> int:
+    """The length of a file that another machine has written; network disks may show it late.
+
+    Raises:
+        OSError: it does not come.
+    """
+    until = time.monotonic() + patience
+    while not file.is_file():
+        if time.monotonic() > until:
+            raise OSError(f"{file} is not there; --run.out must be on a disk all nodes share")
+        time.sleep(0.1)
+    return file.stat().st_size
 
 
 def _file(kind: str, rank: int, world: int) -> str:

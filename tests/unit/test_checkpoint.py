@@ -129,6 +129,17 @@ def test_a_disk_that_takes_no_more(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_files_that_other_machines_wrote_are_waited_for(tmp_path):
+    """They may be seen late; never seen, they are on another disk."""
+    late = tmp_path / "late"
+    writer = threading.Timer(0.3, lambda: late.write_bytes(b"four"))
+    writer.start()
+    assert checkpoint._size(late) == 4
+    writer.join()
+    with pytest.raises(OSError, match="must be on a disk all nodes share"):
+        checkpoint._size(tmp_path / "never", patience=0.0)
+
+
 def test_any_error_is_a_failed_save(tmp_path, monkeypatch):
     """Not the disk's alone, and also after the files are written."""
     net, optimizer = saved(tmp_path, 1)
@@ -154,7 +165,7 @@ def test_a_failure_between_two_looks_is_not_a_success(tmp_path):
             save.error = "it failed just now"
             return False
 
-    save.work, checkpoints.save_ = Ends(), save
+    save.work, checkpoints.under_way = Ends(), save
     assert checkpoints.state() == (True, False)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from ssl_vit.training.optim import (
 from ssl_vit.training.pace import Pace
 from ssl_vit.training.parallel import Parallel, autocast
 from ssl_vit.training.shards import blank_copy, put_together
+from ssl_vit.training.stopping import StopSignal
 
 speak = logging.getLogger("ssl_vit")
 
@@ -42,13 +42,14 @@ class Hook:
     """Something to do every ``every`` steps and after the last: save, look at the encoder.
 
     ``name``: what the metrics call the seconds that it takes. ``when_stopped``: also when a signal
-    ends the run before its last step.
+    ends the run before its last step. ``breaks_off``: it may be long, and a signal ends it.
     """
 
     name: str
     every: int
     call: Callable[[int], None]
     when_stopped: bool = False
+    breaks_off: bool = False
 
     def due(self, step: int, total: int, stopping: bool) -> bool:
         """Whether to call it after ``step`` steps of ``total``."""
@@ -115,7 +116,7 @@ class Trainer:
                 watch.at(self.step, "agreeing with the others")
                 stopped = self._agree(stop, bad, checkpoints)
                 watch.at(self.step, "saving, or looking at what was learnt")
-                self._call(hooks, log, stopped)
+                self._call(hooks, log, stop, stopped)
             checkpoints.finish()
         return stopped
 
@@ -184,11 +185,12 @@ class Trainer:
         checkpoints.go_on(bool(failed), bool(busy))
         return int(signalled) if self.step < self.schedule.total else 0
 
-    def _call(self, hooks: list[Hook], log: RunLog, stopped: int) -> None:
+    def _call(self, hooks: list[Hook], log: RunLog, stop: StopSignal, stopped: int) -> None:
         for hook in hooks:
             if hook.due(self.step, self.schedule.total, bool(stopped)):
                 started = time.perf_counter()
-                hook.call(self.step)
+                with stop.breaking_off() if hook.breaks_off else nullcontext():
+                    hook.call(self.step)
                 log.pause(hook.name, time.perf_counter() - started)
 
     def _check(self, means: dict[str, float], log: RunLog, checkpoints: Checkpoints) -> None:
@@ -208,35 +210,3 @@ class Trainer:
             )
         if streak:
             speak.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)
-
-
-class StopSignal:
-    """SIGINT, SIGTERM, and Slurm's SIGUSR2, become a request, met at the end of the step.
-
-    ``received`` is the last one's number, or 0. A second SIGINT has its usual effect at once; the
-    others come more than once from a scheduler, and the run is saving then.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    received = 0
-
-    def __enter__(self) -> StopSignal:
-        self.before = {s: signal.signal(s, self._note) for s in self.signals}
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(number, self.before[signal.SIGINT])
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._restore()

@@ -217,6 +217,7 @@ def train(session: Session) -> int:
             checkpoints.save(step, task, trainer.optimizer, about, write, scalars)
 
         def look(step: int) -> None:
+            checkpoints.finish()  # it counts only after the next agreement, and a look may be long
             whole = trainer.whole()
             if main:
                 whole.eval()
@@ -224,7 +225,7 @@ def train(session: Session) -> int:
 
         hooks = [
             Hook("saving_s", saving, save, when_stopped=True),
-            Hook("looking_s", looking, look),
+            Hook("looking_s", looking, look, breaks_off=True),
         ]
         bad = BadImages(session.images.train, data.max_bad)
         return trainer.train(batches, bad, runlog, hooks, checkpoints)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forks import Fork
 from tests.integration.conftest import KILLER, outcome
 
 
@@ -115,6 +116,38 @@ def test_probes_do_not_delay_a_stop(shared_door, unbroken):
     process.communicate(timeout=120)
     assert process.returncode == 75
     assert not (shared_door.folder / "quick" / "reconstruction.png").exists()
+
+
+LONG_LOOK = """
+import time
+from pathlib import Path
+from ssl_vit import cli, pretrain, session
+
+def look(self, whole, step, log):
+    Path("looking").touch()
+    time.sleep(100)
+
+session.Pretraining.look = look
+cli.run_door(pretrain.main)
+"""
+
+
+def test_a_look_is_broken_off_by_a_stop(shared_door, unbroken):
+    """What was saved before it counts already; the run saves and leaves, and ends as any other."""
+    (shared_door.folder / "long_look.py").write_text(LONG_LOOK)
+    options = ("mae", "--config", "tiny.yaml", "--run.out", "long", "--run.probe-every", "8st")
+    process = Fork(("long_look.py", *options), shared_door.folder, shared_door.env)
+    wait_for((shared_door.folder / "looking").exists)
+    assert (shared_door.folder / "long/checkpoints/step-00000008/state.json").is_file()
+    process.send_signal(signal.SIGUSR2)
+    _, said = process.communicate(timeout=50)
+    assert process.returncode == 75, said
+    assert "broken off" in said
+    assert "stopped at step 9, saved" in said
+    again = shared_door.pretrain("--run.out", "long")
+    assert again.returncode == 0, again.stderr
+    assert "step 9 of 24" in again.stderr
+    assert outcome(shared_door.folder / "long") == unbroken
 
 
 def test_from_another_runs_checkpoint(shared_door, unbroken):

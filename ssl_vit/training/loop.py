@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,15 +40,16 @@ speak = logging.getLogger("ssl_vit")
 class Hook:
     """Something to do every ``every`` steps and after the last: save, look at the encoder.
 
-    ``name``: what the metrics call the seconds that it takes. ``when_stopped``: also when a signal
-    ends the run before its last step. ``breaks_off``: it may be long, and a signal ends it.
+    ``name``: what the metrics call the seconds that it takes. ``call``: all processes call it; what
+    it returns, if anything, is called next and may be long: a signal breaks it off, so that it must
+    not need the other processes. ``when_stopped``: also when a signal ends the run before its last
+    step.
     """
 
     name: str
     every: int
-    call: Callable[[int], None]
+    call: Callable[[int], Callable[[], object] | None]
     when_stopped: bool = False
-    breaks_off: bool = False
 
     def due(self, step: int, total: int, stopping: bool) -> bool:
         """Whether to call it after ``step`` steps of ``total``."""
@@ -189,8 +189,9 @@ class Trainer:
         for hook in hooks:
             if hook.due(self.step, self.schedule.total, bool(stopped)):
                 started = time.perf_counter()
-                with stop.breaking_off() if hook.breaks_off else nullcontext():
-                    hook.call(self.step)
+                if rest := hook.call(self.step):
+                    with stop.breaking_off():
+                        rest()
                 log.pause(hook.name, time.perf_counter() - started)
 
     def _check(self, means: dict[str, float], log: RunLog, checkpoints: Checkpoints) -> None:

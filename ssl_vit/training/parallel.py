@@ -99,9 +99,8 @@ class Parallel:
         """The largest of each value over processes; all must call it."""
         if self.world == 1:
             return values
-        seen = torch.tensor(
-            values, dtype=torch.float64
-        )  # on the CPU, by gloo: no GPU is waited for
+        # On the CPU, by gloo: no GPU is waited for.
+        seen = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         largest: list[float] = seen.tolist()
         return tuple(largest)

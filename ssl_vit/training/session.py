@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,16 +217,14 @@ def train(session: Session) -> int:
             about, scalars = session.images.fingerprint(), trainer.guard.state
             checkpoints.save(step, task, trainer.optimizer, about, write, scalars)
 
-        def look(step: int) -> None:
+        def look(step: int) -> Callable[[], object] | None:
             checkpoints.finish()  # it counts only after the next agreement, and a look may be long
             whole = trainer.whole()
-            if main:
-                whole.eval()
-                session.look(whole, step, runlog)
+            return partial(session.look, whole.eval(), step, runlog) if main else None
 
         hooks = [
             Hook("saving_s", saving, save, when_stopped=True),
-            Hook("looking_s", looking, look, breaks_off=True),
+            Hook("looking_s", looking, look),
         ]
         bad = BadImages(session.images.train, data.max_bad)
         return trainer.train(batches, bad, runlog, hooks, checkpoints)

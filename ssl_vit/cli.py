@@ -17,9 +17,10 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ssl_vit.config import RunFailed, UserError, nearest
+from ssl_vit.distributed import rank_and_world
 from ssl_vit.options import known_keys, parse, yaml_flags
 from ssl_vit.training.launched import Launched, launched
-from ssl_vit.training.parallel import lost_process, stop_parallel, together
+from ssl_vit.training.parallel import lost_process, stop_parallel
 
 T = TypeVar("T")
 # A scheduler's signal ended a run, which is saved: the same command goes on (EX_TEMPFAIL).
@@ -67,7 +68,8 @@ def run_door(main: Callable[[list[str]], int]) -> None:
 def _say(own: Launched, kind: str, error: Exception) -> None:
     """One line on what went wrong; what all processes say alike, one says."""
     # Before they have met, all say the same if they are on one machine.
-    alike = getattr(error, "everywhere", False) or (not together() and own.local_rank > 0)
+    met = rank_and_world()[1] > 1
+    alike = getattr(error, "everywhere", False) or (not met and own.local_rank > 0)
     if own.rank and alike:
         return
     text = str(error).strip().split("\n")[0] if lost_process(error) else str(error)

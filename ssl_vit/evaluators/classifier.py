@@ -263,22 +263,6 @@ def undecayed(network: Any) -> frozenset[str]:
     return frozenset(by_timm) | frozenset(_TOKENS)
 
 
-def save_classifier(
-    path: Path,
-    network: nn.Module,
-    call: TimmCall,
-    about: dict[str, Any],
-    info: EncoderInfo | None = None,
-) -> None:
-    """Write a network with timm's keys, classifier included, whole or not at all.
-
-    The metadata have one key, ``ssl_vit``: JSON with ``timm`` (``arch`` and ``kwargs`` of the call
-    that builds it), ``about`` (statistics of the images, class names, step) and, of a plain ViT,
-    ``info``, by which its file opens as an encoder.
-    """
-    classifier_writer(path, network, call, about, info)()
-
-
 def classifier_writer(
     path: Path,
     network: nn.Module,
@@ -286,8 +270,13 @@ def classifier_writer(
     about: dict[str, Any],
     info: EncoderInfo | None = None,
 ) -> Callable[[], None]:
-    """Copy a network's weights as they are now; what is returned writes them, as
-    :func:`save_classifier` does, whenever it is called."""
+    """Copy a network's weights as they are now; what is returned writes them when it is called.
+
+    The file has timm's keys, classifier included, and is written whole or not at all. Its metadata
+    have one key, ``ssl_vit``: JSON with ``timm`` (``arch`` and ``kwargs`` of the call that builds
+    it), ``about`` (statistics of the images, class names, step) and, of a plain ViT, ``info``, by
+    which its file opens as an encoder.
+    """
     tensors = contiguous_state(network)
     timm_call = {k: v for k, v in dataclasses.asdict(call).items() if k != "norm_eps" or v}
     content: dict[str, Any] = {"timm": timm_call, "about": about}

@@ -113,12 +113,10 @@ def memory_of(trainer: Trainer, activations: float) -> Memory:
 
     Where a parameter has none yet (DINO's last layer is frozen at first), what it will have.
     """
-    optimizer = trainer.optimizer
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p if p.grad is None else p.grad for p in trained]
+    gradients = [p if p.grad is None else p.grad for p in trainer.trained]
     moments = 0
-    for parameter in trained:
-        state = optimizer.state.get(parameter, {}).values()
+    for parameter in trainer.trained:
+        state = trainer.optimizer.state.get(parameter, {}).values()
         tensors = [t for t in state if isinstance(t, Tensor)]
         moments += nbytes(tensors) if tensors else 2 * nbytes([parameter])
     weights = nbytes(_tensors(trainer.task))

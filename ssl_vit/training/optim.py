@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from ssl_vit.config import Length, OptimConfig, RunConfig
-from ssl_vit.distributed import all_reduce_mean, local
+from ssl_vit.distributed import all_reduce_mean, local, rank_and_world
 from ssl_vit.schedules import warmup_cosine
 from ssl_vit.task import Task
 
@@ -134,7 +134,7 @@ def guarded_step(optimizer: AdamW, takes: Tensor) -> Bool[Tensor, ""]:
     gradient scaler, so that the host never waits for it.
     """
     found = (~takes).float().reshape(())
-    if dist.is_available() and dist.is_initialized():
+    if rank_and_world()[1] > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if found.device.type == "mps":  # whose fused kernel does not look at the flag
         if not bool(found):

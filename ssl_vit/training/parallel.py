@@ -164,14 +164,9 @@ def lost_process(error: BaseException) -> bool:
     )
 
 
-def together() -> bool:
-    """Whether this process has met the others."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def stop_parallel() -> None:
     """Leave the process group, if there is one."""
-    if together():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

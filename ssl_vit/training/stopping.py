@@ -49,14 +49,11 @@ class StopSignal:
             self.breaks_off = False
             raise _BrokenOff
 
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

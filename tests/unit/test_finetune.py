@@ -25,9 +25,9 @@ from ssl_vit.evaluators.classifier import (
     MODEL_FILE,
     Start,
     classifier,
+    classifier_writer,
     layer_scales,
     open_start,
-    save_classifier,
     saved_step,
 )
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, TuneConfig, erase, recipe
@@ -158,7 +158,7 @@ def test_the_file_opens_in_plain_timm(tmp_path, channels):
     made = classifier(start_of(channels=channels), 5, "mean", (12,), 0.2, seed=3)
     path = tmp_path / MODEL_FILE
     assert saved_step(path) is None
-    save_classifier(path, made.network, made.call, {"step": 9})
+    classifier_writer(path, made.network, made.call, {"step": 9})()
     assert saved_step(path) == 9
     network = timm.create_model(made.call.arch, **made.call.kwargs)
     network.load_state_dict(load_file(path), strict=True)
@@ -509,7 +509,7 @@ def test_a_fine_tuned_file_opens_as_an_encoder(tmp_path, pooling):
     made = classifier(start_of(), 5, pooling, (12,), 0.0, seed=0)
     info = EncoderInfo(made.encoder, 3, (0.1,) * 3, (0.2,) * 3, "finetune", 7)
     path = tmp_path / MODEL_FILE
-    save_classifier(path, made.network, made.call, {"step": 7}, info)
+    classifier_writer(path, made.network, made.call, {"step": 7}, info)()
     opened = open_weights(tmp_path)
     assert opened.info == info
     assert "left out: the classifier" in opened.report

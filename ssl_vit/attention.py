@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import colorsys
-from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,16 +29,8 @@ def cls_features(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Float[Te
     Raises:
         UserError: the encoder has no [CLS], or the patch does not divide the images.
     """
-    last = encoder.vit.blocks[-1]
-    if getattr(last.attn, "gate", None) is not None:
-        cls = encoder(images).cls
-        check(cls is not None, _NO_CLS)
-        return cls
     x = _before_last_block(encoder, images)
-    row = x[:, :1]
-    row = row + last.drop_path1(last.ls1(_attend(last.attn, last.norm1(x))))
-    row = row + last.drop_path2(last.ls2(last.mlp(last.norm2(row))))
-    return encoder.vit.norm(row)[:, 0]
+    return encoder.vit.norm(encoder.vit.blocks[-1](x, rows=slice(0, 1)))[:, 0]
 
 
 def _before_last_block(
@@ -53,30 +43,6 @@ def _before_last_block(
     for block in vit.blocks[:-1]:
         x = block(x)
     return x
-
-
-def _attend(attn: Any, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b 1 d"]:
-    """What timm's ``Attention`` gives for the first token."""
-    q, k, v = _query_keys_values(attn, x)
-    scores = (q * attn.scale) @ k.transpose(-2, -1)
-    out = attn.attn_drop(scores.softmax(dim=-1)) @ v
-    return attn.proj_drop(attn.proj(attn.norm(rearrange(out, "b h m d -> b m (h d)"))))
-
-
-def _query_keys_values(attn: Any, x: Float[Tensor, "b m d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of timm's ``Attention`` the first token's query (b, h, 1, d), all keys and values."""
-    width = attn.qkv.out_features // 3
-    q = _part(attn.qkv, x[:, :1], slice(0, width))
-    kv = _part(attn.qkv, x, slice(width, None))
-    q = rearrange(q, "b m (h d) -> b h m d", h=attn.num_heads)
-    k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=attn.num_heads)
-    return attn.q_norm(q), attn.k_norm(k), v
-
-
-def _part(linear: Any, x: Tensor, rows: slice) -> Tensor:
-    """Some of a linear layer's outputs."""
-    bias = None if linear.bias is None else linear.bias[rows]
-    return F.linear(x, linear.weight[rows], bias)
 
 
 def cls_attention_rows(
@@ -95,7 +61,7 @@ def cls_attention_rows(
     # Fused kernels never hold the probabilities, so the row is computed here, from the
     # projections of the block's own attention.
     last = encoder.vit.blocks[-1]
-    q, k, _ = _query_keys_values(last.attn, last.norm1(x))
+    q, k, _ = last.attn.project(last.norm1(x), slice(0, 1))
     # Not a matrix product, which autocast would round to bfloat16.
     return ((at_least_fp32(q) * last.attn.scale) * at_least_fp32(k)).sum(-1).softmax(dim=-1)
 

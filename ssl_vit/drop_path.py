@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm import layers
 from torch import Tensor, nn
 
@@ -65,24 +66,51 @@ class DropPath(layers.DropPath):
 
     Inside :func:`batch_share` rows are images, view by view: all images' first crops, then all
     second ones. Decisions are drawn for the whole batch, (views, parts * images) of them, and
-    this share's are used. Elsewhere they are those of timm, from torch's own generator.
+    this share's are used. Elsewhere they are those of timm, from torch's own generator. They are
+    drawn on the CPU, so that the host knows them at once, and all devices decide alike.
     """
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """Each row times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
-        share = _current.get()
-        if share is None or not self.training or self.drop_prob == 0:
-            return super().forward(x)
+        if not self.training or self.drop_prob == 0:
+            return x
+        factors = self.draw(len(x)).to(x.dtype) * self._scale
+        return x * factors.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+
+    def add(
+        self,
+        to: Float[Tensor, "n ..."],
+        x: Float[Tensor, "n ..."],
+        branch: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "n ..."]:
+        """``to + self(branch(x))``, where the branch is computed of the rows that are kept only.
+
+        The branch must treat rows apart; it is called even if none is kept.
+        """
+        if not self.training or self.drop_prob == 0:
+            return to + branch(x)
+        kept = self.draw(len(x)).nonzero().flatten()
+        if len(kept) == len(x):
+            return torch.add(to, branch(x), alpha=self._scale)
+        kept = kept.to(x.device, non_blocking=True)
+        found = branch(x.index_select(0, kept)).to(to.dtype)
+        return to.index_add(0, kept, found, alpha=self._scale)
+
+    def draw(self, rows: int) -> Bool[Tensor, " n"]:
+        """Which of so many rows are kept; on the CPU."""
+        share, keep = _current.get(), 1 - self.drop_prob
+        if share is None:
+            return torch.empty(rows).bernoulli_(keep) > 0
         part, parts, images, key, drawn = share
-        assert len(x) % images == 0, f"{len(x)} rows are no whole views of {images} images"
+        assert rows % images == 0, f"{rows} rows are no whole views of {images} images"
         _current.set(share._replace(drawn=drawn + 1))
-        generator = torch.Generator(x.device).manual_seed(fold(key, drawn))
-        keep = 1 - self.drop_prob
-        kept = x.new_empty(len(x) // images, parts * images).bernoulli_(keep, generator=generator)
-        own = kept[:, part * images : (part + 1) * images]
-        if self.scale_by_keep:
-            own = own / keep
-        return x * own.reshape(-1, *[1] * (x.ndim - 1))
+        generator = torch.Generator().manual_seed(fold(key, drawn))
+        kept = torch.empty(rows // images, parts * images).bernoulli_(keep, generator=generator)
+        return kept[:, part * images : (part + 1) * images].flatten() > 0
+
+    @property
+    def _scale(self) -> float:
+        return 1 / (1 - self.drop_prob) if self.scale_by_keep else 1.0
 
 
 def draw_for_whole_batch(network: nn.Module) -> None:

@@ -13,14 +13,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
+from ssl_vit.block import LeanBlock, lean_blocks
 from ssl_vit.config import EncoderConfig, check, nearest
-from ssl_vit.drop_path import draw_for_whole_batch, redraw
+from ssl_vit.drop_path import draw_for_whole_batch
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Encoder(nn.Module):
             config.arch, num_classes=0, drop_path_rate=config.drop_path, **kwargs
         )
         draw_for_whole_batch(self.vit)
+        lean_blocks(self.vit)
         if config.norm_eps:
             set_norm_eps(self.vit, config.norm_eps)
         patches = self.vit.patch_embed
@@ -307,28 +308,12 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
     where something happens between its parts.
     """
     for block in module.modules():
-        if isinstance(block, Block):
+        if isinstance(block, LeanBlock):
             whole = isinstance(block.drop_path1, nn.Identity) and not in_parts
+            block.whole = True
             parts = [block] if whole else [block.norm1, block.attn, block.norm2, block.mlp]
             for part in parts:
                 part.compile()
-
-
-class RecomputedBlock(Block):
-    """timm's block; in training it keeps its input alone, and computes the rest again in backward.
-
-    It is computed again inside the block's own call: hooks upon the block or its parts (FSDP's,
-    which gather weights) are met then as in ``forward``.
-    """
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As timm's block."""
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x, *args, **kwargs)
-        # The compiler takes no context; and what it compiles whole has nothing to draw.
-        drops = not isinstance(self.drop_path1, nn.Identity)
-        context: dict[str, Any] = {"context_fn": redraw} if drops else {}
-        return checkpoint(super().forward, x, *args, use_reentrant=False, **context, **kwargs)
 
 
 def checkpoint_activations(module: nn.Module) -> None:
@@ -336,16 +321,15 @@ def checkpoint_activations(module: nn.Module) -> None:
 
     That costs a second forward pass of the blocks and saves most of the memory of training. Names
     of weights, numbers and gradients stay. Call it before blocks are sharded (FSDP); before or
-    after :func:`compile_blocks`. A last block of which only [CLS] is computed keeps its few
-    activations.
+    after :func:`compile_blocks`.
 
     Raises:
         UserError: the module has no such block.
     """
-    blocks = [part for part in module.modules() if type(part) is Block]
+    blocks = [part for part in module.modules() if isinstance(part, LeanBlock)]
     check(bool(blocks), "--run.activation-checkpointing is for plain ViTs; here is none")
     for block in blocks:
-        block.__class__ = RecomputedBlock  # its state, and whatever refers to it, stay
+        block.recomputes = True
 
 
 def choose_attention(module: nn.Module, device: torch.device) -> None:

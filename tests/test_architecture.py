@@ -18,6 +18,7 @@ FLOORS = (
         "ema",
         "distributed",
         "drop_path",
+        "block",
         "config",
         "options",
         "seeds",

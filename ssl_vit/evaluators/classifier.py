@@ -13,6 +13,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+from ssl_vit.block import lean_blocks
 from ssl_vit.config import EncoderConfig, UserError, check
 from ssl_vit.drop_path import draw_for_whole_batch
 from ssl_vit.encoder import Encoder, set_norm_eps, timm_kwargs
@@ -121,6 +122,7 @@ class TimmCall:
             hint = "--tune.drop-path 0, and no --tune.image-size, leave out what it may not take"
             raise UserError(f"timm's {self.arch}: {error}; {hint}") from None
         draw_for_whole_batch(network)
+        lean_blocks(network)
         if self.norm_eps:
             set_norm_eps(network, self.norm_eps)
         return network

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_vit.block import lean_blocks
 from ssl_vit.config import EncoderConfig, check
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.encoder import Encoder, sincos_positions, take
@@ -75,14 +76,21 @@ class Decoder(nn.Module):
             Block(dim, config.decoder_heads, qkv_bias=True, norm_layer=norm)
             for _ in range(config.decoder_depth)
         )
+        lean_blocks(self.blocks)
         self.norm = norm(dim)
         self.predict = nn.Linear(dim, pixels)
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
 
     def forward(
-        self, latent: Float[Tensor, "b m d"], order: Int64[Tensor, "b n"], prefix: int
-    ) -> Float[Tensor, "b n w"]:
+        self,
+        latent: Float[Tensor, "b m d"],
+        order: Int64[Tensor, "b n"],
+        prefix: int,
+        masked_only: bool = False,
+    ) -> Float[Tensor, "b k w"]:
         """Decoded tokens of all patches, in ``order``: the visible ones first, then the masked.
+
+        ``masked_only``: those of the masked ones, for which the last block has less to do.
 
         The tokens stay in shuffled order, each with the position of its patch. Attention does not
         see the order, so this equals restoring the order first, and saves the two shuffles.
@@ -92,9 +100,10 @@ class Decoder(nn.Module):
         masks = self.mask_token.to(x.dtype).expand(x.shape[0], n_masked, -1)
         tokens = torch.cat([x[:, prefix:], masks], dim=1) + self.positions[order]
         tokens = torch.cat([x[:, :prefix].to(tokens.dtype), tokens], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             tokens = block(tokens)
-        return self.norm(tokens)[:, prefix:]
+        wanted = slice(latent.shape[1] if masked_only else prefix, None)
+        return self.norm(self.blocks[-1](tokens, rows=wanted))
 
 
 class MAE(Method):
@@ -157,10 +166,10 @@ class MAE(Method):
         ``noise`` decides what is kept: the patches with the ``n_visible`` smallest numbers.
         """
         order = noise.argsort(dim=1, stable=True)
-        tokens = self.decode(self.encode_visible(images, order), order)
-        # Predictions are computed where the loss uses them: at masked patches.
-        prediction = at_least_fp32(self.decoder.predict(tokens[:, self.n_visible :]))
-        target = take(self.target(images), order[:, self.n_visible :])
+        # What the loss does not use is not computed: it is of masked patches.
+        tokens = self.decode(self.encode_visible(images, order), order, masked_only=True)
+        prediction = at_least_fp32(self.decoder.predict(tokens))
+        target = self.target(take(self.encoder.patchify(images), order[:, self.n_visible :]))
         return (prediction - target).square().mean()
 
     def encode_visible(
@@ -170,14 +179,17 @@ class MAE(Method):
         return self.encoder.encode(self.encoder.embed(images, order[:, : self.n_visible]))
 
     def decode(
-        self, latent: Float[Tensor, "b m d"], order: Int64[Tensor, "b n"]
-    ) -> Float[Tensor, "b n w"]:
-        """Decoder tokens of all patches, in ``order``."""
-        return self.decoder(latent, order, self.encoder.vit.num_prefix_tokens)
+        self,
+        latent: Float[Tensor, "b m d"],
+        order: Int64[Tensor, "b n"],
+        masked_only: bool = False,
+    ) -> Float[Tensor, "b k w"]:
+        """Decoder tokens of all patches, or of the masked ones alone, in ``order``."""
+        return self.decoder(latent, order, self.encoder.vit.num_prefix_tokens, masked_only)
 
-    def target(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n ppc"]:
-        """Pixels of each patch; normalised by the patch's mean and unbiased variance if so set."""
-        patches = self.encoder.patchify(images)
+    def target(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n ppc"]:
+        """What is to be predicted of patches: their pixels; normalised by each patch's own mean and
+        unbiased variance if so set."""
         if not self.config.normalize_target:
             return patches
         mean, std = patch_statistics(patches)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_vit.block import nothing_spared
 from ssl_vit.data.loader import Batch
 from ssl_vit.distributed import local
 from ssl_vit.training.loop import Trainer
@@ -94,11 +95,13 @@ def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:
     """(FLOPs, bytes kept for backward) of an optimizer step of this process, uncompiled.
 
     A multiplication and an addition are two FLOPs; matrix products, convolutions and attention are
-    counted, forward and backward.
+    counted, forward and backward. Of stochastic depth, which spares some of both, it is the most
+    that they can be.
     """
     kept = KeptBytes(trainer.task)
     trainer.task.train()
-    with _eager(trainer), FlopCounterMode(display=False) as flops, kept.watch():
+    counting = FlopCounterMode(display=False)
+    with _eager(trainer), nothing_spared(trainer.task), counting as flops, kept.watch():
         trainer.update(parts)
     return flops.get_total_flops(), kept.most
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from timm.layers import Attention
 from torch import nn
 
 from ssl_vit.attention import (
@@ -17,6 +18,7 @@ from ssl_vit.attention import (
     head_colours,
     mass_mask,
 )
+from ssl_vit.block import LeanAttention
 from ssl_vit.config import EncoderConfig, UserError
 from ssl_vit.encoder import Encoder, choose_attention
 from ssl_vit.figures import enlarged, heat, picture_rows
@@ -53,10 +55,12 @@ def by_timm(encoder, x):
     """The probabilities that timm's plain attention gives to its dropout in the last block."""
     caught = []
     attention = encoder.vit.blocks[-1].attn
+    attention.__class__ = Attention
     attention.fused_attn = False
     handle = attention.attn_drop.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     encoder(x)
     handle.remove()
+    attention.__class__ = LeanAttention
     return caught[0][:, :, 0]
 
 

@@ -95,20 +95,24 @@ def test_the_loss_is_computed_in_float32_under_autocast():
         assert float(low) == pytest.approx(float(model(views, 0)["loss"]), rel=0.05)
 
 
-def test_the_visible_patches_are_no_target():
-    """Raw target: changing what the decoder should predict at visible patches changes nothing."""
+def test_the_masked_patches_alone_are_the_target():
+    """In the order in which they are predicted."""
     model = make(normalize=False)
     views = batch(model)
     drawn = noise(model, views)
-    loss = model.loss(views.crops[0], drawn)
-    visible = drawn.argsort(1)[:, : model.n_visible]
-    found = model.target
-
-    def spoiled(x: torch.Tensor) -> torch.Tensor:
-        return found(x).scatter(1, visible[:, :, None].expand(-1, -1, 48), torch.nan)
-
-    model.target = spoiled
-    assert torch.equal(model.loss(views.crops[0], drawn), loss)
+    prediction, mask = model.predict(views.crops[0], drawn)
+    patches = model.encoder.patchify(views.crops[0])
+    errors = (prediction - patches).square().mean(-1)
+    expected = (errors * mask).sum() / mask.sum()
+    torch.testing.assert_close(model.loss(views.crops[0], drawn), expected)
+    visible = model.encoder.patchify(views.crops[0]).gather(
+        1, drawn.argsort(1)[:, : model.n_visible, None].expand(-1, -1, patches.shape[-1])
+    )
+    seen = []
+    model.target = lambda x: seen.append(x) or x
+    model.loss(views.crops[0], drawn)
+    both = torch.cat([visible, seen[0]], dim=1).sort(1).values
+    assert torch.equal(both, patches.sort(1).values)
 
 
 def test_masked_pixels_do_not_reach_the_encoder():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssl_vit.task import at_least_fp32
@@ -26,9 +28,41 @@ class PrototypeLayer(nn.Module):
 
         The product is in the precision of autocast, if that is on; the result in float32 at least.
         """
-        # The outputs are scaled, not the weights: another tensor of their size is never made.
-        scale = self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
-        return at_least_fp32(F.linear(x, self.weight_v)) * scale.T
+        kind = x.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if x.dtype == torch.float64:
+            half = x.dtype  # which autocast leaves alone
+        with torch.autocast(kind, enabled=False):
+            out: Tensor = _Prototypes.apply(x.to(half), self.weight_v, self.weight_g)
+        return out
+
+
+class _Prototypes(torch.autograd.Function):
+    """x v^T, each column times g / |v|; the large weights are passed over as seldom as can be.
+
+    The outputs are scaled, not the weights: no other tensor of the weights' size is made, but
+    their copy in the precision of ``x``. In backward the gradient that v has through its length
+    is a multiple of v itself, and is added to the one through the product in the same pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "n d"], v: Float[Tensor, "k d"], g: Float[Tensor, "k 1"]
+    ) -> Float[Tensor, "n k"]:
+        low = v.to(x.dtype)
+        length = v.norm(dim=1, keepdim=True)
+        products = F.linear(x, low)
+        ctx.save_for_backward(x, v, g, low, length, products)
+        return at_least_fp32(products) * (g / length).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "n k"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, v, g, low, length, products = ctx.saved_tensors
+        of_gain = (grad * products).sum(0)[:, None] / length
+        grad = (grad * (g / length).T).to(x.dtype)
+        of_v = torch.addcmul(grad.T @ x, v, -of_gain * g / length.square())
+        return grad @ low, of_v, of_gain if ctx.needs_input_grad[2] else None
 
 
 class ProjectionHead(nn.Module):

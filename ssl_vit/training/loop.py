@@ -29,7 +29,7 @@ from ssl_vit.training.optim import (
     set_rates,
 )
 from ssl_vit.training.pace import Pace
-from ssl_vit.training.parallel import Parallel, autocast
+from ssl_vit.training.parallel import Parallel, autocast, casts_kept
 from ssl_vit.training.shards import blank_copy, put_together
 from ssl_vit.training.stopping import StopSignal
 
@@ -125,7 +125,8 @@ class Trainer:
         schedule = self.schedule
         set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        scalars = self._forward_backward(parts)
+        with casts_kept(self.parallel.device):
+            scalars = self._forward_backward(parts)
         self.task.before_update(self.step)
         norm = clip_gradients(self.trained, self.optim)
         finite = torch.isfinite(scalars["loss"]) & torch.isfinite(norm)

@@ -222,6 +222,15 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
+def casts_kept(device: torch.device) -> torch.autocast:
+    """Inside, weights that autocast rounds are rounded once, not again in each part of a step.
+
+    Autocast forgets its copies where the outermost of its contexts ends. Weights must not change
+    inside.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
 from ssl_vit.ema import ema_update, move_where
 from ssl_vit.encoder import Encoder, choose_attention
-from ssl_vit.heads import ProjectionHead
+from ssl_vit.heads import ProjectionHead, PrototypeLayer
 from ssl_vit.methods.dino import DINO, DINOConfig, cross_entropy_of_views
 from ssl_vit.task import Views
 from ssl_vit.training.loop import Trainer
@@ -125,6 +125,30 @@ def test_head(depth):
     v, g = head.last_layer.weight_v, head.last_layer.weight_g
     expected = F.normalize(head.mlp(x), dim=1) @ (g * v / v.norm(dim=1, keepdim=True)).T
     torch.testing.assert_close(head(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_the_last_layer_learns_as_torchs(fixed):
+    """Weight normalisation by torch: outputs, and the gradients of x, v and the gain."""
+    torch.manual_seed(0)
+    ours = PrototypeLayer(8, 40, fixed_gain=fixed).double()
+    theirs = nn.utils.parametrizations.weight_norm(nn.Linear(8, 40, bias=False).double(), dim=0)
+    gain, direction = theirs.parametrizations.weight.original0, ours.weight_v
+    with torch.no_grad():
+        ours.weight_g.uniform_(0.5, 2)
+        gain.copy_(ours.weight_g)
+        theirs.parametrizations.weight.original1.copy_(direction)
+    towards, found = torch.randn(6, 40).double(), []
+    for layer in (ours, theirs):
+        x = torch.arange(48.0).double().sin().view(6, 8).requires_grad_()
+        out = layer(x)
+        out.backward(towards)
+        found.append([out, x.grad])
+    found[0] += [direction.grad] + ([] if fixed else [ours.weight_g.grad])
+    found[1] += [theirs.parametrizations.weight.original1.grad] + ([] if fixed else [gain.grad])
+    assert fixed == (ours.weight_g.grad is None)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_fixed_gain_is_not_trained():

@@ -7,7 +7,7 @@ import numpy as np
 
 from ssl_vit.config import UserError
 
-Item = tuple[bytes | np.ndarray, int | None]
+Item = tuple[bytes | bytearray | np.ndarray, int | None]
 
 
 class Source:

@@ -30,7 +30,7 @@ class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
     """An image that cannot be read or decoded; the message is the reason."""
 
 
-def decode(raw: bytes | np.ndarray, channels: int) -> torch.Tensor:
+def decode(raw: bytes | bytearray | np.ndarray, channels: int) -> torch.Tensor:
     """Return the image as (channels, H, W), uint8, or float32 for deeper data.
 
     With 3 channels gray is repeated, and alpha, palette and CMYK become RGB. With 1 channel RGB
@@ -51,7 +51,7 @@ def decode(raw: bytes | np.ndarray, channels: int) -> torch.Tensor:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def _read(raw: bytes, channels: int) -> np.ndarray | torch.Tensor:
+def _read(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tensor:
     """Decode by the file's first bytes; names and extensions play no part."""
     if not raw:
         raise BadImage("is empty (0 bytes)")
@@ -66,22 +66,23 @@ def _read(raw: bytes, channels: int) -> np.ndarray | torch.Tensor:
     return _read_pil(raw, channels)
 
 
-def _read_jpeg(raw: bytes, channels: int) -> np.ndarray | torch.Tensor:
-    pixels = _jpeg_pixels(raw)
-    if channels not in (1, 3) or pixels is None:
+def _read_jpeg(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tensor:
+    size = jpeg_size(raw)
+    if channels not in (1, 3) or size is None:
         return _read_pil(raw, channels)
-    _check_pixels(pixels)
+    _check_pixels(size[0] * size[1])
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    buffer = raw if isinstance(raw, bytearray) else bytearray(raw)  # torch wants it writable
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(raw), dtype=torch.uint8), mode=mode)
+        return decode_jpeg(torch.frombuffer(buffer, dtype=torch.uint8), mode=mode)
     except RuntimeError as error:
         if "truncated" in str(error):
             raise BadImage("truncated JPEG") from error
         return _read_pil(raw, channels)  # Pillow reads a few that torchvision does not
 
 
-def _jpeg_pixels(raw: bytes) -> int | None:
-    """Width times height from the frame header; None where there is none to be found.
+def jpeg_size(raw: bytes | bytearray) -> tuple[int, int] | None:
+    """Height and width from a JPEG's frame header; None where there is none to be found.
 
     torchvision allocates whatever the header asks for, so it is looked at first.
     """
@@ -92,7 +93,7 @@ def _jpeg_pixels(raw: bytes) -> int | None:
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = raw[at + 5 : at + 7], raw[at + 7 : at + 9]
-            return int.from_bytes(height, "big") * int.from_bytes(width, "big")
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
         else:
             at += 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
     return None
@@ -103,7 +104,7 @@ def _check_pixels(pixels: int) -> None:
         raise BadImage(f"has {pixels} values per channel, more than {MAX_PIXELS}: too large")
 
 
-def _read_deep_png(raw: bytes, channels: int) -> np.ndarray:
+def _read_deep_png(raw: bytes | bytearray, channels: int) -> np.ndarray:
     """A 16-bit colour PNG at full depth, of which Pillow returns the high bytes only.
 
     Asked for the other byte order it returns the low ones. torchvision would read both at once,
@@ -120,7 +121,7 @@ def _read_deep_png(raw: bytes, channels: int) -> np.ndarray:
     return array[..., :3] if channels in (1, 3) else array
 
 
-def _read_pil(raw: bytes, channels: int) -> np.ndarray:
+def _read_pil(raw: bytes | bytearray, channels: int) -> np.ndarray:
     with Image.open(io.BytesIO(raw), formats=_PIL_FORMATS) as image:
         image.load()
         if image.mode == "I" and image.format in ("PNG", "PPM"):
@@ -141,7 +142,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image
 
 
-def _read_tiff(raw: bytes, channels: int) -> np.ndarray:
+def _read_tiff(raw: bytes | bytearray, channels: int) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:

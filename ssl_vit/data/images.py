@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ssl_vit.config import DataConfig, UserError
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.loader import estimate_statistics
+from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
+from ssl_vit.seeds import fold
 
 
 @dataclass
@@ -70,3 +72,38 @@ def is_deep(source: Source, channels: int) -> bool:
         except BadImage as error:
             reason = reason or f"{source.name(i)}: {error}"
     raise UserError(f"no image of {source.spec} can be read, the first is {reason}")
+
+
+def estimate_statistics(
+    source: Source, channels: int, seed: int, count: int = 2000
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over the pixels of ``count`` random images.
+
+    Images weigh equally, whatever their size; uint8 images are scaled to 0..1. Unreadable images
+    are left out.
+
+    Raises:
+        UserError: no image could be read, or a channel is constant.
+    """
+    picks = permute(np.arange(min(count, len(source)), dtype=np.int64), len(source), fold(seed))
+    first, second, n = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
+    reason = ""
+    for index in picks:
+        try:
+            image = decode(source.read(int(index))[0], channels)
+        except BadImage as error:
+            reason = f"{source.name(int(index))}: {error}"
+            continue
+        pixels = image.double() / (255 if image.dtype == torch.uint8 else 1)
+        first += pixels.mean((1, 2))
+        second += pixels.square().mean((1, 2))
+        n += 1
+    if not n:
+        raise UserError(f"none of {len(picks)} images of {source.spec} can be read: {reason}")
+    mean = first / n
+    std = (second / n - mean.square()).clamp(min=0).sqrt()
+    if not (std > 1e-6).all():
+        raise UserError(
+            f"a channel of {source.spec} is constant (standard deviations {std.tolist()})"
+        )
+    return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())

@@ -6,21 +6,20 @@ import atexit
 import json
 import logging
 import multiprocessing
-import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from ssl_vit.config import UserError
-from ssl_vit.data.augment import DrawnCrop, ViewSpec, center_view, take_views
+from ssl_vit.data.augment import DrawnCrop, ViewSpec, center_view
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.order import Order, permute
+from ssl_vit.data.order import Order
+from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import Source
 from ssl_vit.distributed import gather_texts
 from ssl_vit.seeds import fold
@@ -57,24 +56,26 @@ class TrainImages(Dataset):
         taken: list[list[DrawnCrop]] = [[] for _ in self.spec.crops]
         keys, labels = [], []
         for epoch, index in wanted:
-            image, label = self._readable(index, bad)
             key = fold(self.seed, epoch, index)
-            for kind, drawn in enumerate(take_views(image, self.spec, random.Random(key))):
-                taken[kind] += drawn
+            views, label = self._readable(index, key, bad)
+            for all_of_kind, crops in zip(taken, views, strict=True):
+                all_of_kind += crops
             keys.append(fold(key))
             labels.append(-1 if label is None else label)
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
         kinds = [_by_view(views, c.count) for views, c in zip(taken, self.spec.crops, strict=True)]
-        crops, parameters = [c for c, _ in kinds], [p for _, p in kinds]
-        views = Views(crops, torch.tensor(keys), torch.tensor(labels), parameters, fold(*keys))
-        return Batch(views, bad)
+        stacked, parameters = [c for c, _ in kinds], [p for _, p in kinds]
+        drawn = torch.tensor(keys), torch.tensor(labels), parameters, fold(*keys)
+        return Batch(Views(stacked, *drawn), bad)
 
-    def _readable(self, index: int, bad: dict[int, str]) -> tuple[Tensor, int | None]:
-        """The image at ``index`` or, if it is bad, the one that always replaces it."""
+    def _readable(
+        self, index: int, key: int, bad: dict[int, str]
+    ) -> tuple[list[list[DrawnCrop]], int | None]:
+        """Crops of the image at ``index`` or, if it is bad, of the one that always replaces it."""
         for attempt in range(_ATTEMPTS):
             try:
                 raw, label = self.source.read(index)
-                return decode(raw, self.channels), label
+                return views_of(raw, self.channels, self.spec, key), label
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
             index = fold(self.seed, index, attempt) % len(self.source)
@@ -89,10 +90,13 @@ def _by_view(taken: list[DrawnCrop], count: int) -> tuple[Tensor, Tensor]:
 
 
 def stack(crops: list[Tensor]) -> Tensor:
-    """One batch; where 8-bit images meet deeper ones, all in the deeper ones' scale of 0..1."""
+    """One batch; where 8-bit images meet deeper ones, all in the deeper ones' scale of 0..1.
+
+    Its memory is laid out pixel by pixel, as crops of colour images are: nothing is transposed.
+    """
     if len({c.dtype for c in crops}) > 1:
         crops = [c.float() / 255 if c.dtype == torch.uint8 else c for c in crops]
-    return torch.stack(crops)
+    return torch.stack([c.permute(1, 2, 0) for c in crops]).permute(0, 3, 1, 2)
 
 
 class BadImages:
@@ -191,10 +195,9 @@ class EvalImages(Dataset):
 
 def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:
     """All images of an evaluation set in order; a batch without a readable image is empty."""
-    n = len(images.source)
     loader = DataLoader(
         images,
-        batch_sampler=[list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)],
+        batch_sampler=BatchSampler(SequentialSampler(images.source), batch_size, drop_last=False),
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin,
@@ -239,38 +242,3 @@ def _quiet_worker(worker: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def estimate_statistics(
-    source: Source, channels: int, seed: int, count: int = 2000
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over the pixels of ``count`` random images.
-
-    Images weigh equally, whatever their size; uint8 images are scaled to 0..1. Unreadable images
-    are left out.
-
-    Raises:
-        UserError: no image could be read, or a channel is constant.
-    """
-    picks = permute(np.arange(min(count, len(source)), dtype=np.int64), len(source), fold(seed))
-    first, second, n = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
-    reason = ""
-    for index in picks:
-        try:
-            image = decode(source.read(int(index))[0], channels)
-        except BadImage as error:
-            reason = f"{source.name(int(index))}: {error}"
-            continue
-        pixels = image.double() / (255 if image.dtype == torch.uint8 else 1)
-        first += pixels.mean((1, 2))
-        second += pixels.square().mean((1, 2))
-        n += 1
-    if not n:
-        raise UserError(f"none of {len(picks)} images of {source.spec} can be read: {reason}")
-    mean = first / n
-    std = (second / n - mean.square()).clamp(min=0).sqrt()
-    if not (std > 1e-6).all():
-        raise UserError(
-            f"a channel of {source.spec} is constant (standard deviations {std.tolist()})"
-        )
-    return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())

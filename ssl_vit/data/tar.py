@@ -43,13 +43,13 @@ class TarSource(Source):
 
     def read(self, i: int) -> Item:
         i = range(len(self))[i]
-        shard, size = self._shard(i), int(self.sizes[i])
+        shard, data = self._shard(i), bytearray(int(self.sizes[i]))
         try:
-            data = os.pread(self._open(shard).descriptor, size, int(self.offsets[i]))
+            read = os.preadv(self._open(shard).descriptor, [data], int(self.offsets[i]))
         except OSError as error:
             reason = f"cannot be read from {self.shards[shard]}: {error.strerror or error}"
             raise BadImage(reason) from error
-        if len(data) < size:
+        if read < len(data):
             raise BadImage(f"{self.shards[shard]} ends before it: the shard was truncated")
         return data, self.label(i)
 

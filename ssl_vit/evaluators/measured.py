@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,7 @@ from ssl_vit import __version__
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.training.parallel import cores
 
-_PACKAGES = ("torch", "torchvision", "timm", "pillow", "lightly")
+_PACKAGES = ("torch", "torchvision", "timm", "pillow", "lightly", "transformers")
 
 
 @dataclass
@@ -47,15 +48,8 @@ def describe(spec: ViewSpec) -> list[dict[str, Any]]:
     return [{"count": crop.count, "size": list(crop.size)} for crop in spec.crops]
 
 
-def summary(speeds: dict[str, Speed], ratios: dict[str, float]) -> dict[str, Any]:
-    """What was found, for JSON."""
-    results = {name: speed.card() for name, speed in speeds.items()}
-    return {"results": results, "ratios": {n: round(r, 4) for n, r in ratios.items()}}
-
-
 def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
-    """Where and with what something was measured, and when."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    """Where and with what something was measured, and when; None where the system does not tell."""
     versions = {"ssl_vit": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -69,11 +63,35 @@ def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
             "cores": cores(),
             "cores_of_machine": os.cpu_count(),
             "threads": threads,
-            "gpu": gpu,
+            "memory_bytes": _memory(),
             "device": str(device),
+            **_gpu(device),
         },
         "versions": versions,
     }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """Of the device that was measured, if it is one of CUDA."""
+    if device.type != "cuda":
+        return dict.fromkeys(("gpu", "gpu_memory_bytes", "cuda", "driver"))
+    properties = torch.cuda.get_device_properties(device)
+    told = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", told.read_text()) if told.is_file() else None
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "driver": found[0] if found else None,
+    }
+
+
+def _memory() -> int | None:
+    """Bytes of the machine."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:

@@ -1,228 +1,128 @@
-"""What others do with the same images and sizes, built anew to be measured beside ours.
-
-The reference chain follows its description (Caron et al. 2021, section 3.2 and appendix; He et al.
-2022, appendix A.1), in the libraries its authors used: PIL and torchvision. The peer's training
-step is made of the parts that lightly publishes for it.
-"""
+"""What others do with the same images and sizes: which of them there are for which method."""
 
 from __future__ import annotations
 
-import io
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor
-from torchvision import transforms
+from torch import Tensor, nn
 
-from ssl_vit.config import EncoderConfig, OptimConfig, UserError, check
-from ssl_vit.data.augment import Crop, ViewSpec
-from ssl_vit.data.photometric import Photometric
-from ssl_vit.encoder import timm_kwargs
+from ssl_vit.config import UserError, check, nearest
+from ssl_vit.data.augment import Normalize
+from ssl_vit.encoder import Encoder, timm_kwargs, without_memory
+from ssl_vit.evaluators.side import Side, Work
+from ssl_vit.evaluators.speed import random_batch, single_views
 from ssl_vit.training.parallel import autocast
 
-_MODES = {1: "L", 3: "RGB"}
+NONE = "none"
 
 
-class OriginalChain:
-    """Every crop of an image finished in the worker: PIL images through torchvision transforms.
+def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
+    """The names in ``--against``, separated by commas, each once.
 
     Args:
-        spec: the crops, with their probabilities and strengths.
-        channels: 3, or 1.
-        mean: of each channel, images scaled to 0..1.
-        std: likewise.
+        where: what is measured, of which method, for the error.
 
     Raises:
-        UserError: another number of channels.
+        UserError: a name that is not allowed.
+    """
+    names = [name.strip() for name in against.split(",")]
+    known = ", ".join(allowed) or "nothing yet"
+    for name in names:
+        check(
+            name in allowed or names in ([NONE], [""]),
+            f"--against names {name!r}; for {where} there is {known}{nearest(name, allowed)}",
+        )
+    return [] if names in ([NONE], [""]) else list(dict.fromkeys(names))
+
+
+class Peer(Side):
+    """A step made of others' modules, as they come; AdamW in torch's default for all weights.
+
+    A subclass makes its networks in ``__init__``, ends with ``begin``, and says what the loss is.
     """
 
-    def __init__(
-        self, spec: ViewSpec, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
-        check(
-            channels in _MODES,
-            f"--against original reads images by PIL, with 3 channels or 1; "
-            f"--data.channels is {channels}",
+    networks: Any
+    trained: list[nn.Parameter]
+
+    def begin(self, networks: nn.Module) -> None:
+        """Take networks, trained where they require gradients, and the batch."""
+        work = self.work
+        self.networks = networks.to(work.device).train()
+        self.trained = [p for p in self.networks.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=work.optim.peak_lr, betas=work.optim.betas
         )
-        self.mode = _MODES[channels]
-        last = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-        self.crops: list[Callable[[Image.Image], Tensor]] = []
-        for crop in spec.crops:
-            self.crops += [transforms.Compose([*_operations(crop), *last])] * crop.count
+        batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
+        self.views = single_views(batch, work.spec, Normalize(*work.statistics).to(work.device))
 
-    def open(self, raw: bytes | np.ndarray) -> Image.Image:
-        """The decoded image; an 8-bit array stands for itself.
+    def loss(self, views: list[Tensor]) -> Tensor:
+        """Of views (B, C, h, w), normalised, crops of the first kind first."""
+        raise NotImplementedError
 
-        Raises:
-            OSError: not an image, or a damaged one.
-        """
-        if isinstance(raw, np.ndarray):
-            return Image.fromarray(raw).convert(self.mode)
-        return Image.open(io.BytesIO(raw)).convert(self.mode)
+    def clip(self) -> None:
+        """Called with gradients in place."""
 
-    def __call__(self, raw: bytes | np.ndarray) -> list[Tensor]:
-        """The crops (C, h, w) of one image, float, normalised, in the order of the spec."""
-        image = self.open(raw)
-        return [crop(image) for crop in self.crops]
+    def move_teacher(self) -> None:
+        """Called after the optimizer."""
 
-    def batch(self, raws: Sequence[bytes | np.ndarray]) -> list[Tensor]:
-        """The batch a worker hands over: for each crop (B, C, h, w)."""
-        return [torch.stack(same) for same in zip(*map(self, raws), strict=True)]
-
-
-def _operations(crop: Crop) -> list[Callable[[Image.Image], Image.Image]]:
-    """What is done to one crop, on PIL images."""
-    bicubic = transforms.InterpolationMode.BICUBIC
-    return [
-        transforms.RandomResizedCrop(crop.size, crop.scale, crop.ratio, interpolation=bicubic),
-        transforms.RandomHorizontalFlip(crop.flip),
-        *(_colours(crop.photometric) if crop.photometric else []),
-    ]
-
-
-def _colours(p: Photometric) -> list[Callable[[Image.Image], Image.Image]]:
-    jitter = transforms.ColorJitter(p.brightness, p.contrast, p.saturation, p.hue)
-    return [
-        transforms.RandomApply([jitter], p=p.jitter),
-        transforms.RandomGrayscale(p.gray),
-        _Sometimes(p.blur, lambda x: x.filter(ImageFilter.GaussianBlur(_radius(p)))),
-        _Sometimes(p.solarize, ImageOps.solarize),
-    ]
-
-
-def _radius(p: Photometric) -> float:
-    return random.uniform(*p.blur_sigma)
-
-
-@dataclass(frozen=True)
-class _Sometimes:
-    """``change`` with this probability."""
-
-    probability: float
-    change: Callable[[Image.Image], Image.Image]
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return self.change(image) if random.random() < self.probability else image
-
-
-class LightlyDINO:
-    """One training step of DINO made of lightly's modules, around its wrapper of a timm ViT.
-
-    ``method`` is the ``DINOConfig`` whose sizes both sides have: prototypes, head, bottleneck, gain
-    of the last layer. The teacher sees the two global crops, the student all. ``grouped``: crops of
-    one size go through the networks together, as in lightly's own ImageNet benchmark; else one crop
-    after another, as in its example. Gradients are clipped by their global norm where ours are
-    clipped at all; AdamW is torch's default.
-
-    Raises:
-        UserError: lightly is not installed, or it cannot be built in these sizes.
-    """
-
-    def __init__(
-        self,
-        encoder: EncoderConfig,
-        channels: int,
-        method: Any,
-        optim: OptimConfig,
-        device: torch.device,
-        precision: torch.dtype,
-        grouped: bool,
-    ) -> None:
-        self.modules, loss, self.utils = _lightly()
-        check(
-            method.head_depth == 3,
-            f"--method.head-depth is {method.head_depth}; lightly's head has 3 layers",
-        )
-        self.method, self.optim, self.device, self.precision = method, optim, device, precision
-        self.grouped = grouped
-        self.student = self._network(encoder, channels, encoder.drop_path)
-        self.teacher = self._network(encoder, channels, 0.0)
-        self.teacher.load_state_dict(self.student.state_dict(), strict=True)
-        self.utils.deactivate_requires_grad(self.teacher)
-        self.loss = loss.DINOLoss(
-            output_dim=method.prototypes,
-            student_temp=method.student_temp,
-            center_momentum=method.center_momentum,
-        ).to(device)
-        self.trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=optim.peak_lr, betas=optim.betas)
-
-    def _network(self, encoder: EncoderConfig, channels: int, drop_path: float) -> Any:
-        """[CLS] of the ViT, then the head."""
-        vit: Any = timm.create_model(
-            encoder.arch,
-            num_classes=0,
-            drop_path_rate=drop_path,
-            dynamic_img_size=True,
-            **timm_kwargs(encoder, channels),
-        )
-        rows, columns = vit.patch_embed.grid_size
-        check(rows == columns, "--against lightly needs square images; it takes their shape so")
-        width = vit.embed_dim
-        # Its default for positions fixes them; DINO learns them.
-        learned = encoder.positions == "learned"
-        backbone = self.modules.MaskedVisionTransformerTIMM(
-            vit, pos_embed_initialization="skip" if learned else "sincos"
-        )
-        backbone.mask_token.requires_grad_(False)  # nothing is masked
-        head = self.modules.DINOProjectionHead(
-            input_dim=width,
-            hidden_dim=self.method.head_width,
-            bottleneck_dim=self.method.bottleneck,
-            output_dim=self.method.prototypes,
-            norm_last_layer=self.method.norm_last_layer,
-        )
-        return torch.nn.Sequential(backbone, head).to(self.device)
-
-    @property
-    def parameters(self) -> int:
-        """Weights of student and teacher."""
-        networks = (self.student, self.teacher)
-        return sum(p.numel() for network in networks for p in network.parameters())
-
-    def losses(self, views: list[Tensor]) -> Tensor:
-        """The loss of views (B, C, h, w), normalised, the two global ones first."""
-        if self.grouped:
-            kinds = [torch.cat(views[:2]), *([torch.cat(views[2:])] if views[2:] else [])]
-            with torch.no_grad():
-                said = list(self.teacher(kinds[0]).chunk(2))
-            answers = list(torch.cat([self.student(k) for k in kinds]).chunk(len(views)))
-        else:
-            with torch.no_grad():
-                said = [self.teacher(view) for view in views[:2]]
-            answers = [self.student(view) for view in views]
-        loss: Tensor = self.loss(said, answers, teacher_temp=self.method.teacher_temp)
-        return loss
-
-    def step(self, views: list[Tensor]) -> Tensor:
+    def learn(self, views: list[Tensor]) -> Tensor:
         """One optimizer step; the loss, which stays on the device."""
-        self.student.train()
-        self.teacher.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.precision):
-            loss = self.losses(views)
+        with autocast(self.work.device, self.work.precision):
+            loss = self.loss(views)
         loss.backward()
-        if self.optim.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.optim.clip)
+        self.clip()
         self.optimizer.step()
-        self.utils.update_momentum(self.student, self.teacher, m=self.method.momentum)
+        self.move_teacher()
         return loss.detach()
 
+    def step(self) -> Tensor:
+        """On the batch of noise."""
+        return self.learn(self.views)
 
-def _lightly() -> tuple[Any, Any, Any]:
-    """lightly's modules, losses and utilities."""
+    def parameters(self) -> int:
+        """Weights of all networks, those that are not trained too."""
+        return sum(p.numel() for p in self.networks.parameters())
+
+
+def library(peer: str, name: str, *parts: str) -> list[Any]:
+    """Modules of an optional library.
+
+    Raises:
+        UserError: it is not installed, or lacks them.
+    """
     try:
-        names = ("lightly.models.modules", "lightly.loss", "lightly.models.utils")
-        modules, loss, utils = (import_module(name) for name in names)
+        return [import_module(f"{name}.{part}" if part else name) for part in parts]
     except ImportError as error:
         raise UserError(
-            f"--against lightly needs lightly ({error}); install it: pip install 'ssl_vit[bench]'"
+            f"--against {peer} needs {name} ({error}); install it: pip install 'ssl_vit[bench]'"
         ) from None
-    return modules, loss, utils
+
+
+def timm_vit(work: Work, **more: Any) -> Any:
+    """timm's network for the encoder, with its own default attention."""
+    kwargs = timm_kwargs(work.encoder, work.channels)
+    return timm.create_model(work.encoder.arch, num_classes=0, **kwargs, **more)
+
+
+def check_plain(work: Work, who: str, square: bool = True) -> Encoder:
+    """The encoder in its sizes, without weights, if another's modules can be the same.
+
+    Raises:
+        UserError: they cannot.
+    """
+    with without_memory():
+        encoder = Encoder(work.encoder, work.channels)
+    vit = encoder.vit
+    obstacles = {
+        "no [CLS], or registers": vit.cls_token is None or vit.num_prefix_tokens != 1,
+        "a norm after the pooling": work.encoder.norm == "pooled",
+        "images that are not square": square and len(set(encoder.image_size)) > 1,
+    }
+    for what, there in obstacles.items():
+        check(not there, f"--against {who}: the encoder has {what}, which {who} does not know")
+    return encoder

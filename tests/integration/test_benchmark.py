@@ -11,6 +11,7 @@ from PIL import Image
 
 from ssl_vit.benchmark import main
 from ssl_vit.config import UserError
+from ssl_vit.evaluators.peers import library
 
 TINY = """
 encoder: {arch: vit_tiny_patch16_224, image_size: [16], patch_size: 4, width: 16, depth: 1,
@@ -46,19 +47,30 @@ def room(tmp_path, monkeypatch):
     return tmp_path
 
 
+def installed(**needs):
+    """Names of peers whose library there is, as --against wants them."""
+    return ",".join(name for name, lib in needs.items() if importlib.util.find_spec(lib))
+
+
 def measured(room, *arguments):
     """The report of a benchmark whose numbers are consistent."""
     assert main([*arguments, "--out", "report.json"]) == 0
     report = json.loads((room / "report.json").read_text())
     assert (report["benchmark"], report["method"]) == arguments[:2]
-    assert report["hardware"]["cpu"]
-    assert report["hardware"]["cores"] >= 1
+    hardware = report["hardware"]
+    assert hardware["cpu"]
+    assert hardware["cores"] >= 1
+    assert hardware["memory_bytes"] > 2**28
+    assert {"threads", "device", "gpu", "cuda", "driver"} <= set(hardware)
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert report["sizes"]["crops"] == CROPS[arguments[1]]
+    assert report["date"]
+    sizes, options = report["sizes"], report["options"]
+    assert sizes["crops"] == CROPS[arguments[1]]
+    images = sizes["images"] if arguments[0] == "loader" else sizes["batch_size"]
+    images *= options.get("steps", 1)
     for result in report["results"].values():
         rates, seconds = result["images_per_second_of_repeats"], result["seconds_of_repeats"]
-        images = report["sizes"].get("images", report["sizes"]["batch_size"])
-        assert len(rates) == len(seconds) == report["options"]["repeats"]
+        assert len(rates) == len(seconds) == options["repeats"]
         assert rates == pytest.approx([images / s for s in seconds], rel=1e-2)
         rate = images / statistics.median(seconds)
         assert result["images_per_second"] == pytest.approx(rate, rel=1e-2)
@@ -68,20 +80,30 @@ def measured(room, *arguments):
     return report
 
 
+def whole(breakdown, *parts):
+    """Whether the parts of a step are there, and their shares are all of it."""
+    assert set(parts) <= set(breakdown["parts"])
+    seconds, shares = zip(*(p.values() for p in breakdown["parts"].values()), strict=True)
+    assert sum(seconds) == pytest.approx(breakdown["seconds"])
+    assert sum(shares) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_loader(room, capsys, method):
     options = ("--config", f"{method}.yaml", "--data", "flat:photos", "--repeats", "3")
     threads = torch.get_num_threads()
-    report = measured(room, "loader", method, *options, "--against", "original")
+    peers = installed(original="PIL", **({"lightly": "lightly"} if method == "dino" else {}))
+    report = measured(room, "loader", method, *options, "--against", peers)
     assert torch.get_num_threads() == threads
     assert report["hardware"]["threads"] == 1
     assert report["sizes"]["images"] == report["sizes"]["batch_size"] == 3
     assert report["sizes"]["unreadable"] == 1
     halves = ("workers", "device half on CPU", "workers + device half")
-    assert set(report["results"]) == {*halves, "original"}
+    assert set(report["results"]) == {*halves, *peers.split(",")}
     workers, device, both = (report["results"][n]["seconds_of_repeats"] for n in halves)
     assert both == pytest.approx([a + b for a, b in zip(workers, device, strict=True)], abs=1e-5)
-    assert set(report["ratios"]) == {"workers / original", "workers + device half / original"}
+    pairs = {f"{half} / {peer}" for half in halves[::2] for peer in peers.split(",")}
+    assert set(report["ratios"]) == pairs
     said = capsys.readouterr().out
     assert "workers + device half / original" in said
     assert "report: report.json" in said
@@ -96,48 +118,86 @@ def test_loader_alone_with_few_images_in_small_batches(room):
     assert report["ratios"] == {}
 
 
+PEERS = {
+    "mae": installed(original="timm", **{"huggingface-fp32": "transformers"}),
+    "dino": installed(lightly="lightly") or "original",
+}
+
+
 @pytest.mark.parametrize("method", ["dino", "mae"])
-def test_step(room, method):
-    options = ("--config", f"{method}.yaml", "--device", "cpu", "--precision", "fp32")
+def test_step(room, capsys, method):
+    options = ("--config", f"{method}.yaml", "--device", "cpu", "--precision", "bf16")
     sizes = ("--batch-size", "2", "--repeats", "2", "--warm-up", "0")
-    report = measured(room, "step", method, *options, *sizes)
-    assert report["precision"] == "float32"
-    assert report["sizes"]["batch_size"] == 2
-    assert set(report["results"]) == {"ours"}
-    assert np.isfinite(report["last_loss"]["ours"])
+    report = measured(room, "step", method, *options, *sizes, "--against", PEERS[method])
+    assert report["precision"] == "bfloat16"
+    results, peak = report["results"], report["matmul_peak"]
+    assert list(results) == ["ours", *PEERS[method].split(",")]
+    for result in results.values():
+        assert np.isfinite(result["last_loss"])
+        rate = result["flops_per_image"] * result["images_per_second"]
+        assert result["flops_per_second"] == pytest.approx(rate, rel=1e-2)
+        assert result["share_of_peak"] == result["flops_per_second"] / peak["flops_per_second"]
+        assert result["peak_memory_bytes"] > 0 or result["peak_memory_bytes"] is None
+    parameters = {name: result["parameters"] for name, result in results.items()}
+    # Those that are no part of ours: mask tokens that lightly does not use.
+    assert parameters["ours"] + 32 * ("lightly" in results) == list(parameters.values())[1]
+    assert len(peak["shape"]) == 3
+    assert peak["flops_per_second"] == max(rate for *_, rate in peak["rates"])
+    whole(report["breakdown"], "device augmentation", "forward", "backward")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("ours is", "GFLOP", "backward", "report.json"))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("against", ["lightly", "lightly-grouped"])
-def test_step_against_lightly(room, against):
-    if importlib.util.find_spec("lightly") is None:
-        with pytest.raises(UserError, match=r"needs lightly.*pip install 'ssl_vit\[bench\]'"):
-            main(["step", "dino", "--config", "dino.yaml", "--against", against])
-        return
-    options = ("--config", "dino.yaml", "--batch-size", "2", "--repeats", "2")
-    report = measured(room, "step", "dino", *options, "--against", against)
-    assert set(report["results"]) == {"ours", against}
-    parameters = report["sizes"]["parameters"]
-    assert parameters["ours"] == parameters[against] - 2 * 16  # its unused mask tokens
+def test_end_to_end(room, capsys):
+    data = ("--data", "flat:photos", "--data.workers", "1", "--batch-size", "2")
+    counts = ("--steps", "2", "--repeats", "2", "--warm-up", "0", "--device=cpu")
+    options = ("--config", "dino.yaml", *data, *counts, "--against", "original")
+    report = measured(room, "end-to-end", "dino", *options)
+    assert list(report["results"]) == ["ours", "original"]
+    sizes = report["sizes"]
+    assert (sizes["images"], sizes["unreadable"], sizes["workers"]) == (3, 1, 1)
+    for result in report["results"].values():
+        seconds = [s / 2 for s in result["seconds_of_repeats"]]
+        assert result["seconds_of_a_step"] == pytest.approx(statistics.median(seconds), rel=1e-2)
+        assert 0 <= result["share_waiting_for_images"] < 1
+        assert result["loader_images_per_second"] > 0
+        assert result["step_images_per_second"] > 0
+        assert result["bound"]
+    whole(report["breakdown"], "waiting for images", "transfer", "forward")
+    assert "bound by" in capsys.readouterr().out
+
+
+def test_a_peers_library_that_is_missing_is_one_line():
+    with pytest.raises(UserError, match=r"--against lightly needs nowhere.*'ssl_vit\[bench\]'"):
+        library("lightly", "nowhere", "loss")
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["bench"], ["'bench'", "loader, step"]),
+        (["bench"], ["'bench'", "step, loader, end-to-end"]),
         (["loader", "dyno"], ["'dyno'", "dino"]),
         (["loader", "mae"], ["--data is missing"]),
         (["loader", "mae", "--data", "flat:missing"], ["missing"]),
         (["loader", "mae", "--data", "flat:torn"], ["torn", "can be read"]),
         (["loader", "mae", "--data", "flat:photos", "--images", "0"], ["--images is 0"]),
         (["loader", "mae", "--data", "flat:photos", "--repeats", "0"], ["--repeats is 0"]),
-        (["loader", "mae", "--data", "flat:photos", "--against", "timm"], ["--against"]),
+        (
+            ["loader", "mae", "--data", "flat:photos", "--against", "lightly"],
+            ["'lightly'", "loader mae", "original"],
+        ),
         (
             ["loader", "mae", "--data", "flat:deep", "--against", "original"],
             ["8-bit images", "flat:deep"],
         ),
         (["loader", "mae", "--imagse", "3"], ["--imagse", "--images"]),
-        (["step", "mae", "--against", "lightly"], ["for dino", "mae"]),
+        (["step", "mae", "--against", "original,lihgtly"], ["'lihgtly'", "huggingface, "]),
+        (["step", "dino", "--against", "huggingface"], ["'huggingface'", "original, lightly"]),
+        (["step", "mae", "--dry-run"], ["--dry-run"]),
+        (["end-to-end", "mae"], ["--data is missing"]),
+        (["end-to-end", "mae", "--data", "flat:photos"], ["--batch-size is 8", "3 images"]),
+        (["end-to-end", "mae", "--steps", "0"], ["--steps is 0"]),
+        (["end-to-end", "dino", "--against", "lightly"], ["'lightly'", "original"]),
         (["step", "mae", "--batch-size", "0"], ["--batch-size is 0"]),
         (["step", "mae", "--warm-up", "-1"], ["--warm-up is -1"]),
         (["step", "mae", "--device", "cuda:99"], ["cuda:99"]),

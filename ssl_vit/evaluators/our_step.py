@@ -1,0 +1,65 @@
+"""Our training step as one side of a comparison, with what is asked of it alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ssl_vit.config import RunConfig
+from ssl_vit.data.augment import Normalize
+from ssl_vit.encoder import parameter_count
+from ssl_vit.evaluators.breakdown import breakdown
+from ssl_vit.evaluators.matmul_peak import Products, Shape, matmul_peak
+from ssl_vit.evaluators.side import Side, Work
+from ssl_vit.evaluators.speed import random_batch, trainer_midway, worker_batch
+from ssl_vit.task import Task
+from ssl_vit.training.footprint import measure_step
+
+
+class OurStep(Side):
+    """What the loop does between two batches.
+
+    Args:
+        make: the method with its first weights.
+        run: compiled or not, and the like.
+    """
+
+    def __init__(self, work: Work, make: Callable[[], Task], run: RunConfig) -> None:
+        super().__init__(work)
+        normalize = Normalize(*work.statistics)
+        self.trainer = trainer_midway(
+            make(), run, work.optim, normalize, work.device, work.precision
+        )
+        self.batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
+        self.products: Counter[Shape] = Counter()
+
+    def step(self) -> Tensor:
+        """The loss, which stays on the device."""
+        self.trainer.task.train()
+        loss = self.trainer.update([self.batch])["loss"]
+        self.trainer.step += 1
+        return loss
+
+    def parameters(self) -> int:
+        """Weights of all networks, those that are not trained too."""
+        return parameter_count(self.trainer.task)
+
+    def flops(self) -> float:
+        """As of any side, with stochastic depth sparing nothing; its matrix products are noted."""
+        with Products() as products:
+            flops = measure_step(self.trainer, [self.batch])[0]
+        self.products = products.shapes
+        return float(flops)
+
+    def peak(self) -> dict[str, Any]:
+        """How fast matrix products of the shapes last noted are, now (``matmul_peak``)."""
+        return matmul_peak(self.products, self.work.device, self.work.precision)
+
+    def breakdown(self, steps: int) -> dict[str, float]:
+        """Median seconds of each part of a step, photometric operations included."""
+        work = self.work
+        batch = worker_batch(work.spec, work.batch_size, work.channels, work.seed)
+        return breakdown(self.trainer, lambda: batch, steps, loads=False)

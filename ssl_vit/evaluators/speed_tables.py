@@ -1,0 +1,115 @@
+"""A report of speeds as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class TableOf(NamedTuple):
+    """What a table shows; its first column names the rows."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def loader_tables(report: dict[str, Any]) -> Iterator[TableOf]:
+    """Images per second of each side, and ours over each peer's."""
+    rows: list[tuple[str, ...]] = []
+    for name, found in report["results"].items():
+        rows.append((name, *_rate(found)))
+    for name, ratio in report["ratios"].items():
+        rows.append((name, _times(ratio), ""))
+    yield TableOf(_title(report), ("", "images/s", "range"), rows)
+
+
+def step_tables(report: dict[str, Any]) -> Iterator[TableOf]:
+    """Each side's speed, operations, share of the machine's peak and memory; where ours goes."""
+    header = ("", "images/s", "range", "ours is", "GFLOP/ image", "TFLOP/s, of peak")
+    rows: list[tuple[str, ...]] = []
+    for name, found in report["results"].items():
+        cost = f"{found['flops_per_image'] / 1e9:.3g}"
+        rate = f"{found['flops_per_second'] / 1e12:.3g}, {_share(found['share_of_peak'])}"
+        memory = _gigabytes(found["peak_memory_bytes"])
+        faster, larger = _ours(report["ratios"], name), _ours(report["memory_ratios"], name)
+        rows.append((name, *_rate(found), faster, cost, rate, memory, larger))
+    title = f"{_title(report)}\n{_peak(report['matmul_peak'])}"
+    yield TableOf(title, (*header, "peak memory", "ours is"), rows)
+    yield _parts(report["breakdown"], "where a step of ours goes, photometric operations included")
+
+
+def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
+    """Each side's speed, and of what it is made; where ours goes."""
+    header = (
+        "",
+        "images/s",
+        "range",
+        "ours is",
+        "s a step",
+        "waiting",
+        "loader",
+        "step",
+        "bound by",
+    )
+    rows: list[tuple[str, ...]] = []
+    for name, found in report["results"].items():
+        alone = (found["loader_images_per_second"], found["step_images_per_second"])
+        row = (f"{found['seconds_of_a_step']:.3g}", _share(found["share_waiting_for_images"]))
+        faster = _ours(report["ratios"], name)
+        rows.append((name, *_rate(found), faster, *row, *map(_number, alone), found["bound"]))
+    workers = f"{report['sizes']['workers']} workers; loader and step: each alone, images/s"
+    yield TableOf(f"{_title(report)}\n{workers}", header, rows)
+    yield _parts(report["breakdown"], "where a step of ours goes")
+
+
+def _title(report: dict[str, Any]) -> str:
+    machine, sizes = report["hardware"], report["sizes"]
+    crops = " + ".join(f"{c['count']} of {'x'.join(map(str, c['size']))}" for c in sizes["crops"])
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    title = f"{report['benchmark']} {report['method']}: {crops} px, "
+    title += f"batches of {sizes['batch_size']}\n"
+    return title + f"{report.get('precision', 'uint8 to float32')}, {where}"
+
+
+def _peak(peak: dict[str, Any]) -> str:
+    if peak["flops_per_second"] is None:
+        return "no matrix product to compare with"
+    m, k, n = peak["shape"]
+    rate = f"{peak['flops_per_second'] / 1e12:.3g} TFLOP/s"
+    return f"peak: {rate}, the best of the step's own linear layers, ({m}, {k}) x ({k}, {n})"
+
+
+def _parts(breakdown: dict[str, Any], title: str) -> TableOf:
+    rows: list[tuple[str, ...]] = []
+    for name, part in breakdown["parts"].items():
+        rows.append((name, f"{part['seconds']:.4f}", _share(part["share"])))
+    rows.append(("sum", f"{breakdown['seconds']:.4f}", ""))
+    return TableOf(title, ("", "seconds", "share"), rows)
+
+
+def _rate(found: dict[str, Any]) -> tuple[str, str]:
+    rates = found["images_per_second_of_repeats"]
+    return _number(found["images_per_second"]), f"{_number(min(rates))}-{_number(max(rates))}"
+
+
+def _number(rate: float) -> str:
+    return f"{rate:,.{2 if rate < 10 else 1 if rate < 100 else 0}f}"
+
+
+def _ours(ratios: dict[str, float | None], name: str) -> str:
+    """Ours over that of this name; nothing for ours itself."""
+    key = f"ours / {name}"
+    return _times(ratios[key]) if key in ratios else ""
+
+
+def _times(ratio: float | None) -> str:
+    return "?" if ratio is None else f"{ratio:.2f} x"
+
+
+def _share(share: float | None) -> str:
+    return "?" if share is None else f"{share:.1%}"
+
+
+def _gigabytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**30:.2f} GiB"

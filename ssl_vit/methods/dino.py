@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssl_vit.attention import attention_panel, cls_attention, cls_features
 from ssl_vit.config import EncoderConfig, Length, check
@@ -271,8 +272,8 @@ class DINO(Method):
             target = logits.softmax(-1).unflatten(0, (-1, batch))
         # Each resolution goes through the encoder once, all its crops together.
         cls = [cls_features(self.encoder, crops) for crops in (both, *views.crops[2:])]
-        student = self.head(torch.cat(cls)) / self.config.student_temp
-        loss = cross_entropy_of_views(target, student.unflatten(0, (-1, batch)))
+        student = self.head(torch.cat(cls)).unflatten(0, (-1, batch))
+        loss = cross_entropy_of_views(target, student, self.config.student_temp)
         return {"loss": loss, **self._health(loss.detach(), target)}
 
     def _health(self, loss: Tensor, target: Float[Tensor, "g b k"]) -> dict[str, Tensor]:
@@ -360,22 +361,50 @@ class DINO(Method):
 
 
 def cross_entropy_of_views(
-    target: Float[Tensor, "g b k"], student: Float[Tensor, "v b k"]
+    target: Float[Tensor, "g b k"], student: Float[Tensor, "v b k"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
     """Cross-entropy of every pair of different views; the student's first g are the teacher's.
 
-    ``target`` holds probabilities, ``student`` logits (over their temperature). It equals::
+    ``target`` holds probabilities, which get no gradient; ``student`` logits, before they are
+    divided by their temperature. It equals::
 
+        logits = student / temperature
         pairs = [(t, s) for t in range(g) for s in range(v) if s != t]
-        mean(-(target[t] * student[s].log_softmax(-1)).sum(-1).mean() for t, s in pairs)
+        mean(-(target[t] * logits[s].log_softmax(-1)).sum(-1).mean() for t, s in pairs)
 
-    but visits each view once: log_softmax is z - logsumexp(z), so that the sum over t goes before
-    the product with z, and no (pair, b, k) or log-probability tensor exists.
+    but visits each view once, and finds its gradient at the same time.
     """
-    g, v, batch = len(target), len(student), target.shape[1]
-    # How often a student view is compared: with every teacher view but itself.
-    partners = torch.full((v, 1), float(g), dtype=student.dtype, device=student.device)
-    partners[:g] -= 1
-    total = (student.logsumexp(-1) * partners).sum()
-    total = total - (target.sum(0) * student.sum(0)).sum() + (target * student[:g]).sum()
-    return total / (batch * (g * v - g))
+    with torch.autocast(student.device.type, enabled=False):  # it would round a product
+        loss: Tensor = _CrossEntropy.apply(target, student, temperature)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """A view s is compared with w_s, the sum of all targets but its own, of total mass m_s: the
+    loss is the sum of -w_s log p_s over all, and its gradient by the logits m_s p_s - w_s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        target: Float[Tensor, "g b k"],
+        student: Float[Tensor, "v b k"],
+        temperature: float,
+    ) -> Float[Tensor, ""]:
+        g, v, batch = len(target), len(student), target.shape[1]
+        share = 1 / (batch * (g * v - g))
+        together = target.sum(0)
+        log_p = (student * (1 / temperature)).log_softmax(-1)
+        own = (target * log_p[:g]).sum()
+        loss = (own - (log_p.flatten(1) @ together.flatten()).sum()) * share
+        mass = log_p.new_full((v, 1, 1), g)
+        mass[:g] -= 1
+        grad = log_p.exp_().mul_(mass * (share / temperature))
+        grad.sub_(together, alpha=share / temperature)
+        grad[:g].add_(target, alpha=share / temperature)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[None, Tensor, None]:
+        return None, ctx.saved_tensors[0] * grad, None

@@ -79,6 +79,20 @@ def test_loss_is_the_loop_over_pairs(g, v):
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-15)
 
 
+def test_the_loss_divides_by_its_temperature_and_is_never_rounded():
+    torch.manual_seed(0)
+    target = torch.randn(2, 3, 50).mul_(9).softmax(-1)
+    logits = torch.randn(5, 3, 50).requires_grad_()
+    expected = cross_entropy_of_views(target, logits / 0.1)
+    expected.backward()
+    gradient, logits.grad = logits.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cross_entropy_of_views(target, logits, 0.1)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_local_crops_are_paired_with_their_own_image():
     """Crops come view by view; the loss of a batch is the mean of its images' losses."""
     method, views = dino().eval(), batch(4)

@@ -31,7 +31,7 @@ FLOORS = (
     {"methods", "training"},
     {"evaluators"},
     # What several doors share, beside the doors themselves.
-    {"cli", "session", "evaluation", "probes", "compare", "finetune", "preflight"},
+    {"cli", "session", "evaluation", "probes", "compare", "finetune", "preflight", "scale"},
 )
 DOORS = len(FLOORS) - 1
 FORBIDDEN = {("methods", "training"), ("training", "methods"), ("evaluators", "methods")}

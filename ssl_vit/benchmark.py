@@ -1,4 +1,4 @@
-"""The measuring door: ``python -m ssl_vit.benchmark step|loader|end-to-end dino|mae [options]``."""
+"""The measuring door: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale dino|mae``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ssl_vit.evaluators.speed_tables import TableOf, end_to_end_tables, loader_t
 from ssl_vit.evaluators.step_bench import measure_steps
 from ssl_vit.files import write_text_atomically
 from ssl_vit.methods.base import Method, find_method, method_names
+from ssl_vit.scale import ScaleConfig, scale_report, show_scale
 from ssl_vit.session import PretrainConfig, default_options, initial_method
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
@@ -49,7 +50,6 @@ class _Shared(PretrainConfig[M]):
             value = getattr(self, option, None)
             flag = f"--{option.replace('_', '-')}"
             check(value is None or value >= least, f"{flag} is {value}; at least {least}")
-        check_out(self.out)
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ _BENCHMARKS = {
     "step": Benchmark(StepConfig, step_report, partial(show, step_tables)),
     "loader": Benchmark(LoaderConfig, loader_report, partial(show, loader_tables)),
     "end-to-end": Benchmark(EndToEndConfig, end_to_end_report, partial(show, end_to_end_tables)),
+    "scale": Benchmark(ScaleConfig, scale_report, show_scale),
 }
 
 
@@ -218,6 +219,7 @@ def main(argv: list[str]) -> int:
     """The door; returns the exit status."""
     what, name, kind, config = read_options(argv)
     benchmark = _BENCHMARKS[what]
+    check_out(config.out)
     found = benchmark.report(name, kind, config)
     report = {"benchmark": what, "method": name, **found, "options": asdict(config)}
     benchmark.show(report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from ssl_vit.config import RunConfig
 from ssl_vit.data.augment import Normalize
 from ssl_vit.encoder import parameter_count
 from ssl_vit.evaluators.breakdown import breakdown
-from ssl_vit.evaluators.matmul_peak import Products, Shape, matmul_peak
+from ssl_vit.evaluators.matmul_peak import Products, Shape
 from ssl_vit.evaluators.side import Side, Work
 from ssl_vit.evaluators.speed import random_batch, trainer_midway, worker_batch
 from ssl_vit.task import Task
@@ -34,7 +33,6 @@ class OurStep(Side):
             make(), run, work.optim, normalize, work.device, work.precision
         )
         self.batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
-        self.products: Counter[Shape] = Counter()
 
     def step(self) -> Tensor:
         """The loss, which stays on the device."""
@@ -48,15 +46,14 @@ class OurStep(Side):
         return parameter_count(self.trainer.task)
 
     def flops(self) -> float:
-        """As of any side, with stochastic depth sparing nothing; its matrix products are noted."""
-        with Products() as products:
-            flops = measure_step(self.trainer, [self.batch])[0]
-        self.products = products.shapes
-        return float(flops)
+        """As of any side, with stochastic depth sparing nothing."""
+        return float(measure_step(self.trainer, [self.batch])[0])
 
-    def peak(self) -> dict[str, Any]:
-        """How fast matrix products of the shapes last noted are, now (``matmul_peak``)."""
-        return matmul_peak(self.products, self.work.device, self.work.precision)
+    def products(self) -> Counter[Shape]:
+        """The matrix products that ``flops`` counts, and how often each is computed."""
+        with Products() as products:
+            measure_step(self.trainer, [self.batch])
+        return products.shapes
 
     def breakdown(self, steps: int) -> dict[str, float]:
         """Median seconds of each part of a step, photometric operations included."""

@@ -26,16 +26,15 @@ def loader_tables(report: dict[str, Any]) -> Iterator[TableOf]:
 
 def step_tables(report: dict[str, Any]) -> Iterator[TableOf]:
     """Each side's speed, operations, share of the machine's peak and memory; where ours goes."""
-    header = ("", "images/s", "range", "ours is", "GFLOP/ image", "TFLOP/s, of peak")
+    header = ("", "images/s", "range", "ours is", "GFLOP/img", "of peak")
     rows: list[tuple[str, ...]] = []
     for name, found in report["results"].items():
         cost = f"{found['flops_per_image'] / 1e9:.3g}"
-        rate = f"{found['flops_per_second'] / 1e12:.3g}, {_share(found['share_of_peak'])}"
-        memory = _gigabytes(found["peak_memory_bytes"])
+        share, memory = _share(found["share_of_peak"]), _gigabytes(found["peak_memory_bytes"])
         faster, larger = _ours(report["ratios"], name), _ours(report["memory_ratios"], name)
-        rows.append((name, *_rate(found), faster, cost, rate, memory, larger))
+        rows.append((name, *_rate(found), faster, cost, share, memory, larger))
     title = f"{_title(report)}\n{_peak(report['matmul_peak'])}"
-    yield TableOf(title, (*header, "peak memory", "ours is"), rows)
+    yield TableOf(title, (*header, "memory", "ours is"), rows)
     yield _parts(report["breakdown"], "where a step of ours goes, photometric operations included")
 
 

@@ -175,7 +175,7 @@ def test_a_peers_library_that_is_missing_is_one_line():
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["bench"], ["'bench'", "step, loader, end-to-end"]),
+        (["bench"], ["'bench'", "step, loader, end-to-end, scale"]),
         (["loader", "dyno"], ["'dyno'", "dino"]),
         (["loader", "mae"], ["--data is missing"]),
         (["loader", "mae", "--data", "flat:missing"], ["missing"]),

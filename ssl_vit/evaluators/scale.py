@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.encoder import checkpoint_activations, choose_attention
 from ssl_vit.task import Task, Views
-from ssl_vit.training.footprint import KeptBytes, _Held
+from ssl_vit.training.footprint import KeptBytes
 from ssl_vit.training.parallel import autocast
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
@@ -104,7 +104,7 @@ class _Step:
 def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _Step:
     crops = [torch.empty(images * c.count, channels, *c.size) for c in spec.crops]
     keys, labels = (torch.empty(images, dtype=torch.int64) for _ in range(2))
-    kept = _KeptBytes(task)
+    kept = _OfBlocks(task)
     task.train()
     with kept.watch(), kept.watch_blocks(task):
         with autocast(_CPU, torch.bfloat16):
@@ -133,28 +133,13 @@ def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **__
     return 2 * _attention(query, key, value)
 
 
-class _KeptBytes(KeptBytes):
-    """The same of tensors without memory, whose storages have no address: by the storages
-    themselves. And what each call of a transformer block adds.
-    """
+class _OfBlocks(KeptBytes):
+    """What each call of a transformer block adds, too."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(nn.Module())
-        tensors = [*module.parameters(), *module.buffers()]
-        self._own = {t.untyped_storage()._cdata for t in tensors}
+        super().__init__(module)
         self.of_blocks: list[int] = []
         self._before = 0
-
-    def _pack(self, tensor: Tensor) -> tuple[Tensor, _Held | None]:
-        self._forward = True
-        base = tensor if tensor._base is None else tensor._base
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._own or isinstance(base, nn.Parameter):
-            return tensor, None
-        held = self._held.get(storage._cdata)
-        if held is None:
-            held = self._held[storage._cdata] = _Held(storage)
-        return tensor, held
 
     @contextmanager
     def watch_blocks(self, module: nn.Module) -> Iterator[None]:

@@ -65,7 +65,7 @@ class KeptBytes:
     def __init__(self, module: nn.Module) -> None:
         self.most = 0
         self._held: WeakValueDictionary[int, _Held] = WeakValueDictionary()
-        self._own = {local(t).untyped_storage().data_ptr() for t in _tensors(module)}
+        self._own = {local(t).untyped_storage()._cdata for t in _tensors(module)}
         self._forward = False
 
     def watch(self) -> saved_tensors_hooks:
@@ -76,7 +76,7 @@ class KeptBytes:
         self._forward = True
         base = tensor if tensor._base is None else tensor._base
         storage = tensor.untyped_storage()
-        place = storage.data_ptr()
+        place = storage._cdata  # not its address: of fake tensors it has none
         if place in self._own or isinstance(base, nn.Parameter):
             return tensor, None
         held = self._held.get(place)

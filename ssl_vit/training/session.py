@@ -34,6 +34,7 @@ from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import loader_workers, resolve_precision, start_parallel
+from ssl_vit.training.prefetch import on_device
 from ssl_vit.training.resume import (
     CONFIG_FILE,
     check_same_run,
@@ -195,7 +196,8 @@ def train(session: Session) -> int:
     images = TrainImages(session.images.train, session.views, data.channels, run.seed)
     main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
-    batches = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
+    loaded = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
+    batches = on_device(loaded, device)
     saving = every(run.save_every, "--run.save-every", per_epoch)
     looking = every(run.probe_every, "--run.probe-every", per_epoch)
     for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0

@@ -21,6 +21,8 @@ from ssl_vit.data.decode import MAX_PIXELS, decode, jpeg_size
 GAP = 2
 """Pixels of the reduced image, at least, for one of a crop, each way. Pillow's thumbnails have
 the same."""
+# Half of each side is decoded hardly faster; it is resizing many crops that then takes less time.
+_SEEN_OFTEN = 2
 _SMALL = 1 << 18  # of so few pixels a reduced image is decoded no faster
 
 
@@ -47,7 +49,10 @@ def _reduced_views(
         return None
     drawn = draw_views(*size, spec, random.Random(key), policies=True)
     by = reduction(spec, drawn)
-    image = decode_reduced(raw, channels, size, by) if by > 1 else None
+    area = sum(cut.box[2] * cut.box[3] for cuts in drawn for cut in cuts)
+    if by == 1 or (by == 2 and area < _SEEN_OFTEN * size[0] * size[1]):
+        return None
+    image = decode_reduced(raw, channels, size, by)
     if image is None:
         return None
     return cut_views(image, spec, [[_shrunk(cut, by) for cut in cuts] for cuts in drawn])

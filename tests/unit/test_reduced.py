@@ -19,8 +19,8 @@ HEIGHT, WIDTH = 743, 1117  # of a prime number of pixels each: no reduction divi
 COLOUR = Photometric(jitter=0.8, gray=0.2, blur=0.5, solarize=0.2)
 SPEC = ViewSpec(
     (
-        Crop((64, 64), scale=(0.4, 1.0), photometric=COLOUR, policy=Policy("rand-m9", (0.5,) * 3)),
-        Crop((32, 24), scale=(0.04, 0.3), count=3, photometric=COLOUR),
+        Crop((48, 48), scale=(0.4, 1.0), photometric=COLOUR, policy=Policy("rand-m9", (0.5,) * 3)),
+        Crop((32, 24), scale=(0.12, 0.3), count=3, photometric=COLOUR),
     )
 )
 
@@ -112,7 +112,8 @@ def test_the_largest_faithful_reduction_is_taken():
 
 def test_crops_are_those_of_the_whole_image(picture, reductions):
     """The same draws, boxes within half a reduced pixel, flips and parameters; without a policy."""
-    plain = ViewSpec(tuple(Crop(c.size, c.scale, count=3, photometric=COLOUR) for c in SPEC.crops))
+    local = Crop((32, 24), (0.04, 0.3), count=3, photometric=COLOUR)
+    plain = ViewSpec((Crop((48, 48), (0.6, 1.0), count=3, photometric=COLOUR), local))
     raw = jpeg(picture)
     flips = 0
     for key in range(12):

@@ -54,16 +54,16 @@ def measure_steps(method: str, work: Work, make: Callable[[], Task], config: Any
         sides = {OURS: ours}
         for name, peer in peers.items():
             sides[name] = stack.enter_context(OwnProcess(peer.build, work))
-        flops = {n: s.ask("flops") for n, s in sides.items()}
         parameters = {n: s.ask("parameters") for n, s in sides.items()}
-        # Here, as what it leaves behind would count for the memory of a side.
+        speeds, losses = time_steps(sides, work.batch_size, config.warm_up, config.repeats)
+        memory = {n: s.ask("peak_memory") for n, s in sides.items()}
+        # Only now, as what a count leaves behind would be taken for a step's own memory.
+        flops = {n: s.ask("flops") for n, s in sides.items()}
         reuse_memory(work.device)
         peak_of = partial(matmul_peak, ours.ask("products"), work.device, work.precision)
         first = peak_of()
-        speeds, losses = time_steps(sides, work.batch_size, config.warm_up, config.repeats)
-        memory = {n: s.ask("peak_memory") for n, s in sides.items()}
-        peak = better(first, peak_of())
         parts = ours.ask("breakdown", config.repeats)
+        peak = better(first, peak_of())
     results = {}
     for name, speed in speeds.items():
         per_image = flops[name] / work.batch_size

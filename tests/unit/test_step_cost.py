@@ -148,9 +148,10 @@ def test_each_part_has_the_seconds_that_are_spent_in_it(ours, monkeypatch):
     slow(ours.trainer.optimizer, "step", 4.0)
     slow(type(ours.batch.views), "to", 8.0)
     slow(ours.trainer.optimizer, "zero_grad", 16.0)
+    slow(torch.Tensor, "backward", 32.0)
     parts = ours.breakdown(2)
     known = {DEVICE: 1.0, FORWARD: 2.0, "clipping and optimizer": 4.0, TRANSFER: 8.0}
-    known |= {"the rest": 16.0}
+    known |= {"the rest": 16.0, "backward": 32.0}
     assert {p: s for p, s in parts.items() if s} == known
 
 

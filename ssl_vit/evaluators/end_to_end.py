@@ -64,9 +64,10 @@ class Feeding:
         return time.perf_counter() - started, waited, float(loss)
 
     def step_alone(self, steps: int) -> float:
-        """Seconds of a step when its batch is there; the workers fill their queues before."""
+        """Seconds of a step when its batch is there, its workers having filled their queues."""
         batch = next(self.batches)
-        time.sleep(1.0)
+        for _ in range(_QUEUED):
+            self.learn(batch)
         wait(self.work.device)
         started = time.perf_counter()
         for _ in range(steps):
@@ -92,12 +93,7 @@ class OurFeeding(Feeding):
     """Our step and loader."""
 
     def __init__(
-        self,
-        work: Work,
-        make: Callable[[], Task],
-        run: RunConfig,
-        source: Source,
-        workers: int,
+        self, work: Work, make: Callable[[], Task], run: RunConfig, source: Source, workers: int
     ) -> None:
         self.side = OurStep.build(work, make, run)
         self.images = TrainImages(source, work.spec, work.channels, work.seed)
@@ -166,20 +162,16 @@ class _Shuffled:
         return _ENDLESS
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng(self.seed)
+        rng, size = np.random.default_rng(self.seed), self.batch_size
         while True:
-            order = rng.permutation(self.n)
-            for i in range(0, self.n - self.batch_size + 1, self.batch_size):
-                yield order[i : i + self.batch_size].tolist()
+            order = rng.permutation(self.n).tolist()
+            yield from (order[i : i + size] for i in range(0, self.n - size + 1, size))
 
 
 def measure_feeding(
     method: str, work: Work, make: Callable[[], Task], config: Any
 ) -> dict[str, Any]:
-    """The report, for JSON; ``config`` holds the options of the door.
-
-    Sides take turns, segment by segment. Beside the speed of each, that of its loader alone and of
-    its step alone.
+    """The report, for JSON; ``config`` holds the options of the door. Sides take turns.
 
     Raises:
         UserError: as ``some_images``; a peer that there is not, or too few images.

@@ -2,11 +2,13 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.block import LeanAttention, LeanBlock, lean_blocks
@@ -21,6 +23,8 @@ KINDS = {
     "normed output": {"scale_attn_norm": True},
     "layer scale": {"init_values": 0.3},
     "dropout": {"attn_drop": 0.3, "proj_drop": 0.2},
+    "another activation": {"act_layer": partial(torch.nn.GELU, approximate="tanh")},
+    "normed hidden layer": {"scale_mlp_norm": True},
 }
 
 
@@ -136,7 +140,7 @@ def test_stochastic_depth_computes_what_it_keeps(rate, rows):
     whole.whole = True
     seen: list[list[int]] = [[], []]
     for block, counts in zip((ours, whole), seen, strict=True):
-        for part in (block.norm1, block.norm2):
+        for part in (block.attn, block.mlp):
             part.register_forward_pre_hook(lambda _, given, to=counts: to.append(len(given[0])))
     for key in range(8):
         with batch_share(0, 1, IMAGES // 2, key):
@@ -148,6 +152,22 @@ def test_stochastic_depth_computes_what_it_keeps(rate, rows):
     assert (0 in seen[0]) == (rate > 0.5)
     ours.eval()
     assert torch.equal(ours(tokens()), whole.eval()(tokens()))
+
+
+def test_the_hidden_layer_is_kept_once():
+    """And GELU's output not at all; gradients are compared above."""
+    for block, times in zip(blocks(), (2, 1), strict=True):
+        choose_attention(block, torch.device("cpu"))
+        storages: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, to=storages) -> torch.Tensor:
+            to[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(tokens())
+        hidden = [t for t in storages.values() if t.numel() == 4 * IMAGES * TOKENS * WIDTH]
+        assert len(hidden) == times
 
 
 def test_what_is_dropped_costs_nothing():

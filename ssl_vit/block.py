@@ -19,22 +19,31 @@ from torch.utils.checkpoint import checkpoint
 from ssl_vit.drop_path import DropPath, redraw
 
 
-class _Attend(torch.autograd.Function):
-    """softmax(q k^T scale) v for CPUs, from what the joint projection of q, k and v gives.
+def _attend(
+    qkv: Float[Tensor, "b n 3 h d"], scale: float
+) -> tuple[Float[Tensor, "b n hd"], Float[Tensor, "3 bh n d"], Float[Tensor, "bh n n"]]:
+    """softmax(q k^T scale) v for CPUs; queries, keys and values in order; attention weights.
 
     The same sum as plain matmul-softmax-matmul; queries, keys and values are brought into order
-    together, once, as are their gradients, and no scaled copy of either is made or kept.
+    together, once, and no scaled copy is made.
     """
+    b, n, _, h, d = qkv.shape
+    apart = qkv.permute(2, 0, 3, 1, 4).reshape(3, b * h, n, d)
+    q, k, v = apart.unbind()
+    weights = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale).softmax(-1)
+    out = torch.bmm(weights, v).view(b, h, n, d).transpose(1, 2).reshape(b, n, h * d)
+    return out, apart, weights
+
+
+class _Attend(torch.autograd.Function):
+    """``_attend``, whose gradients are brought into order together, too."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Float[Tensor, "b n 3 h d"], scale: float) -> Float[Tensor, "b n hd"]:
-        b, n, _, h, d = qkv.shape
-        apart = qkv.permute(2, 0, 3, 1, 4).reshape(3, b * h, n, d)
-        q, k, v = apart.unbind()
-        weights = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale).softmax(-1)
+        out, apart, weights = _attend(qkv, scale)
         ctx.save_for_backward(apart, weights)
         ctx.scale = scale
-        return torch.bmm(weights, v).view(b, h, n, d).transpose(1, 2).reshape(b, n, h * d)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -63,7 +72,8 @@ class LeanAttention(Attention):
         normed = any(not isinstance(m, nn.Identity) for m in (self.q_norm, self.k_norm))
         if rows is None and not (self.fused_attn or normed or dropout) and x.device.type == "cpu":
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-            out = _Attend.apply(qkv, self.scale)
+            grad = torch.is_grad_enabled()
+            out = _Attend.apply(qkv, self.scale) if grad else _attend(qkv, self.scale)[0]
         else:
             q, k, v = self.project(x, rows)
             if self.fused_attn:
@@ -129,13 +139,18 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class LeanMlp(Mlp):
-    """timm's MLP, which keeps its hidden layer for backward once, not before and after GELU."""
+    """timm's MLP, which keeps its hidden layer for backward once, not before and after GELU.
+
+    With gradients on, hooks upon ``act`` and ``fc2`` are not called, and transforms of
+    ``torch.func`` are not for it, nor for attention on CPUs.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """As timm's."""
         act, dropout = self.act, self.drop1.p if self.training else 0.0
-        plain = type(act) is nn.GELU and act.approximate == "none"
-        if dropout or not plain or not isinstance(self.norm, nn.Identity):
+        plain = type(act) is nn.GELU and act.approximate == "none" and type(self.fc2) is nn.Linear
+        plain = plain and isinstance(self.norm, nn.Identity) and not dropout
+        if not (plain and torch.is_grad_enabled()):
             return super().forward(x)
         h = self.fc1(x)
         weight, bias = self.fc2.weight.to(h.dtype), self.fc2.bias
@@ -211,5 +226,5 @@ def lean_blocks(network: nn.Module) -> None:
             part.__class__ = LeanBlock
         elif type(part) is Attention:
             part.__class__ = LeanAttention
-        elif type(part) is Mlp and isinstance(part.fc1, nn.Linear):
+        elif type(part) is Mlp:
             part.__class__ = LeanMlp

@@ -66,8 +66,8 @@ class DropPath(layers.DropPath):
 
     Inside :func:`batch_share` rows are images, view by view: all images' first crops, then all
     second ones. Decisions are drawn for the whole batch, (views, parts * images) of them, and
-    this share's are used. Elsewhere they are those of timm, from torch's own generator. They are
-    drawn on the CPU, so that the host knows them at once, and all devices decide alike.
+    this share's are used. Elsewhere they are drawn as by timm on CPUs, from torch's own generator.
+    It is always on the CPU, so that the host knows them at once, and all devices decide alike.
     """
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:

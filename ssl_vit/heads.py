@@ -57,12 +57,16 @@ class _Prototypes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "n k"]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(
+        ctx: Any, grad: Float[Tensor, "n k"]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, v, g, low, length, products = ctx.saved_tensors
-        of_gain = (grad * products).sum(0)[:, None] / length
+        _, moves, stretches = ctx.needs_input_grad
+        of_v, of_gain = None, (grad * products).sum(0)[:, None] / length
         grad = (grad * (g / length).T).to(x.dtype)
-        of_v = torch.addcmul(grad.T @ x, v, -of_gain * g / length.square())
-        return grad @ low, of_v, of_gain if ctx.needs_input_grad[2] else None
+        if moves:
+            of_v = torch.addcmul(grad.T @ x, v, -of_gain * g / length.square())
+        return grad @ low, of_v, of_gain if stretches else None
 
 
 class ProjectionHead(nn.Module):

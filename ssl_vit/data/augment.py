@@ -108,11 +108,6 @@ def cut_out(image: Tensor, crop: Crop, cut: Cut) -> Tensor:
     return crop.policy(image, cut.key)
 
 
-def random_crop(image: Tensor, crop: Crop, rng: random.Random) -> Tensor:
-    """One random crop of a (C, H, W) image, photometric operations left out."""
-    return take_views(image, ViewSpec((replace(crop, count=1, photometric=None),)), rng)[0][0][0]
-
-
 def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[DrawnCrop]]:
     """The workers' half: for each kind of crop its crops of this image, all parameters drawn."""
     height, width = image.shape[1:]

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,9 @@ class Trainer:
         schedule = self.schedule
         set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        with casts_kept(self.parallel.device):
+        # What is checkpointed should be gone until backward, and its weights' copies too.
+        several = len(parts) > 1 and not self.run.activation_checkpointing
+        with casts_kept(self.parallel.device) if several else nullcontext():
             scalars = self._forward_backward(parts)
         self.task.before_update(self.step)
         norm = clip_gradients(self.trained, self.optim)

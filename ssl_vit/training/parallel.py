@@ -225,8 +225,8 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 def casts_kept(device: torch.device) -> torch.autocast:
     """Inside, weights that autocast rounds are rounded once, not again in each part of a step.
 
-    Autocast forgets its copies where the outermost of its contexts ends. Weights must not change
-    inside.
+    Autocast keeps copies of trained weights until the outermost of its contexts ends, here after
+    the last part. Weights must not change inside.
     """
     return torch.autocast(device.type, enabled=False)
 

@@ -23,15 +23,14 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     stream = torch.cuda.Stream(device)
-    sent: tuple[Batch, torch.cuda.Event] | None = None
+    sent: list[tuple[Batch, torch.cuda.Event]] = []
     for batch in batches:
-        before = sent
         with torch.cuda.stream(stream):
-            sent = replace(batch, views=batch.views.to(device)), stream.record_event()
-        if before:
-            yield _arrived(*before)
+            sent.append((replace(batch, views=batch.views.to(device)), stream.record_event()))
+        if len(sent) > 1:
+            yield _arrived(*sent.pop(0))  # nothing here refers to it any more
     if sent:
-        yield _arrived(*sent)
+        yield _arrived(*sent.pop())
 
 
 def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:

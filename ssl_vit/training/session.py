@@ -197,7 +197,8 @@ def train(session: Session) -> int:
     main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
     loaded = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
-    batches = on_device(loaded, device)
+    # Several parts of a step are drawn at once; there the device holds one at a time.
+    batches = on_device(loaded, device) if order.accumulate == 1 else loaded
     saving = every(run.save_every, "--run.save-every", per_epoch)
     looking = every(run.probe_every, "--run.probe-every", per_epoch)
     for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0

@@ -1,5 +1,6 @@
 """Crops against torchvision's, the evaluation crop, and normalisation."""
 
+import dataclasses
 import math
 import random
 
@@ -17,7 +18,6 @@ from ssl_vit.data.augment import (
     ViewSpec,
     center_view,
     crop_box,
-    random_crop,
     take_views,
 )
 from ssl_vit.data.photometric import Photometric, photometric
@@ -102,7 +102,13 @@ def test_the_fallback_is_the_largest_central_box(shape, expected):
     assert crop_box(*shape, Crop((8, 8), scale=(9.0, 9.0)), random.Random(0)) == expected
 
 
-# --- random_crop --------------------------------------------------------------------------------
+# --- random crops -------------------------------------------------------------------------------
+
+
+def random_crop(image: torch.Tensor, crop: Crop, rng: random.Random) -> torch.Tensor:
+    """One random crop, photometric operations left out."""
+    alone = dataclasses.replace(crop, count=1, photometric=None)
+    return take_views(image, ViewSpec((alone,)), rng)[0][0][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

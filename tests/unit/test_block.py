@@ -131,6 +131,35 @@ def test_a_mask_is_timms():
     assert not torch.allclose(masked, ours(tokens()))
 
 
+def test_what_stands_in_for_a_layer_is_used():
+    """As with adapters; gradients on."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    theirs, ours = blocks()
+    for block in (theirs, ours):
+        block.mlp.fc2 = Doubled(block.mlp.fc2)
+    assert_alike(learn(ours, tokens()), learn(theirs, tokens()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_gradients_it_can_be_traced(device, tmp_path):
+    theirs, ours = blocks()
+    choose_attention(ours, torch.device(device))
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, tokens())
+        torch.jit.save(traced, tmp_path / "block.pt")
+        torch.testing.assert_close(
+            torch.jit.load(tmp_path / "block.pt")(tokens()), theirs(tokens())
+        )
+
+
 @pytest.mark.parametrize("rows", [None, slice(0, 1)])
 @pytest.mark.parametrize("rate", [0.2, 0.95])
 def test_stochastic_depth_computes_what_it_keeps(rate, rows):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.config import EncoderConfig, OptimConfig, RunConfig, UserError
 from ssl_vit.data.augment import Normalize
@@ -163,6 +164,27 @@ def test_the_last_layer_learns_as_torchs(fixed):
     assert fixed == (ours.weight_g.grad is None)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_last_layers_product_is_as_precise_as_autocast_says(enabled):
+    """Even where what it is given is not rounded yet; what it returns never is."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                seen.append(args[-1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    layer = PrototypeLayer(8, 40, fixed_gain=True)
+    x = torch.randn(6, 8).requires_grad_()
+    with Products():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = layer(x)
+        out.sum().backward()
+    assert out.dtype == x.grad.dtype == layer.weight_v.grad.dtype == torch.float32
+    assert seen == [torch.bfloat16 if enabled else torch.float32] * 3
 
 
 def test_fixed_gain_is_not_trained():

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ssl_vit.cli import layered
 from ssl_vit.config import EncoderConfig, OptimConfig, UserError
-from ssl_vit.data.augment import Crop, random_crop
+from ssl_vit.data.augment import Crop
 from ssl_vit.data.policy import Policy
 from ssl_vit.encoder import Encoder, timm_kwargs, without_memory
 from ssl_vit.evaluators.classifier import (
@@ -40,6 +40,7 @@ from ssl_vit.weights.exchange import EncoderInfo
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import check_ready
 from tests.conftest import ROOT
+from tests.unit.test_augment import random_crop
 
 TINY = EncoderConfig(
     arch="vit_tiny_patch16_224", image_size=(8,), patch_size=2, width=32, depth=2, heads=2

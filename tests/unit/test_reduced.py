@@ -183,6 +183,9 @@ def test_uncommon_files_are_what_they_are_by_full_decoding(picture, reductions):
         "exif": (jpeg(picture, exif=exif.tobytes() + thumbnail), True),
         "cmyk": (jpeg(Image.fromarray(picture).convert("CMYK")), False),
     }
+    assert views_of(files["cmyk"][0], 4, SPEC, 1)[1][0][0].shape == (4, 32, 24)
+    with pytest.raises(BadImage, match="channels"):
+        views_of(files["exif"][0], 2, SPEC, 1)
     for raw, reducible in files.values():
         for channels in (1, 3):
             reductions.clear()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_vit.block import LeanBlock, LeanMlp
 from ssl_vit.config import RunFailed, check
 from ssl_vit.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, contiguous_state
@@ -85,16 +85,17 @@ def family(encoder: Encoder) -> str:
     vit, block = encoder.vit, encoder.vit.blocks[0]
     registers, swiglu = vit.num_reg_tokens > 0, is_swiglu(encoder)
     activation = type(block.mlp.act).__name__
-    known = swiglu or (type(block.mlp).__name__ == "Mlp" and activation in _ACTIVATIONS)
+    mlp = "Mlp" if isinstance(block.mlp, LeanMlp) else type(block.mlp).__name__
+    known = swiglu or (mlp == "Mlp" and activation in _ACTIVATIONS)
     fits = fits_dinov2(encoder)
     extra = "register tokens" if registers else "a SwiGLU MLP"
     obstacles = {
         "has no [CLS] token": vit.cls_token is None,
         "has its final norm after the pooling": isinstance(vit.norm, nn.Identity),
         "has a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),
-        f"is made of timm's {type(block).__name__}": type(block) is not Block,
+        f"is made of timm's {type(block).__name__}": type(block) is not LeanBlock,
         f"has {type(block.norm1).__name__}": not isinstance(block.norm1, nn.LayerNorm),
-        f"has the MLP {type(block.mlp).__name__} with {activation}": not known,
+        f"has the MLP {mlp} with {activation}": not known,
         f"has {extra} and sizes that Dinov2Model lacks": (registers or swiglu) and not fits,
     }
     for what, holds in obstacles.items():

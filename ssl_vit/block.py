@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -202,18 +202,27 @@ class LeanBlock(Block):
         return drop.add(to, x, branch)
 
 
-@contextmanager
-def nothing_spared(network: nn.Module) -> Iterator[None]:
+def nothing_spared(network: nn.Module) -> AbstractContextManager[None]:
     """Inside, blocks compute what stochastic depth drops too: the most that a step may cost."""
+    return _set(network, "whole", True)
+
+
+def recomputing_nothing(network: nn.Module) -> AbstractContextManager[None]:
+    """Inside, blocks keep their activations, whatever they were told."""
+    return _set(network, "recomputes", False)
+
+
+@contextmanager
+def _set(network: nn.Module, name: str, value: bool) -> Iterator[None]:
     blocks = [part for part in network.modules() if isinstance(part, LeanBlock)]
-    before = [block.whole for block in blocks]
+    before = [getattr(block, name) for block in blocks]
     try:
         for block in blocks:
-            block.whole = True
+            setattr(block, name, value)
         yield
     finally:
-        for block, whole in zip(blocks, before, strict=True):
-            block.whole = whole
+        for block, old in zip(blocks, before, strict=True):
+            setattr(block, name, old)
 
 
 def lean_blocks(network: nn.Module) -> None:

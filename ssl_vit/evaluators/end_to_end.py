@@ -190,6 +190,7 @@ def measure_feeding(
             side = OwnProcess(PeerFeeding, work, peer, chains[name], source, workers)
             sides[name] = stack.enter_context(side)
         results = _time(sides, work, workers, config)
+        ours.ask("segment", _lead_in(workers, config))
         parts = ours.ask("breakdown", config.steps)
     rate = "images_per_second"
     return {
@@ -214,13 +215,17 @@ def measure_feeding(
     }
 
 
+def _lead_in(workers: int, config: Any) -> int:
+    """Steps before a turn counts: those that use up what was prepared while it was not its turn."""
+    return int(config.warm_up + _QUEUED * workers)
+
+
 def _time(
     sides: dict[str, OwnProcess], work: Work, workers: int, config: Any
 ) -> dict[str, dict[str, Any]]:
     """What is told of each side."""
     loaders = {n: s.ask("loader_alone", config.steps) for n, s in sides.items()}
-    # Before a turn counts it takes what its workers had prepared while it was not its turn.
-    lead_in = config.warm_up + _QUEUED * workers
+    lead_in = _lead_in(workers, config)
     alone = {n: s.ask("step_alone", config.steps) for n, s in sides.items()}
     speeds = {name: Speed(work.batch_size * config.steps) for name in sides}
     waited: dict[str, float] = dict.fromkeys(sides, 0.0)

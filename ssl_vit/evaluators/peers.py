@@ -40,7 +40,7 @@ def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
 
 
 class Peer(Side):
-    """A step made of others' modules, as they come; AdamW in torch's default for all weights.
+    """A step made of others' modules, as they come; AdamW fused, for all weights alike.
 
     A subclass makes its networks in ``__init__``, ends with ``begin``, and says what the loss is.
     """
@@ -48,13 +48,18 @@ class Peer(Side):
     networks: Any
     trained: list[nn.Parameter]
 
+    @staticmethod
+    def precise(work: Work) -> torch.dtype:
+        """The precision that it computes in."""
+        return work.precision
+
     def begin(self, networks: nn.Module) -> None:
         """Take networks, trained where they require gradients, and the batch."""
         work = self.work
         self.networks = networks.to(work.device).train()
         self.trained = [p for p in self.networks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=work.optim.peak_lr, betas=work.optim.betas
+            self.trained, lr=work.optim.peak_lr, betas=work.optim.betas, fused=True
         )
         batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
         self.views = single_views(batch, work.spec, Normalize(*work.statistics).to(work.device))

@@ -24,7 +24,7 @@ from ssl_vit.evaluators.side import Work
 
 class OriginalMAE(Peer):
     """All patches are embedded by a convolution and those to keep gathered; the decoder sees them
-    in order, and predicts every one; the loss is masked. Blocks are timm's, as they come."""
+    in order, and predicts every one; the loss is masked. Attention is plain matrix products."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
@@ -50,6 +50,8 @@ class OriginalMAE(Peer):
             "norm": norm(dim),
             "predict": nn.Linear(dim, self.patch**2 * work.channels),
         }
+        for block in [*vit.blocks, *parts["blocks"]]:
+            block.attn.fused_attn = False
         networks: Any = nn.ModuleDict(parts)
         networks.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         networks.register_buffer("positions", positions[None], persistent=False)
@@ -139,6 +141,11 @@ class HuggingFaceMAE(Peer):
 
 class HuggingFaceMAEFloat32(HuggingFaceMAE):
     """The same without autocast, its default."""
+
+    @staticmethod
+    def precise(work: Work) -> torch.dtype:
+        """Whatever is asked of the others."""
+        return torch.float32
 
     def __init__(self, work: Work) -> None:
         super().__init__(replace(work, precision=torch.float32))

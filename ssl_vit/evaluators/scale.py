@@ -77,7 +77,7 @@ def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.to_empty(device=_CPU)
         choose_attention(task, _GPU)
-        with _counter() as counter:
+        with flop_counter() as counter:
             two = _step(task, spec, channels, 2)
         three = _step(task, spec, channels, 3)
         checkpoint_activations(task)
@@ -113,7 +113,7 @@ def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _Step:
     return _Step(kept.most, kept.of_blocks)
 
 
-def _counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
     """Counts what attention is defined by; torch's own formula adds what a fused kernel repeats."""
     ops = torch.ops.aten
     formulas = {

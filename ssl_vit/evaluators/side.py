@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.config import EncoderConfig, OptimConfig
 from ssl_vit.data.augment import ViewSpec
+from ssl_vit.evaluators.scale import flop_counter
 from ssl_vit.evaluators.speed import wait
 
 S = TypeVar("S", bound="Side")
@@ -123,7 +123,7 @@ class Side:
 
         A multiplication and an addition are two.
         """
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             self.step()
         return float(counter.get_total_flops())
 

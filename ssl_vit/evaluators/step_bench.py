@@ -68,11 +68,12 @@ def measure_steps(method: str, work: Work, make: Callable[[], Task], config: Any
     for name, speed in speeds.items():
         per_image = flops[name] / work.batch_size
         rate, best = per_image * speed.rate, peak["flops_per_second"]
+        alike = peers[name].precise(work) == work.precision if name in peers else True
         results[name] = {
             **speed.card(),
             "flops_per_image": per_image,
             "flops_per_second": rate,
-            "share_of_peak": rate / best if best else None,
+            "share_of_peak": rate / best if best and alike else None,
             "peak_memory_bytes": memory[name],
             "parameters": parameters[name],
             "last_loss": losses[name],

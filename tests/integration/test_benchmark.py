@@ -132,12 +132,13 @@ def test_step(room, capsys, method):
     assert report["precision"] == "bfloat16"
     results, peak = report["results"], report["matmul_peak"]
     assert list(results) == ["ours", *PEERS[method].split(",")]
-    for result in results.values():
+    for name, result in results.items():
         assert np.isfinite(result["last_loss"])
         rate = result["flops_per_image"] * result["images_per_second"]
         assert result["flops_per_second"] == pytest.approx(rate, rel=1e-2)
-        assert result["share_of_peak"] == result["flops_per_second"] / peak["flops_per_second"]
-        assert result["peak_memory_bytes"] > 0 or result["peak_memory_bytes"] is None
+        share = result["flops_per_second"] / peak["flops_per_second"]
+        assert result["share_of_peak"] == (None if name.endswith("-fp32") else share)
+        assert result["peak_memory_bytes"] is None or result["peak_memory_bytes"] > 0
     parameters = {name: result["parameters"] for name, result in results.items()}
     # Those that are no part of ours: mask tokens that lightly does not use.
     assert parameters["ours"] + 32 * ("lightly" in results) == list(parameters.values())[1]

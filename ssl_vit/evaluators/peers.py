@@ -48,11 +48,6 @@ class Peer(Side):
     networks: Any
     trained: list[nn.Parameter]
 
-    @staticmethod
-    def precise(work: Work) -> torch.dtype:
-        """The precision that it computes in."""
-        return work.precision
-
     def begin(self, networks: nn.Module) -> None:
         """Take networks, trained where they require gradients, and the batch."""
         work = self.work

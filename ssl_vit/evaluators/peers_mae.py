@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit.config import check
-from ssl_vit.encoder import sincos_positions
+from ssl_vit.encoder import sincos_positions, take
 from ssl_vit.evaluators.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.evaluators.side import Work
 
@@ -83,7 +83,7 @@ class OriginalMAE(Peer):
     def _encode(self, images: Tensor, keep: Tensor) -> Float[Tensor, "b m d"]:
         vit = self.networks.vit
         x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-        x = _gather(x, keep)
+        x = take(x, keep)
         first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
         return vit.norm(vit.blocks(torch.cat([first, x], 1)))
 
@@ -91,13 +91,9 @@ class OriginalMAE(Peer):
         net: Any = self.networks
         x = net.embed(latent)
         masked = net.mask_token.repeat(len(x), restore.shape[1] + 1 - x.shape[1], 1)
-        patches = _gather(torch.cat([x[:, 1:], masked], 1), restore)
+        patches = take(torch.cat([x[:, 1:], masked], 1), restore)
         x = torch.cat([x[:, :1], patches], 1) + net.positions
         return net.norm(net.blocks(x))
-
-
-def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class HuggingFaceMAE(Peer):
@@ -141,11 +137,6 @@ class HuggingFaceMAE(Peer):
 
 class HuggingFaceMAEFloat32(HuggingFaceMAE):
     """The same without autocast, its default."""
-
-    @staticmethod
-    def precise(work: Work) -> torch.dtype:
-        """Whatever is asked of the others."""
-        return torch.float32
 
     def __init__(self, work: Work) -> None:
         super().__init__(replace(work, precision=torch.float32))

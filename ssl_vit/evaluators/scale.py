@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.encoder import checkpoint_activations, choose_attention
 from ssl_vit.task import Task, Views
-from ssl_vit.training.footprint import KeptBytes
+from ssl_vit.training.footprint import KeptBytes, flop_counter
 from ssl_vit.training.parallel import autocast
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
@@ -111,26 +108,6 @@ def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _Step:
             loss = task(Views(crops, keys, labels), 0)["loss"]
         loss.backward()
     return _Step(kept.most, kept.of_blocks)
-
-
-def flop_counter() -> FlopCounterMode:
-    """Counts what attention is defined by; torch's own formula adds what a fused kernel repeats."""
-    ops = torch.ops.aten
-    formulas = {
-        ops._scaled_dot_product_flash_attention_for_cpu: _attention,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of shapes (b, heads, n, d): the scores, and the values weighted by them."""
-    return int(2 * math.prod(query[:3]) * key[2] * (query[3] + value[3]))
-
-
-def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Of each product the gradients of both factors."""
-    return 2 * _attention(query, key, value)
 
 
 class _OfBlocks(KeptBytes):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ssl_vit.config import EncoderConfig, OptimConfig
 from ssl_vit.data.augment import ViewSpec
-from ssl_vit.evaluators.scale import flop_counter
 from ssl_vit.evaluators.speed import wait
+from ssl_vit.training.footprint import flop_counter
 
 S = TypeVar("S", bound="Side")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -109,6 +109,10 @@ class Side:
     def parameters(self) -> int:
         """Weights of all its networks, trained or not."""
         raise NotImplementedError
+
+    def precision(self) -> torch.dtype:
+        """What it computes in."""
+        return self.work.precision
 
     def timed(self) -> tuple[float, float]:
         """Seconds of a step, and its loss."""

@@ -12,11 +12,11 @@ from ssl_vit.config import OptimConfig, RunConfig
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source
 from ssl_vit.data.loader import Batch, TrainImages
-from ssl_vit.encoder import checkpoint_activations, choose_attention, compile_blocks
 from ssl_vit.task import Task, Views
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, reuse_memory
+from ssl_vit.training.session import prepare
 
 # A step is measured in the middle of a run of this length: nothing warms up or is frozen there.
 _EPOCHS, _STEPS_PER_EPOCH = 100, 1000
@@ -78,15 +78,10 @@ def trainer_midway(
 ) -> Trainer:
     """What pretraining would run, alone on ``device``, in the middle of its way."""
     reuse_memory(device)
-    choose_attention(task, device)
-    task.to(device)
-    if run.activation_checkpointing:
-        checkpoint_activations(task)
-    if run.compile:
-        compile_blocks(task)
+    alone = Parallel(0, 1, device)
+    prepare(task, run, alone)
     run = replace(run, length=f"{_EPOCHS}ep")
     schedule = Schedule(run, optim, _STEPS_PER_EPOCH)
-    alone = Parallel(0, 1, device)
     trainer = Trainer(task, run, optim, schedule, normalize.to(device), alone, precision)
     trainer.step = schedule.total // 2
     return trainer

@@ -55,6 +55,7 @@ def measure_steps(method: str, work: Work, make: Callable[[], Task], config: Any
         for name, peer in peers.items():
             sides[name] = stack.enter_context(OwnProcess(peer.build, work))
         parameters = {n: s.ask("parameters") for n, s in sides.items()}
+        alike = {n: s.ask("precision") == work.precision for n, s in sides.items()}
         speeds, losses = time_steps(sides, work.batch_size, config.warm_up, config.repeats)
         memory = {n: s.ask("peak_memory") for n, s in sides.items()}
         # Only now, as what a count leaves behind would be taken for a step's own memory.
@@ -68,12 +69,11 @@ def measure_steps(method: str, work: Work, make: Callable[[], Task], config: Any
     for name, speed in speeds.items():
         per_image = flops[name] / work.batch_size
         rate, best = per_image * speed.rate, peak["flops_per_second"]
-        alike = peers[name].precise(work) == work.precision if name in peers else True
         results[name] = {
             **speed.card(),
             "flops_per_image": per_image,
             "flops_per_second": rate,
-            "share_of_peak": rate / best if best and alike else None,
+            "share_of_peak": rate / best if best and alike[name] else None,
             "peak_memory_bytes": memory[name],
             "parameters": parameters[name],
             "last_loss": losses[name],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl_vit.config import Length, check
+from ssl_vit.config import Length, RunConfig, check
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
@@ -33,7 +33,7 @@ from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import Schedule
-from ssl_vit.training.parallel import loader_workers, resolve_precision, start_parallel
+from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precision, start_parallel
 from ssl_vit.training.prefetch import on_device
 from ssl_vit.training.resume import (
     CONFIG_FILE,
@@ -78,12 +78,7 @@ class Session:
         self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
         schedule = Schedule(run, optim, self.order.steps_per_epoch)
         precision = resolve_precision(run.precision, device)
-        choose_attention(task, device)
-        task.to(device)
-        if run.activation_checkpointing:
-            checkpoint_activations(task)
-        if run.compile:
-            compile_blocks(task, in_parts=self.parallel.sharded)
+        prepare(task, run, self.parallel)
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
         self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
 
@@ -156,6 +151,16 @@ class Session:
             text += f"; for images of {channels} channels and {depth} left out: "
             text += ", ".join(missing)
         return text
+
+
+def prepare(task: Task, run: RunConfig, parallel: Parallel) -> None:
+    """Move a task to its device and make its blocks what the options say, before it is sharded."""
+    choose_attention(task, parallel.device)
+    task.to(parallel.device)
+    if run.activation_checkpointing:
+        checkpoint_activations(task)
+    if run.compile:
+        compile_blocks(task, in_parts=parallel.sharded)
 
 
 def prepare_folder(session: Session) -> None:

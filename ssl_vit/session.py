@@ -23,6 +23,7 @@ from ssl_vit.task import Task
 from ssl_vit.training.metrics import RunLog, duration
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.session import Session, counted, prepare_folder, train
+from ssl_vit.training.status import by_signal, noted
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     EncoderInfo,
@@ -54,15 +55,18 @@ def carry_out(
     prepare_folder(session)
     if session.parallel.main:
         show_table(f"{session.name}: {session.out}", session.plan(about))
-    stopped = train(session) if session.trainer.step < session.trainer.schedule.total else 0
-    if stopped:
-        again = f"{command} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
-        log.info("stopped at step %d, saved; go on with: %s", session.trainer.step, again)
-        return 130 if stopped == signal.SIGINT else GO_ON
-    session.task = session.trainer.whole()
-    if session.parallel.main:
-        results(session)
-        log.info("done in %s", duration(time.perf_counter() - started))
+    with noted(session, command) as note:
+        stopped = train(session) if session.trainer.step < session.trainer.schedule.total else 0
+        if stopped:
+            note("stopped", by_signal(stopped))
+            again = f"{command} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
+            log.info("stopped at step %d, saved; go on with: %s", session.trainer.step, again)
+            return 130 if stopped == signal.SIGINT else GO_ON
+        session.task = session.trainer.whole()
+        if session.parallel.main:
+            results(session)
+            note("finished")
+            log.info("done in %s", duration(time.perf_counter() - started))
     session.parallel.any(False)  # all leave together: a launcher may end those that are left
     return 0
 

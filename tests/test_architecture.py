@@ -26,7 +26,7 @@ FLOORS = (
         "figures",
         "heads",
     },
-    {"encoder", "attention"},
+    {"encoder", "attention", "patch_pca"},
     {"data", "weights"},
     {"methods", "training"},
     {"evaluators"},

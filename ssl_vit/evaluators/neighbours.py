@@ -1,0 +1,110 @@
+"""The images most alike to an image, by an encoder's features, and a picture of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ssl_vit.config import check
+from ssl_vit.evaluators.knn import neighbours, unit
+from ssl_vit.figures import enlarged, picture_rows
+
+_WIDTH = 1400
+_FRAME, _BADGE, _STRIP = 4, 20, 15
+# Two colours that differ in lightness and for every kind of colour blindness (Okabe and Ito 2008).
+_SAME, _OTHER = (0, 114, 178), (230, 120, 0)
+
+
+def nearest(
+    queries: Float[Tensor, "q d"],
+    bank: Float[Tensor, "n d"],
+    k: int,
+    own: Int64[Tensor, " q"] | None = None,
+) -> tuple[Int64[Tensor, "q k"], Float[Tensor, "q k"]]:
+    """Rows of the bank most alike to each query, most alike first, and their cosines.
+
+    Of equal cosines the lower row comes first. Memory does not grow with the bank: similarities
+    exist in chunks. Results are on the queries' device.
+
+    Args:
+        own: the query's own row in the bank, which is left out; -1: it has none. By its place: a
+            copy of the query elsewhere is a neighbour like any other.
+
+    Raises:
+        UserError: k is below 1, or above the number of rows to choose from.
+    """
+    count = len(bank) - (own is not None)
+    check(1 <= k <= count, f"--k is {k}; there are {count} images to find neighbours among")
+    if not len(queries):
+        empty = queries.new_empty(0, k)
+        return empty.long(), empty.float()
+    rows = unit([queries], 0, len(queries), queries.device)
+    # One more, in place of the query itself, wherever it stands among its equals.
+    cosines, places = neighbours([bank], rows, k + (own is not None))
+    if own is None:
+        return places, cosines
+    left_out = places == own.to(places.device)[:, None]
+    left_out[:, -1] |= ~left_out.any(1)
+    return places[~left_out].view(-1, k), cosines[~left_out].view(-1, k)
+
+
+def neighbours_panel(
+    images: UInt8[np.ndarray, "q h w 3"],
+    shown: UInt8[np.ndarray, "q k h w 3"],
+    similarity: Float[np.ndarray, "q k"] | Float[Tensor, "q k"],
+    same: Bool[np.ndarray, "q k"] | Bool[Tensor, "q k"] | None,
+    about: str = "",
+) -> UInt8[np.ndarray, "height width 3"]:
+    """One row a query: the query, then its neighbours, each with its cosine below.
+
+    Args:
+        same: whether a neighbour is of the query's class, by the colour of its frame and by a mark
+            in its corner; None: unknown, nothing is framed.
+        about: what the caption begins with.
+    """
+    cosines = np.asarray(similarity)
+    columns = {"query": np.stack([_cell(image, "", None) for image in enlarged(images)])}
+    for place in range(cosines.shape[1]):
+        cells = [
+            _cell(image, f"{cosine:.2f}", None if same is None else bool(same[row, place]))
+            for row, (image, cosine) in enumerate(
+                zip(enlarged(shown[:, place]), cosines[:, place], strict=True)
+            )
+        ]
+        columns[f"{place + 1}"] = np.stack(cells)
+    caption = f"{about} Number below: cosine of the two features. ".lstrip()
+    if same is not None:
+        hits, count = int(np.asarray(same).sum()), np.asarray(same).size
+        caption += (
+            "Blue, with a tick: of the query's class; orange, with a cross: of another. "
+            f"{hits} of {count} are of the query's class."
+        )
+    return picture_rows(columns, caption, wrap=max(4, _WIDTH // (columns["query"].shape[2] + 4)))
+
+
+def _cell(
+    image: UInt8[np.ndarray, "h w 3"], text: str, same: bool | None
+) -> UInt8[np.ndarray, "height w 3"]:
+    """An image above a white strip with text, framed and marked if its class is known."""
+    height, width = image.shape[:2]
+    sheet = Image.new("RGB", (width, height + _STRIP), "white")
+    sheet.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((1, height), text, fill="black", font=ImageFont.load_default(size=_STRIP - 4))
+    if same is not None:
+        colour = _SAME if same else _OTHER
+        draw.rectangle((0, 0, width - 1, height - 1), outline=colour, width=_FRAME)
+        left = width - _BADGE
+        draw.rectangle((left, 0, width - 1, _BADGE - 1), fill=colour)
+        for line in _mark(same):
+            draw.line([(left + x, y) for x, y in line], fill="white", width=3)
+    return np.asarray(sheet)
+
+
+def _mark(same: bool) -> list[list[tuple[int, int]]]:
+    """A tick, or a cross, as lines within the badge."""
+    if same:
+        return [[(4, 10), (8, 14), (15, 5)]]
+    return [[(5, 5), (14, 14)], [(5, 14), (14, 5)]]

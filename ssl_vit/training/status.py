@@ -40,6 +40,7 @@ class Status:
         step, total: optimizer steps done when this was written, and of the whole run.
         images_per_step: images of the effective batch.
         steps_per_epoch: optimizer steps of a pass over the training images.
+        pooling: the feature that the task trains, ``cls`` or ``mean``; empty: it has no choice.
         host, pid: where the main process is, or was.
         process_started: its start, in clock ticks since the machine's; tells a process from a later
             one of the same number. None: this system does not say.
@@ -60,6 +61,7 @@ class Status:
     total: int = 0
     images_per_step: int = 0
     steps_per_epoch: int = 0
+    pooling: str = ""
     host: str = ""
     pid: int = 0
     process_started: int | None = None
@@ -82,7 +84,8 @@ class Status:
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("state", "name", "command", "host", "job", "device", "reason"), (str,)),
+    **dict.fromkeys(("state", "name", "command", "pooling", "host"), (str,)),
+    **dict.fromkeys(("job", "device", "reason"), (str,)),
     **dict.fromkeys(("step", "total", "images_per_step", "steps_per_epoch"), (int,)),
     **dict.fromkeys(("pid", "processes", "threads"), (int,)),
     **dict.fromkeys(("started", "updated"), (int, float)),
@@ -198,6 +201,7 @@ def _described(session: Session, command: str) -> Status:
         total=trainer.schedule.total,
         images_per_step=session.order.batch_size,
         steps_per_epoch=session.order.steps_per_epoch,
+        pooling=getattr(session.task, "pooling", ""),
         host=platform.node(),
         pid=os.getpid(),
         process_started=process_start(os.getpid()),

@@ -10,9 +10,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import timm
 import torch
@@ -21,7 +21,9 @@ import ssl_vit
 from ssl_vit.config import RunFailed, UserError, check
 from ssl_vit.files import write_text_atomically
 from ssl_vit.training.parallel import lost_process
-from ssl_vit.training.session import Session
+
+if TYPE_CHECKING:  # to read what a run says of itself, its parts need not be imported
+    from ssl_vit.training.session import Session
 
 log = logging.getLogger("ssl_vit")
 STATUS_FILE = "status.json"
@@ -74,15 +76,8 @@ class Status:
     versions: dict[str, str] = field(default_factory=dict)
     reason: str = ""
 
-    def __post_init__(self) -> None:
-        for name, kinds in _KINDS.items():
-            value = getattr(self, name)
-            good = isinstance(value, kinds) and not isinstance(value, bool)
-            check(good, f"{name} is {value!r:.60}")
-        allowed = get_args(State)
-        check(self.state in allowed, f"state is {self.state!r:.60}, not {', '.join(allowed)}")
 
-
+# Of every field, for a file that may hold anything.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state", "name", "command", "pooling", "host"), (str,)),
     **dict.fromkeys(("job", "device", "reason"), (str,)),
@@ -115,14 +110,28 @@ def read_status(folder: Path) -> Status | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         check(isinstance(found, dict), f"it holds {found!r:.60}")
-        known = {f.name for f in fields(Status)}
-        return Status(**{key: value for key, value in found.items() if key in known})
+        return Status(**_checked(found))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _checked(found: dict[str, Any]) -> dict[str, Any]:
+    """The keys that are known, each with a value of its kind.
+
+    Raises:
+        UserError: a value that cannot be, or no state.
+    """
+    known = {key: value for key, value in found.items() if key in _KINDS}
+    for name, value in known.items():
+        good = isinstance(value, _KINDS[name]) and not isinstance(value, bool)
+        check(good, f"{name} is {value!r:.60}")
+    state, allowed = known.get("state"), get_args(State)
+    check(state in allowed, f"state is {state!r:.60}, not one of {', '.join(allowed)}")
+    return known
 
 
 class Notes:

@@ -95,8 +95,8 @@ def pca_panel(
     size = (shown.shape[1], shown.shape[2])
     pca = fit_pca(patches)
     scores = pca.project(patches)
-    first = scores[..., 0]
-    kept, sign = foreground(first, grid)
+    kept, sign = foreground(scores[..., 0], grid)
+    scores[..., 0] *= sign
     # An empty side: all patches are alike.
     own = fit_pca(patches[kept.to(patches.device)][None]) if kept.any() else None
     colours = np.zeros((*kept.shape, 3), np.uint8)
@@ -107,7 +107,7 @@ def pca_panel(
     columns = {
         "image": shown,
         "components 1-3": _squares(_colours(scores), grid, size),
-        "component 1": _squares(heat(_scaled(sign * scores[..., :1])[..., 0]), grid, size),
+        "component 1": _squares(heat(_scaled(scores[..., :1])[..., 0]), grid, size),
         "foreground": np.where(here, _squares(colours, grid, size), _dark(shown)),
     }
     return picture_rows(columns, _caption(pca, own, float(kept.double().mean())))

@@ -3,168 +3,235 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ssl_vit.attention import attention_panel, cls_attention
 from ssl_vit.cli import find_recipe, layered, run_door, split_config, subcommand
-from ssl_vit.config import UserError, check
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.base import Item
-from ssl_vit.data.decode import BadImage
-from ssl_vit.data.loader import EvalImages
-from ssl_vit.data.sources import Source, open_source
-from ssl_vit.encoder import Encoder
-from ssl_vit.evaluators.backbone import open_backbone, result_file
-from ssl_vit.evaluators.features import View, ready
+from ssl_vit.config import check
+from ssl_vit.data.order import permute
+from ssl_vit.data.sources import Source, Subset, open_source
+from ssl_vit.evaluators.backbone import Backbone, result_file
+from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready
+from ssl_vit.evaluators.neighbours import nearest, neighbours_panel, same_class
 from ssl_vit.evaluators.watch import bounded
-from ssl_vit.figures import save_png, to_rgb
-from ssl_vit.training.parallel import resolve_device
+from ssl_vit.figures import save_png
+from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.patch_pca import pca_panel
+from ssl_vit.pictures import (
+    Files,
+    PictureConfig,
+    Scene,
+    in_parts,
+    normalized,
+    prepare,
+    read_images,
+)
+from ssl_vit.reconstruction import Target, open_autoencoder, reconstruction_panel
+from ssl_vit.seeds import fold
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.visualize"
-_BATCH = 8
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class Made:
+    """A picture, of how many images it is, and of which encoder."""
+
+    picture: np.ndarray
+    images: int
+    backbone: Backbone
+
+
+@dataclass(frozen=True)
+class AttentionConfig(PictureConfig):
     """What the [CLS] token attends to in the last block, head by head."""
 
-    config: str = ""
-    """A YAML file of these options. The command line wins."""
-    encoder: str = ""
-    """A run folder or a weight file of any kind that evaluate takes. random: before it: the same
-    architecture with random weights."""
-    images: tuple[str, ...] = ()
-    """Image files, or one source named as for pretraining: digits:val, folder:PATH, tar:..."""
-    count: int = 8
-    """How many images of a source are shown, a seeded choice. Files are all shown."""
-    size: tuple[int, ...] = ()
-    """Height and width in pixels, or one number for both, that images are brought to; divisible
-    by the patch size. Positions are resampled. Empty: the size the encoder is made for."""
     mass: float = 0.6
     """Share of the attention to patches that the shown sets of patches hold."""
-    out: str = ""
-    """PNG file. Empty: attention-images.png in the run folder, or beside the encoder file."""
-    seed: int = 0
-    """For the choice of images, and the random encoder."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
 
     def __post_init__(self) -> None:
-        check(self.count >= 1, f"--count is {self.count}; at least 1")
+        super().__post_init__()
         check(0 < self.mass <= 1, f"--mass is {self.mass}; above 0, at most 1")
-        size = " ".join(map(str, self.size))
-        check(
-            len(self.size) <= 2 and all(s > 0 for s in self.size),
-            f"--size is {size}; one number of pixels or two, height and width",
-        )
-        out = Path(self.out).expanduser()
-        check(
-            not self.out or (out.suffix.lower() == ".png" and not out.is_dir()),
-            f"--out is {self.out!r}; the picture is a PNG file, its name must end in .png",
-        )
-        check(out.parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(out.parent)!r}")
 
 
-_PICTURES = {"attention": AttentionConfig}
+def attention(config: AttentionConfig) -> Made:
+    """The attention maps of some images."""
+    scene = prepare(config, config.count)
+    images = read_images(scene.source, scene.view)
+    encoder = scene.plain_vit("attention")
+    shown, maps, grid = [], [], encoder.grid
+    for part in in_parts(images):
+        batch, display = normalized(part, scene.view, scene.device)
+        found, grid = cls_attention(encoder, batch)
+        maps.append(found.cpu())
+        shown.append(display)
+    picture = attention_panel(np.concatenate(shown), torch.cat(maps), grid, config.mass)
+    return Made(picture, len(images), scene.backbone)
 
 
-class Files(Source):
-    """Image files by their paths, unlabelled."""
+@dataclass(frozen=True)
+class ReconstructionConfig(PictureConfig):
+    """Masked images and what an MAE, of a run or of a file with a decoder, makes of them."""
 
-    def __init__(self, paths: tuple[str, ...]) -> None:
-        self.spec, self.paths = " ".join(paths), [Path(p).expanduser() for p in paths]
+    mask_ratio: float = 0.0
+    """Share of the patches that is hidden. 0: as in training, where that is known; else 0.75."""
+    target: Target = "auto"
+    """What the decoder predicts: pixels, or patches normalized by their own mean and variance.
+    auto: as the run or file says; if it does not, what explains these very images better."""
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, i: int) -> Item:
-        try:
-            return self.paths[i].read_bytes(), None
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-    def name(self, i: int) -> str:
-        return str(self.paths[i])
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ratio = self.mask_ratio
+        check(0 <= ratio < 1, f"--mask-ratio is {ratio}; between 0 and 1, or 0: as in training")
 
 
-def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
-    """An ``--images`` argument: all of the files, or at most ``count`` images of one source.
-
-    Raises:
-        UserError: nothing given, no such file, or no such source.
-    """
-    check(bool(given), "--images is missing; give image files, or one source such as folder:PATH")
-    missing = [p for p in given if not Path(p).expanduser().is_file()]
-    if not missing:
-        return Files(given)
-    if len(given) == 1:
-        try:
-            return bounded(open_source(given[0]), count, seed)
-        except UserError as error:
-            also = "" if ":" in given[0] else "; nor is there such a file"
-            raise UserError(f"--images: {error}{also}") from None
-    raise UserError(f"--images: {missing[0]!r} is no such file; give files, or one source alone")
+def reconstruction(config: ReconstructionConfig) -> Made:
+    """An MAE's reconstructions of some images."""
+    scene = prepare(config, config.count)
+    found = open_autoencoder(scene.backbone, config.mask_ratio, scene.view.size)
+    images = read_images(scene.source, scene.view)
+    ready(found.mae, scene.device)
+    batch = normalized(images, scene.view, scene.device)[0]
+    display = scene.view.display(images).to(scene.device)
+    picture = reconstruction_panel(found, batch, display, config.target, config.seed)
+    return Made(picture, len(images), scene.backbone)
 
 
-def read_images(source: Source, view: View) -> Tensor:
-    """The images (b, c, h, w), prepared as for evaluation but not normalised.
+@dataclass(frozen=True)
+class PcaConfig(PictureConfig):
+    """Patch features as colours: their principal components over all images together."""
 
-    An unreadable image of a source is named in the log and left out; a file that was asked for
-    by name is not.
 
-    Raises:
-        UserError: such a file, or all of a source, cannot be read.
-    """
-    images = EvalImages(source, view.size, view.crop_ratio, view.channels)
-    batch = images.__getitems__(range(len(source)))
-    reasons = list(batch.bad.values())
-    if reasons and (isinstance(source, Files) or not batch.views.crops):
-        raise UserError(f"--images: {reasons[0]}")
-    for reason in reasons:
-        log.warning("unreadable image left out: %s", reason)
-    return batch.views.crops[0]
+def pca(config: PcaConfig) -> Made:
+    """The principal components of some images' patch features."""
+    scene = prepare(config, config.count)
+    images = read_images(scene.source, scene.view)
+    encoder = scene.plain_vit("pca")
+    shown, patches, grid = [], [], encoder.grid
+    for part in in_parts(images):
+        batch, display = normalized(part, scene.view, scene.device)
+        features = encoder(batch)
+        patches.append(features.patches.cpu())
+        grid = features.grid
+        shown.append(display)
+    picture = pca_panel(np.concatenate(shown), torch.cat(patches), grid)
+    return Made(picture, len(images), scene.backbone)
+
+
+@dataclass(frozen=True)
+class NeighboursConfig(PictureConfig):
+    """Images, and those whose features are most alike."""
+
+    among: str = ""
+    """A source of images to find neighbours among, named as for pretraining. Empty: the images
+    themselves; each leaves itself out."""
+    k: int = 7
+    """Neighbours shown of each image."""
+    pooling: str = ""
+    """The feature: cls, mean, ... as evaluate has them. Empty: what the method is watched by, mean
+    for MAE and cls for DINO; of other encoders cls where they have it."""
+    gallery: int = 10000
+    """At most this many images are searched, a seeded choice."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.k >= 1, f"--k is {self.k}; at least 1")
+        check(self.gallery >= 1, f"--gallery is {self.gallery}; at least 1")
+
+
+def neighbours(config: NeighboursConfig) -> Made:
+    """The neighbours of some images, framed by class where both have labels."""
+    itself = not config.among or config.images == (config.among,)
+    scene = prepare(config, config.gallery if itself else config.count)
+    gallery = scene.source
+    if not itself:
+        gallery = bounded(open_source(config.among), config.gallery, config.seed)
+    _check_enough(config.k, len(gallery) - itself, gallery)
+    feature = config.pooling or _watched_by(scene.backbone)
+    allowed = scene.backbone.features
+    check(feature in allowed, f"--pooling is {feature!r}; of this encoder: {', '.join(allowed)}")
+    if isinstance(scene.source, Files):
+        read_images(scene.source, scene.view)  # refuses what cannot be read
+    found = _features(scene, gallery, feature)
+    _check_enough(config.k, len(found.index) - itself, gallery)
+    rows = None
+    queries = found
+    if itself:
+        count = len(found.index) if isinstance(gallery, Files) else config.count
+        rows = _choice(len(found.index), count, config.seed)
+        queries = found.take(rows)
+    else:
+        queries = _features(scene, scene.source, feature)
+    places, cosines = nearest(queries.feature(feature), found.feature(feature), config.k, rows)
+    asked = _shown(scene, scene.source, queries.index)
+    answers = _shown(scene, gallery, found.index[places.flatten()])
+    same = same_class((scene.source, queries), (gallery, found.take(places.flatten())))
+    about = f"Most alike by {feature} features, among {len(found.index):,} images."
+    picture = neighbours_panel(
+        asked, answers.reshape(*places.shape, *answers.shape[1:]), cosines, same, about
+    )
+    return Made(picture, len(asked), scene.backbone)
+
+
+def _check_enough(k: int, there: int, gallery: Source) -> None:
+    check(k <= there, f"--k is {k}; {gallery.spec} has {there} images to find neighbours among")
+
+
+def _watched_by(backbone: Backbone) -> str:
+    """The feature that an encoder's method is watched by, if it has that."""
+    method = backbone.info.method if backbone.info else ""
+    wanted = find_method(method).pooling if method in method_names() else "cls"
+    return wanted if wanted in backbone.features else backbone.poolings[0]
+
+
+def _features(scene: Scene, source: Source, feature: str) -> FeatureSet:
+    """Features of all readable images; loader processes start only where they pay."""
+    if scene.backbone.module is not None:
+        ready(scene.backbone.module, scene.device)
+    workers = -1 if len(source) > 500 else 0
+    machine = Machine(scene.device, torch.float32, workers, at_once=64)
+    if len(source) > 500:
+        log.info("features of %s images of %s", f"{len(source):,}", source.spec)
+    return extract(scene.backbone.embed(parts_of((feature,))), source, scene.view, machine)
+
+
+def _choice(n: int, count: int, seed: int) -> torch.Tensor:
+    """At most ``count`` of ``n`` rows, a seeded choice, in order."""
+    picks = permute(np.arange(min(count, n), dtype=np.int64), n, fold(seed, count))
+    return torch.from_numpy(np.sort(picks))
+
+
+def _shown(scene: Scene, source: Source, index: torch.Tensor) -> np.ndarray:
+    """Images of a source for people, prepared as the encoder saw them."""
+    images = read_images(Subset(source, index.numpy()), scene.view)
+    return normalized(images, scene.view, torch.device("cpu"))[1]
+
+
+_PICTURES: dict[str, tuple[type[PictureConfig], Callable[[Any], Made]]] = {
+    "attention": (AttentionConfig, attention),
+    "reconstruction": (ReconstructionConfig, reconstruction),
+    "pca": (PcaConfig, pca),
+    "neighbours": (NeighboursConfig, neighbours),
+}
 
 
 @torch.inference_mode()
-def draw_attention(encoder: Encoder, images: Tensor, view: View, mass: float) -> np.ndarray:
-    """The attention panel of images (b, c, h, w) as read, with the encoder on its device."""
-    device = next(encoder.parameters()).device
-    normalize, display = Normalize(view.mean, view.std).to(device), view.display(images)
-    shown, maps, grid = [], [], encoder.grid
-    for part in images.split(_BATCH):
-        ready_made = normalize.images(part.to(device))
-        attention, grid = cls_attention(encoder, ready_made)
-        maps.append(attention.cpu())
-        shown.append(to_rgb(display.inverse(ready_made.cpu())))
-    return attention_panel(np.concatenate(shown), torch.cat(maps), grid, mass)
-
-
 def main(argv: list[str]) -> int:
     """The door; returns the exit status."""
     name = subcommand(argv, _PROG, "picture", list(_PICTURES))
     configs, flags = split_config(argv[1:])
-    kind = _PICTURES[name]
+    kind, draw = _PICTURES[name]
     files = [find_recipe(c) for c in configs]
     config = layered(kind(), files, flags, f"{_PROG} {name}", kind.__doc__ or "", kind)
-    check(bool(config.encoder), "--encoder is missing")
-    source = find_images(config.images, config.count, config.seed)
-    device = resolve_device(config.device)
-    backbone = open_backbone(config.encoder, config.seed, config.size)
-    encoder, view = backbone.module, backbone.view
-    check(isinstance(encoder, Encoder), f"--encoder is {config.encoder!r}; a ViT is needed")
-    assert isinstance(encoder, Encoder)
-    images = read_images(source, view)
-    ready(encoder, device)
-    picture = draw_attention(encoder, images, view, config.mass)
-    out = result_file(config.out, backbone, f"{name}-images.png")
-    save_png(out, picture)
-    print(f"{name} of {len(images)} images: {out}")
+    made = draw(config)
+    out = result_file(config.out, made.backbone, f"{name}-images.png")
+    save_png(out, made.picture)
+    print(f"{name} of {made.images} images: {out}")
     return 0
 
 

@@ -31,7 +31,10 @@ FLOORS = (
     {"methods", "training"},
     {"evaluators"},
     # What several doors share, beside the doors themselves.
-    {"cli", "session", "evaluation", "probes", "compare", "finetune", "preflight", "scale"},
+    {
+        *("cli", "session", "evaluation", "probes", "compare", "finetune", "preflight", "scale"),
+        *("pictures", "reconstruction", "reporting"),
+    },
 )
 DOORS = len(FLOORS) - 1
 FORBIDDEN = {("methods", "training"), ("training", "methods"), ("evaluators", "methods")}

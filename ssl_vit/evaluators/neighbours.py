@@ -8,10 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ssl_vit.config import check
+from ssl_vit.data.base import Source
+from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.knn import neighbours, unit
 from ssl_vit.figures import enlarged, picture_rows
 
-_WIDTH = 1400
+_WIDTH, _LEAST = 1400, 112
 _FRAME, _BADGE, _STRIP = 4, 20, 15
 # Two colours that differ in lightness and for every kind of colour blindness (Okabe and Ito 2008).
 _SAME, _OTHER = (0, 114, 178), (230, 120, 0)
@@ -50,6 +52,33 @@ def nearest(
     return places[~left_out].view(-1, k), cosines[~left_out].view(-1, k)
 
 
+def same_class(
+    queries: tuple[Source, FeatureSet], answers: tuple[Source, FeatureSet]
+) -> Bool[np.ndarray, "q k"] | None:
+    """Whether each answer is of its query's class, by the classes' names.
+
+    Args:
+        queries: q images and the source they are of.
+        answers: q times k images, row by row, and theirs.
+
+    Returns:
+        None where an image of either has no class, or may have several.
+    """
+    asked, found = (_class_names(*part) for part in (queries, answers))
+    if asked is None or found is None:
+        return None
+    return found.reshape(len(asked), -1) == asked[:, None]
+
+
+def _class_names(source: Source, features: FeatureSet) -> np.ndarray | None:
+    """The class of each image by name."""
+    labels = features.labels
+    if labels.ndim != 1 or bool((labels < 0).any()):
+        return None
+    classes = source.classes
+    return np.array([classes[i] if classes else str(i) for i in labels.tolist()])
+
+
 def neighbours_panel(
     images: UInt8[np.ndarray, "q h w 3"],
     shown: UInt8[np.ndarray, "q k h w 3"],
@@ -65,6 +94,9 @@ def neighbours_panel(
         about: what the caption begins with.
     """
     cosines = np.asarray(similarity)
+    width = max(_LEAST, _WIDTH // (cosines.shape[1] + 1) - 4)
+    images = np.stack([_at_most(image, width) for image in images])
+    shown = np.stack([[_at_most(image, width) for image in row] for row in shown])
     columns = {"query": np.stack([_cell(image, "", None) for image in enlarged(images)])}
     for place in range(cosines.shape[1]):
         cells = [
@@ -82,6 +114,15 @@ def neighbours_panel(
             f"{hits} of {count} are of the query's class."
         )
     return picture_rows(columns, caption, wrap=max(4, _WIDTH // (columns["query"].shape[2] + 4)))
+
+
+def _at_most(image: UInt8[np.ndarray, "h w 3"], width: int) -> UInt8[np.ndarray, "height w 3"]:
+    """The image, brought to this width if it is wider."""
+    height, own = image.shape[:2]
+    if own <= width:
+        return image
+    size = (width, max(1, round(height * width / own)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def _cell(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -206,28 +206,45 @@ class MAE(Method):
         mask = masked.expand_as(order).gather(1, restore).to(noise.dtype)
         return at_least_fp32(self.decoder.predict(take(tokens, restore))), mask
 
-    @torch.no_grad()
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
         """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
-        images = views.crops[0]
         n = self.encoder.grid[0] * self.encoder.grid[1]
-        prediction, mask = self.predict(images, uniform(views.keys, n))
+        columns = self.pictures(views.crops[0], uniform(views.keys, n), normalize)
+        del columns["prediction"]
+        return {"reconstruction": picture_rows(columns, self.target_shown)}
+
+    @property
+    def target_shown(self) -> str:
+        """What is predicted, and how that is made pixels, for a caption."""
+        if self.config.normalize_target:
+            return "target: normalised patches, shown with each patch's true mean and std"
+        return "target: raw pixels"
+
+    @torch.no_grad()
+    def pictures(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], normalize: Normalize
+    ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
+        """Original, masked image, prediction, and reconstruction: the masked patches as predicted.
+
+        ``prediction`` is of all patches, of which the loss knows the masked ones only. A normalised
+        target is brought back to pixels with each patch's true mean and standard deviation.
+        """
+        prediction, mask = self.predict(images, noise)
         patches = self.encoder.patchify(images)
-        caption = "target: raw pixels"
         if self.config.normalize_target:
             mean, std = patch_statistics(patches)
             prediction = prediction * std + mean
-            caption = "target: normalised patches, shown with each patch's true mean and std"
         hidden = mask[:, :, None] > 0
-        pasted = torch.where(hidden, prediction.to(patches.dtype), patches)
+        prediction = prediction.to(patches.dtype)
+        pasted = torch.where(hidden, prediction, patches)
         shown = normalize.inverse(images)
         masked = torch.where(hidden, 0.5, self.encoder.patchify(shown))
-        columns = {
+        return {
             "original": to_rgb(shown),
             "masked": to_rgb(self._unpatchify(masked)),
+            "prediction": to_rgb(normalize.inverse(self._unpatchify(prediction))),
             "reconstruction": to_rgb(normalize.inverse(self._unpatchify(pasted))),
         }
-        return {"reconstruction": picture_rows(columns, caption)}
 
     def _unpatchify(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b c h w"]:
         """The inverse of ``Encoder.patchify`` on the encoder's own grid."""

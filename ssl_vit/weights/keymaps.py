@@ -146,13 +146,22 @@ def _from_hugging_face(state: State, where: str, model_type: str) -> Mapped:
     state = {k.removeprefix(prefix): v for k, v in state.items()}
     has_decoder = "decoder.decoder_embed.weight" in state
     state, left_out = _without(state, _LEFT_OUT["Hugging Face"])
-    state = _renamed(_joined(state, where), _HUGGING_FACE_NAMES, where)
+    state = hugging_face_names(state, where)
     check("pos_embed" in state, f"{where}: missing {prefix}embeddings.position_embeddings")
     if not model_type and any(k.endswith(".ls1.gamma") for k in state):
         model_type = "dinov2_with_registers" if "reg_token" in state else "dinov2"
     elif not model_type:
         model_type = "vit_mae" if has_decoder or cls_has_no_position(state) else "vit"
     return Mapped(HUGGING_FACE[model_type], with_own_position(state), left_out)
+
+
+def hugging_face_names(state: State, where: str) -> State:
+    """Hugging Face's names of a ViT's tensors, without what comes before them, as timm's.
+
+    Raises:
+        UserError: tensors that are to be joined are missing, or of other shapes.
+    """
+    return _renamed(_joined(state, where), _HUGGING_FACE_NAMES, where)
 
 
 def _without(state: State, pattern: str) -> tuple[State, Counter[str]]:

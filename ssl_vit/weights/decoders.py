@@ -1,0 +1,162 @@
+"""The decoders of masked autoencoders in others' files, under the names of ours."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ssl_vit.config import check
+from ssl_vit.weights.keymaps import HUGGING_FACE, MAE, State, hugging_face_names
+from ssl_vit.weights.official import FILES
+from ssl_vit.weights.reading import read_content, read_json, unwrapped
+
+_OFFICIAL_HEADS = 16  # in every decoder of the release, whatever its width
+_EMBED = "decoder_embed.weight"
+# The long-standing name, and the one that transformers 5 writes.
+_HUGGING_FACE_BLOCKS = ("decoder_layers.", "decoder_encoder.layer.")
+_OURS = (
+    (r"^decoder_embed\.", "embed."),
+    (r"^decoder_norm\.", "norm."),
+    (r"^decoder_pred\.", "predict."),
+    (r"^decoder_blocks\.", "blocks."),
+)
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """A decoder under the names of ``methods.mae.Decoder``, and what is known beside its tensors.
+
+    ``positions`` (n, d) are those of the patches. ``normalized`` says whether its target is pixels
+    normalised by patch, None: that is not told; ``told_by`` is what tells it. ``mask_ratio``:
+    the share of patches that was hidden, None: not told. ``norm_eps``: of its LayerNorms.
+    """
+
+    where: Path
+    format: str
+    state: State
+    positions: Float[Tensor, "n d"]
+    heads: int
+    normalized: bool | None
+    mask_ratio: float | None
+    told_by: str
+    norm_eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        """Features of a decoder token."""
+        return self.positions.shape[1]
+
+    def __post_init__(self) -> None:
+        check(self.depth > 0, f"{self.where}: the decoder has no blocks")
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the decoder."""
+        return len({name.split(".")[1] for name in self.state if name.startswith("blocks.")})
+
+
+def read_decoder(path: Path) -> DecoderWeights | None:
+    """The decoder in a file of the official MAE, or of Hugging Face's ViTMAEForPreTraining.
+
+    None: there is none. The official files do not hold the number of heads, which is 16 in all of
+    them, nor always the options they were trained with.
+
+    Raises:
+        UserError: damaged, or not the whole of a decoder.
+    """
+    content = read_content(path)
+    state = unwrapped(content, str(path))[1]
+    if _EMBED in state:
+        options = content.get("args") if isinstance(content, dict) else None
+        options = vars(options) if isinstance(options, argparse.Namespace) else options
+        return _official(state, options if isinstance(options, dict) else {}, path)
+    if f"decoder.{_EMBED}" in state:
+        return _hugging_face(state, path)
+    return None
+
+
+def _official(state: State, options: dict[str, Any], path: Path) -> DecoderWeights:
+    own = {k: v for k, v in state.items() if k.startswith("decoder_") or k == "mask_token"}
+    positions = _positions(own.pop("decoder_pos_embed", None), path)
+    width = positions.shape[1]
+    check(
+        width % _OFFICIAL_HEADS == 0,
+        f"{path}: a decoder of width {width}, which the {_OFFICIAL_HEADS} heads of the official "
+        "MAE do not divide",
+    )
+    normalized, ratio = _options(options, "args", path)
+    told = f"norm_pix_loss in the file's args is {normalized}" if normalized is not None else ""
+    return DecoderWeights(
+        path, MAE, _ours(own), positions, _OFFICIAL_HEADS, normalized, ratio, told
+    )
+
+
+def _hugging_face(state: State, path: Path) -> DecoderWeights:
+    inner = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
+    positions = _positions(inner.pop("decoder_pos_embed", None), path)
+    blocks = {k: v for k, v in inner.items() if k.startswith(_HUGGING_FACE_BLOCKS)}
+    others = {k: v for k, v in inner.items() if k not in blocks}
+    # Their layers are named as an encoder's are.
+    layers = {k.removeprefix("decoder_"): v for k, v in blocks.items()}
+    own = _ours({**others, **hugging_face_names(layers, str(path))})
+    where = path.parent / "config.json" if path.name in FILES else path
+    config = read_json(where) if path.name in FILES else {}
+    heads, eps = config.get("decoder_num_attention_heads", 16), config.get("layer_norm_eps", 1e-12)
+    width = positions.shape[1]
+    whole = type(heads) is int and heads > 0 and width % heads == 0
+    check(
+        whole and isinstance(eps, float) and eps > 0,
+        f"{where}: a decoder of width {width} with {heads} heads and epsilon {eps}",
+    )
+    normalized, ratio = _options(config, "config.json", where)
+    told = ""
+    if config:  # what transformers itself takes where the file is silent
+        normalized, ratio = normalized is True, 0.75 if ratio is None else ratio
+        told = f"norm_pix_loss in config.json is {normalized}"
+    kind = HUGGING_FACE["vit_mae"]
+    return DecoderWeights(path, kind, own, positions, heads, normalized, ratio, told, eps)
+
+
+def _ours(state: State) -> State:
+    """The tensors under our names; a name that no rule knows stays as it is."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, ours in _OURS:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _positions(given: Tensor | None, path: Path) -> Float[Tensor, "n d"]:
+    """The patches' positions; [CLS], which comes first, has none in any MAE."""
+    shape = None if given is None else tuple(given.shape)
+    check(
+        given is not None and given.ndim == 3 and given.shape[0] == 1 and given.shape[1] > 1,
+        f"{path}: decoder_pos_embed is {shape}; it must be (1, 1 + patches, width)",
+    )
+    assert given is not None
+    check(
+        not bool(given[0, 0].any()),
+        f"{path}: decoder_pos_embed gives [CLS] a position; in an MAE's decoder that is zero",
+    )
+    return given[0, 1:].float()
+
+
+def _options(options: dict[str, Any], kind: str, where: Path) -> tuple[bool | None, float | None]:
+    """``norm_pix_loss`` and ``mask_ratio`` of a file's options, where it has them."""
+    normalized, ratio = options.get("norm_pix_loss"), options.get("mask_ratio")
+    check(
+        normalized in (None, True, False),
+        f"{where}: norm_pix_loss in its {kind} is {normalized!r}; it must be true or false",
+    )
+    check(
+        ratio is None or (isinstance(ratio, float) and 0 < ratio < 1),
+        f"{where}: mask_ratio in its {kind} is {ratio!r}; it must lie between 0 and 1",
+    )
+    return (None if normalized is None else bool(normalized)), ratio

@@ -130,10 +130,12 @@ class Pretraining(Session):
     def look(self, whole: Task, step: int, log: RunLog) -> None:
         """Health, k-NN and pictures."""
         assert isinstance(whole, Method)
-        watch = self.watch()
-        log.write(step, watch.look(whole.exported_encoder()), "probe")
-        for name, picture in watch.paint(whole.panels, self.out).items():
+        watch, encoder = self.watch(), whole.exported_encoder()
+        numbers, held_out = watch.look(encoder)
+        log.write(step, numbers, "probe")
+        for name, picture in watch.paint(whole.panels, encoder, held_out).items():
             log.picture(step, name, picture)
+        log.projection(step, *watch.projection(held_out))
 
     def about(self) -> list[tuple[str, str]]:
         """Rows of the plan on the encoder."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages
@@ -19,10 +20,12 @@ from ssl_vit.data.sources import Source, Subset
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
+from ssl_vit.evaluators.neighbours import nearest, neighbours_panel
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
 from ssl_vit.evaluators.scores import Score
-from ssl_vit.figures import save_png
+from ssl_vit.evaluators.thumbnails import shown, thumbnails
 from ssl_vit.files import write_text_atomically
+from ssl_vit.patch_pca import pca_panel
 from ssl_vit.seeds import fold
 from ssl_vit.task import Views
 from ssl_vit.training.health import health
@@ -30,6 +33,10 @@ from ssl_vit.training.health import health
 log = logging.getLogger("ssl_vit")
 Painter = Callable[[Views, Normalize], dict[str, np.ndarray]]
 _PANEL_ROWS = 6
+_NEIGHBOURS = 8
+# Pixels of a neighbour, and of a picture in TensorBoard's projector.
+_SMALL, _TINY = 96, 64
+_PROJECTED = 1000
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,9 @@ class Watch:
 
         return (of(self.train) if self.labelled else None), of(self.val)
 
-    def look(self, encoder: Encoder) -> dict[str, float]:
-        """Health of the method's feature and, with labels, k-NN accuracy in percent of all."""
+    def look(self, encoder: Encoder) -> tuple[dict[str, float], FeatureSet]:
+        """Health of the method's feature and, with labels, k-NN accuracy in percent of all; and the
+        features of the held-out images."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
         numbers = health(val.parts[self.pooling])
@@ -67,23 +75,54 @@ class Watch:
             k = min(20, len(train.labels))
             for score in knn_scores(train, val, (k,)):
                 numbers[f"knn{k}_{score.features}"] = score.top1
-        return numbers
+        return numbers, val
 
-    def paint(self, painter: Painter, folder: Path) -> dict[str, np.ndarray]:
-        """The method's pictures of a few fixed held-out images, also as PNG in ``folder``."""
+    def paint(
+        self, painter: Painter, encoder: Encoder, held_out: FeatureSet
+    ) -> dict[str, np.ndarray]:
+        """Pictures of a few fixed held-out images: the method's own, their patches' principal
+        components, and their nearest neighbours among the images of ``held_out``."""
         picks = permute(np.arange(min(_PANEL_ROWS, len(self.val))), len(self.val), fold(self.seed))
         images = EvalImages(self.val, self.view.size, self.view.crop_ratio, self.view.channels)
         views = images.__getitems__([int(i) for i in picks]).views
         if not views.crops:
             return {}
         keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
-        display = self.view.display(views.crops[0])
+        seen, display = shown(views.crops[0], self.view), self.view.display(views.crops[0])
         normalize = Normalize(self.view.mean, self.view.std).to(self.device)
-        views = normalize(Views(views.crops, keys, views.labels).to(self.device))
-        pictures = painter(views, display.to(self.device))
-        for name, picture in pictures.items():
-            save_png(folder / f"{name}.png", picture)
+        ready_made = normalize(Views(views.crops, keys, views.labels).to(self.device))
+        pictures = painter(ready_made, display.to(self.device))
+        with torch.inference_mode():
+            tokens = encoder(ready_made.crops[0])
+        pictures["pca"] = pca_panel(seen, tokens.patches.float().cpu(), tokens.grid)
+        if len(held_out.index) > 1:
+            pictures["neighbours"] = self._neighbours(views.keys, held_out)
         return pictures
+
+    def _neighbours(self, places: Tensor, held_out: FeatureSet) -> np.ndarray:
+        """Images at these places beside those that are nearest by the feature that is watched."""
+        rows = torch.isin(held_out.index, places).nonzero()[:, 0]
+        bank = held_out.parts[self.pooling]
+        k = min(_NEIGHBOURS, len(bank) - 1)
+        found, cosine = nearest(bank[rows], bank, k, own=rows)
+        labels, same = held_out.labels, None
+        if labels.ndim == 1 and bool((labels >= 0).all()):
+            same = labels[found] == labels[rows][:, None]
+        wanted = held_out.index[torch.cat([rows[:, None], found], dim=1)]
+        small = thumbnails(self.val, wanted.flatten().tolist(), self.view, _SMALL)
+        small = small.reshape(len(rows), k + 1, *small.shape[1:])
+        return neighbours_panel(small[:, 0], small[:, 1:], cosine, same)
+
+    def projection(self, held_out: FeatureSet) -> tuple[Tensor, list[str], np.ndarray]:
+        """At most 1,000 held-out images for TensorBoard's projector: features, labels, pictures."""
+        some = bounded_rows(len(held_out.index), _PROJECTED, self.seed)
+        labels, names = held_out.labels, self.val.classes or ()
+        places = held_out.index[some].tolist()
+        said = [str(i) for i in places]
+        if labels.ndim == 1 and bool((labels >= 0).all()):
+            said = [names[i] if i < len(names) else str(i) for i in labels[some].tolist()]
+        pictures = thumbnails(self.val, places, self.view, _TINY)
+        return held_out.parts[self.pooling][some], said, pictures
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
         """k-NN (k = 20) and linear score of each entry, on the method's feature if it has it."""
@@ -105,8 +144,14 @@ def bounded(source: Source, count: int, seed: int) -> Source:
     """At most ``count`` images of a source, a seeded choice."""
     if count >= len(source):
         return source
-    picks = permute(np.arange(count, dtype=np.int64), len(source), fold(seed, count))
-    return Subset(source, np.sort(picks))
+    return Subset(source, bounded_rows(len(source), count, seed))
+
+
+def bounded_rows(n: int, count: int, seed: int) -> np.ndarray:
+    """At most ``count`` of ``n`` rows, a seeded choice, in order."""
+    if count >= n:
+        return np.arange(n)
+    return np.sort(permute(np.arange(count, dtype=np.int64), n, fold(seed, count)))
 
 
 Table = dict[str, dict[str, Score]]

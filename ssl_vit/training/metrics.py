@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,13 +21,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from ssl_vit.distributed import all_reduce_mean
+from ssl_vit.distributed import all_reduce_mean, rank_and_world
+from ssl_vit.figures import save_png
 from ssl_vit.files import write_text_atomically
+from ssl_vit.training.energy import Energy
 from ssl_vit.training.pace import Pace
 
 log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
+BOARD_FOLDER = "tensorboard"
+_PANELS, _PROJECTION = "panels", "features"
 _LINE_SECONDS = 10.0
 
 
@@ -37,6 +43,7 @@ class RunLog:
         folder: the run's; files are written by the main process only.
         start, total: steps done before, and in all; later rows of an earlier try are dropped.
         images_per_step: of the effective batch, for the rate.
+        energy: counts what this process' devices use.
         spoken: scalars that the line of progress shows beside the loss.
     """
 
@@ -48,8 +55,10 @@ class RunLog:
         every: int,
         images_per_step: int,
         main: bool,
+        energy: Energy,
         spoken: Sequence[str] = (),
     ) -> None:
+        self.folder, self.energy = folder, energy
         self.start, self.total, self.every = start, total, every
         self.images_per_step, self.main, self.spoken = images_per_step, main, spoken
         self.sums: dict[str, Tensor] = {}
@@ -60,8 +69,9 @@ class RunLog:
         self.progress: Progress | None = None
         if main:
             keep_rows(folder / METRICS_FILE, start)
+            drop_panels(folder, start)
             self.file = open(folder / METRICS_FILE, "a", buffering=1)  # noqa: SIM115
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self.board = SummaryWriter(str(folder / BOARD_FOLDER), purge_step=start + 1)
             self._start_progress()
 
     def _start_progress(self) -> None:
@@ -98,7 +108,7 @@ class RunLog:
         row = dict(zip(self.sums, means, strict=True))
         waited, own = pace.take(self.count)
         row |= {"lr": lr, "images_per_s": rate, "waiting": waited / seconds}
-        row |= self.paused
+        row |= self.paused | self._used(sums)
         if len(own) > 1:
             row |= {"slowest_s": max(own), "median_s": median_low(own)}
         self.write(step, row, "train")
@@ -109,6 +119,12 @@ class RunLog:
         self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
         return row
+
+    def _used(self, like: Tensor) -> dict[str, float]:
+        """Joules of all processes since the last line, where all devices tell."""
+        mean = all_reduce_mean(torch.tensor(self.energy.take(), device=like.device))
+        joules = float(mean) * rank_and_world()[1]
+        return {"energy_j": joules} if math.isfinite(joules) else {}
 
     def warn(self, step: int, line: str) -> None:
         """Say it, and keep it: a line of metrics.jsonl, and a text in TensorBoard."""
@@ -132,9 +148,28 @@ class RunLog:
             self.board.add_scalar(f"{group}/{name}", value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """An (H, W, 3) uint8 picture to TensorBoard."""
+        """An (H, W, 3) uint8 picture: to TensorBoard, and as PNG, the newest and each step's."""
         if self.main:
             self.board.add_image(name, image, step, dataformats="HWC")
+            file = panel_file(self.folder, name, step)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_png(file, image)
+            save_png(self.folder / f"{name}.png", image)
+
+    def projection(
+        self, step: int, features: Tensor, labels: list[str], images: np.ndarray
+    ) -> None:
+        """Features (n, D), their labels and small pictures (n, h, w, 3) to TensorBoard's projector.
+
+        The newest alone is kept: it is far larger than all else that is logged.
+        """
+        if not self.main:
+            return
+        for older in projections(self.folder).values():
+            shutil.rmtree(older.parent)
+        vars(self.board).pop("_projector_config", None)  # in which the writer gathers all of them
+        pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        self.board.add_embedding(features, labels, pictures, step, _PROJECTION)
 
     def _speak(self, step: int, row: dict[str, float]) -> None:
         if not self.main:
@@ -172,6 +207,52 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def panel_file(folder: Path, name: str, step: int) -> Path:
+    """Where a run keeps a picture as it was after ``step`` steps."""
+    return folder / _PANELS / name / f"step-{step:08d}.png"
+
+
+def projections(folder: Path) -> dict[int, Path]:
+    """What a run keeps for TensorBoard's projector: by step, a folder of ``tensors.tsv``,
+    ``metadata.tsv`` and ``sprite.png``."""
+    found = (folder / BOARD_FOLDER).glob(f"*/{_PROJECTION}")
+    return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
+
+
+def panels(folder: Path) -> dict[str, dict[int, Path]]:
+    """The pictures of a run: by name, by step."""
+    found: dict[str, dict[int, Path]] = {}
+    for file in sorted((folder / _PANELS).glob("*/step-*.png")):
+        step = file.stem.removeprefix("step-")
+        if step.isdecimal():
+            found.setdefault(file.parent.name, {})[int(step)] = file
+    return found
+
+
+def drop_panels(folder: Path, step: int) -> None:
+    """Remove the pictures of later steps: a resumed run makes them again."""
+    for by_step in panels(folder).values():
+        for late in (file for made, file in by_step.items() if made > step):
+            late.unlink()
+
+
+def note_outcome(
+    folder: Path, step: int, options: dict[str, Any], outcome: dict[str, float]
+) -> None:
+    """A run's options with what came of it, as a row of TensorBoard's HPARAMS.
+
+    ``options``: by name; ``outcome``: by name, also scalars at ``step``.
+    """
+    plain = {
+        k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in options.items()
+    }
+    with SummaryWriter(str(folder / BOARD_FOLDER)) as board:
+        for name, value in outcome.items():
+            board.add_scalar(name, value, step)
+        for summary in hparams(plain, outcome):
+            board.file_writer.add_summary(summary)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from ssl_vit.files import write_text_atomically
 from ssl_vit.options import to_yaml
 from ssl_vit.task import Task
 from ssl_vit.training.checkpoint import Checkpoints, clean
+from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import Schedule
@@ -215,6 +216,7 @@ def train(session: Session) -> int:
         every=run.log_every,
         images_per_step=order.batch_size,
         main=main,
+        energy=Energy(device),
         spoken=task.spoken,
     ) as runlog:
 

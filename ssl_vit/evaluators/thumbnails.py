@@ -1,0 +1,42 @@
+"""Images of a source as people see them: small, central crops in RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.base import Source
+from ssl_vit.data.loader import EvalImages
+from ssl_vit.evaluators.features import View
+from ssl_vit.figures import to_rgb
+
+# What stands for an image that cannot be read.
+_GRAY = 128
+
+
+def shown(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
+    """Images (b, c, h, w) as they were read, uint8 or deeper, as RGB."""
+    standardised = Normalize(view.mean, view.std).images(images)
+    return to_rgb(view.display(images).inverse(standardised))
+
+
+def thumbnails(
+    source: Source, places: Sequence[int], view: View, side: int
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """The images at these places as an encoder of this ``view`` sees them, in that order.
+
+    The longer side has at most ``side`` pixels. An image that cannot be read is plain gray.
+    """
+    factor = min(1.0, side / max(view.size))
+    height, width = (max(1, round(pixels * factor)) for pixels in view.size)
+    images = EvalImages(source, (height, width), view.crop_ratio, view.channels)
+    made = np.full((len(places), height, width, 3), _GRAY, np.uint8)
+    for row, place in enumerate(places):
+        read = images.__getitems__([int(place)]).views.crops
+        if read:
+            made[row] = shown(read[0], view)[0]
+    return made

@@ -1,0 +1,99 @@
+"""The report door: ``python -m ssl_vit.report RUN [RUN ...] [--out FILE]``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ssl_vit.cli import run_door
+from ssl_vit.config import check
+from ssl_vit.files import write_text_atomically
+from ssl_vit.options import COMMAND_LINE, parse
+from ssl_vit.training.run_folder import find_runs
+
+log = logging.getLogger("ssl_vit")
+_PROG = "python -m ssl_vit.report"
+_ABOUT = (
+    "What a run did, whether it is healthy, and what its features know: one HTML file that needs "
+    "nothing else. Several runs are put side by side."
+)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which runs, and where the page goes."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders. Several are put side by side, at equal images seen."""
+    out: str = ""
+    """HTML file. Empty: report.html in the run folder, or, for several, in the one they share."""
+    seed: int = 0
+    """For the maps of images."""
+
+    def __post_init__(self) -> None:
+        out = Path(self.out).expanduser()
+        right = out.suffix.lower() in (".html", ".htm") and not out.is_dir()
+        check(
+            not self.out or right,
+            f"--out is {self.out!r}; the report is one HTML file, its name must end in .html",
+        )
+        check(out.parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(out.parent)!r}")
+
+
+def find_folders(given: tuple[str, ...]) -> list[Path]:
+    """The run folders that were named, each a run.
+
+    Raises:
+        UserError: none is named, one is not there, or holds no run; runs inside it are told.
+    """
+    check(bool(given), f"no run is named; usage: {_PROG} RUN [RUN ...]")
+    folders = [Path(name).expanduser() for name in given]
+    for name, folder in zip(given, folders, strict=True):
+        check(folder.is_dir(), f"RUN is {name!r}; there is no such folder")
+        inside = find_runs(folder)
+        hint = f"; it holds runs, such as {inside[0]}" if inside else ""
+        check(folder in inside, f"RUN is {name!r}, which is no run{hint}")
+    return folders
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """What the runs are called: by their folders, with as much of the path as tells them apart."""
+    whole = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in whole]
+        if len(set(names)) == len(set(whole)):
+            break
+    return names
+
+
+def default_file(folders: list[Path]) -> Path:
+    """Where the page goes if nothing is said."""
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    parents = {folder.resolve().parent for folder in folders}
+    return (parents.pop() if len(parents) == 1 else Path()) / "report.html"
+
+
+def main(argv: list[str]) -> int:
+    """The door; returns the exit status."""
+    config = parse(ReportConfig(), argv, COMMAND_LINE, _PROG, _ABOUT)
+    folders = find_folders(config.runs)
+    out = Path(config.out).expanduser() if config.out else default_file(folders)
+    # Late: what it takes to draw is not needed to refuse, or to help.
+    from ssl_vit.reporting.page import render
+    from ssl_vit.reporting.story import read_story
+
+    stories = [read_story(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
+    page = render(stories, config.seed)
+    write_text_atomically(out, page)
+    for problem in (problem for story in stories for problem in story.problems):
+        log.warning("%s", problem)
+    print(f"report of {', '.join(names_of(folders))}: {out} ({len(page) / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main)

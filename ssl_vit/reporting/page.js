@@ -1,0 +1,32 @@
+const specs = JSON.parse(document.getElementById("charts").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const views = [];
+const options = () => ({
+  renderer: "svg",
+  actions: { export: true, source: false, compiled: false, editor: false },
+  tooltip: { theme: dark.matches ? "dark" : "light" },
+});
+for (const place of document.querySelectorAll("[data-chart]")) {
+  const { view } = await vegaEmbed(place, specs[place.dataset.chart], options());
+  views.push(view);
+}
+for (const choice of document.querySelectorAll("[name=xaxis]")) {
+  choice.addEventListener("change", () => {
+    for (const view of views) {
+      if ("xaxis" in view.getState({ data: () => false }).signals) {
+        view.signal("xaxis", choice.value).runAsync();
+      }
+    }
+  });
+}
+for (const slider of document.querySelectorAll(".stages input")) {
+  const shown = slider.parentElement.querySelectorAll(".stage");
+  slider.addEventListener("input", () => {
+    shown.forEach((stage, i) => stage.classList.toggle("on", i === Number(slider.value)));
+  });
+}
+// On paper nothing can be opened.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => {
+  if (!d.closest(".vega-embed")) d.open = true;
+}));
+document.body.dataset.ready = String(views.length);

@@ -1,0 +1,186 @@
+"""One or several runs as a page: HTML that needs nothing else, neither network nor files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from ssl_vit import __version__
+from ssl_vit.reporting.advice import knn_names
+from ssl_vit.reporting.charts import COLOURS, curves, intervals
+from ssl_vit.reporting.contents import part_of
+from ssl_vit.reporting.explained import meaning, ordered, title
+from ssl_vit.reporting.story import KNN, Scored, Story
+from ssl_vit.training.metrics import duration
+
+_HERE = Path(__file__).parent
+_LEVELS = {"raw pixels": "raw pixels", "random encoder": "untrained", "initial encoder": "initial"}
+_LOGARITHMIC = ("lr",)
+
+
+def render(stories: Sequence[Story], seed: int) -> str:
+    """The page on these runs, side by side where they are several.
+
+    ``seed`` is that of the maps. The same folders and seed give the same page, but for its date.
+    """
+    parts = [part_of(story, COLOURS[i % len(COLOURS)], seed) for i, story in enumerate(stories)]
+    charts: dict[str, dict[str, Any]] = {}
+    for i, part in enumerate(parts):
+        for key in ("map", "confusion"):
+            if part[key] and "chart" in part[key]:
+                part[key]["id"] = f"{key}-{i}"
+                charts[part[key]["id"]] = part[key].pop("chart")
+    shown = [
+        {"name": n, "title": title(n), "meaning": meaning(n)} for n in _curves(stories, charts)
+    ]
+    scores = _score_chart(stories)
+    if scores:
+        charts["scores"] = scores
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        runs=parts,
+        names=" and ".join(part["name"] for part in parts),
+        curves=shown,
+        kinds=list(dict.fromkeys(kind for part in parts for kind in part["stages"])),
+        has_scores=bool(scores),
+        equal=equal_images(stories),
+        options=_options(parts),
+        charts=_script_json(charts),
+        library=_library(),
+        style=Markup((_HERE / "page.css").read_text()),
+        script=Markup((_HERE / "page.js").read_text()),
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=__version__,
+    )
+
+
+def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list[str]:
+    """Make the chart of every number that any run has logged; their names, in order."""
+    plain = dict.fromkeys(name for story in stories for name in story.names)
+    names = ["knn" if KNN.fullmatch(name) else name for name in plain]
+    shown = ordered(list(dict.fromkeys(names)))
+    several = len(stories) > 1
+    for name in shown:
+        series: dict[str, list[dict[str, float]]] = {}
+        colours: dict[str, str] = {}
+        for i, story in enumerate(stories):
+            kinds = knn_names(story) if name == "knn" else {"": name}
+            for j, (kind, key) in enumerate(kinds.items()):
+                points = story.curve(key)
+                if not points:
+                    continue
+                label = " ".join(filter(None, [story.name if several else "", kind])) or title(name)
+                series[label] = points
+                place = i + j * len(stories) if several else j
+                colours[label] = COLOURS[place % len(COLOURS)]
+        levels = _levels(stories) if name == "knn" else None
+        charts[f"curve-{name}"] = curves(series, colours, levels, name in _LOGARITHMIC)
+    return shown
+
+
+def _levels(stories: Sequence[Story]) -> dict[str, float]:
+    """k-NN of what an encoder must beat, of the first run that has measured it."""
+    for story in stories:
+        found = {
+            _LEVELS[s.of]: s.score.top1
+            for s in story.scores
+            if s.evaluator == "knn" and s.of in _LEVELS and "top1" in s.score.metrics
+        }
+        if found:
+            return found
+    return {}
+
+
+def _score_chart(stories: Sequence[Story]) -> dict[str, Any] | None:
+    """The closing scores of all runs beside raw pixels and untrained encoders."""
+    rows: list[dict[str, Any]] = []
+    colours: dict[str, str] = {}
+    for i, story in enumerate(stories):
+        for scored in story.scores:
+            if not scored.of or (scored.of == "raw pixels" and scored.of in colours and i):
+                continue
+            of, colour = _entry(scored, story, COLOURS[i % len(COLOURS)], len(stories) > 1)
+            colours[of] = colour
+            low, high = scored.score.interval
+            what = {"knn": "k-NN", "linear": "linear probe"}.get(scored.evaluator, scored.evaluator)
+            value = next(iter(scored.score.metrics.values()))
+            rows.append({"what": what, "of": of, "value": value, "low": low, "high": high})
+    return intervals(rows, colours) if rows else None
+
+
+def _entry(scored: Scored, story: Story, colour: str, several: bool) -> tuple[str, str]:
+    """What a row of the chart of scores is called, and its colour."""
+    if scored.of == "raw pixels":
+        return scored.of, "#8a8f98"
+    untrained = scored.of in _LEVELS
+    name = f"{story.name}: {scored.of}" if several else scored.of
+    return name, f"{colour}88" if untrained else colour
+
+
+def equal_images(stories: Sequence[Story]) -> dict[str, Any] | None:
+    """k-NN of several runs after equally many images: at each run's last look before that.
+
+    None for one run, and where fewer than two have looked.
+    """
+    looked = [(story, story.run.series(story.run.knn[0])) for story in stories if story.run.knn]
+    if len(looked) < 2:
+        return None
+    common = min(points[-1][0] * story.images_per_step for story, points in looked)
+    rows = []
+    for story, points in looked:
+        size = story.images_per_step
+        before = [point for point in points if point[0] * size <= common]
+        if not before:
+            continue
+        step, value = before[-1]
+        assert story.run.knn is not None
+        rows.append(
+            {
+                "name": story.name,
+                "feature": story.run.knn[0],
+                "images": f"{step * size:,}",
+                "time": duration(3600 * story.hours(step)),
+                "value": f"{value:.1f}",
+            }
+        )
+    return {"images": f"{common:,}", "rows": rows} if len(rows) > 1 else None
+
+
+def _options(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All options, a row each; those that differ, from a default or between runs, first."""
+    names = dict.fromkeys(row["name"] for part in parts for row in part["options"])
+    by_name = [{row["name"]: row for row in part["options"]} for part in parts]
+    rows = []
+    for name in names:
+        cells = [by.get(name) for by in by_name]
+        values = {cell["value"] if cell else None for cell in cells}
+        changed = len(values) > 1 or any(cell and cell["differs"] for cell in cells)
+        rows.append({"name": name, "cells": cells, "changed": changed})
+    return sorted(rows, key=lambda row: not row["changed"])
+
+
+@functools.cache
+def _library() -> Markup:
+    """Vega, Vega-Lite and vega-embed, as one script."""
+    release = ".".join(alt.SCHEMA_VERSION.split(".")[:2])  # the one that the charts are made for
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed", vl_version=release)
+    return Markup(bundle.replace("</script", "<\\/script"))
+
+
+def _script_json(content: Any) -> Markup:
+    """JSON that can stand inside a script element, whatever text is in it."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return Markup(
+        text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    )

@@ -1,0 +1,170 @@
+"""What a run's files tell: curves over images and time, pictures, scores, what it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.training.metrics import panels
+from ssl_vit.training.run_folder import Run, read_run
+
+# What is no curve: seconds beside the training, lists, flags of single steps.
+_NO_CURVES = {"step", "warning", "process_s", "skipped", "spikes", "slowest_s", "median_s"}
+_PAUSE = re.compile(r".+ing_s")
+KNN = re.compile(r"knn\d+_(.+)")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One score of a result file: of which ``features``, by which evaluator, and its ``card``."""
+
+    file: Path
+    evaluator: str
+    of: str
+    score: Score
+    card: dict[str, Any]
+
+
+@dataclass
+class Story:
+    """A run with what can be read off its files.
+
+    ``steps``, ``seconds``: (n,) after which steps lines were logged, and how long the training had
+    taken by then, saving and looking included, of all tries together. ``problems``: what is missing
+    or damaged, a line each.
+    """
+
+    run: Run
+    name: str
+    steps: np.ndarray
+    seconds: np.ndarray
+    scores: list[Scored]
+    pictures: dict[str, dict[int, Path]]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of the effective batch; 1 where no file tells."""
+        return self.run.images_per_step or 1
+
+    @property
+    def images(self) -> int:
+        """Images seen so far, crops of one image being one."""
+        return self.run.step * self.images_per_step
+
+    def hours(self, step: int) -> float:
+        """Hours of training up to a step."""
+        return float(np.interp(step, [0, *self.steps], [0, *self.seconds])) / 3600
+
+    def curve(self, name: str) -> list[dict[str, float]]:
+        """A logged number as points: after how many steps, images and hours, and its value."""
+        return [
+            {
+                "step": step,
+                "images": step * self.images_per_step,
+                "hours": self.hours(step),
+                "value": value,
+            }
+            for step, value in self.run.series(name)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The numbers that were logged and are worth a curve, in the order of the file."""
+        found = dict.fromkeys(name for row in self.run.rows for name in row)
+        return [
+            name
+            for name in found
+            if name not in _NO_CURVES and not _PAUSE.fullmatch(name) and self.run.series(name)
+        ]
+
+    def total(self, name: str) -> float | None:
+        """The sum of what was logged under a name; None where it never was."""
+        values = [value for _, value in self.run.series(name)]
+        return sum(values) if values else None
+
+
+def read_story(folder: Path, name: str = "") -> Story:
+    """Read a run's folder; what is missing or damaged becomes a line of ``problems``."""
+    run = read_run(folder)
+    steps, seconds = clock(run)
+    problems = list(run.problems)
+    pictures = {
+        kind: {step: file for step, file in by_step.items() if step <= run.step}
+        for kind, by_step in panels(folder).items()
+    }
+    scores = read_scores(folder, problems)
+    return Story(run, name or folder.name, steps, seconds, scores, pictures, problems)
+
+
+def clock(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) of a run's lines, and the seconds (n,) it had taken by each.
+
+    A line holds the rate over the steps since the one before, and the pauses among them.
+    """
+    size, done, passed = run.images_per_step or 1, 0, 0.0
+    steps, seconds = [], []
+    for row in run.rows:
+        rate = row.get("images_per_s")
+        if not isinstance(rate, int | float) or not rate > 0 or row["step"] <= done:
+            continue
+        pauses = sum(v for k, v in row.items() if _PAUSE.fullmatch(k) and _finite(v))
+        passed += (row["step"] - done) * size / rate + pauses
+        done = row["step"]
+        steps.append(done)
+        seconds.append(passed)
+    return np.array(steps), np.array(seconds)
+
+
+def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
+    """The scores of every result file of a run, the run's own first."""
+    own = folder / "results.json"
+    files = [
+        own,
+        *sorted(f for f in folder.glob("*.json") if f not in (own, folder / "status.json")),
+    ]
+    files += sorted(folder.glob("*finetune/finetune.json"))
+    found: list[Scored] = []
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            card = json.loads(file.read_text())
+            if not isinstance(card, dict) or "evaluator" not in card:
+                continue  # not one of ours
+            scores = card.pop("scores")
+            if isinstance(scores, dict):  # of a run: by features, by evaluator
+                made = [
+                    Scored(file, evaluator, of, Score(**score), card)
+                    for of, row in scores.items()
+                    for evaluator, score in row.items()
+                ]
+            else:
+                made = [
+                    Scored(file, card["evaluator"], "", Score(**score), card) for score in scores
+                ]
+            for scored in made:
+                _check(scored.score)
+            found += made
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{file}: no result that can be read ({type(error).__name__})")
+    return found
+
+
+def _check(score: Score) -> None:
+    """Raise ValueError for a score without a number."""
+    values = [*score.metrics.values(), *score.interval]
+    if not score.metrics or not all(_finite(v) for v in values) or len(score.interval) != 2:
+        raise ValueError("no numbers")
+
+
+def _finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssl_vit.cli import run_door
-from ssl_vit.config import UserError, check
+from ssl_vit.config import check
 from ssl_vit.options import COMMAND_LINE, parse
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.run_folder import Run, find_runs, read_run
@@ -87,9 +87,11 @@ class Shown:
         """What is said below the table: why it does not run, how to go on, what is wrong."""
         run = self.run
         said = [f"{run.state}: {run.said}"] if run.said else []
-        said += [f"go on: {run.resume}"] if run.resume else []
-        live = run.state in ("running", "silent", "failed")
-        said += [f"warning: {line}" for line in (run.warnings if live else [])]
+        many = run.status.processes if run.status else 1
+        how = f"go on (it ran in {many} processes)" if many > 1 else "go on"
+        said += [f"{how}: {run.resume}"] if run.resume else []
+        if run.state in ("running", "silent", "failed"):
+            said += [f"warning: {line}" for line in run.warnings]
         return said + [f"problem: {line}" for line in run.problems]
 
     def record(self) -> dict[str, Any]:
@@ -138,8 +140,7 @@ def score(run: Run) -> str:
 def look(folders: Iterable[str], known: Mapping[Path, Run]) -> list[Shown]:
     """The runs at and below folders, the newest first, each once.
 
-    ``known``: as they were before, by their folders; what has not changed is not read again.
-    """
+    ``known``: as they were, by their folders; metrics that have not changed are not read again."""
     tops = [Path(folder).expanduser() for folder in folders]
     found: dict[Path, Shown] = {}
     for top in tops:
@@ -153,7 +154,7 @@ def look(folders: Iterable[str], known: Mapping[Path, Run]) -> list[Shown]:
 
 def table(runs: list[Shown]) -> Table:
     """The runs, a row each; two lines of a cell keep it within 80 columns."""
-    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("run", "method", "encoder"):
         drawn.add_column(name, overflow="fold", min_width=6)
     for name in ("step", "loss", "k-NN", "img/s\nleft"):
@@ -176,9 +177,9 @@ def notes(runs: list[Shown]) -> list[Text]:
     """What is said below the table, the run's name before its lines."""
     lines = []
     for shown in runs:
-        said = shown.notes()
-        lines += [Text(shown.name, style="bold")] if said else []
-        lines += [Text(f"  {line}", overflow="fold") for line in said]
+        if said := shown.notes():
+            lines += [Text(shown.name, style="bold")]
+            lines += [Text(f"  {line}", overflow="fold") for line in said]
     return lines
 
 
@@ -237,12 +238,11 @@ def main(argv: list[str]) -> int:
             print(json.dumps(shown.record()))
         return 0
     console = Console()
-    if not config.live:
+    if config.live:
+        check(console.is_terminal, "--live draws on a terminal; standard output is none")
+        follow(console, config, runs)
+    else:
         show(console, runs)
-        return 0
-    if not console.is_terminal:
-        raise UserError("--live draws on a terminal, and standard output is none; leave it out")
-    follow(console, config, runs)
     return 0
 
 

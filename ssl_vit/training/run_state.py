@@ -61,12 +61,12 @@ def judge(status: Status | None, traces: Traces) -> tuple[RunState, str]:
         return "finished", ""
     if status.state != "running":
         at = f"at step {status.step}" + (f" of {status.total}" if status.total else "")
-        said = f"{status.reason or 'no reason given'}; {at}; {traces.saved}"
-        return status.state, said
+        return status.state, f"{at}: {status.reason or 'it does not say why'}; {traces.saved}"
     late = f"nothing written since {moment(traces.written)}, {span(quiet)} ago"
     if status.host == platform.node():
         if gone(status):
-            return "killed", f"process {status.pid} ended without a word; {traces.saved}"
+            why = "killed, out of memory, or the machine went down"
+            return "killed", f"process {status.pid} is gone without a word ({why}); {traces.saved}"
         return "running", late if quiet > traces.patience() else ""
     if quiet > traces.patience():
         where = status.host or "a machine without a name"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.together import together
 from tests.integration.conftest import KILLER, Door
 
 # Sends a signal to itself at an update that a test chooses.
@@ -128,7 +129,7 @@ def test_every_fate_is_told(many):
     assert found["done"]["knn"]["knn20_mean"] > 10
     assert found["done"]["resume"] == ""
     assert found["optim.lr=1e-3"]["step"] == 11
-    assert found["optim.lr=1e-3"]["said"].startswith("SIGTERM came; at step 11 of 24")
+    assert found["optim.lr=1e-3"]["said"].startswith("at step 11 of 24: SIGTERM came")
     assert found["killed"]["step"] == 13
     assert "newest checkpoint is of step 8" in found["killed"]["said"]
     assert "not finite" in found["failed"]["said"]
@@ -183,7 +184,17 @@ def test_interrupted(door):
     stop(door, "run", signal.SIGINT, at=3)
     (run,) = records(door, "run").values()
     assert (run["state"], run["step"]) == ("stopped", 4)
-    assert run["said"].startswith("SIGINT came")
+    assert run["said"].startswith("at step 4 of 24: SIGINT came")
+
+
+def test_of_several_processes_one_tells(door):
+    options = ("mae", "--config", "tiny.yaml", "--run.out", "run", "--optim.lr", "1e30")
+    bad = ("--optim.clip", "0", "--run.max-nonfinite", "1")
+    ends = together(door, 2, "-m", "ssl_vit.pretrain", *options, *bad)
+    assert [end.returncode for end in ends] == [1, 1]
+    (run,) = records(door, "run").values()
+    assert (run["state"], run["status"]["processes"]) == ("failed", 2)
+    assert "go on (it ran in 2 processes): python" in look(door, "run")
 
 
 def test_a_run_that_still_runs(door):

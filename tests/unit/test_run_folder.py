@@ -206,7 +206,7 @@ def test_stopped_and_failed_by_their_own_word(tmp_path):
     status = Status("failed", step=7, total=40, reason="the disk is full", **DOOR)
     run = read_run(make(tmp_path / "a", line(5), status=status))
     assert run.state == "failed"
-    assert run.said == "the disk is full; at step 7 of 40; no checkpoint yet: it would begin anew"
+    assert run.said == "at step 7 of 40: the disk is full; no checkpoint yet: it would begin anew"
     assert run.step == 7
 
 

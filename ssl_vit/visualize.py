@@ -12,7 +12,7 @@ import torch
 
 from ssl_vit.attention import attention_panel, cls_attention
 from ssl_vit.cli import find_recipe, layered, run_door, split_config, subcommand
-from ssl_vit.config import check
+from ssl_vit.config import UserError, check
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.evaluators.backbone import Backbone, result_file
@@ -35,6 +35,7 @@ from ssl_vit.reconstruction import Target, open_autoencoder, reconstruction_pane
 from ssl_vit.seeds import fold
 
 log = logging.getLogger("ssl_vit")
+_NEIGHBOURS = 7
 _PROG = "python -m ssl_vit.visualize"
 
 
@@ -130,8 +131,8 @@ class NeighboursConfig(PictureConfig):
     among: str = ""
     """A source of images to find neighbours among, named as for pretraining. Empty: the images
     themselves; each leaves itself out."""
-    k: int = 7
-    """Neighbours shown of each image."""
+    k: int = 0
+    """Neighbours shown of each image. 0: seven, or as many as there are."""
     pooling: str = ""
     """The feature: cls, mean, ... as evaluate has them. Empty: what the method is watched by, mean
     for MAE and cls for DINO; of other encoders cls where they have it."""
@@ -140,7 +141,7 @@ class NeighboursConfig(PictureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.k >= 1, f"--k is {self.k}; at least 1")
+        check(self.k >= 0, f"--k is {self.k}; at least 1, or 0: seven, or as many as there are")
         check(self.gallery >= 1, f"--gallery is {self.gallery}; at least 1")
 
 
@@ -150,15 +151,15 @@ def neighbours(config: NeighboursConfig) -> Made:
     scene = prepare(config, config.gallery if itself else config.count)
     gallery = scene.source
     if not itself:
-        gallery = bounded(open_source(config.among), config.gallery, config.seed)
-    _check_enough(config.k, len(gallery) - itself, gallery)
+        gallery = bounded(_open_among(config.among), config.gallery, config.seed)
+    k = _enough(config.k, len(gallery), itself)
     feature = config.pooling or _watched_by(scene.backbone)
     allowed = scene.backbone.features
     check(feature in allowed, f"--pooling is {feature!r}; of this encoder: {', '.join(allowed)}")
     if isinstance(scene.source, Files):
         read_images(scene.source, scene.view)  # refuses what cannot be read
     found = _features(scene, gallery, feature)
-    _check_enough(config.k, len(found.index) - itself, gallery)
+    k = _enough(config.k, len(found.index), itself)
     rows = None
     queries = found
     if itself:
@@ -167,7 +168,7 @@ def neighbours(config: NeighboursConfig) -> Made:
         queries = found.take(rows)
     else:
         queries = _features(scene, scene.source, feature)
-    places, cosines = nearest(queries.feature(feature), found.feature(feature), config.k, rows)
+    places, cosines = nearest(queries.feature(feature), found.feature(feature), k, rows)
     asked = _shown(scene, scene.source, queries.index)
     answers = _shown(scene, gallery, found.index[places.flatten()])
     same = same_class((scene.source, queries), (gallery, found.take(places.flatten())))
@@ -178,8 +179,22 @@ def neighbours(config: NeighboursConfig) -> Made:
     return Made(picture, len(asked), scene.backbone)
 
 
-def _check_enough(k: int, there: int, gallery: Source) -> None:
-    check(k <= there, f"--k is {k}; {gallery.spec} has {there} images to find neighbours among")
+def _open_among(spec: str) -> Source:
+    try:
+        return open_source(spec)
+    except UserError as error:
+        raise UserError(f"--among: {error}") from None
+
+
+def _enough(k: int, images: int, itself: bool) -> int:
+    """How many neighbours are shown of each image."""
+    there = images - itself
+    besides = " besides the image itself" if itself else ""
+    check(
+        max(1, k) <= there,
+        f"--k is {max(1, k)}; images to find neighbours among are {there}{besides}",
+    )
+    return k or min(_NEIGHBOURS, there)
 
 
 def _watched_by(backbone: Backbone) -> str:

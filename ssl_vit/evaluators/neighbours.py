@@ -38,7 +38,7 @@ def nearest(
         UserError: k is below 1, or above the number of rows to choose from.
     """
     count = len(bank) - (own is not None)
-    check(1 <= k <= count, f"--k is {k}; there are {count} images to find neighbours among")
+    check(1 <= k <= count, f"--k is {k}; images to find neighbours among are {count}")
     if not len(queries):
         empty = queries.new_empty(0, k)
         return empty.long(), empty.float()
@@ -100,7 +100,7 @@ def neighbours_panel(
     columns = {"query": np.stack([_cell(image, "", None) for image in enlarged(images)])}
     for place in range(cosines.shape[1]):
         cells = [
-            _cell(image, f"{cosine:.2f}", None if same is None else bool(same[row, place]))
+            _cell(image, f"{cosine:.3f}", None if same is None else bool(same[row, place]))
             for row, (image, cosine) in enumerate(
                 zip(enlarged(shown[:, place]), cosines[:, place], strict=True)
             )

@@ -200,6 +200,10 @@ def explained(
     return shares
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share > 0 else "nothing"
+
+
 def reconstruction_panel(
     found: Autoencoder,
     images: Float[Tensor, "b c h w"],
@@ -225,8 +229,8 @@ def reconstruction_panel(
         normalized = shares["normalized"] >= shares["pixels"]
         why = (
             "nothing in the file tells, so it was decided by these images: of their masked patches "
-            f"the prediction explains {100 * shares['normalized']:.0f} % as normalised patches and "
-            f"{100 * shares['pixels']:.0f} % as raw pixels"
+            f"the prediction explains {_percent(shares['normalized'])} as normalised patches and "
+            f"{_percent(shares['pixels'])} as raw pixels"
         )
     mae.config = replace(mae.config, normalize_target=normalized)
     log.info("%s (%s)", mae.target_shown, why)

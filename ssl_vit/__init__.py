@@ -1,3 +1,26 @@
-"""Self-supervised pretraining of Vision Transformers: MAE and DINO around one shared encoder."""
+"""Self-supervised pretraining of Vision Transformers: MAE and DINO around one shared encoder.
+
+``ssl_vit.load_encoder(PATH)`` gives a pretrained encoder; ``python -m ssl_vit.pretrain`` makes one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssl_vit.api import LoadedEncoder as LoadedEncoder
+    from ssl_vit.api import load_encoder as load_encoder
 
 __version__ = "0.1.0"
+__all__ = ["LoadedEncoder", "load_encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    """Late, so that importing a part of the package imports no more than it needs."""
+    if name in __all__:
+        from ssl_vit import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -207,8 +207,8 @@ class Finetuning(Session):
         ]
 
 
-def show_results(session: Finetuning) -> None:
-    """The closing words: the score of the last weights, and where the files are."""
+def show_results(session: Finetuning) -> dict[str, float]:
+    """The closing words: the score of the last weights, and where the files are; the score."""
     guesses, found = session.guess(session.task, session.images.val)
     weights = "average" if session.config.tune.ema else "last"
     prediction = Prediction("logits", f"{weights} weights", guesses, {})
@@ -223,6 +223,7 @@ def show_results(session: Finetuning) -> None:
     print(f"model:    {session.out / MODEL_FILE}")
     print(f"protocol and scores: {session.out / CARD_FILE}")
     print(f"curves:   tensorboard --logdir {shlex.quote(str(session.out))}")
+    return {f"final/{name}": value for name, value in score.metrics.items()}
 
 
 def main(argv: list[str]) -> int:

@@ -30,6 +30,7 @@ from ssl_vit.session import (
     default_options,
     with_weights,
 )
+from ssl_vit.training.run_folder import read_run
 from ssl_vit.training.session import slug
 from ssl_vit.weights.exchange import ENCODER_FILE, sha256
 
@@ -61,24 +62,29 @@ def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]
     return name, method, config
 
 
-def show_results(session: Pretraining) -> None:
-    """The closing words: scores, where the files are, and what to try next."""
+def show_results(session: Pretraining) -> dict[str, float]:
+    """The closing words: scores, where the files are, and what to try next; the scores."""
     watch, out, data = session.watch(), session.out, session.config.data
+    loss = read_run(out).latest("loss")
+    outcome = {} if loss is None else {"final/loss": loss}
     if watch.labelled:
-        show_scores(session, watch)
+        outcome |= show_scores(session, watch)
     print(f"encoder:  {out / ENCODER_FILE}")
     for picture in sorted(out.glob("*.png")):
         print(f"picture:  {picture}")
     print(f"curves:   tensorboard --logdir {shlex.quote(str(out))}")
+    print(f"report:   python -m ssl_vit.report {shlex.quote(str(out))}")
     print("try next:")
     if watch.labelled and data.val:
         sets = f"--data.train {shlex.quote(data.train)} --data.val {shlex.quote(data.val)}"
         print(f"  python -m ssl_vit.evaluate linear --encoder {shlex.quote(str(out))} {sets}")
     print(f"  {_PROG} {session.name} --data.train folder:PATH_TO_YOUR_IMAGES")
+    return outcome
 
 
-def show_scores(session: Pretraining, watch: Watch) -> None:
-    """The table of scores; measured once for an encoder file, then read from ``results.json``."""
+def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
+    """The table of scores, measured once for an encoder file, then read from ``results.json``; the
+    trained encoder's."""
     path, encoder_file = session.out / "results.json", session.out / ENCODER_FILE
     identity = sha256(encoder_file)
     table = read_table(path, identity)
@@ -102,6 +108,8 @@ def show_scores(session: Pretraining, watch: Watch) -> None:
     k = table["raw pixels"]["knn"].setting
     title = f"accuracy in %, {len(watch.val):,} held-out images, {len(watch.train):,} to learn from"
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
+    own = table[f"{session.name} encoder"]
+    return {f"final/{evaluator}": score.top1 for evaluator, score in own.items()}
 
 
 def measure(session: Pretraining, watch: Watch) -> Table:

@@ -20,7 +20,7 @@ from ssl_vit.evaluators.features import View
 from ssl_vit.evaluators.watch import Watch, bounded
 from ssl_vit.methods.base import Method
 from ssl_vit.task import Task
-from ssl_vit.training.metrics import RunLog, duration
+from ssl_vit.training.metrics import RunLog, duration, note_outcome
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.session import Session, counted, prepare_folder, train
 from ssl_vit.training.status import by_signal, noted
@@ -39,7 +39,10 @@ S = TypeVar("S", bound=Session)
 
 
 def carry_out(
-    session: S, about: list[tuple[str, str]], results: Callable[[S], None], command: str
+    session: S,
+    about: list[tuple[str, str]],
+    results: Callable[[S], dict[str, float]],
+    command: str,
 ) -> int:
     """Begin or resume, say what will run, train, and show what came of it; the exit status.
 
@@ -48,7 +51,7 @@ def carry_out(
 
     Args:
         about: rows of the plan on what is trained.
-        results: the closing words, said by the main process.
+        results: the closing words, said by the main process; it returns the scores by name.
         command: the door, to which ``--config FILE`` is added to go on after a stop.
     """
     started = time.perf_counter()
@@ -64,7 +67,9 @@ def carry_out(
             return 130 if stopped == signal.SIGINT else GO_ON
         session.task = session.trainer.whole()
         if session.parallel.main:
-            results(session)
+            outcome = results(session)
+            if note.writes:
+                note_outcome(session.out, session.trainer.step, session.options(), outcome)
             note("finished")
             log.info("done in %s", duration(time.perf_counter() - started))
     session.parallel.any(False)  # all leave together: a launcher may end those that are left

@@ -33,7 +33,7 @@ FLOORS = (
     # What several doors share, beside the doors themselves.
     {
         *("cli", "session", "evaluation", "probes", "compare", "finetune", "preflight", "scale"),
-        *("pictures", "reconstruction", "reporting"),
+        *("pictures", "reconstruction", "reporting", "api"),
     },
 )
 DOORS = len(FLOORS) - 1

@@ -14,7 +14,7 @@ from ssl_vit.data.loader import EvalImages
 from ssl_vit.evaluators.features import View
 from ssl_vit.figures import to_rgb
 
-# What stands for an image that cannot be read.
+# What stands for an image that cannot be read, and around one that is not square.
 _GRAY = 128
 
 
@@ -22,6 +22,15 @@ def shown(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
     """Images (b, c, h, w) as they were read, uint8 or deeper, as RGB."""
     standardised = Normalize(view.mean, view.std).images(images)
     return to_rgb(view.display(images).inverse(standardised))
+
+
+def squared(pictures: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n s s 3"]:
+    """The pictures in the middle of gray squares."""
+    height, width = pictures.shape[1:3]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    around = ((0, 0), (top, side - height - top), (left, side - width - left), (0, 0))
+    return np.pad(pictures, around, constant_values=_GRAY)
 
 
 def thumbnails(

@@ -23,7 +23,7 @@ from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.neighbours import nearest, neighbours_panel
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
 from ssl_vit.evaluators.scores import Score
-from ssl_vit.evaluators.thumbnails import shown, thumbnails
+from ssl_vit.evaluators.thumbnails import shown, squared, thumbnails
 from ssl_vit.files import write_text_atomically
 from ssl_vit.patch_pca import pca_panel
 from ssl_vit.seeds import fold
@@ -114,14 +114,17 @@ class Watch:
         return neighbours_panel(small[:, 0], small[:, 1:], cosine, same)
 
     def projection(self, held_out: FeatureSet) -> tuple[Tensor, list[str], np.ndarray]:
-        """At most 1,000 held-out images for TensorBoard's projector: features, labels, pictures."""
+        """At most 1,000 held-out images for TensorBoard's projector: features, labels, pictures.
+
+        The pictures are square, as those of other shapes cannot be laid out there.
+        """
         some = bounded_rows(len(held_out.index), _PROJECTED, self.seed)
         labels, names = held_out.labels, self.val.classes or ()
         places = held_out.index[some].tolist()
         said = [str(i) for i in places]
         if labels.ndim == 1 and bool((labels >= 0).all()):
             said = [names[i] if i < len(names) else str(i) for i in labels[some].tolist()]
-        pictures = thumbnails(self.val, places, self.view, _TINY)
+        pictures = squared(thumbnails(self.val, places, self.view, _TINY))
         return held_out.parts[self.pooling][some], said, pictures
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:

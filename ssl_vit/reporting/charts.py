@@ -19,7 +19,7 @@ _PAN = "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!"
 Points = list[dict[str, Any]]
 
 
-def thinned(points: list[dict[str, float]]) -> list[dict[str, float]]:
+def thinned(points: Points) -> Points:
     """At most ``MOST_POINTS``: means of equal groups of neighbours, each at its last step."""
     size = -(-len(points) // MOST_POINTS)
     if size <= 1:
@@ -29,7 +29,7 @@ def thinned(points: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def curves(
-    series: dict[str, list[dict[str, float]]],
+    series: dict[str, Points],
     colours: dict[str, str],
     levels: dict[str, float] | None = None,
     logarithmic: bool = False,

@@ -27,7 +27,7 @@ class Projection:
     step: int
     features: Float[np.ndarray, "n d"]
     labels: list[str] | None
-    pictures: UInt8[np.ndarray, "n h w 3"]
+    pictures: UInt8[np.ndarray, "n s s 3"]
 
 
 def read_projection(folder: Path) -> Projection | None:
@@ -42,7 +42,9 @@ def read_projection(folder: Path) -> Projection | None:
     step = max(found)
     path = found[step]
     try:
-        features = np.loadtxt(path / "tensors.tsv", delimiter="\t", ndmin=2)
+        text = (path / "tensors.tsv").read_text()
+        check(bool(text.strip()), "no features")
+        features = np.loadtxt(text.splitlines(), delimiter="\t", ndmin=2)
         labels = (path / "metadata.tsv").read_text().splitlines()
         sprite = np.asarray(Image.open(path / "sprite.png").convert("RGB"))
         check(len(labels) == len(features) > 0, "as many labels as features are needed")
@@ -55,21 +57,21 @@ def read_projection(folder: Path) -> Projection | None:
     return Projection(step, features, labels if known else None, pictures)
 
 
-def _cut(sprite: UInt8[np.ndarray, "height width 3"], n: int) -> UInt8[np.ndarray, "n h w 3"]:
+def _cut(sprite: UInt8[np.ndarray, "height width 3"], n: int) -> UInt8[np.ndarray, "n s s 3"]:
     """The pictures of a square sheet, row by row, as TensorBoard lays them out."""
     across = math.ceil(math.sqrt(n))
-    height, width = sprite.shape[0] // across, sprite.shape[1] // across
-    check(height > 0 and width > 0, "its sheet of pictures is too small")
-    cells = sprite[: across * height, : across * width]
-    cells = cells.reshape(across, height, across, width, 3).swapaxes(1, 2)
-    return cells.reshape(-1, height, width, 3)[:n]
+    side = min(sprite.shape[:2]) // across
+    check(side > 0, "its sheet of pictures is too small")
+    cells = sprite[: across * side, : across * side]
+    cells = cells.reshape(across, side, across, side, 3).swapaxes(1, 2)
+    return cells.reshape(-1, side, side, 3)[:n]
 
 
 def flattened(features: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
     """t-SNE (van der Maaten and Hinton 2008) of features of length 1, so that near means similar.
 
     Begun from the two first principal components, and a function of ``seed``. Fewer than five
-    images, or features that are all the same, are laid out by those components alone.
+    images are laid out by those components alone, and those that are all the same at one place.
     """
     from sklearn.decomposition import PCA  # late: it takes a second to import
     from sklearn.manifold import TSNE
@@ -77,9 +79,11 @@ def flattened(features: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit = features / np.maximum(lengths, 1e-12)
     n, width = unit.shape
+    if float(unit.std(0).max()) < 1e-9:
+        return np.zeros((n, 2))
     flat = PCA(min(2, n, width), random_state=seed).fit_transform(unit)
     flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
-    if n < 5 or float(unit.std(0).max()) < 1e-9:
+    if n < 5:
         return flat
     # The customary start: small, so that it is the data that moves the points.
     start = flat / max(float(flat[:, 0].std()), 1e-12) * 1e-4

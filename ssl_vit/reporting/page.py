@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from ssl_vit import __version__
 from ssl_vit.reporting.advice import knn_names
-from ssl_vit.reporting.charts import COLOURS, curves, intervals
+from ssl_vit.reporting.charts import COLOURS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
 from ssl_vit.reporting.explained import meaning, ordered, title
 from ssl_vit.reporting.story import KNN, Scored, Story
@@ -72,7 +72,7 @@ def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list
     shown = ordered(list(dict.fromkeys(names)))
     several = len(stories) > 1
     for name in shown:
-        series: dict[str, list[dict[str, float]]] = {}
+        series: dict[str, Points] = {}
         colours: dict[str, str] = {}
         for i, story in enumerate(stories):
             kinds = knn_names(story) if name == "knn" else {"": name}

@@ -63,7 +63,7 @@ class Story:
         """Hours of training up to a step."""
         return float(np.interp(step, [0, *self.steps], [0, *self.seconds])) / 3600
 
-    def curve(self, name: str) -> list[dict[str, float]]:
+    def curve(self, name: str) -> list[dict[str, Any]]:
         """A logged number as points: after how many steps, images and hours, and its value."""
         return [
             {

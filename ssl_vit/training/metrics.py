@@ -159,7 +159,7 @@ class RunLog:
     def projection(
         self, step: int, features: Tensor, labels: list[str], images: np.ndarray
     ) -> None:
-        """Features (n, D), their labels and small pictures (n, h, w, 3) to TensorBoard's projector.
+        """Features (n, D), labels and square pictures (n, s, s, 3) to TensorBoard's projector.
 
         The newest alone is kept: it is far larger than all else that is logged.
         """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from ssl_vit.config import Length, RunConfig, check
@@ -27,7 +28,7 @@ from ssl_vit.encoder import (
     parameter_count,
 )
 from ssl_vit.files import write_text_atomically
-from ssl_vit.options import to_yaml
+from ssl_vit.options import flatten, to_yaml
 from ssl_vit.task import Task
 from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
@@ -97,6 +98,10 @@ class Session:
     def look(self, whole: Task, step: int, log: RunLog) -> None:
         """Measure what is trained on held-out images, and log it. Nothing is chosen by it."""
         raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Every option by its name, ``group.option``, as ``config.yaml`` has them."""
+        return flatten(yaml.safe_load(to_yaml(self.config)))
 
     @property
     def part_size(self) -> int:

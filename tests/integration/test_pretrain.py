@@ -79,7 +79,7 @@ def test_tensorboard(run):
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "train/lr", "probe/rankme", "probe/knn20_cls"} <= set(tags["scalars"])
-    assert tags["images"] == ["reconstruction"]
+    assert set(tags["images"]) == {"reconstruction", "pca", "neighbours"}
     assert len(events.Scalars("train/loss")) == 24
 
 

@@ -1,0 +1,150 @@
+"""For notebooks and scripts: an encoder with the preparation of its images, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ssl_vit.attention import cls_attention
+from ssl_vit.config import UserError, check
+from ssl_vit.data.augment import Normalize, center_view
+from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.loader import stack
+from ssl_vit.encoder import Encoder, Features
+from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.evaluators.features import View, ready
+from ssl_vit.training.parallel import resolve_device
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+Images = ImageLike | Sequence[ImageLike]
+_AT_ONCE = 64
+
+
+class LoadedEncoder:
+    """A pretrained encoder, frozen, that takes images as they come.
+
+    Images are paths, encoded bytes, ``PIL.Image``, arrays (H, W) or (H, W, C), tensors (C, H, W),
+    one or a sequence of them of any sizes; or a tensor (B, C, H, W). Tensors and arrays hold pixels
+    as a file would, not normalised ones: uint8, or float where a file would be deeper.
+
+    Attributes:
+        name: as it was asked for.
+        module: the ``Encoder``, whose ``vit`` is a timm ``VisionTransformer``; in evaluation mode.
+        view: the size, channels and statistics that its images are brought to.
+        device: where it computes.
+    """
+
+    def __init__(self, name: str, module: Encoder, view: View, device: torch.device) -> None:
+        self.name, self.module, self.view, self.device = name, module, view, device
+        ready(module, device)
+        self._normalize = Normalize(view.mean, view.std).to(device)
+
+    def transform(self, images: Images) -> Float[Tensor, "b c h w"]:
+        """Images as the encoder's input: central crop, resized bicubically, normalised.
+
+        The same preparation as that of the evaluators; on the encoder's device.
+
+        Raises:
+            UserError: an image that cannot be read, is no image, or has other channels.
+        """
+        crops = [self._crop(image, i) for i, image in enumerate(_each(images))]
+        check(bool(crops), "no image is given")
+        return self._normalize.images(stack(crops).to(self.device))
+
+    @torch.inference_mode()
+    def features(self, images: Images) -> Features:
+        """Features of images, float32, on the encoder's device.
+
+        ``cls`` (B, D) or None, ``patches`` (B, N, D) and their ``grid`` (rows, columns);
+        ``pool("mean")``, ``pool("cls")`` or ``pool("cls+mean")`` make one vector an image.
+
+        Raises:
+            UserError: as :meth:`transform`.
+        """
+        made = [self.module(part) for part in self.transform(images).split(_AT_ONCE)]
+        cls = torch.cat([f.cls for f in made]) if made[0].cls is not None else None
+        return Features(cls, torch.cat([f.patches for f in made]), made[0].grid, made[0].norm)
+
+    @torch.inference_mode()
+    def attention(self, images: Images) -> Float[Tensor, "b heads rows columns"]:
+        """Where [CLS] looks in the last block: each head's attention to the patches.
+
+        A head's numbers sum to one or less; the rest is what it gives to [CLS] and registers.
+
+        Raises:
+            UserError: as :meth:`transform`; or the encoder has no [CLS].
+        """
+        made = [cls_attention(self.module, x) for x in self.transform(images).split(_AT_ONCE)]
+        return torch.cat([rows for rows, _ in made]).unflatten(-1, made[0][1])
+
+    def _crop(self, image: ImageLike, number: int) -> Tensor:
+        try:
+            pixels = decode(_raw(image), self.view.channels)
+        except (BadImage, OSError) as error:
+            what = image if isinstance(image, str | os.PathLike) else f"image {number}"
+            raise UserError(f"{what}: {getattr(error, 'strerror', None) or error}") from None
+        return center_view(pixels, self.view.size, self.view.crop_ratio)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.view.size))
+        arch, channels = self.module.config.arch, self.view.channels
+        shape = f"{channels} channels of {size} pixels, patch {self.module.patch_size}"
+        return f"LoadedEncoder({self.name!r}: {arch}, {self.module.width} features, {shape})"
+
+
+def load_encoder(
+    name: str | Path, size: int | tuple[int, int] | None = None, device: str = "auto"
+) -> LoadedEncoder:
+    """A pretrained encoder from a run folder, or from any weight file that the evaluators take.
+
+    Args:
+        name: a run folder; a file of ours, of the official MAE, DINO and DINOv2 releases or of
+            timm; a folder of Hugging Face; ``timm:NAME``; ``random:`` before any of them.
+        size: height and width that images are brought to, or one number for both, divisible by the
+            patch size; None: those the encoder is made for.
+        device: auto, cpu, cuda, cuda:1 or mps.
+
+    Raises:
+        UserError: no such thing, its weights do not fit, or it is no plain ViT.
+    """
+    given = () if size is None else (size,) if isinstance(size, int) else tuple(size)
+    backbone = open_backbone(str(name), seed=0, size=given)
+    module = backbone.module
+    check(isinstance(module, Encoder), f"{str(name)!r} is no plain ViT: it has no patch features")
+    assert isinstance(module, Encoder)
+    return LoadedEncoder(str(name), module, backbone.view, resolve_device(device))
+
+
+def _each(images: Images) -> Sequence[ImageLike]:
+    """One image as a sequence of one."""
+    if isinstance(images, Tensor):
+        check(
+            images.ndim in (2, 3, 4), f"a tensor of images has 2 to 4 dimensions, not {images.ndim}"
+        )
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    one = isinstance(images, str | os.PathLike | bytes | Image.Image)
+    return [images] if one else list(images)  # type: ignore[arg-type, list-item]
+
+
+def _raw(image: ImageLike) -> bytes | np.ndarray:
+    """What ``decode`` takes."""
+    if isinstance(image, Tensor):
+        array = image.detach().cpu().numpy()
+        return np.ascontiguousarray(array.transpose(1, 2, 0) if image.ndim == 3 else array)
+    if isinstance(image, Image.Image):
+        plain = image if image.mode in ("L", "RGB", "I;16", "I", "F") else image.convert("RGB")
+        return np.asarray(plain)
+    if isinstance(image, np.ndarray | bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).expanduser().read_bytes()
+    raise UserError(f"a {type(image).__name__} is no image; give a path, bytes, array or tensor")

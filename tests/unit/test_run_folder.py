@@ -276,7 +276,15 @@ def test_runs_are_found_wherever_they_are(tmp_path):
     assert find_runs(tmp_path / "nowhere") == []
 
 
-def test_links_lead_to_runs_once_and_never_round(tmp_path):
+@pytest.mark.parametrize("last", ["run", "again"])
+def test_links_lead_to_runs_once_and_never_round(tmp_path, monkeypatch, last):
+    """In whatever order a disk names them."""
+    real = Path.iterdir
+
+    def ordered(path):
+        return iter(sorted(real(path), key=lambda inner: inner.name == last))
+
+    monkeypatch.setattr(Path, "iterdir", ordered)
     make(tmp_path / "far/run")
     here = make(tmp_path / "here/run").parent
     (here / "a-link").symlink_to(tmp_path / "far")

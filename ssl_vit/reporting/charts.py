@@ -32,7 +32,6 @@ def curves(
     series: dict[str, Points],
     colours: dict[str, str],
     levels: dict[str, float] | None = None,
-    logarithmic: bool = False,
 ) -> dict[str, Any]:
     """Lines by name over images, steps or hours: a page's ``xaxis`` parameter says which.
 
@@ -52,16 +51,14 @@ def curves(
         nearest=True, on="pointerover", fields=["at"], empty=False, clear="pointerout"
     )
     base = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(alt.InlineData(values=rows))
         .transform_calculate(at="datum[xaxis]")
         .encode(
             x=alt.X("at:Q", axis=_axis("~s"), scale=alt.Scale(nice=False)),
             y=alt.Y(
                 "value:Q",
                 axis=_axis(_PLAIN),
-                scale=alt.Scale(type="log", padding=8)
-                if logarithmic
-                else alt.Scale(zero=False, padding=8),
+                scale=alt.Scale(zero=False, padding=8),
             ),
             color=alt.Color("series:N", scale=scale, legend=legend),
         )
@@ -87,7 +84,7 @@ def _levels(levels: dict[str, float]) -> list[Any]:
     """Dashed lines across a chart, each with its name at the left."""
     made: list[Any] = []
     for name, value in levels.items():
-        data = alt.Data(values=[{"level": value, "name": f"{name} {value:.1f}"}])
+        data = alt.InlineData(values=[{"level": value, "name": f"{name} {value:.1f}"}])
         line = alt.Chart(data).mark_rule(strokeDash=[4, 3], color=_INK, opacity=0.55)
         text = alt.Chart(data).mark_text(align="left", dx=4, dy=-6, color=_INK, opacity=0.8)
         made.append(line.encode(y="level:Q"))
@@ -100,7 +97,7 @@ def landscape(points: Points, labelled: bool) -> dict[str, Any]:
 
     A class in the legend, clicked, stands out.
     """
-    base = alt.Chart(alt.Data(values=points)).mark_circle(size=55)
+    base = alt.Chart(alt.InlineData(values=points)).mark_circle(size=55)
     plain: Any = alt.Axis(labels=False, ticks=False, domain=False, grid=False, title=None)
     tooltip = [alt.Tooltip("image:N")] + ([alt.Tooltip("label:N")] if labelled else [])
     chart = base.encode(
@@ -132,7 +129,7 @@ def intervals(rows: Points, colours: dict[str, str], unit: str = "%") -> dict[st
     order = list(dict.fromkeys(row["what"] for row in rows))
     names = list(dict.fromkeys(row["of"] for row in rows))
     scale = alt.Scale(domain=names, range=[colours[name] for name in names])
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
         y=alt.Y("what:N", sort=order, axis=_axis(None, labelLimit=260)),
         yOffset=alt.YOffset("of:N", sort=names),
         color=alt.Color("of:N", scale=scale, legend=alt.Legend(title=None, orient="top")),
@@ -163,7 +160,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[s
         for guess, n in zip(classes, row, strict=True)
     ]
     order = list(classes)
-    base = alt.Chart(alt.Data(values=rows)).mark_rect()
+    base = alt.Chart(alt.InlineData(values=rows)).mark_rect()
     chart = base.encode(
         x=alt.X("guess:N", sort=order, axis=_axis(None, labelAngle=-45), title="guess"),
         y=alt.Y("truth:N", sort=order, axis=_axis(None), title="truth"),

@@ -15,7 +15,7 @@ from ssl_vit.methods.base import find_method
 from ssl_vit.options import flatten, to_yaml
 from ssl_vit.reporting.advice import CALLED, advise
 from ssl_vit.reporting.charts import confusion, landscape
-from ssl_vit.reporting.images import hover_picture, stages
+from ssl_vit.reporting.images import stages, thumbnail_uri
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.reporting.story import Scored, Story
 from ssl_vit.session import PretrainConfig, default_options
@@ -197,7 +197,7 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
         {
             "x": round(float(x), 3),
             "y": round(float(y), 3),
-            "image": hover_picture(picture),
+            "image": thumbnail_uri(picture),
             **({"label": found.labels[i]} if found.labels else {}),
         }
         for i, ((x, y), picture) in enumerate(zip(flat, found.pictures, strict=True))

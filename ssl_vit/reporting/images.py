@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ssl_vit.figures import enlarged
 from ssl_vit.reporting.story import Story
 
 _WIDEST = 1500
 _QUALITY = 88
 _STAGES = 8
-# A small picture on hover, in pixels of its longer side at least.
-_HOVER = 96
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -26,18 +24,19 @@ def data_uri(picture: Image.Image) -> str:
     if picture.width > _WIDEST:
         size = (_WIDEST, round(picture.height * _WIDEST / picture.width))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    made = []
-    for kind, options in (("webp", {"quality": _QUALITY}), ("png", {"optimize": True})):
-        box = io.BytesIO()
-        picture.save(box, format=kind, **options)
-        made.append((len(box.getvalue()), kind, box.getvalue()))
-    _, kind, content = min(made)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    webp, png = _encoded(picture, "webp", quality=_QUALITY), _encoded(picture, "png", optimize=True)
+    return min(webp, png, key=len)
 
 
-def hover_picture(picture: UInt8[np.ndarray, "h w 3"]) -> str:
-    """A thumbnail as text, small ones enlarged with their pixels kept square."""
-    return data_uri(Image.fromarray(enlarged(picture[None], _HOVER)[0]))
+def thumbnail_uri(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+    """The same of a thumbnail, of which there are very many."""
+    return _encoded(Image.fromarray(picture), "webp", quality=_QUALITY)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> str:
+    box = io.BytesIO()
+    picture.save(box, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(box.getvalue()).decode()}"
 
 
 def stages(story: Story) -> dict[str, list[dict[str, object]]]:

@@ -24,7 +24,6 @@ from ssl_vit.training.metrics import duration
 
 _HERE = Path(__file__).parent
 _LEVELS = {"raw pixels": "raw pixels", "random encoder": "untrained", "initial encoder": "initial"}
-_LOGARITHMIC = ("lr",)
 
 
 def render(stories: Sequence[Story], seed: int) -> str:
@@ -85,7 +84,7 @@ def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list
                 place = i + j * len(stories) if several else j
                 colours[label] = COLOURS[place % len(COLOURS)]
         levels = _levels(stories) if name == "knn" else None
-        charts[f"curve-{name}"] = curves(series, colours, levels, name in _LOGARITHMIC)
+        charts[f"curve-{name}"] = curves(series, colours, levels)
     return shown
 
 

@@ -256,20 +256,24 @@ def note_outcome(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a line that a killed run left torn is passed over."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The rows of a metrics file; a line that a killed run left torn, or no row, is passed over."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [row for line in lines if (row := read_row(line)) is not None]
+
+
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of a metrics file; None for one that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def keep_rows(path: Path, step: int) -> None:
     """Drop the rows after ``step``: a resumed run writes them again."""
     if not path.is_file():
         return
-    kept = [json.dumps(row) for row in read_rows(path) if row.get("step", 0) <= step]
+    kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= step]
     text = "".join(f"{line}{os.linesep}" for line in kept)
     write_text_atomically(path, text)

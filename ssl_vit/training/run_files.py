@@ -12,7 +12,7 @@ import yaml
 from ssl_vit.config import UserError
 from ssl_vit.options import flatten
 from ssl_vit.training.checkpoint import complete
-from ssl_vit.training.metrics import METRICS_FILE
+from ssl_vit.training.metrics import METRICS_FILE, read_row
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.status import STATUS_FILE
 from ssl_vit.weights.exchange import ENCODER_FILE, own_metadata
@@ -55,20 +55,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int, list[str]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         return [], 0, [_absent(path, error)]
-    rows = [_row(line) for line in lines]
+    rows = [read_row(line) for line in lines]
     torn = sum(
         row is None and bool(line.strip()) for row, line in zip(rows[:-1], lines, strict=False)
     )
     return [row for row in rows if row is not None], torn, []
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for one that is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def read_exported(folder: Path) -> tuple[str, int | None, list[str]]:

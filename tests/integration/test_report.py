@@ -14,7 +14,8 @@ from tests.unit.run_folders import make_run, train_row
 SECTIONS = ("verdict", "scores", "curves", "training", "features", "options")
 # 40 steps each of both methods, on CIFAR-10, with the laptop recipes' encoder.
 CIFAR = (
-    *("--encoder.patch-size", "8", "--encoder.depth", "2", "--optim.batch-size", "32"),
+    *("--encoder.image-size", "16", "--encoder.patch-size", "4", "--encoder.depth", "2"),
+    *("--optim.batch-size", "32"),
     *("--run.length", "40st", "--run.probe-every", "20st", "--run.log-every", "5"),
     *("--run.save-every", "40st", "--run.probe-images", "400", "--data.workers", "0"),
 )

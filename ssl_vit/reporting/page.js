@@ -1,6 +1,6 @@
 const specs = JSON.parse(document.getElementById("charts").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const views = [];
+const views = new Map();
 const options = () => ({
   renderer: "svg",
   actions: { export: true, source: false, compiled: false, editor: false },
@@ -8,14 +8,12 @@ const options = () => ({
 });
 for (const place of document.querySelectorAll("[data-chart]")) {
   const { view } = await vegaEmbed(place, specs[place.dataset.chart], options());
-  views.push(view);
+  views.set(place.dataset.chart, view);
 }
 for (const choice of document.querySelectorAll("[name=xaxis]")) {
   choice.addEventListener("change", () => {
-    for (const view of views) {
-      if ("xaxis" in view.getState({ data: () => false }).signals) {
-        view.signal("xaxis", choice.value).runAsync();
-      }
+    for (const [name, view] of views) {
+      if (name.startsWith("curve-")) view.signal("xaxis", choice.value).runAsync();
     }
   });
 }
@@ -29,4 +27,4 @@ for (const slider of document.querySelectorAll(".stages input")) {
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => {
   if (!d.closest(".vega-embed")) d.open = true;
 }));
-document.body.dataset.ready = String(views.length);
+document.body.dataset.ready = String(views.size);

@@ -188,6 +188,8 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
     except UserError as error:
         story.problems.append(str(error))
         return {"missing": str(error)}
+    if found is None and story.run.method == "finetune":
+        return {"missing": "a fine-tuning keeps none; its encoder's own run does"}
     if found is None:
         return {
             "missing": "this run has not yet looked at its encoder, or was made before it kept this"

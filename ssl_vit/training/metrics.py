@@ -69,7 +69,7 @@ class RunLog:
         self.progress: Progress | None = None
         if main:
             keep_rows(folder / METRICS_FILE, start)
-            drop_panels(folder, start)
+            drop_pictures(folder, start)
             self.file = open(folder / METRICS_FILE, "a", buffering=1)  # noqa: SIM115
             self.board = SummaryWriter(str(folder / BOARD_FOLDER), purge_step=start + 1)
             self._start_progress()
@@ -231,11 +231,13 @@ def panels(folder: Path) -> dict[str, dict[int, Path]]:
     return found
 
 
-def drop_panels(folder: Path, step: int) -> None:
-    """Remove the pictures of later steps: a resumed run makes them again."""
+def drop_pictures(folder: Path, step: int) -> None:
+    """Remove the pictures and projections of later steps: a resumed run makes them again."""
     for by_step in panels(folder).values():
         for late in (file for made, file in by_step.items() if made > step):
             late.unlink()
+    for late in (path for made, path in projections(folder).items() if made > step):
+        shutil.rmtree(late.parent)
 
 
 def note_outcome(

@@ -1,6 +1,7 @@
 """What a run keeps to be seen: its pictures at every look, TensorBoard's projector and HPARAMS."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import Machine, View, extract, pooled
 from ssl_vit.evaluators.thumbnails import thumbnails
-from ssl_vit.training.metrics import panels, projections, read_rows
+from ssl_vit.training.metrics import drop_pictures, panels, projections, read_rows
 from ssl_vit.weights.exchange import load_encoder
 
 
@@ -91,6 +92,18 @@ def test_a_finished_run_adds_nothing(run, shared_door):
     before = sorted(path.name for path in (run / "tensorboard").iterdir())
     assert shared_door.pretrain("--run.out", "run", "--run.probe-every", "12st").returncode == 0
     assert sorted(path.name for path in (run / "tensorboard").iterdir()) == before
+
+
+def test_what_a_resumed_run_makes_again_is_dropped_first(run, tmp_path):
+    """Of steps after the one that it goes on from; the others stay as they are."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    drop_pictures(copy, 24)
+    assert set(projections(copy)) == {24}
+    drop_pictures(copy, 12)
+    assert projections(copy) == {}
+    assert all(set(by_step) == {12} for by_step in panels(copy).values())
+    assert len(panels(copy)) == 3
 
 
 def test_without_labels_and_of_four_channels(door):

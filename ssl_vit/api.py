@@ -68,7 +68,7 @@ class LoadedEncoder:
         Raises:
             UserError: as :meth:`transform`.
         """
-        made = [self.module(part) for part in self.transform(images).split(_AT_ONCE)]
+        made = [self.module(self.transform(part)) for part in _parts(images)]
         cls = torch.cat([f.cls for f in made]) if made[0].cls is not None else None
         return Features(cls, torch.cat([f.patches for f in made]), made[0].grid, made[0].norm)
 
@@ -81,7 +81,7 @@ class LoadedEncoder:
         Raises:
             UserError: as :meth:`transform`; or the encoder has no [CLS].
         """
-        made = [cls_attention(self.module, x) for x in self.transform(images).split(_AT_ONCE)]
+        made = [cls_attention(self.module, self.transform(part)) for part in _parts(images)]
         return torch.cat([rows for rows, _ in made]).unflatten(-1, made[0][1])
 
     def _crop(self, image: ImageLike, number: int) -> Tensor:
@@ -133,6 +133,12 @@ def _each(images: Images) -> Sequence[ImageLike]:
         return list(images) if images.ndim == 4 else [images]
     one = isinstance(images, str | os.PathLike | bytes | Image.Image)
     return [images] if one else list(images)  # type: ignore[arg-type, list-item]
+
+
+def _parts(images: Images) -> list[Sequence[ImageLike]]:
+    """At most 64 images at a time, so that the network's own memory does not grow with them."""
+    every = _each(images)
+    return [every[i : i + _AT_ONCE] for i in range(0, max(1, len(every)), _AT_ONCE)]
 
 
 def _raw(image: ImageLike) -> bytes | np.ndarray:

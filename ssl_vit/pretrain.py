@@ -64,7 +64,7 @@ def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]
 
 def show_results(session: Pretraining) -> dict[str, float]:
     """The closing words: scores, where the files are, and what to try next; the scores."""
-    watch, out, data = session.watch(), session.out, session.config.data
+    watch, out, data = session.watch, session.out, session.config.data
     loss = read_run(out).latest("loss")
     outcome = {} if loss is None else {"final/loss": loss}
     if watch.labelled:

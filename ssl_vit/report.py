@@ -51,6 +51,7 @@ def find_folders(given: tuple[str, ...]) -> list[Path]:
     """
     check(bool(given), f"no run is named; usage: {_PROG} RUN [RUN ...]")
     folders = [Path(name).expanduser() for name in given]
+    check(len({f.resolve() for f in folders}) == len(folders), "a run is named twice")
     for name, folder in zip(given, folders, strict=True):
         check(folder.is_dir(), f"RUN is {name!r}; there is no such folder")
         inside = find_runs(folder)
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> int:
     from ssl_vit.reporting.story import read_story
 
     stories = [read_story(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
-    page = render(stories, config.seed)
+    # Names of files may hold what UTF-8 cannot.
+    page = render(stories, config.seed).encode("utf-8", "replace").decode()
     write_text_atomically(out, page)
     for problem in (problem for story in stories for problem in story.problems):
         log.warning("%s", problem)

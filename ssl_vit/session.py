@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shlex
 import signal
@@ -135,7 +136,7 @@ class Pretraining(Session):
     def look(self, whole: Task, step: int, log: RunLog) -> None:
         """Health, k-NN and pictures."""
         assert isinstance(whole, Method)
-        watch, encoder = self.watch(), whole.exported_encoder()
+        watch, encoder = self.watch, whole.exported_encoder()
         numbers, held_out = watch.look(encoder)
         log.write(step, numbers, "probe")
         for name, picture in watch.paint(whole.panels, encoder, held_out).items():
@@ -157,6 +158,7 @@ class Pretraining(Session):
         assert issubclass(kind, Method)
         return initial_method(kind, self.config).exported_encoder()
 
+    @functools.cached_property
     def watch(self) -> Watch:
         """How the encoder is looked at: bounded numbers of training and held-out images."""
         run, images = self.config.run, self.images

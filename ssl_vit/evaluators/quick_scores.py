@@ -16,20 +16,29 @@ def plain_features(features: FeatureSet) -> tuple[str, ...]:
 
 
 def knn_scores(
-    train: FeatureSet, val: FeatureSet, ks: Sequence[int] = KS, features: tuple[str, ...] = ()
+    train: FeatureSet,
+    val: FeatureSet,
+    ks: Sequence[int] = KS,
+    features: tuple[str, ...] = (),
+    classes: Sequence[str] | None = None,
 ) -> list[Score]:
     """k-NN by each feature (empty: the plain ones) and k that the training set can fill.
 
-    One process alone.
+    One process alone. ``classes``: their names, where they have any.
     """
     truth, device = labelled(val.labels, "the validation set"), train.labels.device
     names = features or plain_features(train)
     found = knn_predictions(train, val, ks, names, device, shared=False)
-    return [judge(prediction, truth, None, seed=0) for prediction in found]
+    return [judge(prediction, truth, classes, seed=0) for prediction in found]
 
 
-def linear_scores(train: FeatureSet, val: FeatureSet, protocol: LinearProtocol) -> list[Score]:
+def linear_scores(
+    train: FeatureSet,
+    val: FeatureSet,
+    protocol: LinearProtocol,
+    classes: Sequence[str] | None = None,
+) -> list[Score]:
     """The linear probe, by the one head that is chosen without the validation set."""
     labelled(train.labels, "the training set")
     truth = labelled(val.labels, "the validation set")
-    return [judge(p, truth, None, protocol.seed) for p in linear_probe(train, val, protocol)]
+    return [judge(p, truth, classes, protocol.seed) for p in linear_probe(train, val, protocol)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,8 @@ _PROJECTED = 1000
 class Watch:
     """Everything needed to look at an encoder.
 
-    ``labelled`` says whether k-NN has a meaning, ``pooling`` which feature the method trains.
+    ``labelled`` says whether k-NN has a meaning, ``pooling`` which feature the method trains;
+    ``drawn`` keeps small pictures from one look to the next.
     """
 
     train: Source
@@ -55,6 +56,7 @@ class Watch:
     seed: int
     labelled: bool
     pooling: str = "mean"
+    drawn: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
 
     def features(self, embed: Embed) -> tuple[FeatureSet | None, FeatureSet]:
         """Features of the training images (where labels make them useful) and the held-out ones."""
@@ -70,7 +72,7 @@ class Watch:
         features of the held-out images."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
-        numbers = health(val.parts[self.pooling])
+        numbers = health(val.parts[self.pooling]) | {"held_out_images": float(len(val.index))}
         if train is not None:
             k = min(20, len(train.labels))
             for score in knn_scores(train, val, (k,)):
@@ -113,19 +115,29 @@ class Watch:
         small = small.reshape(len(rows), k + 1, *small.shape[1:])
         return neighbours_panel(small[:, 0], small[:, 1:], cosine, same)
 
-    def projection(self, held_out: FeatureSet) -> tuple[Tensor, list[str], np.ndarray]:
-        """At most 1,000 held-out images for TensorBoard's projector: features, labels, pictures.
+    def projection(self, held_out: FeatureSet) -> tuple[Tensor, str, list[str], np.ndarray]:
+        """At most 1,000 held-out images for TensorBoard's projector: features, what kind of labels
+        they have, the labels, pictures.
 
         The pictures are square, as those of other shapes cannot be laid out there.
         """
         some = bounded_rows(len(held_out.index), _PROJECTED, self.seed)
-        labels, names = held_out.labels, self.val.classes or ()
-        places = held_out.index[some].tolist()
-        said = [str(i) for i in places]
-        if labels.ndim == 1 and bool((labels >= 0).all()):
-            said = [names[i] if i < len(names) else str(i) for i in labels[some].tolist()]
-        pictures = squared(thumbnails(self.val, places, self.view, _TINY))
-        return held_out.parts[self.pooling][some], said, pictures
+        places = tuple(held_out.index[some].tolist())
+        if places not in self.drawn:  # the same at every look, and slow to read
+            self.drawn.clear()
+            self.drawn[places] = squared(thumbnails(self.val, places, self.view, _TINY))
+        kind, said = self._said(held_out.labels[some])
+        return held_out.parts[self.pooling][some], kind, said, self.drawn[places]
+
+    def _said(self, labels: Tensor) -> tuple[str, list[str]]:
+        """What is known of images, and in which sense: class, labels (several each), or nothing."""
+        names = self.val.classes or ()
+        if labels.ndim == 2:
+            rows = [row.nonzero()[:, 0].tolist() for row in labels.nan_to_num(0) > 0]
+            return "labels", [" + ".join(_name(names, i) for i in row) or "none" for row in rows]
+        if bool((labels >= 0).all()):
+            return "class", [_name(names, i) for i in labels.tolist()]
+        return "unlabelled", ["" for _ in labels]
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
         """k-NN (k = 20) and linear score of each entry, on the method's feature if it has it."""
@@ -137,10 +149,15 @@ class Watch:
             train, val = train.to(self.device), val.to(self.device)
             shown = self.pooling if self.pooling in train.parts else next(iter(train.parts))
             k = min(20, len(train.labels))
-            nearest = knn_scores(train, val, (k,), (shown,))
-            linear = linear_scores(train, val, replace(protocol, features=(shown,)))
-            table[name] = {"knn": nearest[0], "linear": linear[0]}
+            names = self.val.classes or self.train.classes
+            by_neighbours = knn_scores(train, val, (k,), (shown,), names)
+            linear = linear_scores(train, val, replace(protocol, features=(shown,)), names)
+            table[name] = {"knn": by_neighbours[0], "linear": linear[0]}
         return table
+
+
+def _name(classes: Sequence[str], number: int) -> str:
+    return classes[number] if number < len(classes) else str(number)
 
 
 def bounded(source: Source, count: int, seed: int) -> Source:

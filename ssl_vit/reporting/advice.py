@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from ssl_vit.reporting.story import KNN, Scored, Story
+from ssl_vit.reporting.explained import evaluator
+from ssl_vit.reporting.story import Story
 
 # Thresholds; each is told in the line that it leads to.
-_WAITING, _SLOW, _SAVING = 0.2, 1.5, 0.1
+_WAITING, _SLOW = 0.2, 1.5
+_PAUSES = (
+    ("saving_s", "saving", 0.1, "A longer --run.save-every"),
+    (
+        "looking_s",
+        "looking at the encoder",
+        0.3,
+        "A longer --run.probe-every, fewer --run.probe-images",
+    ),
+)
+_ENOUGH, _MOST_TOLD = 20, 8
 _SPREAD, _RANK = 0.1, 3.0
 _LOST_KNN = 2.0
-# Features as people say them.
-CALLED = {"cls": "[CLS]", "mean": "mean patch"}
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What was seen, what usually helps, and whether it spoils the run."""
+    """What was seen, what usually helps, a command for it, and whether it spoils the run."""
 
     text: str
     remedy: str = ""
     serious: bool = True
+    command: str = ""
 
 
 def advise(story: Story) -> list[Advice]:
@@ -39,22 +50,29 @@ def _ended(story: Story) -> Iterator[Advice]:
         return
     of = f" of {run.total:,}" if run.total else ""
     why = f": {run.said}" if run.said else ""
-    remedy = f"Go on with: {run.resume}" if run.resume else ""
     text = f"The run is {run.state} at step {run.step:,}{of}{why}"
-    yield Advice(text, remedy, serious=run.state != "stopped")
+    mild = run.state in ("stopped", "unknown")
+    yield Advice(text, "Go on with" if run.resume else "", not mild, run.resume)
 
 
 def _told(story: Story) -> Iterator[Advice]:
-    """Warnings of the run itself, each once, with when it was told first."""
-    seen = set()
+    """Warnings of the run itself, each kind once, with when it was told first.
+
+    They are mild where the last thing that was told is that something is over.
+    """
+    told: dict[str, tuple[int, str]] = {}
+    over = False
     for row in story.run.rows:
         line = row.get("warning")
         if isinstance(line, str):
             text = line.partition(": ")[2] if line.startswith("step ") else line
-            if text not in seen:
-                seen.add(text)
-                over = text.startswith("no longer")
-                yield Advice(f"Told at step {row['step']:,}: {text}", serious=not over)
+            over = text.startswith("no longer")
+            told.setdefault(re.sub(r"[\d.]+", "#", text), (row["step"], text))
+    for step, text in list(told.values())[:_MOST_TOLD]:
+        mild = over or text.startswith("no longer")
+        yield Advice(f"Told at step {step:,}: {text}", serious=not mild)
+    if len(told) > _MOST_TOLD:
+        yield Advice(f"{len(told) - _MOST_TOLD} more warnings are in metrics.jsonl", serious=False)
 
 
 def _skipped(story: Story) -> Iterator[Advice]:
@@ -74,6 +92,9 @@ def _skipped(story: Story) -> Iterator[Advice]:
 def _collapsed(story: Story) -> Iterator[Advice]:
     """Features that are nearly the same for all images."""
     spread, rank = story.run.latest("feature_std"), story.run.latest("rankme")
+    seen = story.run.latest("held_out_images")
+    if seen is not None and seen < _ENOUGH:
+        return  # of so few images neither number says much
     if spread is not None and spread < _SPREAD:
         yield Advice(
             f"Feature spread is {spread:.2g} (below {_SPREAD:g}): all images have nearly the same "
@@ -89,26 +110,20 @@ def _collapsed(story: Story) -> Iterator[Advice]:
 
 def _worthless(story: Story) -> Iterator[Advice]:
     """An encoder that is not better than none, beyond what chance would do."""
-    own = [s for s in story.scores if s.of.endswith(" encoder") and not _untrained(s)]
-    for scored in own:
-        for other in story.scores:
-            rival = other.of == "raw pixels" or _untrained(other)
-            if not rival or other.evaluator != scored.evaluator or other.file != scored.file:
+    closing = [s for s in story.scores if s.of]
+    for scored in (s for s in closing if s.own):
+        for other in closing:
+            if other.own or other.evaluator != scored.evaluator:
                 continue
             if scored.score.interval[1] < other.score.interval[0]:
-                name = {"knn": "k-NN", "linear": "linear probe"}[scored.evaluator]
-                ours, theirs = (next(iter(s.score.metrics.values())) for s in (scored, other))
-                whose = "an untrained encoder" if _untrained(other) else other.of
+                whose = "an untrained encoder" if other.untrained else other.of
+                name = evaluator(scored.evaluator)
                 yield Advice(
-                    f"{name}: {ours:.1f} %, below the {theirs:.1f} % of {whose}",
+                    f"{name}: {scored.first:.1f} %, below the {other.first:.1f} % of {whose}",
                     "More steps are the usual remedy: a longer --run.length, a smaller "
                     "--optim.batch-size with --optim.lr as in the recipes for few images",
-                    serious=_untrained(other),
+                    serious=other.untrained,
                 )
-
-
-def _untrained(scored: Scored) -> bool:
-    return scored.of in ("random encoder", "initial encoder")
 
 
 def _past_its_best(story: Story) -> Iterator[Advice]:
@@ -129,7 +144,8 @@ def _past_its_best(story: Story) -> Iterator[Advice]:
 def _flat(story: Story) -> Iterator[Advice]:
     """A loss that does not fall, of a method of which it should."""
     losses = [value for _, value in story.run.series("loss")]
-    if story.run.method != "mae" or len(losses) < 10:
+    # One that begins with given weights begins low.
+    if story.run.method != "mae" or len(losses) < 10 or story.run.config.get("init.encoder"):
         return
     part = len(losses) // 5
     first, last = median(losses[:part]), median(losses[-part:])
@@ -150,29 +166,17 @@ def _slow(story: Story) -> Iterator[Advice]:
             "More --data.workers, tar shards instead of single files, smaller images on disk",
             serious=False,
         )
-    slow, usual = run.latest("slowest_s"), run.latest("median_s")
-    if slow and usual and slow > _SLOW * usual:
+    slow, usual = (dict(run.series(name)) for name in ("slowest_s", "median_s"))
+    ratios = [slow[step] / usual[step] for step in slow if usual.get(step)]
+    if ratios and median(ratios) > _SLOW:
         yield Advice(
-            f"The slowest process takes {slow / usual:.1f} times the median: all wait for it",
+            f"The slowest process takes {median(ratios):.1f} times the median: all wait for it",
             "Look at that machine: other jobs, heat, a slow disk",
             serious=False,
         )
-    saving, whole = (
-        story.total("saving_s") or 0.0,
-        float(story.seconds[-1]) if len(story.steps) else 0,
-    )
-    if whole and saving > _SAVING * whole:
-        yield Advice(
-            f"{100 * saving / whole:.0f} % of the time went into saving",
-            "A longer --run.save-every",
-            serious=False,
-        )
-
-
-def knn_names(story: Story) -> dict[str, str]:
-    """The k-NN curves of a run: the name in its file by what people call it ([CLS], mean patch)."""
-    return {
-        CALLED.get(found[1], found[1]): name
-        for name in story.names
-        if (found := KNN.fullmatch(name))
-    }
+    whole = float(story.seconds[-1]) if len(story.steps) else 0.0
+    for name, what, share, remedy in _PAUSES:
+        spent = story.total(name) or 0.0
+        if whole and spent > share * whole:
+            text = f"{100 * spent / whole:.0f} % of the time went into {what}"
+            yield Advice(text, remedy, serious=False)

@@ -13,9 +13,17 @@ COLOURS = ("#3b82f6", "#f07f13", "#12a37a", "#c44fc4", "#e0484d", "#8a8f98", "#b
 # More points than this a curve are averaged in groups.
 MOST_POINTS = 600
 _INK = "currentColor"  # the page's own, light or dark
-_PLAIN = ".3~r"
+# Hours are mostly parts of one, of which "s" would make thousandths.
+_AT = "xaxis == 'hours' ? format(datum.value, '.3~r') : format(datum.value, '.4~s')"
 _ZOOM = "wheel![event.shiftKey]"
 _PAN = "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!"
+_TOLD = [
+    alt.Tooltip("series:N", title="what"),
+    alt.Tooltip("value:Q", format=".5~g"),
+    alt.Tooltip("step:Q", format=","),
+    alt.Tooltip("images:Q", format=","),
+    alt.Tooltip("hours:Q", format=".3~f"),
+]
 Points = list[dict[str, Any]]
 
 
@@ -32,6 +40,7 @@ def curves(
     series: dict[str, Points],
     colours: dict[str, str],
     levels: dict[str, float] | None = None,
+    over: str = "images",
 ) -> dict[str, Any]:
     """Lines by name over images, steps or hours: a page's ``xaxis`` parameter says which.
 
@@ -41,9 +50,10 @@ def curves(
         series: by name, points with ``images``, ``step``, ``hours`` and ``value``.
         colours: of each name.
         levels: named horizontal lines to compare with.
+        over: what ``xaxis`` is at first.
     """
     rows = [{"series": name, **p} for name, points in series.items() for p in thinned(points)]
-    axis = alt.param(name="xaxis", value="images")
+    axis = alt.param(name="xaxis", value=over)
     scale = alt.Scale(domain=list(series), range=[colours[name] for name in series])
     legend = alt.Legend(title=None, orient="top") if len(series) > 1 else None
     zoom = alt.selection_interval(bind="scales", encodings=["x"], zoom=_ZOOM, translate=_PAN)
@@ -54,10 +64,10 @@ def curves(
         alt.Chart(alt.InlineData(values=rows))
         .transform_calculate(at="datum[xaxis]")
         .encode(
-            x=alt.X("at:Q", axis=_axis("~s"), scale=alt.Scale(nice=False)),
+            x=alt.X("at:Q", axis=_axis(labelExpr=_AT), scale=alt.Scale(nice=False)),
             y=alt.Y(
                 "value:Q",
-                axis=_axis(_PLAIN),
+                axis=_axis(),
                 scale=alt.Scale(zero=False, padding=8),
             ),
             color=alt.Color("series:N", scale=scale, legend=legend),
@@ -65,13 +75,7 @@ def curves(
     )
     shown = base.mark_point(filled=True, size=60).encode(
         opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)),
-        tooltip=[
-            alt.Tooltip("series:N", title="what"),
-            alt.Tooltip("value:Q", format=".5~g"),
-            alt.Tooltip("step:Q", format=","),
-            alt.Tooltip("images:Q", format=","),
-            alt.Tooltip("hours:Q", format=".3~f"),
-        ],
+        tooltip=_TOLD[: 5 if over == "images" else 3],
     )
     # A line of one point would not be seen.
     marks = alt.OverlayMarkDef(filled=True, size=30) if len(rows) <= 40 * len(series) else False
@@ -92,10 +96,13 @@ def _levels(levels: dict[str, float]) -> list[Any]:
     return made
 
 
-def landscape(points: Points, labelled: bool) -> dict[str, Any]:
+def landscape(points: Points, labelled: bool, coloured: bool) -> dict[str, Any]:
     """A map of images: points with ``x``, ``y``, ``label`` and ``image``, shown on hover.
 
-    A class in the legend, clicked, stands out.
+    A class, clicked in the legend (or, of more than 30, at one of its images), stands out.
+
+    Args:
+        labelled: whether points have labels; ``coloured``: whether these are classes.
     """
     base = alt.Chart(alt.InlineData(values=points)).mark_circle(size=55)
     plain: Any = alt.Axis(labels=False, ticks=False, domain=False, grid=False, title=None)
@@ -105,10 +112,10 @@ def landscape(points: Points, labelled: bool) -> dict[str, Any]:
         y=alt.Y("y:Q", axis=plain, scale=alt.Scale(zero=False)),
         tooltip=tooltip,
     )
-    classes = sorted({p["label"] for p in points}) if labelled else []
-    chosen = alt.selection_point(fields=["label"], bind="legend")
+    classes = sorted({p["label"] for p in points}) if coloured else []
+    few = len(classes) <= 30
+    chosen = alt.selection_point(fields=["label"], **({"bind": "legend"} if few else {}))
     if classes:
-        few = len(classes) <= 30
         legend = (
             alt.Legend(title=None, orient="bottom", columns=5, symbolOpacity=1) if few else None
         )
@@ -130,7 +137,7 @@ def intervals(rows: Points, colours: dict[str, str], unit: str = "%") -> dict[st
     names = list(dict.fromkeys(row["of"] for row in rows))
     scale = alt.Scale(domain=names, range=[colours[name] for name in names])
     base = alt.Chart(alt.InlineData(values=rows)).encode(
-        y=alt.Y("what:N", sort=order, axis=_axis(None, labelLimit=260)),
+        y=alt.Y("what:N", sort=order, axis=_axis(False, labelLimit=260)),
         yOffset=alt.YOffset("of:N", sort=names),
         color=alt.Color("of:N", scale=scale, legend=alt.Legend(title=None, orient="top")),
         tooltip=[
@@ -141,7 +148,7 @@ def intervals(rows: Points, colours: dict[str, str], unit: str = "%") -> dict[st
             alt.Tooltip("high:Q", format=".2f", title="to"),
         ],
     )
-    x = alt.X("low:Q", axis=_axis(_PLAIN), scale=alt.Scale(zero=False, padding=12))
+    x = alt.X("low:Q", axis=_axis(), scale=alt.Scale(zero=False, padding=12))
     spans = base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q")
     dots = base.mark_point(filled=True, size=70).encode(x="value:Q")
     return _spec(alt.layer(spans, dots), len(order) * (14 * len(names) + 12))
@@ -162,8 +169,8 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[s
     order = list(classes)
     base = alt.Chart(alt.InlineData(values=rows)).mark_rect()
     chart = base.encode(
-        x=alt.X("guess:N", sort=order, axis=_axis(None, labelAngle=-45), title="guess"),
-        y=alt.Y("truth:N", sort=order, axis=_axis(None), title="truth"),
+        x=alt.X("guess:N", sort=order, axis=_axis(False, labelAngle=-45), title="guess"),
+        y=alt.Y("truth:N", sort=order, axis=_axis(False), title="truth"),
         color=alt.Color(
             "share:Q",
             scale=alt.Scale(scheme="viridis", domain=[0, 1]),
@@ -174,11 +181,8 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[s
     return _spec(chart, 340)
 
 
-def _axis(form: str | None, **more: Any) -> Any:
-    options: dict[str, Any] = {"title": None, "tickCount": 5, "grid": form is not None, **more}
-    if form:
-        options["format"] = form
-    return alt.Axis(**options)
+def _axis(grid: bool = True, **more: Any) -> Any:
+    return alt.Axis(title=None, tickCount=5, grid=grid, **more)
 
 
 def _spec(chart: Any, height: int) -> dict[str, Any]:

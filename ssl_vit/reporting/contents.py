@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -10,20 +11,18 @@ from typing import Any
 import yaml
 
 from ssl_vit.config import UserError
-from ssl_vit.evaluators.finetune import FinetuneConfig
 from ssl_vit.methods.base import find_method
 from ssl_vit.options import flatten, to_yaml
-from ssl_vit.reporting.advice import CALLED, advise
+from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape
+from ssl_vit.reporting.explained import evaluator, feature
 from ssl_vit.reporting.images import stages, thumbnail_uri
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.reporting.story import Scored, Story
 from ssl_vit.session import PretrainConfig, default_options
 from ssl_vit.training.metrics import duration
 
-_CALLED = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning"}
 _MOST_CONFUSED = 40
-_OTHERS = ("raw pixels", "random encoder", "initial encoder")
 _NOTHING = "-"
 
 
@@ -35,6 +34,8 @@ def part_of(story: Story, colour: str, seed: int) -> dict[str, Any]:
         "name": story.name,
         "colour": colour,
         "folder": str(story.run.folder),
+        "quoted": shlex.quote(str(story.run.folder)),
+        "kept": story.run.method != "finetune",
         "state": story.run.state,
         "lead": lead(story),
         "tiles": tiles(story),
@@ -61,46 +62,57 @@ def lead(story: Story) -> str:
         changed = {"patch": config.get("encoder.patch_size"), "depth": config.get("encoder.depth")}
         more = "".join(f", {name} {value}" for name, value in changed.items() if value)
         parts.append(f"{arch}{more}")
+    elif config.get("encoder"):
+        parts.append(f"beginning with {config['encoder']}")
     total = f" of {run.total:,}" if run.total else ""
-    parts.append(f"{story.images:,} images seen in {run.step:,}{total} steps")
+    seen = "" if story.images is None else f"{story.images:,} images seen in "
+    parts.append(f"{seen}{run.step:,}{total} steps")
     return "; ".join(parts) + "."
 
 
 def tiles(story: Story) -> list[dict[str, str]]:
     """The numbers that people ask for first, each with a note."""
     run, status = story.run, story.run.status
-    knn = run.knn
-    found = [
-        _tile("k-NN", f"{knn[1]:.1f} %", _feature(knn[0]))
-        if knn
-        else _tile("k-NN", _NOTHING, "no labels, or not yet looked"),
-        _probe_tile(story),
-        _tile("images seen", f"{story.images:,}", _epochs(story)),
-        _tile(
-            "time",
-            duration(float(story.seconds[-1])) if len(story.steps) else _NOTHING,
-            _where(story),
-        ),
-    ]
+    images = _NOTHING if story.images is None else f"{story.images:,}"
+    time = duration(float(story.seconds[-1])) if len(story.steps) else _NOTHING
     rates = [value for _, value in run.series("images_per_s")]
-    found.append(
-        _tile("images/s", f"{median(rates):,.0f}" if rates else _NOTHING, "median of all lines")
-    )
-    joules = story.total("energy_j")
-    if joules is not None:
-        each = f"{joules / max(1, story.images):.3g} J an image"
-        found.append(_tile("energy", f"{joules / 3.6e6:.3g} kWh", each))
-    else:
-        found.append(_tile("energy", _NOTHING, "no device told"))
+    found = [
+        _quality_tile(story),
+        _probe_tile(story),
+        _tile("images seen", images, _epochs(story)),
+        _tile("time", time, _where(story)),
+        _tile("images/s", f"{median(rates):,.0f}" if rates else _NOTHING, "median of all lines"),
+        _energy_tile(story),
+    ]
     if status and status.job:
         found.append(_tile("job", status.job, "Slurm"))
     return found
 
 
-def _feature(name: str) -> str:
-    """``knn20_cls`` as people say it."""
-    k, _, pooling = name.removeprefix("knn").partition("_")
-    return f"k = {k}, {CALLED.get(pooling, pooling)}"
+def _quality_tile(story: Story) -> dict[str, str]:
+    """What was measured on held-out images while training."""
+    top, knn = story.run.latest("val_top1"), story.run.knn
+    if top is not None:
+        return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")
+    if knn is None:
+        return _tile("k-NN", _NOTHING, "no labels, or not yet looked")
+    k, _, pooling = knn[0].removeprefix("knn").partition("_")
+    return _tile("k-NN", f"{knn[1]:.1f} %", f"k = {k}, {feature(pooling)}")
+
+
+def _energy_tile(story: Story) -> dict[str, str]:
+    """Of the lines that have it, as no other is known."""
+    steps = {step for step, _ in story.run.series("energy_j")}
+    joules, size, done, images = story.total("energy_j"), story.run.images_per_step, 0, 0
+    if joules is None:
+        return _tile("energy", _NOTHING, "no device told")
+    for step, _ in story.run.series("images_per_s"):
+        images += (step - done) * (size or 0) if step in steps else 0
+        done = step
+    each = f"{joules / images:.3g} J an image" if images else "of an unknown number of images"
+    part = images / story.images if story.images else 1.0
+    told = f"{each}, told for {100 * part:.0f} %" if part < 0.99 else each
+    return _tile("energy", f"{joules / 3.6e6:.3g} kWh", told)
 
 
 def _tile(label: str, value: str, note: str) -> dict[str, str]:
@@ -108,20 +120,17 @@ def _tile(label: str, value: str, note: str) -> dict[str, str]:
 
 
 def _probe_tile(story: Story) -> dict[str, str]:
-    """The linear score of the run's own encoder: the closing one, else the best measured."""
-    own = [
-        s
-        for s in story.scores
-        if s.evaluator in ("linear", "finetune")
-        and "top1" in s.score.metrics
-        and s.of not in _OTHERS
-    ]
-    if not own:
+    """The closing score of what was learnt; without one, that of the run's own linear.json."""
+    own = [s for s in story.scores if s.own and s.evaluator in ("linear", "finetune")]
+    closing = [s for s in own if s.of or s.evaluator == "finetune"]
+    found = closing or [s for s in own if s.file.name == "linear.json"]
+    if not found:
         return _tile("linear probe", _NOTHING, "not measured")
-    best = max(own, key=lambda s: (bool(s.of), s.score.top1))
-    low, high = best.score.interval
-    label = _CALLED[best.evaluator]
-    return _tile(label, f"{best.score.top1:.1f} %", f"95 %: {low:.1f} to {high:.1f}")
+    scored = found[0]
+    low, high = scored.score.interval
+    name = next(iter(scored.score.metrics))
+    note = f"{name}; 95 %: {low:.1f} to {high:.1f}"
+    return _tile(evaluator(scored.evaluator), f"{scored.first:.1f} %", note)
 
 
 def _epochs(story: Story) -> str:
@@ -140,17 +149,19 @@ def _where(story: Story) -> str:
 
 def score_row(scored: Scored) -> dict[str, str]:
     """A line of the table of scores."""
-    score = scored.score
+    score, encoder = scored.score, scored.card.get("encoder")
+    step = encoder.get("step") if isinstance(encoder, dict) and scored.own else None
     first, *rest = score.metrics
     low, high = score.interval
     return {
-        "of": scored.of or score.features,
-        "evaluator": _CALLED.get(scored.evaluator, scored.evaluator),
-        "setting": f"{score.features}, {score.setting}" if scored.of else score.setting,
+        "of": scored.of or feature(score.features),
+        "evaluator": evaluator(scored.evaluator),
+        "setting": f"{feature(score.features)}, {score.setting}" if scored.of else score.setting,
         "metric": first,
-        "value": f"{score.metrics[first]:.2f}",
+        "value": f"{scored.first:.2f}",
         "interval": f"{low:.1f} to {high:.1f}",
         "more": ", ".join(f"{name} {score.metrics[name]:.1f}" for name in rest),
+        "step": f"{step:,}" if isinstance(step, int) else "",
         "file": scored.file.name,
     }
 
@@ -165,20 +176,20 @@ def cards(scores: list[Scored]) -> list[dict[str, str]]:
 
 
 def _confusion(story: Story) -> dict[str, Any] | None:
-    """Which class is taken for which by the best linear score of the run's own encoder."""
-    own = [s for s in story.scores if s.of not in _OTHERS and s.score.confusion]
+    """Which class is taken for which by what was learnt: of the closing score, else the first."""
+    own = [s for s in story.scores if s.own and s.score.confusion]
     own = [s for s in own if s.evaluator in ("linear", "finetune")] or own
     if not own:
         return None
-    best = max(own, key=lambda s: s.score.metrics.get("top1", 0.0))
-    counts, names = best.score.confusion, list(best.score.per_class)
+    scored = next((s for s in own if s.of), own[0])
+    counts, names = scored.score.confusion, list(scored.score.per_class)
     assert counts is not None
+    by = f"{evaluator(scored.evaluator)}, {feature(scored.score.features)}, {scored.file.name}"
     if len(counts) > _MOST_CONFUSED:
-        return None
-    if len(names) != len(counts):
+        return {"by": by, "missing": f"{len(counts)} classes are too many for one"}
+    if len(names) != len(counts):  # some have no image
         names = [str(i) for i in range(len(counts))]
-    called = _CALLED.get(best.evaluator, best.evaluator)
-    return {"chart": confusion(counts, names), "by": f"{called}, {best.score.features}"}
+    return {"chart": confusion(counts, names), "by": by}
 
 
 def _map(story: Story, seed: int) -> dict[str, Any]:
@@ -206,10 +217,12 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
     ]
     labelled = found.labels is not None
     return {
-        "chart": landscape(points, labelled),
+        "chart": landscape(points, labelled, found.classes),
         "images": len(points),
         "step": found.step,
-        "labelled": labelled,
+        "labels": ("" if found.classes else "; each has several labels")
+        if labelled
+        else "; they have no labels",
     }
 
 
@@ -229,12 +242,10 @@ def options(story: Story) -> list[dict[str, Any]]:
 
 
 def defaults(story: Story) -> dict[str, Any]:
-    """The options of a run's method as they are when nothing is said; empty for an unknown one."""
+    """The options of a run's method as they are when nothing is said; empty for an unknown one, and
+    for a fine-tuning, whose defaults are by its encoder."""
     try:
-        if story.run.method == "finetune":
-            made: Any = FinetuneConfig()
-        else:
-            made = default_options(PretrainConfig, find_method(story.run.method))
+        made = default_options(PretrainConfig, find_method(story.run.method))
     except UserError:
         return {}
     return flatten(yaml.safe_load(to_yaml(made)))

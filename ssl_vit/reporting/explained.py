@@ -55,6 +55,20 @@ EXPLAINED = {
 }
 
 
+_FEATURES = {"cls": "[CLS]", "mean": "mean patch"}
+_EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning"}
+
+
+def feature(name: str) -> str:
+    """A feature as people call it."""
+    return _FEATURES.get(name, name)
+
+
+def evaluator(name: str) -> str:
+    """An evaluator as people call it."""
+    return _EVALUATORS.get(name, name)
+
+
 def title(name: str) -> str:
     """What a curve is called; its name in the file where it is not known here."""
     return EXPLAINED.get(name, (name.replace("_", " "), ""))[0]

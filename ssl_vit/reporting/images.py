@@ -13,7 +13,8 @@ from PIL import Image
 
 from ssl_vit.reporting.story import Story
 
-_WIDEST = 1500
+# In pixels; WebP has no more than 16,383 a side.
+_WIDEST, _HIGHEST, _LARGE = 1500, 12_000, 400_000
 _QUALITY = 88
 _STAGES = 8
 
@@ -21,11 +22,14 @@ _STAGES = 8
 def data_uri(picture: Image.Image) -> str:
     """A picture as text to stand in a page: WebP, or PNG where that is smaller."""
     picture = picture.convert("RGB")
-    if picture.width > _WIDEST:
-        size = (_WIDEST, round(picture.height * _WIDEST / picture.width))
+    factor = min(1.0, _WIDEST / picture.width, _HIGHEST / picture.height)
+    if factor < 1:
+        size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    webp, png = _encoded(picture, "webp", quality=_QUALITY), _encoded(picture, "png", optimize=True)
-    return min(webp, png, key=len)
+    webp = _encoded(picture, "webp", quality=_QUALITY)
+    if picture.width * picture.height > _LARGE:
+        return webp  # PNG takes seconds there, and is far larger
+    return min(webp, _encoded(picture, "png", optimize=True), key=len)
 
 
 def thumbnail_uri(picture: UInt8[np.ndarray, "h w 3"]) -> str:
@@ -52,7 +56,8 @@ def stages(story: Story) -> dict[str, list[dict[str, object]]]:
         for step in (steps[i] for i in picks):
             source = _read(by_step[step], story)
             if source:
-                images = step * story.images_per_step
+                size = story.run.images_per_step
+                images = None if size is None else step * size
                 made.append({"step": step, "images": images, "source": source})
         if made:
             found[kind] = made
@@ -68,6 +73,7 @@ def _read(file: Path, story: Story) -> str:
     try:
         with Image.open(file) as picture:
             return data_uri(picture)
-    except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's for a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # SyntaxError is what Pillow makes of a broken PNG.
         story.problems.append(f"{file}: no picture ({type(error).__name__})")
         return ""

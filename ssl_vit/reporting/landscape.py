@@ -13,20 +13,19 @@ from PIL import Image
 from ssl_vit.config import UserError, check
 from ssl_vit.training.metrics import projections
 
-# A label for each image and more names than this are no classes to colour by.
-_MOST_CLASSES = 100
-
 
 @dataclass(frozen=True)
 class Projection:
     """What a run keeps for TensorBoard's projector after ``step`` steps.
 
-    ``labels`` are class names, or None where the images have none.
+    ``labels``: names of classes, or of several labels each; None where the images have none.
+    ``classes``: whether they are classes.
     """
 
     step: int
     features: Float[np.ndarray, "n d"]
     labels: list[str] | None
+    classes: bool
     pictures: UInt8[np.ndarray, "n s s 3"]
 
 
@@ -45,16 +44,17 @@ def read_projection(folder: Path) -> Projection | None:
         text = (path / "tensors.tsv").read_text()
         check(bool(text.strip()), "no features")
         features = np.loadtxt(text.splitlines(), delimiter="\t", ndmin=2)
-        labels = (path / "metadata.tsv").read_text().splitlines()
+        head, *lines = (path / "metadata.tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        labels = [line.rpartition("\t")[0] for line in lines]
         sprite = np.asarray(Image.open(path / "sprite.png").convert("RGB"))
         check(len(labels) == len(features) > 0, "as many labels as features are needed")
         check(bool(np.isfinite(features).all()), "its features are not finite")
         pictures = _cut(sprite, len(features))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
-    classes = set(labels)
-    known = len(classes) <= min(_MOST_CLASSES, max(2, len(labels) // 2))
-    return Projection(step, features, labels if known else None, pictures)
+    kind = head.partition("\t")[0]
+    known = labels if kind in ("class", "labels") else None
+    return Projection(step, features, known, kind == "class", pictures)
 
 
 def _cut(sprite: UInt8[np.ndarray, "height width 3"], n: int) -> UInt8[np.ndarray, "n s s 3"]:

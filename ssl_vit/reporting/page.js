@@ -7,8 +7,13 @@ const options = () => ({
   tooltip: { theme: dark.matches ? "dark" : "light" },
 });
 for (const place of document.querySelectorAll("[data-chart]")) {
-  const { view } = await vegaEmbed(place, specs[place.dataset.chart], options());
-  views.set(place.dataset.chart, view);
+  try {
+    const { view } = await vegaEmbed(place, specs[place.dataset.chart], options());
+    views.set(place.dataset.chart, view);
+  } catch (error) {
+    console.error(error);
+    place.textContent = `This chart cannot be drawn: ${error.message}`;
+  }
 }
 for (const choice of document.querySelectorAll("[name=xaxis]")) {
   choice.addEventListener("change", () => {

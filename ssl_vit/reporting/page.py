@@ -15,15 +15,14 @@ import vl_convert
 from markupsafe import Markup
 
 from ssl_vit import __version__
-from ssl_vit.reporting.advice import knn_names
-from ssl_vit.reporting.charts import COLOURS, Points, curves, intervals
+from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
-from ssl_vit.reporting.explained import meaning, ordered, title
-from ssl_vit.reporting.story import KNN, Scored, Story
+from ssl_vit.reporting.explained import evaluator, meaning, ordered, title
+from ssl_vit.reporting.story import KNN, PIXELS, Scored, Story, knn_names
 from ssl_vit.training.metrics import duration
 
 _HERE = Path(__file__).parent
-_LEVELS = {"raw pixels": "raw pixels", "random encoder": "untrained", "initial encoder": "initial"}
+_PLAIN = "#8a8f98"
 
 
 def render(stories: Sequence[Story], seed: int) -> str:
@@ -54,6 +53,8 @@ def render(stories: Sequence[Story], seed: int) -> str:
         kinds=list(dict.fromkeys(kind for part in parts for kind in part["stages"])),
         has_scores=bool(scores),
         equal=equal_images(stories),
+        sized=_sized(stories),
+        thinned=max((len(s.run.rows) for s in stories), default=0) > MOST_POINTS,
         options=_options(parts),
         charts=_script_json(charts),
         library=_library(),
@@ -69,7 +70,7 @@ def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list
     plain = dict.fromkeys(name for story in stories for name in story.names)
     names = ["knn" if KNN.fullmatch(name) else name for name in plain]
     shown = ordered(list(dict.fromkeys(names)))
-    several = len(stories) > 1
+    several, over = len(stories) > 1, "images" if _sized(stories) else "step"
     for name in shown:
         series: dict[str, Points] = {}
         colours: dict[str, str] = {}
@@ -84,47 +85,52 @@ def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list
                 place = i + j * len(stories) if several else j
                 colours[label] = COLOURS[place % len(COLOURS)]
         levels = _levels(stories) if name == "knn" else None
-        charts[f"curve-{name}"] = curves(series, colours, levels)
+        charts[f"curve-{name}"] = curves(series, colours, levels, over)
     return shown
 
 
+def _sized(stories: Sequence[Story]) -> bool:
+    """Whether all runs tell the size of their batch, without which there are steps alone."""
+    return all(story.run.images_per_step for story in stories)
+
+
 def _levels(stories: Sequence[Story]) -> dict[str, float]:
-    """k-NN of what an encoder must beat, of the first run that has measured it."""
+    """k-NN of what an encoder must beat; by the run's name where runs differ in it."""
+    found: dict[str, dict[str, float]] = {}
     for story in stories:
-        found = {
-            _LEVELS[s.of]: s.score.top1
-            for s in story.scores
-            if s.evaluator == "knn" and s.of in _LEVELS and "top1" in s.score.metrics
-        }
-        if found:
-            return found
-    return {}
+        for scored in story.scores:
+            if scored.evaluator == "knn" and scored.of and not scored.own:
+                found.setdefault(scored.of, {})[story.name] = scored.first
+    levels: dict[str, float] = {}
+    for of, by_run in found.items():
+        alike = len(set(by_run.values())) == 1
+        levels |= {of if alike else f"{run}: {of}": value for run, value in by_run.items()}
+    return levels
 
 
 def _score_chart(stories: Sequence[Story]) -> dict[str, Any] | None:
     """The closing scores of all runs beside raw pixels and untrained encoders."""
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     colours: dict[str, str] = {}
     for i, story in enumerate(stories):
-        for scored in story.scores:
-            if not scored.of or (scored.of == "raw pixels" and scored.of in colours and i):
-                continue
-            of, colour = _entry(scored, story, COLOURS[i % len(COLOURS)], len(stories) > 1)
-            colours[of] = colour
+        for scored in (s for s in story.scores if s.of):
             low, high = scored.score.interval
-            what = {"knn": "k-NN", "linear": "linear probe"}.get(scored.evaluator, scored.evaluator)
-            value = next(iter(scored.score.metrics.values()))
-            rows.append({"what": what, "of": of, "value": value, "low": low, "high": high})
-    return intervals(rows, colours) if rows else None
+            alike = _alike(scored, stories)
+            of = scored.of if alike else f"{story.name}: {scored.of}"
+            colour = COLOURS[i % len(COLOURS)]
+            plain = _PLAIN if scored.of == PIXELS else f"{colour}88"
+            colours[of] = colour if scored.own else plain
+            what = evaluator(scored.evaluator)
+            about = {"what": what, "of": of, "value": scored.first, "low": low, "high": high}
+            rows[what, of] = about
+    return intervals(list(rows.values()), colours) if rows else None
 
 
-def _entry(scored: Scored, story: Story, colour: str, several: bool) -> tuple[str, str]:
-    """What a row of the chart of scores is called, and its colour."""
-    if scored.of == "raw pixels":
-        return scored.of, "#8a8f98"
-    untrained = scored.of in _LEVELS
-    name = f"{story.name}: {scored.of}" if several else scored.of
-    return name, f"{colour}88" if untrained else colour
+def _alike(scored: Scored, stories: Sequence[Story]) -> bool:
+    """Whether an entry is one and the same for all runs, or there is but one."""
+    same = {(s.evaluator, s.first) for story in stories for s in story.scores if s.of == scored.of}
+    several = len(stories) > 1
+    return not several or (not scored.own and len(same) == len({e for e, _ in same}))
 
 
 def equal_images(stories: Sequence[Story]) -> dict[str, Any] | None:
@@ -132,13 +138,16 @@ def equal_images(stories: Sequence[Story]) -> dict[str, Any] | None:
 
     None for one run, and where fewer than two have looked.
     """
-    looked = [(story, story.run.series(story.run.knn[0])) for story in stories if story.run.knn]
+    looked = [
+        (story, story.run.images_per_step, story.run.series(story.run.knn[0]))
+        for story in stories
+        if story.run.knn and story.run.images_per_step
+    ]
     if len(looked) < 2:
         return None
-    common = min(points[-1][0] * story.images_per_step for story, points in looked)
+    common = min(points[-1][0] * size for _, size, points in looked)
     rows = []
-    for story, points in looked:
-        size = story.images_per_step
+    for story, size, points in looked:
         before = [point for point in points if point[0] * size <= common]
         if not before:
             continue
@@ -149,7 +158,7 @@ def equal_images(stories: Sequence[Story]) -> dict[str, Any] | None:
                 "name": story.name,
                 "feature": story.run.knn[0],
                 "images": f"{step * size:,}",
-                "time": duration(3600 * story.hours(step)),
+                "time": duration(3600 * float(story.hours(step))),
                 "value": f"{value:.1f}",
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -12,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.evaluators.scores import Score
+from ssl_vit.reporting.explained import feature
 from ssl_vit.training.metrics import panels
 from ssl_vit.training.run_folder import Run, read_run
 
 # What is no curve: seconds beside the training, lists, flags of single steps.
 _NO_CURVES = {"step", "warning", "process_s", "skipped", "spikes", "slowest_s", "median_s"}
+_NO_CURVES |= {"held_out_images"}
+# Entries of a run's own scores that are not what it has learnt.
+PIXELS, UNTRAINED = "raw pixels", ("random encoder", "initial encoder")
 _PAUSE = re.compile(r".+ing_s")
 KNN = re.compile(r"knn\d+_(.+)")
 
@@ -30,6 +35,21 @@ class Scored:
     of: str
     score: Score
     card: dict[str, Any]
+
+    @property
+    def own(self) -> bool:
+        """Whether it is of what the run has learnt, not of what it is compared with."""
+        return self.of != PIXELS and not self.untrained
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is of the encoder before the first step."""
+        return self.of in UNTRAINED
+
+    @property
+    def first(self) -> float:
+        """Its first metric, of which the interval is, in percent."""
+        return next(iter(self.score.metrics.values()))
 
 
 @dataclass
@@ -50,32 +70,30 @@ class Story:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def images_per_step(self) -> int:
-        """Of the effective batch; 1 where no file tells."""
-        return self.run.images_per_step or 1
+    def images(self) -> int | None:
+        """Images seen so far, crops of one image being one; None where no file tells the batch."""
+        size = self.run.images_per_step
+        return None if size is None else self.run.step * size
 
-    @property
-    def images(self) -> int:
-        """Images seen so far, crops of one image being one."""
-        return self.run.step * self.images_per_step
-
-    def hours(self, step: int) -> float:
-        """Hours of training up to a step."""
-        return float(np.interp(step, [0, *self.steps], [0, *self.seconds])) / 3600
+    def hours(self, steps: Any) -> Any:
+        """Hours of training up to a step, or to each of some."""
+        return np.asarray(np.interp(steps, [0, *self.steps], [0, *self.seconds])) / 3600
 
     def curve(self, name: str) -> list[dict[str, Any]]:
-        """A logged number as points: after how many steps, images and hours, and its value."""
-        return [
-            {
-                "step": step,
-                "images": step * self.images_per_step,
-                "hours": self.hours(step),
-                "value": value,
-            }
-            for step, value in self.run.series(name)
-        ]
+        """A logged number as points: after how many steps, images and hours, and its value.
 
-    @property
+        Where the batch is not known there are steps alone.
+        """
+        points = self.run.series(name)
+        made = [{"step": step, "value": value} for step, value in points]
+        size = self.run.images_per_step
+        if size is not None:
+            hours = self.hours([step for step, _ in points]).tolist() if points else []
+            for point, passed in zip(made, hours, strict=True):
+                point |= {"images": point["step"] * size, "hours": passed}
+        return made
+
+    @functools.cached_property
     def names(self) -> list[str]:
         """The numbers that were logged and are worth a curve, in the order of the file."""
         found = dict.fromkeys(name for row in self.run.rows for name in row)
@@ -104,23 +122,29 @@ def read_story(folder: Path, name: str = "") -> Story:
     return Story(run, name or folder.name, steps, seconds, scores, pictures, problems)
 
 
+def knn_names(story: Story) -> dict[str, str]:
+    """The k-NN curves of a run: the name in its file by the feature as people call it."""
+    found = {name: KNN.fullmatch(name) for name in story.names}
+    return {feature(match[1]): name for name, match in found.items() if match}
+
+
 def clock(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Steps (n,) of a run's lines, and the seconds (n,) it had taken by each.
 
-    A line holds the rate over the steps since the one before, and the pauses among them.
+    A line holds the rate over the steps since the one before, and the pauses among them; one after
+    the last step holds pauses alone. Without the size of the batch nothing is known.
     """
-    size, done, passed = run.images_per_step or 1, 0, 0.0
-    steps, seconds = [], []
-    for row in run.rows:
-        rate = row.get("images_per_s")
-        if not isinstance(rate, int | float) or not rate > 0 or row["step"] <= done:
-            continue
-        pauses = sum(v for k, v in row.items() if _PAUSE.fullmatch(k) and _finite(v))
-        passed += (row["step"] - done) * size / rate + pauses
-        done = row["step"]
-        steps.append(done)
-        seconds.append(passed)
-    return np.array(steps), np.array(seconds)
+    size, done, passed = run.images_per_step, 0, 0.0
+    times: dict[int, float] = {}
+    for row in run.rows if size else []:
+        rate, step = row.get("images_per_s"), row["step"]
+        passed += sum(v for k, v in row.items() if _PAUSE.fullmatch(k) and _finite(v))
+        if isinstance(rate, int | float) and _finite(rate) and rate > 0 and step > done:
+            passed += (step - done) * (size or 0) / rate
+            done = step
+        if done:
+            times[done] = passed
+    return np.array(list(times)), np.array(list(times.values()))
 
 
 def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
@@ -140,6 +164,8 @@ def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
             if not isinstance(card, dict) or "evaluator" not in card:
                 continue  # not one of ours
             scores = card.pop("scores")
+            if not isinstance(card["evaluator"], str):
+                raise ValueError("no evaluator")
             if isinstance(scores, dict):  # of a run: by features, by evaluator
                 made = [
                     Scored(file, evaluator, of, Score(**score), card)
@@ -159,10 +185,20 @@ def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
 
 
 def _check(score: Score) -> None:
-    """Raise ValueError for a score without a number."""
+    """Raise ValueError for a score without its numbers, or with a table that is none."""
     values = [*score.metrics.values(), *score.interval]
     if not score.metrics or not all(_finite(v) for v in values) or len(score.interval) != 2:
         raise ValueError("no numbers")
+    if not isinstance(score.per_class, dict):
+        raise ValueError("no classes")
+    rows = score.confusion
+    if rows is not None:
+        whole = isinstance(rows, list) and all(
+            isinstance(row, list) and len(row) == len(rows) and all(_finite(n) for n in row)
+            for row in rows
+        )
+        if not whole:
+            raise ValueError("no table of classes")
 
 
 def _finite(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,18 +27,27 @@ class Energy:
 
     def __init__(self, device: torch.device, powercap: Path = _POWERCAP) -> None:
         self.counters = _gpu(device)
-        if launched().local_rank == 0:
+        first = launched().local_rank == 0
+        if first:
             self.counters += packages(powercap)
-        self.last = [read() for read in self.counters]
+        # What another process of this machine counts is none of this one's.
+        self.tells = bool(self.counters) or (device.type == "cpu" and not first)
+        self.last = self._read()
 
     def take(self) -> float:
-        """Joules since the last call, or since the start; NaN where no device tells."""
-        if not self.counters:
-            return float("nan")
-        now = [read() for read in self.counters]
-        used = sum(new - old for new, old in zip(now, self.last, strict=True))
-        self.last = now
-        return used
+        """Joules since the last call, or since the start; NaN where no device tells, and from then
+        on where one no longer does."""
+        before, self.last = self.last, self._read()
+        if not self.tells:
+            return math.nan
+        return math.fsum(new - old for new, old in zip(self.last, before, strict=True))
+
+    def _read(self) -> list[float]:
+        try:
+            return [read() for read in self.counters] if self.tells else []
+        except Exception:  # a driver's, of which there are many; it must not end a training
+            self.tells = False
+            return []
 
 
 def _gpu(device: torch.device) -> list[Counter]:

@@ -33,6 +33,7 @@ log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
 BOARD_FOLDER = "tensorboard"
 _PANELS, _PROJECTION = "panels", "features"
+_MOST_PANELS = 32
 _LINE_SECONDS = 10.0
 
 
@@ -64,7 +65,7 @@ class RunLog:
         self.sums: dict[str, Tensor] = {}
         self.finite: dict[str, Tensor] = {}
         self.paused: dict[str, float] = {}
-        self.count = 0
+        self.count, self.step = 0, start
         self.since = self.spoke = time.perf_counter()
         self.progress: Progress | None = None
         if main:
@@ -95,7 +96,7 @@ class RunLog:
             # A skipped step's NaN would hide the other steps of the interval.
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
             self.finite[name] = self.finite.get(name, 0) + finite.float()
-        self.count += 1
+        self.count, self.step = self.count + 1, step
         due = step % self.every == 0 or step == self.total
         return self._flush(step, lr, pace) if due else {}
 
@@ -154,22 +155,30 @@ class RunLog:
             file = panel_file(self.folder, name, step)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_png(file, image)
+            thin_panels(file.parent)
             save_png(self.folder / f"{name}.png", image)
 
     def projection(
-        self, step: int, features: Tensor, labels: list[str], images: np.ndarray
+        self, step: int, features: Tensor, kind: str, labels: list[str], images: np.ndarray
     ) -> None:
         """Features (n, D), labels and square pictures (n, s, s, 3) to TensorBoard's projector.
 
-        The newest alone is kept: it is far larger than all else that is logged.
+        ``kind``: what the labels are: class, labels (several each) or unlabelled. The newest alone
+        is kept: it is far larger than all else that is logged.
         """
         if not self.main:
             return
-        for older in projections(self.folder).values():
-            shutil.rmtree(older.parent)
+        older = projections(self.folder)
+        if step in older:
+            shutil.rmtree(older.pop(step).parent)
         vars(self.board).pop("_projector_config", None)  # in which the writer gathers all of them
         pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        self.board.add_embedding(features, labels, pictures, step, _PROJECTION)
+        # A single column has no header; two let a reader know what the first one is.
+        rows = [[one_line(label), str(i)] for i, label in enumerate(labels)]
+        header = [kind, "image"]
+        self.board.add_embedding(features, rows, pictures, step, _PROJECTION, header)
+        for path in older.values():
+            shutil.rmtree(path.parent)
 
     def _speak(self, step: int, row: dict[str, float]) -> None:
         if not self.main:
@@ -198,6 +207,8 @@ class RunLog:
         if self.progress:
             self.progress.stop()
         if self.main:
+            if self.paused:  # after the last line of means
+                self.write(self.step, self.paused, "train")
             self.file.close()
             self.board.close()
 
@@ -229,6 +240,20 @@ def panels(folder: Path) -> dict[str, dict[int, Path]]:
         if step.isdecimal():
             found.setdefault(file.parent.name, {})[int(step)] = file
     return found
+
+
+def thin_panels(folder: Path) -> None:
+    """Of more than ``_MOST_PANELS`` pictures of a kind leave every second, and the newest."""
+    files = sorted(folder.glob("step-*.png"))
+    if len(files) > _MOST_PANELS:
+        for file in files[-2:0:-2]:
+            file.unlink()
+
+
+def one_line(text: str) -> str:
+    """A name fit for a table of text: line breaks and what UTF-8 cannot write are replaced."""
+    plain = text.encode("utf-8", "replace").decode()
+    return "".join(c if c.isprintable() else " " for c in plain)
 
 
 def drop_pictures(folder: Path, step: int) -> None:

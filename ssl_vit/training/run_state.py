@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_vit.training.status import Status, process_start
+from ssl_vit.training.status import Status, process_space, process_start
 
 RunState = Literal["running", "finished", "stopped", "failed", "killed", "silent", "unknown"]
 # A run elsewhere may be silent for so many times its usual pause, and at least so long; before its
@@ -63,7 +63,7 @@ def judge(status: Status | None, traces: Traces) -> tuple[RunState, str]:
         at = f"at step {status.step}" + (f" of {status.total}" if status.total else "")
         return status.state, f"{at}: {status.reason or 'it does not say why'}; {traces.saved}"
     late = f"nothing written since {moment(traces.written)}, {span(quiet)} ago"
-    if status.host == platform.node():
+    if status.host == platform.node() and status.processes_of in (0, process_space()):
         if gone(status):
             why = "killed, out of memory, or the machine went down"
             return "killed", f"process {status.pid} is gone without a word ({why}); {traces.saved}"

@@ -44,6 +44,7 @@ class Status:
         steps_per_epoch: optimizer steps of a pass over the training images.
         pooling: the feature that the task trains, ``cls`` or ``mean``; empty: it has no choice.
         host, pid: where the main process is, or was.
+        processes_of: which processes its number is among (a container has its own); 0: unknown.
         process_started: its start, in clock ticks since the machine's; tells a process from a later
             one of the same number. None: this system does not say.
         job: Slurm's number of the job, or empty.
@@ -66,6 +67,7 @@ class Status:
     pooling: str = ""
     host: str = ""
     pid: int = 0
+    processes_of: int = 0
     process_started: int | None = None
     job: str = ""
     started: float = 0.0
@@ -82,7 +84,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state", "name", "command", "pooling", "host"), (str,)),
     **dict.fromkeys(("job", "device", "reason"), (str,)),
     **dict.fromkeys(("step", "total", "images_per_step", "steps_per_epoch"), (int,)),
-    **dict.fromkeys(("pid", "processes", "threads"), (int,)),
+    **dict.fromkeys(("pid", "processes_of", "processes", "threads"), (int,)),
     **dict.fromkeys(("started", "updated"), (int, float)),
     "process_started": (int, type(None)),
     "versions": (dict,),
@@ -198,6 +200,14 @@ def process_start(pid: int) -> int | None:
         return None
 
 
+def process_space() -> int:
+    """A number for the processes that this one can see; 0 where the system does not say."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 def _described(session: Session, command: str) -> Status:
     """The run and this process, as it begins."""
     parallel, trainer, device = session.parallel, session.trainer, session.parallel.device
@@ -213,6 +223,7 @@ def _described(session: Session, command: str) -> Status:
         pooling=getattr(session.task, "pooling", ""),
         host=platform.node(),
         pid=os.getpid(),
+        processes_of=process_space(),
         process_started=process_start(os.getpid()),
         job=os.environ.get("SLURM_JOB_ID", ""),
         started=now,

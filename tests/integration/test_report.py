@@ -121,7 +121,7 @@ def test_every_curve_is_in_the_metrics_file(runs, one, method):
             assert hours == sorted(hours)
             assert 0 < hours[-1] < 1
     own = {k for r in rows for k, v in r.items() if isinstance(v, float)}
-    assert own - shown <= {"skipped", "saving_s", "looking_s"}
+    assert own - shown <= {"skipped", "saving_s", "looking_s", "held_out_images"}
     assert {"loss", "lr", "knn20_cls", "rankme", "feature_std"} <= shown
 
 
@@ -146,7 +146,7 @@ def test_scores_and_tiles_are_those_of_the_files(browser, runs, one, method):
     assert f"{last[f'knn20_{pooling}']:.1f} %" in tiles
     assert f"{card['scores'][f'{name} encoder']['linear']['metrics']['top1']:.1f} %" in tiles
     assert "1,280" in tiles  # 40 steps of 32
-    cards = browser.run("return document.querySelector('details pre').textContent")
+    cards = browser.run("return document.querySelector('#scores details pre').textContent")
     assert json.loads(cards) == {k: v for k, v in card.items() if k != "scores"}
     counts = card["scores"][f"{name} encoder"]["linear"]["confusion"]
     cells = rows_of(charts(one[method])["confusion-0"])
@@ -178,6 +178,11 @@ def test_the_axis_the_slider_and_the_hover(browser, one):
             break
     assert "40" in after  # steps, not images
     assert "40" not in before
+    browser.run("document.querySelector('[name=xaxis][value=hours]').click()")
+    for _ in range(50):
+        if (hours := browser.run(labels)) != after:
+            break
+    assert not [label for label in hours if label[-1] in "mµ"]  # thousandths of an hour
     shown = "return document.querySelector('.stages .stage.on img').alt"
     assert browser.run(shown) == "reconstruction after 40 steps"
     move = (
@@ -207,8 +212,8 @@ def test_the_map_is_of_the_held_out_images(runs, one):
     for run, page in zip(runs, one, strict=True):
         (folder,) = (run / "tensorboard").glob("*/features")
         points = rows_of(charts(page)["map-0"])
-        labels = (folder / "metadata.tsv").read_text().splitlines()
-        assert [point["label"] for point in points] == labels
+        _, *labels = (folder / "metadata.tsv").read_text().splitlines()
+        assert [point["label"] for point in points] == [line.split("\t")[0] for line in labels]
         assert len(points) == 400
         assert all(point["image"].startswith("data:image/") for point in points)
         assert np.isfinite([[p["x"], p["y"]] for p in points]).all()
@@ -291,12 +296,22 @@ def test_runs_that_are_not_whole(browser, door):
     assert gray.returncode == 0, gray.stderr
     broken = door.pretrain("--run.length", "4st", "--run.out", "broken")
     assert broken.returncode == 0, broken.stderr
-    damage(door.folder / "broken")
     make_run(door.folder / "bare", [], {"state": "stopped", "total": 9, "reason": "SIGTERM came"})
+    sizeless = make_run(door.folder / "sizeless", [train_row(10), train_row(20)], config="")
+    (sizeless / "status.json").unlink()
+    tuned = door(
+        *("-m", "ssl_vit.evaluate", "finetune", "--encoder", "broken", "--run.out", "tuned"),
+        *("--run.length", "2st", "--data.train", "digits:train", "--data.val", "digits:val"),
+        *("--data.workers", "0", "--optim.batch-size", "20", "--data.channels", "1"),
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    damage(door.folder / "broken")
     expected = {
         "first": ["8 images seen in 1 of 1 steps", "no labels", "No scores"],
         "gray": ["32 images seen", "No scores", "they have no labels"],
         "broken": ["Missing or damaged", "metrics.jsonl", "config.yaml", "No map", "No options"],
+        "sizeless": ["20 steps", "the size of a batch is not known"],
+        "tuned": ["beginning with", "held-out accuracy", "a fine-tuning keeps none", "fine-tuning"],
         "bare": ["stopped", "SIGTERM came", "Nothing has been logged yet", "No map", "No pictures"],
     }
     for name, texts in expected.items():
@@ -326,6 +341,7 @@ def test_what_is_in_files_is_text_and_nothing_more(browser, door):
     ("arguments", "said"),
     [
         ((), "no run is named"),
+        (("runs/a", "runs/../runs/a"), "a run is named twice"),
         (("nowhere",), "'nowhere'; there is no such folder"),
         (("runs",), "which is no run; it holds runs, such as runs/a"),
         (("empty",), "'empty', which is no run"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import Machine, View, extract, pooled
 from ssl_vit.evaluators.thumbnails import thumbnails
-from ssl_vit.training.metrics import drop_pictures, panels, projections, read_rows
+from ssl_vit.training.metrics import (
+    drop_pictures,
+    panel_file,
+    panels,
+    projections,
+    read_rows,
+    thin_panels,
+)
 from ssl_vit.weights.exchange import load_encoder
 
 
@@ -59,8 +67,10 @@ def test_the_projector_has_the_encoders_features(run):
     expected = extract(pooled(encoder), source, view, machine)
     rows = np.loadtxt(folder / "tensors.tsv", delimiter="\t")
     np.testing.assert_allclose(rows, expected.parts["mean"].numpy(), atol=0.02)
-    labels = (folder / "metadata.tsv").read_text().splitlines()
-    assert labels == [str(label) for label in expected.labels.tolist()]
+    head, *labels = (folder / "metadata.tsv").read_text().splitlines()
+    assert head == "class\timage"
+    classes = expected.labels.tolist()
+    assert labels == [f"{source.classes[c]}\t{i}" for i, c in enumerate(classes)]
     sheet = np.asarray(Image.open(folder / "sprite.png").convert("L")).astype(int)
     picture = thumbnails(source, [20], view, 64)[0, :, :, 0]
     row, column = divmod(20, 19)  # 359 pictures stand in 19 rows of 19
@@ -92,6 +102,20 @@ def test_a_finished_run_adds_nothing(run, shared_door):
     before = sorted(path.name for path in (run / "tensorboard").iterdir())
     assert shared_door.pretrain("--run.out", "run", "--run.probe-every", "12st").returncode == 0
     assert sorted(path.name for path in (run / "tensorboard").iterdir()) == before
+
+
+def test_pictures_are_thinned_evenly(tmp_path):
+    """However many looks there are, at most 32 stay, the first and the newest among them."""
+    for step in range(100, 20_100, 100):
+        file = panel_file(tmp_path, "pca", step)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        thin_panels(file.parent)
+        assert len(list(file.parent.iterdir())) <= 32
+    left = sorted(panels(tmp_path)["pca"])
+    assert (left[0], left[-1]) == (100, 20_000)
+    assert len(left) > 10
+    assert max(b - a for a, b in pairwise(left)) <= 2_000
 
 
 def test_what_a_resumed_run_makes_again_is_dropped_first(run, tmp_path):

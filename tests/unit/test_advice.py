@@ -4,7 +4,7 @@ import pytest
 
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.story import read_story
-from tests.unit.run_folders import make_run, score, train_row, write_results
+from tests.unit.run_folders import CONFIG, make_run, score, train_row, write_results
 
 SOUND = [train_row(10 * i, loss=1.0 - 0.02 * i, skipped=0.0) for i in range(1, 21)]
 LOOK = {"step": 200, "feature_std": 0.6, "rankme": 40.0, "knn20_mean": 50.0}
@@ -13,7 +13,7 @@ LOOKS = [LOOK | {"step": s, "knn20_mean": k} for s, k in ((10, 40.0), (100, 52.0
 
 
 def told(folder):
-    return [(a.text, a.remedy, a.serious) for a in advise(read_story(folder))]
+    return [(a.text, f"{a.remedy} {a.command}", a.serious) for a in advise(read_story(folder))]
 
 
 def test_nothing_is_said_of_a_sound_run(tmp_path):
@@ -52,8 +52,10 @@ def test_nothing_is_said_of_a_sound_run(tmp_path):
          "--optim.lr", True),
         ([r | {"waiting": 0.5} for r in SOUND], {}, "50 % of the time went by waiting for images",
          "--data.workers", False),
-        ([*SOUND[:-1], SOUND[-1] | {"slowest_s": 3.0, "median_s": 1.0}], {},
+        ([r | {"slowest_s": 3.0, "median_s": 1.0} for r in SOUND], {},
          "The slowest process takes 3.0 times the median", "machine", False),
+        ([r | {"looking_s": 3.0} for r in SOUND], {},
+         "48 % of the time went into looking at the encoder", "--run.probe-every", False),
         ([r | {"saving_s": 1.0} for r in SOUND], {}, "24 % of the time went into saving",
          "--run.save-every", False),
     ],
@@ -85,10 +87,31 @@ def test_an_encoder_worse_than_none(tmp_path, rival, whose, serious):
     assert told(folder) == []
 
 
-def test_a_warning_is_told_once_and_its_end_too(tmp_path):
-    lines = [(50, "step 50: flat"), (90, "step 90: no longer: flat"), (120, "step 120: flat")]
+def test_a_warning_is_told_once_and_mildly_when_it_is_over(tmp_path):
+    lines = [(50, "step 50: flat by 1.5"), (90, "step 90: flat by 1.7")]
     rows = sorted([*SOUND, *({"step": s, "warning": w} for s, w in lines)], key=lambda r: r["step"])
-    assert told(make_run(tmp_path / "run", rows)) == [
-        ("Told at step 50: flat", "", True),
-        ("Told at step 90: no longer: flat", "", False),
+    assert told(make_run(tmp_path / "on", rows)) == [("Told at step 50: flat by 1.5", " ", True)]
+    rows.append({"step": 200, "warning": "step 200: no longer: flat"})
+    assert told(make_run(tmp_path / "over", rows)) == [
+        ("Told at step 50: flat by 1.5", " ", False),
+        ("Told at step 200: no longer: flat", " ", False),
     ]
+
+
+def test_many_warnings_are_a_few_lines(tmp_path):
+    rows = [*SOUND, *({"step": 200, "warning": "x" * i} for i in range(1, 40))]
+    found = told(make_run(tmp_path / "run", rows))
+    assert len(found) == 9
+    assert "31 more warnings are in metrics.jsonl" in [text for text, _, _ in found]
+
+
+@pytest.mark.parametrize(("images", "lines"), [(2.0, 0), (400.0, 1)])
+def test_of_few_images_their_spread_says_nothing(tmp_path, images, lines):
+    look = LOOK | {"rankme": 2.0, "held_out_images": images}
+    assert len(told(make_run(tmp_path / "run", [*SOUND, look]))) == lines
+
+
+def test_a_run_that_begins_with_given_weights_need_not_fall(tmp_path):
+    rows = [row | {"loss": 1.0} for row in SOUND]
+    config = CONFIG + "init: {encoder: other.pth}\n"
+    assert told(make_run(tmp_path / "run", rows, config=config)) == []

@@ -59,7 +59,20 @@ def test_only_one_process_of_a_machine_counts_the_processors(tmp_path, monkeypat
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "12345")
-    assert math.isnan(Energy(CPU, tmp_path).take())
+    assert Energy(CPU, tmp_path).take() == 0
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert math.isnan(Energy(torch.device("cuda", 1), tmp_path).take())
+
+
+def test_a_counter_that_is_lost_on_the_way_ends_nothing(tmp_path):
+    file = zone(tmp_path, "intel-rapl:0", 0)
+    energy = Energy(CPU, tmp_path)
+    file.write_text("2000000")
+    assert energy.take() == pytest.approx(2)
+    file.unlink()
+    assert math.isnan(energy.take())
+    file.write_text("9000000")
+    assert math.isnan(energy.take())
 
 
 def test_the_millijoules_of_a_gpu(tmp_path, monkeypatch):

@@ -3,17 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ssl_vit.config import UserError
 from ssl_vit.reporting.landscape import flattened, read_projection
+from ssl_vit.training.energy import Energy
+from ssl_vit.training.metrics import RunLog, projections
 
 
-def project(folder, features, labels, pictures, step=7):
+def project(folder, features, labels, pictures, step=7, kind="class"):
     """What a run leaves for the projector."""
-    with SummaryWriter(str(folder / "tensorboard")) as board:
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-        board.add_embedding(torch.from_numpy(features), labels, images, step, "features")
+    folder.mkdir(exist_ok=True)
+    log = RunLog(folder, 0, 10, 1, 1, main=True, energy=Energy(torch.device("cpu")))
+    with log:
+        log.projection(step, torch.from_numpy(features), kind, labels, pictures)
     return folder
 
 
@@ -34,13 +36,39 @@ def test_features_labels_and_pictures_in_order(tmp_path, n):
     np.testing.assert_allclose(found.features, features, rtol=1e-5)
     np.testing.assert_array_equal(found.pictures, pictures)
     assert found.labels == [f"class {i}" for i in which]
+    assert found.classes
 
 
-def test_places_are_no_classes(tmp_path):
+def test_a_thousand_classes_are_classes_and_none_are_none(tmp_path):
+    """What labels are is written down, not guessed from how many there are."""
     features, _ = clusters()
     pictures = np.zeros((40, 4, 4, 3), np.uint8)
-    project(tmp_path, features, [str(i) for i in range(40)], pictures)
-    assert read_projection(tmp_path).labels is None
+    names = [f"n{i}" for i in range(40)]
+    project(tmp_path / "many", features, names, pictures)
+    assert read_projection(tmp_path / "many").labels == names
+    project(tmp_path / "several", features, names, pictures, kind="labels")
+    found = read_projection(tmp_path / "several")
+    assert (found.labels, found.classes) == (names, False)
+    project(tmp_path / "none", features, [""] * 40, pictures, kind="unlabelled")
+    assert read_projection(tmp_path / "none").labels is None
+
+
+def test_names_that_break_lines_or_are_no_text(tmp_path):
+    features, _ = clusters(5)
+    names = ["a\nb", "tab\there", "caf\udce9", "line\u2028end", "plain"]
+    project(tmp_path, features, names, np.zeros((5, 4, 4, 3), np.uint8))
+    found = read_projection(tmp_path).labels
+    assert found == ["a b", "tab here", "caf?", "line end", "plain"]
+
+
+def test_the_newest_replaces_the_older(tmp_path):
+    features, which = clusters(5)
+    for step in (3, 7, 7):
+        project(tmp_path, features, [str(i) for i in which], np.zeros((5, 4, 4, 3), np.uint8), step)
+    assert set(projections(tmp_path)) == {7}
+    assert (tmp_path / "tensorboard" / "projector_config.pbtxt").read_text().count(
+        "tensor_path"
+    ) == 1
 
 
 def test_none_and_damaged_ones(tmp_path):
@@ -55,9 +83,11 @@ def test_none_and_damaged_ones(tmp_path):
             read_projection(tmp_path)
         assert "\n" not in str(caught.value)
     (folder / "tensors.tsv").write_text(whole)
-    (folder / "sprite.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(UserError, match="damaged"):
-        read_projection(tmp_path)
+    sheet = (folder / "sprite.png").read_bytes()
+    for wrong in (b"\x89PNG\r\n\x1a\n", sheet[:40], sheet[:33] + b"\xff" * 20 + sheet[53:]):
+        (folder / "sprite.png").write_bytes(wrong)
+        with pytest.raises(UserError, match="damaged"):
+            read_projection(tmp_path)
 
 
 def test_like_ones_lie_together_whatever_their_length():

@@ -17,10 +17,11 @@ def test_time_is_that_of_the_training_and_its_pauses(tmp_path):
         train_row(30, images_per_s=320.0, saving_s=1.5, looking_s=2.5),
         {"step": 30, "process_s": [0.1, 0.2]},
         train_row(40, images_per_s=80.0, slowest_s=9.0, median_s=1.0),
+        {"step": 40, "looking_s": 3.0},
     ]
     story = read_story(make_run(tmp_path / "run", rows))
     assert story.steps.tolist() == [10, 30, 40]
-    np.testing.assert_allclose(story.seconds, [2.0, 2.0 + 2.0 + 4.0, 8.0 + 4.0])
+    np.testing.assert_allclose(story.seconds, [2.0, 2.0 + 2.0 + 4.0, 8.0 + 4.0 + 3.0])
     assert story.hours(20) == pytest.approx(5.0 / 3600)
     assert story.images == 40 * 32
     assert story.curve("rankme") == [
@@ -42,6 +43,11 @@ def test_scores_of_every_result_file(tmp_path):
     (folder / "torn.json").write_text('{"evaluator": "kn')
     nameless = {"evaluator": "knn", "scores": [score(None, 1, 2)]}
     (folder / "empty.json").write_text(json.dumps(nameless))
+    ragged = {"evaluator": "knn", "scores": [score(60, 59, 61, confusion=[[1, 2], [3]])]}
+    (folder / "ragged.json").write_text(json.dumps(ragged))
+    unnamed = {"evaluator": "knn", "scores": [score(60, 59, 61, per_class=None)]}
+    (folder / "unnamed.json").write_text(json.dumps(unnamed))
+    (folder / "odd.json").write_text(json.dumps(nameless | {"evaluator": ["knn"]}))
     problems: list[str] = []
     found = read_scores(folder, problems)
     assert [(s.of, s.evaluator, s.score.top1) for s in found] == [
@@ -49,8 +55,9 @@ def test_scores_of_every_result_file(tmp_path):
         ("", "linear", 60),
     ]
     assert found[1].card == {"evaluator": "linear", "encoder": {}}
-    assert len(problems) == 3
-    assert all(any(name in p for p in problems) for name in ("broken", "torn", "empty"))
+    assert len(problems) == 6
+    for name in ("broken", "torn", "empty", "ragged", "unnamed", "odd"):
+        assert any(name in problem for problem in problems)
 
 
 def test_pictures_of_steps_that_were_undone_are_left_out(tmp_path):
@@ -63,6 +70,25 @@ def test_pictures_of_steps_that_were_undone_are_left_out(tmp_path):
 
 def test_an_empty_folder_is_a_story_of_what_is_missing(tmp_path):
     story = read_story(tmp_path)
-    assert (story.images, story.names, story.scores, story.pictures) == (0, [], [], {})
+    assert (story.images, story.names, story.scores, story.pictures) == (None, [], [], {})
     assert any("metrics.jsonl" in problem for problem in story.problems)
     assert any("config.yaml" in problem for problem in story.problems)
+
+
+def test_without_the_batch_there_are_steps_alone(tmp_path):
+    """Neither a number of images nor a time is made up."""
+    folder = make_run(tmp_path / "run", [train_row(10), train_row(20)], config="")
+    (folder / "status.json").unlink()
+    story = read_story(folder)
+    assert story.images is None
+    assert len(story.steps) == 0
+    assert story.curve("loss") == [{"step": 10, "value": 1.0}, {"step": 20, "value": 1.0}]
+
+
+def test_a_long_run_is_read_in_time_that_grows_with_it(tmp_path):
+    """A hundred thousand points, each with its hours: as many as one by one."""
+    rows = [train_row(10 * i, images_per_s=100.0 + i % 7) for i in range(1, 20_001)]
+    story = read_story(make_run(tmp_path / "run", rows))
+    points = story.curve("loss")
+    assert len(points) == 20_000
+    assert points[777]["hours"] == pytest.approx(float(story.hours(7780)))

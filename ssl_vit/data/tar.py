@@ -81,7 +81,7 @@ class _OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
+        if hasattr(self, "descriptor") and os is not None:  # it is where the interpreter ends
             os.close(self.descriptor)
 
 

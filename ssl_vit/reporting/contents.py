@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 import yaml
@@ -19,11 +18,10 @@ from ssl_vit.reporting.explained import evaluator, feature
 from ssl_vit.reporting.images import stages, thumbnail_uri
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.reporting.story import Scored, Story
+from ssl_vit.reporting.tiles import tiles
 from ssl_vit.session import PretrainConfig, default_options
-from ssl_vit.training.metrics import duration
 
 _MOST_CONFUSED = 40
-_NOTHING = "-"
 
 
 def part_of(story: Story, colour: str, seed: int) -> dict[str, Any]:
@@ -68,83 +66,6 @@ def lead(story: Story) -> str:
     seen = "" if story.images is None else f"{story.images:,} images seen in "
     parts.append(f"{seen}{run.step:,}{total} steps")
     return "; ".join(parts) + "."
-
-
-def tiles(story: Story) -> list[dict[str, str]]:
-    """The numbers that people ask for first, each with a note."""
-    run, status = story.run, story.run.status
-    images = _NOTHING if story.images is None else f"{story.images:,}"
-    time = duration(float(story.seconds[-1])) if len(story.steps) else _NOTHING
-    rates = [value for _, value in run.series("images_per_s")]
-    found = [
-        _quality_tile(story),
-        _probe_tile(story),
-        _tile("images seen", images, _epochs(story)),
-        _tile("time", time, _where(story)),
-        _tile("images/s", f"{median(rates):,.0f}" if rates else _NOTHING, "median of all lines"),
-        _energy_tile(story),
-    ]
-    if status and status.job:
-        found.append(_tile("job", status.job, "Slurm"))
-    return found
-
-
-def _quality_tile(story: Story) -> dict[str, str]:
-    """What was measured on held-out images while training."""
-    top, knn = story.run.latest("val_top1"), story.run.knn
-    if top is not None:
-        return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")
-    if knn is None:
-        return _tile("k-NN", _NOTHING, "no labels, or not yet looked")
-    k, _, pooling = knn[0].removeprefix("knn").partition("_")
-    return _tile("k-NN", f"{knn[1]:.1f} %", f"k = {k}, {feature(pooling)}")
-
-
-def _energy_tile(story: Story) -> dict[str, str]:
-    """Of the lines that have it, as no other is known."""
-    steps = {step for step, _ in story.run.series("energy_j")}
-    joules, size, done, images = story.total("energy_j"), story.run.images_per_step, 0, 0
-    if joules is None:
-        return _tile("energy", _NOTHING, "no device told")
-    for step, _ in story.run.series("images_per_s"):
-        images += (step - done) * (size or 0) if step in steps else 0
-        done = step
-    each = f"{joules / images:.3g} J an image" if images else "of an unknown number of images"
-    part = images / story.images if story.images else 1.0
-    told = f"{each}, told for {100 * part:.0f} %" if part < 0.99 else each
-    return _tile("energy", f"{joules / 3.6e6:.3g} kWh", told)
-
-
-def _tile(label: str, value: str, note: str) -> dict[str, str]:
-    return {"label": label, "value": value, "note": note}
-
-
-def _probe_tile(story: Story) -> dict[str, str]:
-    """The closing score of what was learnt; without one, that of the run's own linear.json."""
-    own = [s for s in story.scores if s.own and s.evaluator in ("linear", "finetune")]
-    closing = [s for s in own if s.of or s.evaluator == "finetune"]
-    found = closing or [s for s in own if s.file.name == "linear.json"]
-    if not found:
-        return _tile("linear probe", _NOTHING, "not measured")
-    scored = found[0]
-    low, high = scored.score.interval
-    name = next(iter(scored.score.metrics))
-    note = f"{name}; 95 %: {low:.1f} to {high:.1f}"
-    return _tile(evaluator(scored.evaluator), f"{scored.first:.1f} %", note)
-
-
-def _epochs(story: Story) -> str:
-    per = story.run.steps_per_epoch
-    return f"{story.run.step / per:.3g} epochs" if per else "epochs unknown"
-
-
-def _where(story: Story) -> str:
-    status = story.run.status
-    if not status:
-        return "saving and looking included"
-    processes = f"{status.processes} processes x " if status.processes > 1 else ""
-    threads = f"{status.threads} threads" if status.threads > 1 else "1 thread"
-    return f"{status.device}, {processes}{threads}"
 
 
 def score_row(scored: Scored) -> dict[str, str]:

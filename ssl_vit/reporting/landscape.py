@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from ssl_vit.config import UserError, check
-from ssl_vit.training.metrics import projections
+from ssl_vit.training.panels import projections
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.reporting.explained import feature
-from ssl_vit.training.metrics import panels
+from ssl_vit.training.panels import panels
 from ssl_vit.training.run_folder import Run, read_run
 
 # What is no curve: seconds beside the training, lists, flags of single steps.

@@ -28,12 +28,18 @@ from ssl_vit.figures import save_png
 from ssl_vit.files import write_text_atomically
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.pace import Pace
+from ssl_vit.training.panels import (
+    BOARD_FOLDER,
+    PROJECTION,
+    drop_pictures,
+    one_line,
+    panel_file,
+    projections,
+    thin_panels,
+)
 
 log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
-BOARD_FOLDER = "tensorboard"
-_PANELS, _PROJECTION = "panels", "features"
-_MOST_PANELS = 32
 _LINE_SECONDS = 10.0
 
 
@@ -176,7 +182,7 @@ class RunLog:
         # A single column has no header; two let a reader know what the first one is.
         rows = [[one_line(label), str(i)] for i, label in enumerate(labels)]
         header = [kind, "image"]
-        self.board.add_embedding(features, rows, pictures, step, _PROJECTION, header)
+        self.board.add_embedding(features, rows, pictures, step, PROJECTION, header)
         for path in older.values():
             shutil.rmtree(path.parent)
 
@@ -218,51 +224,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def panel_file(folder: Path, name: str, step: int) -> Path:
-    """Where a run keeps a picture as it was after ``step`` steps."""
-    return folder / _PANELS / name / f"step-{step:08d}.png"
-
-
-def projections(folder: Path) -> dict[int, Path]:
-    """What a run keeps for TensorBoard's projector: by step, a folder of ``tensors.tsv``,
-    ``metadata.tsv`` and ``sprite.png``."""
-    found = (folder / BOARD_FOLDER).glob(f"*/{_PROJECTION}")
-    return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
-
-
-def panels(folder: Path) -> dict[str, dict[int, Path]]:
-    """The pictures of a run: by name, by step."""
-    found: dict[str, dict[int, Path]] = {}
-    for file in sorted((folder / _PANELS).glob("*/step-*.png")):
-        step = file.stem.removeprefix("step-")
-        if step.isdecimal():
-            found.setdefault(file.parent.name, {})[int(step)] = file
-    return found
-
-
-def thin_panels(folder: Path) -> None:
-    """Of more than ``_MOST_PANELS`` pictures of a kind leave every second, and the newest."""
-    files = sorted(folder.glob("step-*.png"))
-    if len(files) > _MOST_PANELS:
-        for file in files[-2:0:-2]:
-            file.unlink()
-
-
-def one_line(text: str) -> str:
-    """A name fit for a table of text: line breaks and what UTF-8 cannot write are replaced."""
-    plain = text.encode("utf-8", "replace").decode()
-    return "".join(c if c.isprintable() else " " for c in plain)
-
-
-def drop_pictures(folder: Path, step: int) -> None:
-    """Remove the pictures and projections of later steps: a resumed run makes them again."""
-    for by_step in panels(folder).values():
-        for late in (file for made, file in by_step.items() if made > step):
-            late.unlink()
-    for late in (path for made, path in projections(folder).items() if made > step):
-        shutil.rmtree(late.parent)
 
 
 def note_outcome(

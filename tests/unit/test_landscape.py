@@ -7,7 +7,8 @@ import torch
 from ssl_vit.config import UserError
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.training.energy import Energy
-from ssl_vit.training.metrics import RunLog, projections
+from ssl_vit.training.metrics import RunLog
+from ssl_vit.training.panels import projections
 
 
 def project(folder, features, labels, pictures, step=7, kind="class"):

@@ -1,0 +1,56 @@
+"""The pictures that a run keeps in its folder, and what it keeps for TensorBoard's projector."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+BOARD_FOLDER = "tensorboard"
+PROJECTION = "features"
+_PANELS = "panels"
+_MOST_PANELS = 32
+
+
+def panel_file(folder: Path, name: str, step: int) -> Path:
+    """Where a run keeps a picture as it was after ``step`` steps."""
+    return folder / _PANELS / name / f"step-{step:08d}.png"
+
+
+def projections(folder: Path) -> dict[int, Path]:
+    """What a run keeps for TensorBoard's projector: by step, a folder of ``tensors.tsv``,
+    ``metadata.tsv`` and ``sprite.png``."""
+    found = (folder / BOARD_FOLDER).glob(f"*/{PROJECTION}")
+    return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
+
+
+def panels(folder: Path) -> dict[str, dict[int, Path]]:
+    """The pictures of a run: by name, by step."""
+    found: dict[str, dict[int, Path]] = {}
+    for file in sorted((folder / _PANELS).glob("*/step-*.png")):
+        step = file.stem.removeprefix("step-")
+        if step.isdecimal():
+            found.setdefault(file.parent.name, {})[int(step)] = file
+    return found
+
+
+def thin_panels(folder: Path) -> None:
+    """Of more than ``_MOST_PANELS`` pictures of a kind leave every second, and the newest."""
+    files = sorted(folder.glob("step-*.png"))
+    if len(files) > _MOST_PANELS:
+        for file in files[-2:0:-2]:
+            file.unlink()
+
+
+def one_line(text: str) -> str:
+    """A name fit for a table of text: line breaks and what UTF-8 cannot write are replaced."""
+    plain = text.encode("utf-8", "replace").decode()
+    return "".join(c if c.isprintable() else " " for c in plain)
+
+
+def drop_pictures(folder: Path, step: int) -> None:
+    """Remove the pictures and projections of later steps: a resumed run makes them again."""
+    for by_step in panels(folder).values():
+        for late in (file for made, file in by_step.items() if made > step):
+            late.unlink()
+    for late in (path for made, path in projections(folder).items() if made > step):
+        shutil.rmtree(late.parent)

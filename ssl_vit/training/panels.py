@@ -34,11 +34,13 @@ def panels(folder: Path) -> dict[str, dict[int, Path]]:
 
 
 def thin_panels(folder: Path) -> None:
-    """Of more than ``_MOST_PANELS`` pictures of a kind leave every second, and the newest."""
+    """Leave at most ``_MOST_PANELS`` pictures of a kind: those go whose neighbours are nearest, and
+    the first and the newest stay."""
     files = sorted(folder.glob("step-*.png"))
-    if len(files) > _MOST_PANELS:
-        for file in files[-2:0:-2]:
-            file.unlink()
+    while len(files) > _MOST_PANELS:
+        steps = [int(file.stem.removeprefix("step-")) for file in files]
+        gaps = [after - before for before, after in zip(steps, steps[2:], strict=False)]
+        files.pop(1 + gaps.index(min(gaps))).unlink()
 
 
 def one_line(text: str) -> str:

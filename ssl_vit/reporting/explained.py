@@ -64,6 +64,12 @@ def feature(name: str) -> str:
     return _FEATURES.get(name, name)
 
 
+def neighbours_of(name: str) -> str:
+    """What a k-NN number is of: ``knn20_cls`` is ``k = 20, [CLS]``."""
+    k, _, pooling = name.removeprefix("knn").partition("_")
+    return f"k = {k}, {feature(pooling)}"
+
+
 def evaluator(name: str) -> str:
     """An evaluator as people call it."""
     return _EVALUATORS.get(name, name)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ssl_vit import __version__
 from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
-from ssl_vit.reporting.explained import evaluator, meaning, ordered, title
+from ssl_vit.reporting.explained import evaluator, meaning, neighbours_of, ordered, title
 from ssl_vit.reporting.story import KNN, PIXELS, Scored, Story, knn_names
 from ssl_vit.training.metrics import duration
 
@@ -156,7 +156,7 @@ def equal_images(stories: Sequence[Story]) -> dict[str, Any] | None:
         rows.append(
             {
                 "name": story.name,
-                "feature": story.run.knn[0],
+                "feature": neighbours_of(story.run.knn[0]),
                 "images": f"{step * size:,}",
                 "time": duration(3600 * float(story.hours(step))),
                 "value": f"{value:.1f}",

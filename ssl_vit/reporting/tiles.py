@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from ssl_vit.reporting.explained import evaluator, feature
+from ssl_vit.reporting.explained import evaluator, neighbours_of
 from ssl_vit.reporting.story import Story
 from ssl_vit.training.metrics import duration
 
@@ -37,8 +37,7 @@ def _quality_tile(story: Story) -> dict[str, str]:
         return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")
     if knn is None:
         return _tile("k-NN", _NOTHING, "no labels, or not yet looked")
-    k, _, pooling = knn[0].removeprefix("knn").partition("_")
-    return _tile("k-NN", f"{knn[1]:.1f} %", f"k = {k}, {feature(pooling)}")
+    return _tile("k-NN", f"{knn[1]:.1f} %", neighbours_of(knn[0]))
 
 
 def _energy_tile(story: Story) -> dict[str, str]:

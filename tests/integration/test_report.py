@@ -229,8 +229,9 @@ def test_two_runs_side_by_side(browser, both, runs):
     assert {row["series"] for row in rows_of(charts(both)["curve-kl"])} == {"dino"}
     equal = browser.run("return document.getElementById('equal').innerText")
     for run, key in zip(runs, ("knn20_mean", "knn20_cls"), strict=True):
+        called = {"knn20_mean": "k = 20, mean patch", "knn20_cls": r"k = 20, \[CLS\]"}[key]
         last = [r for r in read_rows(run / "metrics.jsonl") if "rankme" in r][-1]
-        assert re.search(rf"{run.name}\s+{key}\s+1,280\s+0:\d+\s+{last[key]:.1f}", equal)
+        assert re.search(rf"{run.name}\s+{called}\s+1,280\s+0:\d+\s+{last[key]:.1f}", equal)
     headings = browser.run("return document.getElementById('training').innerText")
     for kind in ("Attention", "Reconstruction", "Neighbours", "PCA"):
         assert kind in headings

@@ -1,5 +1,6 @@
 """The notebook's way in: an encoder that takes images as they come."""
 
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from ssl_vit.config import EncoderConfig, UserError
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import Machine, View, extract, pooled
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+from tests.conftest import ROOT
 from tests.unit.foreign_weights import saved, vit
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -145,6 +147,24 @@ def test_mistakes_are_one_line(folder, paths, tmp_path):
         ssl_vit.load_encoder(tmp_path / "nothing")
     with pytest.raises(UserError, match="no plain ViT"):
         ssl_vit.load_encoder("random:timm:resnet18")
+
+
+def test_the_lines_of_the_readme(folder, paths, tmp_path, monkeypatch):
+    """As they stand there, with a run and two images of those names."""
+    lines = (ROOT / "README.md").read_text().partition("**In a notebook:**")[2]
+    code = lines.partition("```python\n")[2].partition("```")[0]
+    assert code.count("\n") == 7  # two to import, five to use it
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(folder / "run", tmp_path / "runs" / "mae-digits")
+    for path, name in zip(paths, ("a.png", "b.jpg"), strict=False):
+        Image.open(path).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(code, found)
+    assert found["vectors"].shape == (2, 32)
+    assert found["features"].patches.shape == (2, 24, 32)
+    assert found["maps"].shape == (1, 2, 4, 6)
+    assert found["x"].shape == (1, 3, 16, 24)
 
 
 def test_what_it_says_of_itself(folder):

@@ -25,7 +25,7 @@ from ssl_vit.config import UserError, check
 from ssl_vit.options import parse
 
 _PROG = "python -m launch.slurm"
-DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark")
+DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "report", "runs")
 # Signals that come before a task is ready for them are lost, rather than end it: when Slurm wants
 # the machines back it queues the job again itself. What the task starts has their usual effects.
 _PYTHON = shlex.join(["bash", "-c", 'trap "" TERM USR2; exec "$@"', "bash", sys.executable])

@@ -42,6 +42,8 @@ sys.argv = ["runs", "runs", "--live", "--every", "0.1"]
 child, terminal = pty.fork()
 if child == 0:
     os.environ["TERM"] = "xterm"
+    # Whoever runs the tests in the background has it ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.run_door(runs.main)
 
 def seen(until, text=b"", patience=60.0):

@@ -38,8 +38,10 @@ def agree(opened, tokens, size=(32, 32), prefix=1):
     with torch.inference_mode():
         features = opened.encoder(images(size, opened.info.channels))
     assert not opened.encoder.training
-    torch.testing.assert_close(features.cls, tokens[:, 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(features.patches, tokens[:, prefix:], atol=1e-5, rtol=1e-5)
+    # Tokens without a final norm are larger, and so is what processors round differently.
+    close = {"atol": 1e-5 * max(1.0, float(tokens.abs().max())), "rtol": 1e-5}
+    torch.testing.assert_close(features.cls, tokens[:, 0], **close)
+    torch.testing.assert_close(features.patches, tokens[:, prefix:], **close)
     assert features.cls.std(0).max() > 1e-3
     # The configuration rebuilds this very architecture.
     again = Encoder(opened.info.config, opened.info.channels)

@@ -34,7 +34,7 @@ cli.run_door(pretrain.main)
 
 # A terminal of its own for `runs --live`: what it draws, and its exit status, are printed as JSON.
 TERMINAL = """
-import json, os, pty, select, sys, time
+import json, os, pty, select, signal, sys, time
 from pathlib import Path
 from ssl_vit import cli, runs
 

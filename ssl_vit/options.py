@@ -73,6 +73,11 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
+def as_written(config: Any) -> dict[str, Any]:
+    """Every option as ``config.yaml`` has it, ``group.option``."""
+    return flatten(yaml.safe_load(to_yaml(config)))
+
+
 def parse(
     default: T, flags: Sequence[str], where: str, prog: str, about: str = "", kind: object = None
 ) -> T:

@@ -20,8 +20,8 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import View, ready
+from ssl_vit.evaluators.thumbnails import shown
 from ssl_vit.evaluators.watch import bounded
-from ssl_vit.figures import to_rgb
 from ssl_vit.training.parallel import resolve_device
 
 log = logging.getLogger("ssl_vit")
@@ -174,7 +174,7 @@ def normalized(
     The tensor is new: ``images`` stay as they are.
     """
     made = Normalize(view.mean, view.std).to(device).images(images.clone().to(device))
-    return made, to_rgb(view.display(images).inverse(made.cpu()))
+    return made, shown(images, view)
 
 
 def in_parts(images: Tensor) -> tuple[Tensor, ...]:

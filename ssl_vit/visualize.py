@@ -13,12 +13,11 @@ import torch
 from ssl_vit.attention import attention_panel, cls_attention
 from ssl_vit.cli import find_recipe, layered, run_door, split_config, subcommand
 from ssl_vit.config import UserError, check
-from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.evaluators.backbone import Backbone, result_file
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready
 from ssl_vit.evaluators.neighbours import nearest, neighbours_panel, same_class
-from ssl_vit.evaluators.watch import bounded
+from ssl_vit.evaluators.watch import bounded, bounded_rows
 from ssl_vit.figures import save_png
 from ssl_vit.methods.base import find_method, method_names
 from ssl_vit.patch_pca import pca_panel
@@ -32,7 +31,6 @@ from ssl_vit.pictures import (
     read_images,
 )
 from ssl_vit.reconstruction import Target, open_autoencoder, reconstruction_panel
-from ssl_vit.seeds import fold
 
 log = logging.getLogger("ssl_vit")
 _NEIGHBOURS = 7
@@ -164,7 +162,7 @@ def neighbours(config: NeighboursConfig) -> Made:
     queries = found
     if itself:
         count = len(found.index) if isinstance(gallery, Files) else config.count
-        rows = _choice(len(found.index), count, config.seed)
+        rows = torch.from_numpy(bounded_rows(len(found.index), count, config.seed))
         queries = found.take(rows)
     else:
         queries = _features(scene, scene.source, feature)
@@ -213,12 +211,6 @@ def _features(scene: Scene, source: Source, feature: str) -> FeatureSet:
     if len(source) > 500:
         log.info("features of %s images of %s", f"{len(source):,}", source.spec)
     return extract(scene.backbone.embed(parts_of((feature,))), source, scene.view, machine)
-
-
-def _choice(n: int, count: int, seed: int) -> torch.Tensor:
-    """At most ``count`` of ``n`` rows, a seeded choice, in order."""
-    picks = permute(np.arange(min(count, n), dtype=np.int64), n, fold(seed, count))
-    return torch.from_numpy(np.sort(picks))
 
 
 def _shown(scene: Scene, source: Source, index: torch.Tensor) -> np.ndarray:

@@ -98,7 +98,7 @@ def _judge_classes(
     n = max(n, len(classes or ()))
     there, right = (torch.bincount(t, minlength=n) for t in (truth, truth[correct]))
     shares = (100.0 * right.double() / there).tolist()
-    per_class = {_name(classes, c): shares[c] for c in range(n) if there[c]}
+    per_class = {class_name(classes, c): shares[c] for c in range(n) if there[c]}
     confusion = None
     if n <= _LARGEST_CONFUSION:
         confusion = torch.bincount(truth * n + guesses[:, 0], minlength=n * n).view(n, n).tolist()
@@ -123,13 +123,14 @@ def _judge_labels(
         area.append(100.0 * float(roc_auc_score(*pair)))
     metrics = {"map": float(np.mean(precision)), "auroc": float(np.mean(area))}
     interval = mean_precision_interval(scores[:, judged], wanted[:, judged], seed)
-    names = [_name(classes, label) for label in range(wanted.shape[1])]
+    names = [class_name(classes, label) for label in range(wanted.shape[1])]
     per_class = {names[label]: p for label, p in zip(judged, precision, strict=True)}
     left_out = [name for name in names if name not in per_class]
     return metrics, interval, per_class, None, {"left_out": left_out} if left_out else {}
 
 
-def _name(classes: Sequence[str] | None, number: int) -> str:
+def class_name(classes: Sequence[str] | None, number: int) -> str:
+    """What a class is called: by its number where it has no name."""
     return classes[number] if classes and number < len(classes) else str(number)
 
 
@@ -178,9 +179,9 @@ def check_labels(train: FeatureSet, val: FeatureSet, classes: Sequence[str] | No
         check(bool(useful), "no label has both outcomes in the training set; nothing to learn")
         return
     there = set(ours.unique().tolist())
-    one = _name(classes, min(there))
+    one = class_name(classes, min(there))
     check(len(there) > 1, f"all training images are of class {one!r}; at least two are needed")
     strange = sorted(set(theirs.unique().tolist()) - there)
-    names = ", ".join(repr(_name(classes, c)) for c in strange[:3])
+    names = ", ".join(repr(class_name(classes, c)) for c in strange[:3])
     more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
     check(not strange, f"validation has images of {names}{more}; training has none of them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from ssl_vit.data.sources import Source, Subset
 from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, View, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.neighbours import nearest, neighbours_panel
+from ssl_vit.evaluators.neighbours import nearest, neighbours_panel, same_class
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.scores import Score, class_name
 from ssl_vit.evaluators.thumbnails import shown, squared, thumbnails
 from ssl_vit.files import write_text_atomically
 from ssl_vit.patch_pca import pca_panel
@@ -107,9 +107,8 @@ class Watch:
         bank = held_out.parts[self.pooling]
         k = min(_NEIGHBOURS, len(bank) - 1)
         found, cosine = nearest(bank[rows], bank, k, own=rows)
-        labels, same = held_out.labels, None
-        if labels.ndim == 1 and bool((labels >= 0).all()):
-            same = labels[found] == labels[rows][:, None]
+        asked, answers = held_out.take(rows), held_out.take(found.flatten())
+        same = same_class((self.val, asked), (self.val, answers))
         wanted = held_out.index[torch.cat([rows[:, None], found], dim=1)]
         small = thumbnails(self.val, wanted.flatten().tolist(), self.view, _SMALL)
         small = small.reshape(len(rows), k + 1, *small.shape[1:])
@@ -131,12 +130,14 @@ class Watch:
 
     def _said(self, labels: Tensor) -> tuple[str, list[str]]:
         """What is known of images, and in which sense: class, labels (several each), or nothing."""
-        names = self.val.classes or ()
+        names = self.val.classes
         if labels.ndim == 2:
             rows = [row.nonzero()[:, 0].tolist() for row in labels.nan_to_num(0) > 0]
-            return "labels", [" + ".join(_name(names, i) for i in row) or "none" for row in rows]
+            return "labels", [
+                " + ".join(class_name(names, i) for i in row) or "none" for row in rows
+            ]
         if bool((labels >= 0).all()):
-            return "class", [_name(names, i) for i in labels.tolist()]
+            return "class", [class_name(names, i) for i in labels.tolist()]
         return "unlabelled", ["" for _ in labels]
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
@@ -154,10 +155,6 @@ class Watch:
             linear = linear_scores(train, val, replace(protocol, features=(shown,)), names)
             table[name] = {"knn": by_neighbours[0], "linear": linear[0]}
         return table
-
-
-def _name(classes: Sequence[str], number: int) -> str:
-    return classes[number] if number < len(classes) else str(number)
 
 
 def bounded(source: Source, count: int, seed: int) -> Source:

@@ -7,11 +7,9 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
-import yaml
-
 from ssl_vit.config import UserError
 from ssl_vit.methods.base import find_method
-from ssl_vit.options import flatten, to_yaml
+from ssl_vit.options import as_written
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape
 from ssl_vit.reporting.explained import evaluator, feature
@@ -169,7 +167,7 @@ def defaults(story: Story) -> dict[str, Any]:
         made = default_options(PretrainConfig, find_method(story.run.method))
     except UserError:
         return {}
-    return flatten(yaml.safe_load(to_yaml(made)))
+    return as_written(made)
 
 
 def _plain(value: Any) -> str:

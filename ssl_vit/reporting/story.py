@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,13 @@ import numpy as np
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.reporting.explained import feature
 from ssl_vit.training.panels import panels
-from ssl_vit.training.run_folder import Run, read_run
+from ssl_vit.training.run_folder import PAUSES, Run, finite, read_run
 
 # What is no curve: seconds beside the training, lists, flags of single steps.
 _NO_CURVES = {"step", "warning", "process_s", "skipped", "spikes", "slowest_s", "median_s"}
-_NO_CURVES |= {"held_out_images"}
+_NO_CURVES |= {"held_out_images", *PAUSES}
 # Entries of a run's own scores that are not what it has learnt.
 PIXELS, UNTRAINED = "raw pixels", ("random encoder", "initial encoder")
-_PAUSE = re.compile(r".+ing_s")
 KNN = re.compile(r"knn\d+_(.+)")
 
 
@@ -97,11 +95,7 @@ class Story:
     def names(self) -> list[str]:
         """The numbers that were logged and are worth a curve, in the order of the file."""
         found = dict.fromkeys(name for row in self.run.rows for name in row)
-        return [
-            name
-            for name in found
-            if name not in _NO_CURVES and not _PAUSE.fullmatch(name) and self.run.series(name)
-        ]
+        return [name for name in found if name not in _NO_CURVES and self.run.series(name)]
 
     def total(self, name: str) -> float | None:
         """The sum of what was logged under a name; None where it never was."""
@@ -138,8 +132,8 @@ def clock(run: Run) -> tuple[np.ndarray, np.ndarray]:
     times: dict[int, float] = {}
     for row in run.rows if size else []:
         rate, step = row.get("images_per_s"), row["step"]
-        passed += sum(v for k, v in row.items() if _PAUSE.fullmatch(k) and _finite(v))
-        if isinstance(rate, int | float) and _finite(rate) and rate > 0 and step > done:
+        passed += sum(row[name] for name in PAUSES if finite(row.get(name)))
+        if isinstance(rate, int | float) and finite(rate) and rate > 0 and step > done:
             passed += (step - done) * (size or 0) / rate
             done = step
         if done:
@@ -187,20 +181,15 @@ def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
 def _check(score: Score) -> None:
     """Raise ValueError for a score without its numbers, or with a table that is none."""
     values = [*score.metrics.values(), *score.interval]
-    if not score.metrics or not all(_finite(v) for v in values) or len(score.interval) != 2:
+    if not score.metrics or not all(finite(v) for v in values) or len(score.interval) != 2:
         raise ValueError("no numbers")
     if not isinstance(score.per_class, dict):
         raise ValueError("no classes")
     rows = score.confusion
     if rows is not None:
         whole = isinstance(rows, list) and all(
-            isinstance(row, list) and len(row) == len(rows) and all(_finite(n) for n in row)
+            isinstance(row, list) and len(row) == len(rows) and all(finite(n) for n in row)
             for row in rows
         )
         if not whole:
             raise ValueError("no table of classes")
-
-
-def _finite(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)

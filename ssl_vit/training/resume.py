@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ssl_vit.config import RunConfig, UserError, check
-from ssl_vit.options import flatten, to_yaml
+from ssl_vit.options import as_written, flatten
 from ssl_vit.training.checkpoint import complete, load_checkpoint
 from ssl_vit.training.loop import Trainer
 
@@ -73,7 +73,7 @@ def check_same_run(config: Any, out: Path) -> None:
         before = flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError):
         raise UserError(f"{path} is damaged; give another --run.out") from None
-    now = flatten(yaml.safe_load(to_yaml(config)))
+    now = as_written(config)
     if before.get("data.val") and now["data.val"]:  # otherwise it decides what is held out
         before["data.val"] = now["data.val"]
     before = _defaults(config) | before
@@ -91,7 +91,7 @@ def _defaults(config: Any) -> dict[str, Any]:
         f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)
     }
     plain = {name: kind() for name, kind in kinds.items() if hasattr(kind, "__dataclass_fields__")}
-    return flatten(yaml.safe_load(to_yaml(dataclasses.replace(config, **plain))))
+    return as_written(dataclasses.replace(config, **plain))
 
 
 def move_aside(out: Path) -> None:

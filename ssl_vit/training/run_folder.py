@@ -29,7 +29,7 @@ __all__ = ["Run", "find_runs", "read_run"]
 _RESULTS = ("results.json", "finetune.json")
 _FINETUNE = "finetune"
 # What a line of metrics calls the seconds that were no training.
-_PAUSES = ("saving_s", "looking_s")
+PAUSES = ("saving_s", "looking_s")
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class Run:
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """Every finite value that was logged under a name, with its step, in the order logged."""
-        return [(row["step"], float(row[name])) for row in self.rows if _finite(row.get(name))]
+        return [(row["step"], float(row[name])) for row in self.rows if finite(row.get(name))]
 
     def latest(self, name: str) -> float | None:
         """The newest finite value that was logged under a name."""
-        values = (row[name] for row in reversed(self.rows) if _finite(row.get(name)))
+        values = (row[name] for row in reversed(self.rows) if finite(row.get(name)))
         return next((float(value) for value in values), None)
 
     @property
@@ -123,7 +123,7 @@ class Run:
         """
         own = f"_{self.status.pooling}" if self.status and self.status.pooling else ""
         for row in reversed(self.rows):
-            found = {k: v for k, v in row.items() if re.match(r"knn\d+", k) and _finite(v)}
+            found = {k: v for k, v in row.items() if re.match(r"knn\d+", k) and finite(v)}
             for name in sorted(found, key=lambda k: (k.endswith(own), found[k]), reverse=True):
                 return name, float(found[name])
         return None
@@ -226,15 +226,15 @@ def _judged(run: Run) -> Run:
 def _usual_gap(run: Run) -> float | None:
     """The longest time between two lines of metrics that this run takes, in seconds: training at
     its last rate, and its longest pause to save and to look."""
-    lines = [row for row in run.rows if _finite(row.get("images_per_s"))]
+    lines = [row for row in run.rows if finite(row.get("images_per_s"))]
     if len(lines) < 2 or not run.images_per_step or lines[-1]["images_per_s"] <= 0:
         return None
     steps = max(1, lines[-1]["step"] - lines[-2]["step"])
-    pauses = (sum(row[n] for n in _PAUSES if _finite(row.get(n))) for row in lines)
+    pauses = (sum(row[n] for n in PAUSES if finite(row.get(n))) for row in lines)
     return steps * run.images_per_step / float(lines[-1]["images_per_s"]) + max(pauses)
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
     """Whether a value of a row is a number, and finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ssl_vit.config import Length, RunConfig, check
@@ -28,7 +27,7 @@ from ssl_vit.encoder import (
     parameter_count,
 )
 from ssl_vit.files import write_text_atomically
-from ssl_vit.options import flatten, to_yaml
+from ssl_vit.options import as_written, to_yaml
 from ssl_vit.task import Task
 from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
@@ -101,7 +100,7 @@ class Session:
 
     def options(self) -> dict[str, Any]:
         """Every option by its name, ``group.option``, as ``config.yaml`` has them."""
-        return flatten(yaml.safe_load(to_yaml(self.config)))
+        return as_written(self.config)
 
     @property
     def part_size(self) -> int:

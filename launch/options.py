@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssl_vit.config import UserError, check
+from ssl_vit.common.config import UserError, check
 
 # Slurm may send its signals so many seconds early (sbatch's --signal).
 _EARLY = 60

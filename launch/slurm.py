@@ -20,9 +20,9 @@ from launch.here import run_here, shown
 from launch.job import Job
 from launch.options import LaunchConfig, slurm_options, together
 from launch.sweep import swept
-from ssl_vit.cli import run_door
-from ssl_vit.config import UserError, check
-from ssl_vit.options import parse
+from ssl_vit.commands.cli import run_door
+from ssl_vit.common.config import UserError, check
+from ssl_vit.common.layers import parse
 
 _PROG = "python -m launch.slurm"
 DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "report", "runs")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from ssl_vit.config import UserError, check
+from ssl_vit.common.config import UserError, check
 
 # Where a door writes; each of a sweep needs a place of its own.
 _PLACES = ("--run.out", "--out")

@@ -12,14 +12,15 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.attention import cls_attention
-from ssl_vit.config import UserError, check
+from ssl_vit.common.config import UserError, check
 from ssl_vit.data.augment import Normalize, center_view
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.loader import stack
-from ssl_vit.encoder import Encoder, Features
+from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import open_backbone
-from ssl_vit.evaluators.features import View, ready
+from ssl_vit.evaluators.features import ready
+from ssl_vit.model.attention import cls_attention
+from ssl_vit.model.encoder import Encoder, Features
 from ssl_vit.training.parallel import resolve_device
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor

@@ -13,19 +13,26 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tyro.conf import Fixed, Suppress
 
-from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config, subcommand
-from ssl_vit.config import DataConfig, check
+from ssl_vit.benchmarks.end_to_end import measure_feeding
+from ssl_vit.benchmarks.loader import measure_loader
+from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
+from ssl_vit.benchmarks.step import measure_steps
+from ssl_vit.commands.cli import (
+    find_recipe,
+    layered,
+    run_door,
+    show_table,
+    split_config,
+    subcommand,
+)
+from ssl_vit.commands.pretraining import PretrainConfig, default_options, initial_method
+from ssl_vit.commands.scale import ScaleConfig, scale_report, show_scale
+from ssl_vit.common.config import DataConfig, check
+from ssl_vit.common.files import write_text_atomically
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
-from ssl_vit.encoder import Encoder, without_memory
-from ssl_vit.evaluators.end_to_end import measure_feeding
-from ssl_vit.evaluators.loader_bench import measure_loader
-from ssl_vit.evaluators.side import Work
-from ssl_vit.evaluators.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
-from ssl_vit.evaluators.step_bench import measure_steps
-from ssl_vit.files import write_text_atomically
 from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.scale import ScaleConfig, scale_report, show_scale
-from ssl_vit.session import PretrainConfig, default_options, initial_method
+from ssl_vit.model.encoder import Encoder, without_memory
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
 M = TypeVar("M")

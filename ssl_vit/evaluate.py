@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from ssl_vit import compare, finetune
-from ssl_vit.cli import find_recipe, layered, run_door, show_table, split_config, subcommand
-from ssl_vit.config import check
-from ssl_vit.distributed import rank_and_world
-from ssl_vit.evaluation import EvalConfig
-from ssl_vit.evaluators.protocol import check_same, read_card, write_card
-from ssl_vit.evaluators.scores import Score
-from ssl_vit.options import known_keys, parse, tree_flags
-from ssl_vit.probes import (
+from ssl_vit.commands import compare
+from ssl_vit.commands import finetuning as finetune
+from ssl_vit.commands.cli import (
+    find_recipe,
+    layered,
+    run_door,
+    show_table,
+    split_config,
+    subcommand,
+)
+from ssl_vit.commands.evaluating import EvalConfig
+from ssl_vit.commands.probes import (
     KnnConfig,
     LinearConfig,
     Result,
@@ -29,6 +32,11 @@ from ssl_vit.probes import (
     linear,
     segment,
 )
+from ssl_vit.common.config import check
+from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.layers import known_keys, parse, tree_flags
+from ssl_vit.evaluators.protocol import check_same, read_card, write_card
+from ssl_vit.evaluators.scores import Score
 from ssl_vit.training.metrics import duration
 
 log = logging.getLogger("ssl_vit")

@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_vit.cli import find_recipe, layered, run_door, split_config
-from ssl_vit.config import check, nearest
-from ssl_vit.evaluators.features import View
+from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
+from ssl_vit.common.config import check, nearest
+from ssl_vit.data.view import View
 from ssl_vit.weights.exchange import ENCODER_FILE
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import FORMATS, check_ready, export_encoder

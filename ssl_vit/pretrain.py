@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict, replace
 from typing import Any
 
-from ssl_vit.cli import (
+from ssl_vit.commands.cli import (
     find_recipe,
     layered,
     recipes,
@@ -16,13 +16,8 @@ from ssl_vit.cli import (
     split_config,
     subcommand,
 )
-from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
-from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.protocol import protocol_card
-from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
-from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.preflight import preflight
-from ssl_vit.session import (
+from ssl_vit.commands.preflight import preflight
+from ssl_vit.commands.pretraining import (
     PretrainConfig,
     Pretraining,
     build,
@@ -30,7 +25,12 @@ from ssl_vit.session import (
     default_options,
     with_weights,
 )
-from ssl_vit.training.run_folder import read_run
+from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
+from ssl_vit.evaluators.linear import LinearProtocol
+from ssl_vit.evaluators.protocol import protocol_card
+from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
+from ssl_vit.methods.base import Method, find_method, method_names
+from ssl_vit.records.run_folder import read_run
 from ssl_vit.training.session import slug
 from ssl_vit.weights.exchange import ENCODER_FILE, sha256
 

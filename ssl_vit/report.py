@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
-from ssl_vit.cli import run_door
-from ssl_vit.config import check
-from ssl_vit.files import write_text_atomically
-from ssl_vit.options import COMMAND_LINE, parse
-from ssl_vit.training.run_folder import find_runs
+from ssl_vit.commands.cli import run_door
+from ssl_vit.common.config import check
+from ssl_vit.common.files import write_text_atomically
+from ssl_vit.common.layers import COMMAND_LINE, parse
+from ssl_vit.records.run_folder import find_runs
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.report"

@@ -19,11 +19,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ssl_vit.cli import run_door
-from ssl_vit.config import check
-from ssl_vit.options import COMMAND_LINE, parse
+from ssl_vit.commands.cli import run_door
+from ssl_vit.common.config import check
+from ssl_vit.common.layers import COMMAND_LINE, parse
+from ssl_vit.records.run_folder import Run, find_runs, read_run
 from ssl_vit.training.metrics import duration
-from ssl_vit.training.run_folder import Run, find_runs, read_run
 
 _PROG = "python -m ssl_vit.runs"
 _ABOUT = "How far runs are, what they score, and how to go on with them."

@@ -10,18 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_vit.attention import attention_panel, cls_attention
-from ssl_vit.cli import find_recipe, layered, run_door, split_config, subcommand
-from ssl_vit.config import UserError, check
-from ssl_vit.data.sources import Source, Subset, open_source
-from ssl_vit.evaluators.backbone import Backbone, result_file
-from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready
-from ssl_vit.evaluators.neighbours import nearest, neighbours_panel, same_class
-from ssl_vit.evaluators.watch import bounded, bounded_rows
-from ssl_vit.figures import save_png
-from ssl_vit.methods.base import find_method, method_names
-from ssl_vit.patch_pca import pca_panel
-from ssl_vit.pictures import (
+from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config, subcommand
+from ssl_vit.commands.gallery import (
     Files,
     PictureConfig,
     Scene,
@@ -30,7 +20,18 @@ from ssl_vit.pictures import (
     prepare,
     read_images,
 )
-from ssl_vit.reconstruction import Target, open_autoencoder, reconstruction_panel
+from ssl_vit.commands.reconstruction import Target, open_autoencoder, reconstruction_panel
+from ssl_vit.common.config import UserError, check
+from ssl_vit.common.figures import save_png
+from ssl_vit.data.sources import Source, Subset, open_source
+from ssl_vit.evaluators.backbone import Backbone, result_file
+from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready
+from ssl_vit.evaluators.retrieval import nearest_images, same_class
+from ssl_vit.evaluators.watch import bounded, bounded_rows
+from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.model.attention import attention_panel, cls_attention
+from ssl_vit.pictures.neighbours import neighbours_panel
+from ssl_vit.pictures.patch_pca import pca_panel
 
 log = logging.getLogger("ssl_vit")
 _NEIGHBOURS = 7
@@ -166,7 +167,7 @@ def neighbours(config: NeighboursConfig) -> Made:
         queries = found.take(rows)
     else:
         queries = _features(scene, scene.source, feature)
-    places, cosines = nearest(queries.feature(feature), found.feature(feature), k, rows)
+    places, cosines = nearest_images(queries.feature(feature), found.feature(feature), k, rows)
     asked = _shown(scene, scene.source, queries.index)
     answers = _shown(scene, gallery, found.index[places.flatten()])
     same = same_class((scene.source, queries), (gallery, found.take(places.flatten())))

@@ -124,7 +124,9 @@ def _live(arguments: list[str], folder: str, env: dict[str, str], said: str) -> 
     status: object = 1
     try:
         if arguments[0] == "-m":
-            cli, door = (importlib.import_module(name) for name in ("ssl_vit.cli", arguments[1]))
+            cli, door = (
+                importlib.import_module(name) for name in ("ssl_vit.commands.cli", arguments[1])
+            )
             cli.run_door(door.main)
         runpy.run_path(arguments[0], run_name="__main__")
         status = 0

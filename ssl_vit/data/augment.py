@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
+from ssl_vit.common.task import Views
 from ssl_vit.data.photometric import Photometric, photometric
 from ssl_vit.data.policy import Policy
-from ssl_vit.task import Views
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_vit.config import DataConfig, UserError
+from ssl_vit.common.config import DataConfig, UserError
+from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
-from ssl_vit.seeds import fold
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_vit.config import UserError, nearest
+from ssl_vit.common.config import UserError, nearest
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from ssl_vit.config import UserError
+from ssl_vit.common.config import UserError
+from ssl_vit.common.distributed import gather_texts
+from ssl_vit.common.seeds import fold
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import DrawnCrop, ViewSpec, center_view
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.order import Order
 from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import Source
-from ssl_vit.distributed import gather_texts
-from ssl_vit.seeds import fold
-from ssl_vit.task import Views
 
 log = logging.getLogger("ssl_vit")
 _ATTEMPTS = 10

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int64
 
-from ssl_vit.seeds import fold
+from ssl_vit.common.seeds import fold
 
 _ROUNDS = 6
 # An order of so many images is small enough to be kept.

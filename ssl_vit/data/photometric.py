@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ssl_vit.config import check
+from ssl_vit.common.config import check
 
 WIDTH = 10
 """Parameters of one crop, as ``Photometric.draw`` lists them."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.config import UserError
+from ssl_vit.common.config import UserError
+from ssl_vit.common.files import cache_folder
 from ssl_vit.data.base import Names
 from ssl_vit.data.folder import EXTENSIONS
-from ssl_vit.files import cache_folder
 
 INDEX_SUFFIX = ".ssl_vit.npz"
 _VERSION = 1

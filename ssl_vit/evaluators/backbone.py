@@ -12,9 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.config import UserError, check, nearest
-from ssl_vit.encoder import Encoder, without_memory
-from ssl_vit.evaluators.features import FEATURES, Embed, View, pixels, pooled
+from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.features import FEATURES, Embed, pixels, pooled
+from ssl_vit.model.encoder import Encoder, without_memory
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
 from ssl_vit.weights.from_timm import tensors_only
 from ssl_vit.weights.official import open_weights, weights_info

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from ssl_vit import __version__
-from ssl_vit.config import UserError
+from ssl_vit.common.config import UserError
+from ssl_vit.common.files import cache_folder, write_atomically
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.files import cache_folder, write_atomically
 from ssl_vit.weights.exchange import read_safetensors
 
 log = logging.getLogger("ssl_vit")

@@ -13,11 +13,11 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from ssl_vit.block import lean_blocks
-from ssl_vit.config import EncoderConfig, UserError, check
-from ssl_vit.drop_path import draw_for_whole_batch
-from ssl_vit.encoder import Encoder, set_norm_eps, timm_kwargs
+from ssl_vit.common.config import EncoderConfig, UserError, check
 from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.model.block import lean_blocks
+from ssl_vit.model.drop_path import draw_for_whole_batch
+from ssl_vit.model.encoder import Encoder, set_norm_eps, timm_kwargs
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     HEAD,

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.config import UserError, check
-from ssl_vit.data.augment import Normalize
+from ssl_vit.common.config import UserError, check
+from ssl_vit.common.distributed import gather_rows, rank_and_world, share
 from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset
-from ssl_vit.distributed import gather_rows, rank_and_world, share
-from ssl_vit.encoder import Encoder, choose_attention
+from ssl_vit.data.view import View
+from ssl_vit.model.encoder import Encoder, choose_attention
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
@@ -76,34 +76,6 @@ class FeatureSet:
         """The same set on a device."""
         moved = {name: part.to(device) for name, part in self.parts.items()}
         return FeatureSet(moved, self.labels.to(device), self.unreadable, self.index)
-
-
-@dataclass(frozen=True)
-class View:
-    """How images are prepared for an encoder: size in pixels, channels, crop, statistics."""
-
-    size: tuple[int, int]
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def crop_ratio(self) -> float:
-        """Share of the short side the central crop covers: 224/256, the custom on ImageNet.
-
-        Encoders of less than 112 pixels see the whole image: theirs are small pictures already.
-        """
-        return 0.875 if min(self.size) >= 112 else 1.0
-
-    def display(self, images: Tensor) -> Normalize:
-        """How to show such images: its ``inverse`` takes normalised ones to 0..1.
-
-        8-bit images get their own values back. Of deeper ones any range is possible: shown is the
-        mean +- 2.5 standard deviations.
-        """
-        if images.dtype == torch.uint8:
-            return Normalize(self.mean, self.std)
-        return Normalize((0.5,) * self.channels, (0.2,) * self.channels)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ssl_vit.config import DataConfig, EncoderConfig, OptimConfig, RunConfig, check
+from ssl_vit.common.config import DataConfig, EncoderConfig, OptimConfig, RunConfig, check
+from ssl_vit.common.seeds import seeded
+from ssl_vit.common.task import Task, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.policy import Policy
-from ssl_vit.ema import ema_update
 from ssl_vit.evaluators.classifier import layer_scales, undecayed
-from ssl_vit.seeds import seeded
-from ssl_vit.task import Task, Views, at_least_fp32
+from ssl_vit.objectives.ema import ema_update
 
 
 @dataclass(frozen=True)

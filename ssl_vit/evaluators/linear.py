@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ssl_vit.config import check
+from ssl_vit.common.config import check
+from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import Order
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
-from ssl_vit.evaluators.heads import FeatureNorm, Heads, Trainer, heads_of, preconditioner
+from ssl_vit.evaluators.linear_heads import FeatureNorm, Heads, Trainer, heads_of, preconditioner
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import (
     NOT_CHOSEN,
@@ -24,8 +26,6 @@ from ssl_vit.evaluators.selection import (
     split_rows,
     usable,
 )
-from ssl_vit.schedules import warmup_cosine
-from ssl_vit.seeds import fold
 
 Parts = dict[str, Tensor]
 _LEAST_BATCH = 32

@@ -14,10 +14,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_vit.config import check
+from ssl_vit.common.config import check
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.heads import FeatureNorm
 from ssl_vit.evaluators.linear import describe
+from ssl_vit.evaluators.linear_heads import FeatureNorm
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import NOT_CHOSEN, best, outputs_of, quality, split_rows, usable
 

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.config import check
+from ssl_vit.common.config import check
+from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, Machine, parts_of
-from ssl_vit.evaluators.heads import FeatureNorm, Heads, Trainer, heads_of
 from ssl_vit.evaluators.linear import Parts, describe, grid_quality, joined
+from ssl_vit.evaluators.linear_heads import FeatureNorm, Heads, Trainer, heads_of
 from ssl_vit.evaluators.published import OnlineProtocol
 from ssl_vit.evaluators.scores import Prediction, labelled
 from ssl_vit.evaluators.selection import (
@@ -30,7 +31,6 @@ from ssl_vit.evaluators.selection import (
     split_rows,
     usable,
 )
-from ssl_vit.seeds import fold
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")

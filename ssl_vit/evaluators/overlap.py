@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_vit.seeds import fold
+from ssl_vit.common.seeds import fold
 
 _DRAWS = 1000
 

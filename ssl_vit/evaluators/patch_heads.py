@@ -11,9 +11,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.seeds import fold
 from ssl_vit.evaluators.tokens import Material
-from ssl_vit.schedules import warmup_cosine
-from ssl_vit.seeds import fold
 
 BATCH = 16
 WARMUP = 0.1

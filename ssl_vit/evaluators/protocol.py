@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit import __version__
-from ssl_vit.config import RunFailed, check
+from ssl_vit.common.config import RunFailed, check
+from ssl_vit.common.files import write_text_atomically
 from ssl_vit.data.sources import Source
+from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import labels_sha256
-from ssl_vit.evaluators.features import FeatureSet, View
+from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.scores import Score
-from ssl_vit.files import write_text_atomically
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ssl_vit.config import check
+from ssl_vit.common.config import check
+from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import Order
-from ssl_vit.distributed import rank_and_world
-from ssl_vit.encoder import Encoder
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.schedules import warmup_cosine
-from ssl_vit.seeds import fold
+from ssl_vit.model.encoder import Encoder
 
 
 @dataclass(frozen=True)

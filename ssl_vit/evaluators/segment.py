@@ -16,17 +16,17 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from ssl_vit.config import UserError, check
+from ssl_vit.common.config import UserError, check
+from ssl_vit.common.seeds import fold
 from ssl_vit.data.base import check_classes
-from ssl_vit.data.masks import CLASSES_FILE, Pairs
 from ssl_vit.data.order import permute
+from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.overlap import Overlap, confusion, counts, iou
 from ssl_vit.evaluators.patch_heads import BATCH, WARMUP, WEIGHT_DECAY, Heads, fit_heads, upsampled
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.tokens import Look, Material, gather, look_through
-from ssl_vit.seeds import fold
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # The confusion matrix is the square of this; more are no classes but depths, or instances.

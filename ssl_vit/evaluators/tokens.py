@@ -11,13 +11,14 @@ from jaxtyping import Float, Float16, Int64, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.config import UserError, check
+from ssl_vit.common.config import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import eval_batches
-from ssl_vit.data.masks import PairBatch, PairImages, Pairs, nearest_mask
-from ssl_vit.encoder import Encoder, without_memory
+from ssl_vit.data.pairs import PairBatch, PairImages, Pairs, nearest_mask
+from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import Machine, View
+from ssl_vit.evaluators.features import Machine
+from ssl_vit.model.encoder import Encoder, without_memory
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")

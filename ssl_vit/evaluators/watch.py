@@ -13,21 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_vit.common.files import write_text_atomically
+from ssl_vit.common.seeds import fold
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
-from ssl_vit.encoder import Encoder
-from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, View, extract, pooled, ready
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, extract, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.neighbours import nearest, neighbours_panel, same_class
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
+from ssl_vit.evaluators.retrieval import nearest_images, same_class
 from ssl_vit.evaluators.scores import Score, class_name
-from ssl_vit.evaluators.thumbnails import shown, squared, thumbnails
-from ssl_vit.files import write_text_atomically
-from ssl_vit.patch_pca import pca_panel
-from ssl_vit.seeds import fold
-from ssl_vit.task import Views
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.pictures.neighbours import neighbours_panel
+from ssl_vit.pictures.patch_pca import pca_panel
+from ssl_vit.pictures.thumbnails import shown, squared, thumbnails
 from ssl_vit.training.health import health
 
 log = logging.getLogger("ssl_vit")
@@ -106,7 +108,7 @@ class Watch:
         rows = torch.isin(held_out.index, places).nonzero()[:, 0]
         bank = held_out.parts[self.pooling]
         k = min(_NEIGHBOURS, len(bank) - 1)
-        found, cosine = nearest(bank[rows], bank, k, own=rows)
+        found, cosine = nearest_images(bank[rows], bank, k, own=rows)
         asked, answers = held_out.take(rows), held_out.take(found.flatten())
         same = same_class((self.val, asked), (self.val, answers))
         wanted = held_out.index[torch.cat([rows[:, None], found], dim=1)]

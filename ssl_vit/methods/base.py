@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from ssl_vit import methods
-from ssl_vit.config import EncoderConfig, UserError, check, nearest
+from ssl_vit.common.config import EncoderConfig, UserError, check, nearest
+from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.encoder import Encoder
-from ssl_vit.task import Task, Views
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import load_strictly
 
 

@@ -13,18 +13,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_vit.attention import attention_panel, cls_attention, cls_features
-from ssl_vit.config import EncoderConfig, Length, check
+from ssl_vit.common.config import EncoderConfig, Length, check
+from ssl_vit.common.distributed import all_reduce_mean
+from ssl_vit.common.figures import to_rgb
+from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.photometric import Photometric
-from ssl_vit.distributed import all_reduce_mean
-from ssl_vit.ema import ema_update
-from ssl_vit.encoder import Encoder
-from ssl_vit.figures import to_rgb
-from ssl_vit.heads import ProjectionHead
 from ssl_vit.methods.base import Method, Setting
-from ssl_vit.schedules import warmup_cosine
-from ssl_vit.task import Views
+from ssl_vit.model.attention import attention_panel, cls_attention, cls_features
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.objectives.ema import ema_update
+from ssl_vit.objectives.heads import ProjectionHead
 
 log = logging.getLogger("ssl_vit")
 # Above this share of the largest entropy the teacher tells no image from another.

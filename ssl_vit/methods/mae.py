@@ -13,14 +13,14 @@ from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssl_vit.block import lean_blocks
-from ssl_vit.config import EncoderConfig, check
+from ssl_vit.common.config import EncoderConfig, check
+from ssl_vit.common.figures import picture_rows, to_rgb
+from ssl_vit.common.seeds import uniform
+from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.encoder import Encoder, sincos_positions, take
-from ssl_vit.figures import picture_rows, to_rgb
 from ssl_vit.methods.base import Method
-from ssl_vit.seeds import uniform
-from ssl_vit.task import Views, at_least_fp32
+from ssl_vit.model.block import lean_blocks
+from ssl_vit.model.encoder import Encoder, sincos_positions, take
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
-from ssl_vit.config import UserError
+from ssl_vit.commands.pretraining import PretrainConfig, default_options
+from ssl_vit.common.config import UserError
+from ssl_vit.common.layers import as_written
 from ssl_vit.methods.base import find_method
-from ssl_vit.options import as_written
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape
 from ssl_vit.reporting.explained import evaluator, feature
@@ -17,7 +18,6 @@ from ssl_vit.reporting.images import stages, thumbnail_uri
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.reporting.story import Scored, Story
 from ssl_vit.reporting.tiles import tiles
-from ssl_vit.session import PretrainConfig, default_options
 
 _MOST_CONFUSED = 40
 

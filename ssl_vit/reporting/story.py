@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.evaluators.scores import Score
+from ssl_vit.records.run_folder import PAUSES, Run, finite, read_run
 from ssl_vit.reporting.explained import feature
 from ssl_vit.training.panels import panels
-from ssl_vit.training.run_folder import PAUSES, Run, finite, read_run
 
 # What is no curve: seconds beside the training, lists, flags of single steps.
 _NO_CURVES = {"step", "warning", "process_s", "skipped", "spikes", "slowest_s", "median_s"}

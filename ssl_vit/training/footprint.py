@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit.block import nothing_spared
+from ssl_vit.common.distributed import local
 from ssl_vit.data.loader import Batch
-from ssl_vit.distributed import local
+from ssl_vit.model.block import nothing_spared
 from ssl_vit.training.loop import Trainer
 
 

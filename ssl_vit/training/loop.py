@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_vit.config import OptimConfig, RunConfig, RunFailed, UserError
+from ssl_vit.common.config import OptimConfig, RunConfig, RunFailed, UserError
+from ssl_vit.common.seeds import fold
+from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
-from ssl_vit.drop_path import batch_share
-from ssl_vit.seeds import fold
-from ssl_vit.task import Task
+from ssl_vit.model.drop_path import batch_share
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from ssl_vit.distributed import all_reduce_mean, rank_and_world
-from ssl_vit.figures import save_png
-from ssl_vit.files import write_text_atomically
+from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
+from ssl_vit.common.figures import save_png
+from ssl_vit.common.files import write_text_atomically
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.pace import Pace
 from ssl_vit.training.panels import (

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from ssl_vit.config import Length, OptimConfig, RunConfig
-from ssl_vit.distributed import all_reduce_mean, local, rank_and_world
-from ssl_vit.schedules import warmup_cosine
-from ssl_vit.task import Task
+from ssl_vit.common.config import Length, OptimConfig, RunConfig
+from ssl_vit.common.distributed import all_reduce_mean, local, rank_and_world
+from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.task import Task
 
 
 def make_optimizer(task: Task, config: OptimConfig) -> AdamW:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from ssl_vit.distributed import gather_rows, gather_texts
+from ssl_vit.common.distributed import gather_rows, gather_texts
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.parallel import Parallel
 

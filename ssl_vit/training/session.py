@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl_vit.config import Length, RunConfig, check
+from ssl_vit.common.config import Length, RunConfig, check
+from ssl_vit.common.distributed import gather_texts
+from ssl_vit.common.files import write_text_atomically
+from ssl_vit.common.layers import as_written, to_yaml
+from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
-from ssl_vit.distributed import gather_texts
-from ssl_vit.encoder import (
+from ssl_vit.model.encoder import (
     checkpoint_activations,
     choose_attention,
     compile_blocks,
     parameter_count,
 )
-from ssl_vit.files import write_text_atomically
-from ssl_vit.options import as_written, to_yaml
-from ssl_vit.task import Task
 from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from ssl_vit.config import EncoderConfig, UserError, check
-from ssl_vit.encoder import Encoder, timm_kwargs, without_memory
-from ssl_vit.files import write_atomically
+from ssl_vit.common.config import EncoderConfig, UserError, check
+from ssl_vit.common.files import write_atomically
+from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 
 ENCODER_FILE = "encoder.safetensors"
 _KEY = "ssl_vit"
@@ -56,7 +56,7 @@ def encoder_writer(path: Path, encoder: Encoder, info: EncoderInfo) -> Callable[
         "arch": info.config.arch,
         "kwargs": timm_kwargs(info.config, info.channels),
     }
-    if info.config.norm_eps:  # no argument of timm's: ssl_vit.encoder.set_norm_eps
+    if info.config.norm_eps:  # no argument of timm's: ssl_vit.model.encoder.set_norm_eps
         recipe["norm_eps"] = info.config.norm_eps
     content = {"timm": recipe, "info": dataclasses.asdict(info)}
     return lambda: write_own(path, tensors, content)

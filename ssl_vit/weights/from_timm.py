@@ -13,8 +13,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.hub import get_dir
 
-from ssl_vit.config import UserError, check, nearest
-from ssl_vit.encoder import without_memory
+from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.model.encoder import without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_vit.config import UserError, check
+from ssl_vit.common.config import UserError, check
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from ssl_vit.encoder import Encoder
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import from_timm
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.config import RunFailed, UserError, check
+from ssl_vit.common.config import RunFailed, UserError, check
+from ssl_vit.common.files import sync
 from ssl_vit.data.augment import Normalize
-from ssl_vit.encoder import Encoder, timm_kwargs
-from ssl_vit.files import sync
+from ssl_vit.model.encoder import Encoder, timm_kwargs
 from ssl_vit.weights.exchange import (
     EncoderInfo,
     is_encoder_file,

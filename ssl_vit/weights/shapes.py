@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.config import EncoderConfig, UserError, check
-from ssl_vit.encoder import Encoder, sincos_positions, without_memory
+from ssl_vit.common.config import EncoderConfig, UserError, check
+from ssl_vit.model.encoder import Encoder, sincos_positions, without_memory
 
 State = dict[str, Tensor]
 # By width: timm's plain ViTs, those of DINOv2, and the heads of either (not in any shape).

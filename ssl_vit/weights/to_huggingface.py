@@ -14,9 +14,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssl_vit.block import LeanBlock, LeanMlp
-from ssl_vit.config import RunFailed, check
-from ssl_vit.encoder import Encoder
+from ssl_vit.common.config import RunFailed, check
+from ssl_vit.model.block import LeanBlock, LeanMlp
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, contiguous_state
 
 # The files of an export; a folder with others in it is not ours to replace.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.encoder import Encoder
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo
 
 _OPSET = 18  # read by every onnxruntime since 1.14

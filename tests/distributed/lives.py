@@ -146,7 +146,7 @@ def _live(
             prepare()
         if env.get("RANK", "0") != "0":
             _wait_for_port(int(env["MASTER_PORT"]))
-        cli = importlib.import_module("ssl_vit.cli")
+        cli = importlib.import_module("ssl_vit.commands.cli")
         cli.run_door(importlib.import_module(door).main)
     except SystemExit as leaving:
         status = int(leaving.code or 0)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_vit.distributed import gather_rows, rank_and_world, share
+from ssl_vit.common.distributed import gather_rows, rank_and_world, share
 from tests.conftest import ROOT
 
 SCRIPT = """
 import os, sys, torch
 from safetensors.torch import save_file
-from ssl_vit.distributed import gather_rows, rank_and_world, share
+from ssl_vit.common.distributed import gather_rows, rank_and_world, share
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.knn import knn_predictions
 

@@ -146,7 +146,8 @@ def test_another_world_goes_on(door, before, world, how):
 RESAVED = """
 import sys
 from pathlib import Path
-from ssl_vit import pretrain, session
+from ssl_vit import pretrain
+from ssl_vit.commands import pretraining as session
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.resume import load_into
 

@@ -32,7 +32,8 @@ optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
 # Kills the process without warning at a moment that a test chooses.
 KILLER = """
 import os, signal, sys
-from ssl_vit import cli, pretrain
+from ssl_vit.commands import cli
+from ssl_vit import pretrain
 from ssl_vit.training import checkpoint, loop
 from ssl_vit.weights import exchange
 

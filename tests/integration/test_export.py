@@ -5,9 +5,9 @@ import timm
 import torch
 from transformers import AutoModel
 
-from ssl_vit.config import EncoderConfig, RunFailed, UserError
-from ssl_vit.encoder import Encoder
+from ssl_vit.common.config import EncoderConfig, RunFailed, UserError
 from ssl_vit.export import main
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import to_huggingface
 from ssl_vit.weights.exchange import EncoderInfo, load_encoder, save_encoder
 
@@ -90,7 +90,8 @@ def test_a_wrong_mapping_fails_and_leaves_nothing(tmp_path, monkeypatch):
 
 FAILS = """
 import sys
-from ssl_vit import cli, export
+from ssl_vit.commands import cli
+from ssl_vit import export
 from ssl_vit.weights import to_huggingface
 to_huggingface._VIT["norm1"], to_huggingface._VIT["norm2"] = "layernorm_after", "layernorm_before"
 cli.run_door(export.main)

@@ -32,7 +32,7 @@ QUICK = (
 # Kills the process without warning at a moment that a test chooses.
 KILLER = """
 import os, signal, sys
-from ssl_vit import cli, finetune
+from ssl_vit.commands import cli, finetuning as finetune
 from ssl_vit.evaluators import classifier
 from ssl_vit.training import loop
 

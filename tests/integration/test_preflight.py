@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit.config import UserError
-from ssl_vit.evaluators import trial
+from ssl_vit.benchmarks import trial
+from ssl_vit.common.config import UserError
 from ssl_vit.pretrain import main
 
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ssl_vit.config import RunConfig
+from ssl_vit.common.config import RunConfig
+from ssl_vit.common.layers import to_yaml
 from ssl_vit.methods.mae import MAEConfig
-from ssl_vit.options import to_yaml
 from ssl_vit.pretrain import read_config
 from ssl_vit.training.metrics import read_rows
 from ssl_vit.weights.exchange import load_encoder, sha256

@@ -122,7 +122,8 @@ def test_probes_do_not_delay_a_stop(shared_door, unbroken):
 LONG_LOOK = """
 import time
 from pathlib import Path
-from ssl_vit import cli, pretrain, session
+from ssl_vit.commands import cli, pretraining as session
+from ssl_vit import pretrain
 
 def look(self, whole, step, log):
     Path("looking").touch()
@@ -161,7 +162,8 @@ def test_from_another_runs_checkpoint(shared_door, unbroken):
 
 FULL_DISK = """
 import resource, sys
-from ssl_vit import cli, pretrain
+from ssl_vit.commands import cli
+from ssl_vit import pretrain
 
 # Files may not grow beyond this: what a full disk does to a write, for one process.
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)

@@ -17,7 +17,8 @@ from tests.integration.conftest import KILLER, Door
 # Sends a signal to itself at an update that a test chooses.
 STOPPER = """
 import os, sys
-from ssl_vit import cli, pretrain
+from ssl_vit.commands import cli
+from ssl_vit import pretrain
 from ssl_vit.training import loop
 
 number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -36,7 +37,8 @@ cli.run_door(pretrain.main)
 TERMINAL = """
 import json, os, pty, select, signal, sys, time
 from pathlib import Path
-from ssl_vit import cli, runs
+from ssl_vit.commands import cli
+from ssl_vit import runs
 
 sys.argv = ["runs", "runs", "--live", "--every", "0.1"]
 child, terminal = pty.fork()

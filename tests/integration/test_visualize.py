@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from ssl_vit.attention import cls_attention
-from ssl_vit.config import EncoderConfig, UserError
-from ssl_vit.encoder import Encoder
+from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.model.attention import cls_attention
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.visualize import main
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.unit.foreign_weights import noisy, saved, vit

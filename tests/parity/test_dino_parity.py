@@ -6,12 +6,12 @@ The real trainer does the steps: schedules, clipping, freezing, AdamW, teacher a
 import pytest
 import torch
 
-from ssl_vit.config import EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
-from ssl_vit.encoder import choose_attention
 from ssl_vit.methods.dino import DINO, DINOConfig
-from ssl_vit.task import Views
+from ssl_vit.model.encoder import choose_attention
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel

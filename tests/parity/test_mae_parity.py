@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ssl_vit.config import EncoderConfig
-from ssl_vit.encoder import choose_attention
+from ssl_vit.common.config import EncoderConfig
 from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.model.encoder import choose_attention
 from tests.parity.golden import check_there_are, close, golden_files, read_golden
 
 FILES = golden_files("mae_*.safetensors")

@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.config import EncoderConfig, UserError
-from ssl_vit.encoder import Encoder
+from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.official import open_weights
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 2}

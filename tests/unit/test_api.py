@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 import ssl_vit
-from ssl_vit.attention import cls_attention_rows
-from ssl_vit.config import EncoderConfig, UserError
-from ssl_vit.encoder import Encoder
-from ssl_vit.evaluators.features import Machine, View, extract, pooled
+from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.features import Machine, extract, pooled
+from ssl_vit.model.attention import cls_attention_rows
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.conftest import ROOT
 from tests.unit.foreign_weights import saved, vit

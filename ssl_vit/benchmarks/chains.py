@@ -1,0 +1,180 @@
+"""How others prepare the images of a batch, built anew to be measured beside ours.
+
+The reference chain follows its description (Caron et al. 2021, section 3.2 and appendix; He et al.
+2022, appendix A.1), in the libraries its authors used: PIL and torchvision.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision import transforms
+
+from ssl_vit.benchmarks.peers import library
+from ssl_vit.common.config import check
+from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.photometric import Photometric
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+class OriginalChain:
+    """Every crop of an image finished in the worker: PIL images through torchvision transforms.
+
+    Args:
+        spec: the crops, with their probabilities and strengths.
+        channels: 3, or 1.
+        mean: of each channel, images scaled to 0..1.
+        std: likewise.
+
+    Raises:
+        UserError: another number of channels.
+    """
+
+    name = "original"
+
+    def __init__(
+        self, spec: ViewSpec, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        check(
+            channels in _MODES,
+            f"--against {self.name} reads images by PIL, with 3 channels or 1; "
+            f"--data.channels is {channels}",
+        )
+        self.mode = _MODES[channels]
+        self.views = self._views(spec, mean, std)
+
+    def _views(
+        self, spec: ViewSpec, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Callable[[Image.Image], list[Tensor]]:
+        """What makes the crops of an image."""
+        last = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+        crops: list[Callable[[Image.Image], Tensor]] = []
+        for crop in spec.crops:
+            crops += [transforms.Compose([*_operations(crop), *last])] * crop.count
+        return _Each(crops)
+
+    def open(self, raw: bytes | bytearray | np.ndarray) -> Image.Image:
+        """The decoded image; an 8-bit array stands for itself.
+
+        Raises:
+            OSError: not an image, or a damaged one.
+        """
+        if isinstance(raw, np.ndarray):
+            return Image.fromarray(raw).convert(self.mode)
+        return Image.open(io.BytesIO(raw)).convert(self.mode)
+
+    def __call__(self, raw: bytes | bytearray | np.ndarray) -> list[Tensor]:
+        """The crops (C, h, w) of one image, float, normalised, in the order of the spec."""
+        return self.views(self.open(raw))
+
+    def batch(self, raws: Sequence[bytes | bytearray | np.ndarray]) -> list[Tensor]:
+        """The batch a worker hands over: for each crop (B, C, h, w)."""
+        return [torch.stack(same) for same in zip(*map(self, raws), strict=True)]
+
+
+class LightlyChain(OriginalChain):
+    """lightly's transform for DINO, in these sizes and with these probabilities.
+
+    Raises:
+        UserError: crops that it cannot make, another number of channels, or lightly is missing.
+    """
+
+    name = "lightly"
+
+    def _views(
+        self, spec: ViewSpec, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Callable[[Image.Image], list[Tensor]]:
+        first, second, *others = spec.crops
+        local = others[0] if others else first
+        every = [c.photometric for c in (first, second, local)]
+        assert all(every), "DINO's crops have photometric operations"
+        p, solarized, small = (c or Photometric() for c in every)
+        square = all(c.size[0] == c.size[1] for c in spec.crops)
+        check(square, "--against lightly needs square crops; its transform makes no others")
+        transform = library("lightly", "lightly", "transforms")[0].DINOTransform(
+            global_crop_size=first.size[0],
+            global_crop_scale=first.scale,
+            local_crop_size=local.size[0],
+            local_crop_scale=local.scale,
+            n_local_views=others[0].count if others else 0,
+            hf_prob=first.flip,
+            cj_prob=p.jitter,
+            cj_strength=1.0,
+            cj_bright=p.brightness,
+            cj_contrast=p.contrast,
+            cj_sat=p.saturation,
+            cj_hue=p.hue,
+            random_gray_scale=p.gray,
+            gaussian_blur=(p.blur, solarized.blur, small.blur),
+            sigmas=p.blur_sigma,
+            solarization_prob=solarized.solarize,
+            normalize={"mean": list(mean), "std": list(std)},
+        )
+        made: Callable[[Image.Image], list[Tensor]] = transform
+        return made
+
+
+CHAINS: dict[str, dict[str, type[OriginalChain]]] = {
+    "mae": {"original": OriginalChain},
+    "dino": {"original": OriginalChain, "lightly": LightlyChain},
+}
+
+
+@dataclass(frozen=True)
+class _Each:
+    """All crops of an image."""
+
+    crops: list[Callable[[Image.Image], Tensor]]
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        return [crop(image) for crop in self.crops]
+
+
+def _operations(crop: Crop) -> list[Any]:
+    """What is done to one crop, on PIL images."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    return [
+        transforms.RandomResizedCrop(crop.size, crop.scale, crop.ratio, interpolation=bicubic),
+        transforms.RandomHorizontalFlip(crop.flip),
+        *(_colours(crop.photometric) if crop.photometric else []),
+    ]
+
+
+def _colours(p: Photometric) -> list[Any]:
+    jitter = transforms.ColorJitter(p.brightness, p.contrast, p.saturation, p.hue)
+    return [
+        transforms.RandomApply([jitter], p=p.jitter),
+        transforms.RandomGrayscale(p.gray),
+        _Sometimes(p.blur, _Blur(p.blur_sigma)),
+        _Sometimes(p.solarize, ImageOps.solarize),
+    ]
+
+
+@dataclass(frozen=True)
+class _Blur:
+    """By a radius drawn uniformly."""
+
+    radii: tuple[float, float]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.radii)))
+
+
+@dataclass(frozen=True)
+class _Sometimes:
+    """``change`` with this probability."""
+
+    probability: float
+    change: Callable[[Image.Image], Image.Image]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.change(image) if random.random() < self.probability else image

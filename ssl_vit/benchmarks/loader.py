@@ -1,0 +1,173 @@
+"""Images that one core prepares in a second: our two halves, and the chains of others, in turn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_vit.benchmarks.chains import CHAINS, OriginalChain
+from ssl_vit.benchmarks.measured import Speed, describe, machine_card
+from ssl_vit.benchmarks.peers import peer_names
+from ssl_vit.common.config import UserError, check
+from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.base import Source, Subset
+from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.images import is_deep
+from ssl_vit.data.loader import TrainImages
+from ssl_vit.data.sources import open_source
+from ssl_vit.evaluators.watch import bounded
+
+log = logging.getLogger("ssl_vit")
+WORKERS, DEVICE, BOTH = "workers", "device half on CPU", "workers + device half"
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def some_images(
+    config: Any, spec: ViewSpec, statistics: Statistics, names: list[str], method: str
+) -> tuple[Source, int, dict[str, OriginalChain]]:
+    """At most ``config.images`` images that all sides can open, how many others there were among
+    them, and the chains that ``names`` means.
+
+    Raises:
+        UserError: no source, nothing in it that can be read, or images that chains do not read.
+    """
+    data = config.data
+    check(bool(data.train), "--data is missing; it names images, as folder:PATH")
+    source = open_source(data.train)
+    deep = bool(names) and is_deep(source, data.channels)
+    check(
+        not deep,
+        f"--against {','.join(names)} reads 8-bit images; those of {data.train} are deeper",
+    )
+    chains = {n: CHAINS[method][n](spec, data.channels, *statistics) for n in names}
+    opens: list[Callable[[Any], object]] = [lambda raw: decode(raw, data.channels)]
+    opens += [chain.open for chain in chains.values()]
+    chosen, bad = readable(bounded(source, config.images, config.run.seed), opens)
+    return chosen, bad, chains
+
+
+def measure_loader(
+    config: Any, spec: ViewSpec, statistics: Statistics, method: str
+) -> dict[str, Any]:
+    """The report, for JSON; ``config`` holds the options of the door.
+
+    Raises:
+        UserError: as ``some_images``, or a peer that there is not.
+    """
+    data, seed = config.data, config.run.seed
+    names = peer_names(config.against, CHAINS.get(method, {}), f"loader {method}")
+    chosen, bad, chains = some_images(config, spec, statistics, names, method)
+    size = min(config.batch_size or config.optim.batch_size, len(chosen))
+    images = TrainImages(chosen, spec, data.channels, seed)
+    normalize = Normalize(*statistics, bounded=not is_deep(chosen, data.channels))
+    speeds = time_loader(images, normalize, chains, size, config.repeats)
+    ratios = {
+        f"{half} / {name}": speeds[half].rate / speeds[name].rate
+        for name in chains
+        for half in (WORKERS, BOTH)
+    }
+    sizes = {
+        "source": data.train,
+        "images": len(chosen),
+        "unreadable": bad,
+        "batch_size": size,
+        "crops": describe(spec),
+    }
+    return {
+        **machine_card(torch.device("cpu"), threads=1),
+        "sizes": sizes,
+        "results": {name: speed.card() for name, speed in speeds.items()},
+        "ratios": ratios,
+    }
+
+
+def readable(source: Source, opens: list[Callable[[Any], object]]) -> tuple[Source, int]:
+    """The images that all of ``opens`` can open, and how many others there were.
+
+    Each side would otherwise meet a bad image in its own way. It also brings the files into memory,
+    so that no repeat pays for the disk.
+
+    Raises:
+        UserError: no image is left.
+    """
+    good, reason = [], ""
+    for i in range(len(source)):
+        try:
+            raw = source.read(i)[0]
+            for each in opens:
+                each(raw)
+            good.append(i)
+        except (BadImage, OSError) as error:
+            reason = f"{source.name(i)}: {error}"
+            log.warning("unreadable image left out: %s", reason)
+    if not good:
+        n = len(source)
+        raise UserError(f"none of {n} images of {source.spec} can be read, the last: {reason}")
+    return Subset(source, np.array(good)), len(source) - len(good)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes on one core inside, as in a worker process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_loader(
+    images: TrainImages,
+    normalize: Normalize,
+    chains: Mapping[str, OriginalChain],
+    batch_size: int,
+    repeats: int,
+) -> dict[str, Speed]:
+    """Pass over all images ``repeats`` times, with other crops each time, on one thread.
+
+    The workers' half, the device's half on the CPU, both in turn, and each whole chain. The first
+    batch of all sides is made once before, and not counted.
+    """
+    n = len(images.source)
+    parts = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+    speeds = {name: Speed(n) for name in (WORKERS, DEVICE, BOTH, *chains)}
+    with one_thread():
+        for repeat in range(-1, repeats):
+            todo = parts if repeat >= 0 else parts[:1]
+            halves = _ours(images, normalize, todo, repeat + 1)
+            seconds = dict(zip((WORKERS, DEVICE, BOTH), (*halves, sum(halves)), strict=True))
+            seconds |= {name: _theirs(images.source, c, todo) for name, c in chains.items()}
+            if repeat >= 0:
+                for name, speed in speeds.items():
+                    speed.seconds.append(seconds[name])
+                log.info("repeat %d of %d done", repeat + 1, repeats)
+    return speeds
+
+
+def _ours(
+    images: TrainImages, normalize: Normalize, parts: list[range], epoch: int
+) -> tuple[float, float]:
+    """Seconds of the workers' half and of the device's."""
+    cropping = finishing = 0.0
+    for part in parts:
+        started = time.perf_counter()
+        batch = images.__getitems__([(epoch, i) for i in part])
+        cropped = time.perf_counter()
+        normalize(batch.views)
+        cropping += cropped - started
+        finishing += time.perf_counter() - cropped
+    return cropping, finishing
+
+
+def _theirs(source: Source, chain: OriginalChain, parts: list[range]) -> float:
+    started = time.perf_counter()
+    for part in parts:
+        chain.batch([source.read(i)[0] for i in part])
+    return time.perf_counter() - started

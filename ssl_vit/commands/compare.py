@@ -1,0 +1,208 @@
+"""Several encoders under the same evaluators: one table, as text, CSV and a chart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ssl_vit.commands import finetuning as finetune
+from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
+from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
+from ssl_vit.commands.probes import KnnConfig, LinearConfig, Result, best_pooling, knn, linear
+from ssl_vit.common.config import RunFailed, UserError, check
+from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.files import write_atomically, write_text_atomically
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.pictures.chart import Bars, bars
+from ssl_vit.training.metrics import duration
+
+log = logging.getLogger("ssl_vit")
+_PROG = "python -m ssl_vit.evaluate compare"
+_EVALUATORS = ("knn", "linear", "logreg", "finetune")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Several encoders, the same evaluators and images; one table, CSV and chart."""
+
+    config: str = ""
+    """A YAML file of these options. The command line wins."""
+    data: EvalData = field(default_factory=EvalData)
+    encoders: tuple[str, ...] = ()
+    """As --encoder of the other evaluators, each with a name if NAME= stands before it."""
+    evaluators: tuple[Literal["knn", "linear", "logreg", "finetune"], ...] = ("knn", "linear")
+    """knn: k = 20, with the pooling that is best by leave-one-out on 5,000 training images.
+    linear: the fast protocol. logreg: logistic regression. finetune: by --recipe."""
+    recipe: str = ""
+    """A YAML file of options for finetune, or a recipe by name. Encoders with random weights are
+    trained from scratch by it."""
+    size: tuple[int, ...] = ()
+    """As for the other evaluators."""
+    out: str = "compare"
+    """Folder for the table (compare.csv, compare.png), all cards (compare.json) and fine-tuning
+    runs, which go on where they were stopped."""
+    seed: int = 0
+    """As for the other evaluators."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """As for the other evaluators."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.encoders), "--encoders is missing; one or more, as --encoder elsewhere")
+        check(bool(self.evaluators), "--evaluators is empty; allowed: " + ", ".join(_EVALUATORS))
+        needs = "finetune" in self.evaluators
+        check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
+        check(not (needs and self.data.labels), "--data.labels is not for finetune")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one encoder by one evaluator, its card, and the time it took."""
+
+    score: Score
+    card: dict[str, Any]
+    seconds: float
+
+
+Table = dict[str, dict[str, Cell]]
+
+
+def named(encoders: tuple[str, ...]) -> dict[str, str]:
+    """The encoders by the name each has in the table.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    found: dict[str, str] = {}
+    for text in encoders:
+        name, _, spec = text.rpartition("=")
+        name = name or spec
+        check(name not in found, f"--encoders has {name!r} twice; give names as NAME={spec}")
+        found[name] = spec
+    return found
+
+
+def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -> Result | None:
+    """One encoder by one evaluator; None where that has no meaning."""
+    keys = ("data", "size", "seed", "device", "precision")
+    shared: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"encoder": encoder}
+    if evaluator == "knn":
+        shared["data"] = replace(config.data, held_out="")  # nothing is chosen on it
+        pooling = best_pooling(Evaluation(FeatureConfig(**shared), plain=True))
+        return knn(KnnConfig(**shared, k=(20,), features=(pooling,)))
+    if evaluator in ("linear", "logreg"):
+        protocol: Any = "fast" if evaluator == "linear" else evaluator
+        return linear(LinearConfig(**shared, protocol=protocol))
+    if encoder.startswith("pixels:"):
+        return None
+    options = tuning_options(config, encoder, folder)
+    if finetune.main(options):
+        raise RunFailed(f"{folder}: fine-tuning was stopped; the same command goes on with it")
+    card = json.loads((folder / finetune.CARD_FILE).read_text())
+    return [Score(**score) for score in card.pop("scores")], card, folder / finetune.CARD_FILE
+
+
+def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[str]:
+    """What ``finetune`` is given."""
+    options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
+    options += ["--data.train", config.data.train, "--data.val", config.data.val]
+    options += ["--tune.image-size", *map(str, config.size)] if config.size else []
+    options += ["--data.workers", str(config.data.workers), "--run.seed", str(config.seed)]
+    return [*options, "--run.device", config.device, "--run.precision", config.precision]
+
+
+def fill(config: CompareConfig) -> Table:
+    """The whole table, row by row."""
+    table: Table = {}
+    for name, encoder in named(config.encoders).items():
+        row: dict[str, Cell] = {}
+        plain = "".join(c if c.isalnum() else "-" for c in name)
+        for evaluator in config.evaluators:
+            started = time.perf_counter()
+            result = measure(
+                config, encoder, evaluator, Path(config.out).expanduser() / f"{evaluator}-{plain}"
+            )
+            if result is not None:
+                seconds = time.perf_counter() - started
+                cell = row[evaluator] = Cell(result[0][0], result[1], seconds)
+                log.info("%s, %s: %s in %s", name, evaluator, shown(cell), duration(seconds))
+        table[name] = row
+    return table
+
+
+def shown(cell: Cell | None) -> str:
+    """A score with half the width of its 95% interval."""
+    if cell is None:
+        return "-"
+    low, high = cell.score.interval
+    return f"{next(iter(cell.score.metrics.values())):.1f} ±{(high - low) / 2:.1f}"
+
+
+def write(config: CompareConfig, table: Table) -> list[Path]:
+    """The table as CSV and PNG, with all cards as JSON; each whole or not at all."""
+    out = Path(config.out).expanduser()
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(
+        ("encoder", "evaluator", "features", "setting", "metric", "value", "low", "high", "seconds")
+    )
+    cards: dict[str, dict[str, Any]] = {}
+    for name, row in table.items():
+        for evaluator, cell in row.items():
+            score, (low, high) = cell.score, cell.score.interval
+            metric, value = next(iter(score.metrics.items()))
+            cards.setdefault(name, {})[evaluator] = cell.card | {"scores": [asdict(score)]}
+            ends = (f"{value:.3f}", f"{low:.3f}", f"{high:.3f}", f"{cell.seconds:.0f}")
+            rows.writerow((name, evaluator, score.features, score.setting, metric, *ends))
+    write_text_atomically(out / "compare.csv", text.getvalue())
+    write_text_atomically(out / "compare.json", json.dumps(cards, indent=1) + "\n")
+    values: Bars = {}
+    for name, row in table.items():
+        for evaluator, cell in row.items():
+            low, high = cell.score.interval
+            value = next(iter(cell.score.metrics.values()))
+            values.setdefault(name, {})[evaluator] = (value, low, high)
+    metric = next(iter(next(iter(next(iter(table.values())).values())).score.metrics))
+    write_atomically(out / "compare.png", lambda path: bars(path, values, f"{metric} in %"))
+    return [out / name for name in ("compare.csv", "compare.png", "compare.json")]
+
+
+def main(argv: list[str]) -> int:
+    """``evaluate compare``; returns the exit status."""
+    configs, flags = split_config(argv)
+    files = [find_recipe(c) for c in configs]
+    about = CompareConfig.__doc__ or ""
+    default = CompareConfig(encoders=("",))
+    config = layered(default, files, flags, _PROG, about, CompareConfig)
+    check(any(config.encoders), "--encoders is missing; one or more, as --encoder elsewhere")
+    for spec in ("train", "val"):
+        check(bool(getattr(config.data, spec)), f"--data.{spec} is missing")
+    encoders = named(config.encoders)
+    out = Path(config.out).expanduser()
+    if out.is_file():
+        raise UserError(f"--out is {config.out!r}, a file; a folder is needed")
+    if "finetune" in config.evaluators:  # a mistake in the recipe should not wait for the rest
+        first = next((e for e in encoders.values() if not e.startswith("pixels:")), None)
+        check(first is not None, "--encoders has raw pixels alone, which cannot be fine-tuned")
+        assert first is not None
+        finetune.read_config(tuning_options(config, first, Path(config.out)))
+    out.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
+    table = fill(config)
+    if rank_and_world()[0]:
+        return 0
+    rows = [
+        (name, *(shown(row.get(evaluator)) for evaluator in config.evaluators))
+        for name, row in table.items()
+    ]
+    title = f"{config.data.val}: in %, ± half of the 95% interval"
+    show_table(title, rows, header=("encoder", *config.evaluators))
+    for path in write(config, table):
+        print(path)
+    return 0

@@ -1,0 +1,245 @@
+"""An evaluation put together from its options: encoder, labelled images, cached features, card."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ssl_vit.common.config import check
+from ssl_vit.data.labels import labelled_by
+from ssl_vit.data.sources import Source, check_classes, open_source
+from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
+from ssl_vit.evaluators.cache import cached, content_sha256
+from ssl_vit.evaluators.features import (
+    FEATURES,
+    FeatureSet,
+    Machine,
+    extract_shared,
+    parts_of,
+    ready,
+)
+from ssl_vit.evaluators.protocol import protocol_card, split_card
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.training.parallel import Parallel, resolve_precision, start_parallel
+
+log = logging.getLogger("ssl_vit")
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Labelled images to learn from, and to be judged on."""
+
+    train: str = ""
+    """Labelled images, named as for pretraining: folder:PATH, tar:..., torchvision:..., hf:..."""
+    val: str = ""
+    """Labelled images that the score is measured on; nothing is chosen by them."""
+    held_out: str = ""
+    """Labelled images that settings are chosen on. Empty: a seeded tenth of the training images."""
+    labels: str = ""
+    """CSV file of labels for images that have none of their own: the first column is the image's
+    name; one more column holds its class, several hold 1 or 0 for labels that do not exclude each
+    other (blank: unknown)."""
+    workers: int = -1
+    """Loader processes. -1: one for each core (on the CPU, for every second one), at most 16."""
+
+    def __post_init__(self) -> None:
+        check(self.workers >= -1, f"--data.workers is {self.workers}; it must be -1 or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What every evaluator needs."""
+
+    config: str = ""
+    """A YAML file of these options. The command line wins."""
+    data: EvalData = field(default_factory=EvalData)
+    encoder: str = ""
+    """A run folder; a weight file: ours, official MAE, DINO or DINOv2, Hugging Face, timm;
+    timm:NAME (timm's own weights) or timm:NAME:FILE. random: before one of them: the same
+    architecture with random weights. pixels: before it: no encoder, the images that it would see,
+    at most 32 x 32."""
+    size: tuple[int, ...] = ()
+    """Height and width in pixels, or one number for both, that images are brought to; positions
+    are resampled. Empty: the size the encoder is made for."""
+    out: str = ""
+    """JSON file for the scores and their protocol. Empty: knn.json, linear.json (the fast
+    protocol), linear-mae.json ... beside the encoder."""
+    seed: int = 0
+    """For a random encoder, the probe's weights, batches and held-out split, and the bootstrap."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16, fp32 or auto, as in pretraining. Features are kept, and heads trained, in fp32."""
+    batch_size: int = 256
+    """Images that go through the encoder at once."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; at least 1")
+
+
+@dataclass(frozen=True)
+class FeatureConfig(EvalConfig):
+    """What evaluators of whole images need beside it."""
+
+    features: tuple[str, ...] = ()
+    """Of cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, joined), pooled, pixels.
+    Empty: those the evaluator is made for."""
+    cache: bool = True
+    """Keep features (in $SSL_VIT_CACHE or ~/.cache/ssl_vit), found again by what is in the weights
+    and the images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        strange = [name for name in self.features if name not in FEATURES]
+        check(not strange, f"--features has {strange}; allowed: {', '.join(FEATURES)}")
+
+
+# Up to this many bytes all features of an encoder are made at once, for the next evaluator too.
+_ALL_PARTS = 2 << 30
+
+
+class Evaluation:
+    """One encoder and the images it is judged on; features are made when first asked for.
+
+    ``names`` are the features to judge: those asked for, or all that the encoder gives.
+    """
+
+    def __init__(self, config: FeatureConfig, needs_val: bool = True, plain: bool = False) -> None:
+        """Open everything; nothing is written.
+
+        Args:
+            needs_val: whether a validation set must be given.
+            plain: where no feature is asked for, take those that are not several joined.
+
+        Raises:
+            UserError: something is missing, has no labels, or does not fit together.
+        """
+        check(bool(config.encoder), "--encoder is missing")
+        check(bool(config.data.train), "--data.train is missing")
+        check(bool(config.data.val) or not needs_val, "--data.val is missing")
+        self.config = config
+        self.started = time.perf_counter()
+        self.sources = open_labelled(config.data)
+        self.parallel: Parallel = start_parallel(config.device)
+        self.device = self.parallel.device
+        self.precision = resolve_precision(config.precision, self.device)
+        how = (config.data.workers, config.batch_size)
+        self.machine = Machine(self.device, self.precision, *how)
+        self.backbone: Backbone = open_backbone(config.encoder, config.seed, config.size)
+        if self.backbone.module is not None:
+            ready(self.backbone.module, self.device)
+        self.names = self._named(plain)
+        self._features: dict[str, FeatureSet] = {}
+        self._content: dict[str, str] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The classes' names, or the labels'; where one set has more, all of them."""
+        known = [s.classes for s in self.sources.values() if s.classes is not None]
+        return max(known, key=len, default=None)
+
+    def _named(self, plain: bool) -> tuple[str, ...]:
+        """The features asked for, or all that this encoder gives.
+
+        Raises:
+            UserError: the encoder does not give one that was asked for.
+        """
+        asked, given = self.config.features, self.backbone.features
+        strange = [f for f in asked if f not in given]
+        check(
+            not strange,
+            f"--features has {strange}; {self.config.encoder} gives {', '.join(given)}",
+        )
+        return asked or (self.backbone.poolings if plain else given)
+
+    def features(self, split: str) -> FeatureSet:
+        """All features of ``train``, ``val`` or ``held_out``: from the cache, or made now."""
+        if split not in self._features:
+            self._features[split] = self.extract(self.sources[split], self.content(split))
+        return self._features[split]
+
+    def extract(self, source: Source, content: str = "") -> FeatureSet:
+        """All features of a source, whose ``content_sha256`` may be known already."""
+        config, backbone = self.config, self.backbone
+        parts = parts_of(backbone.features)
+        width = backbone.module.width if isinstance(backbone.module, Encoder) else 0
+        if 4 * len(source) * width * len(parts) > _ALL_PARTS:
+            parts = parts_of(self.names)
+
+        def make() -> FeatureSet:
+            return extract_shared(backbone.embed(parts), source, backbone.view, self.machine)
+
+        if not config.cache:
+            return make()
+        about = {
+            "weights": backbone.identity.get("weights_sha256", "none"),
+            "network": backbone.network,
+            "parts": parts,
+            "view": asdict(backbone.view),
+            "device": self.device.type,
+            "precision": str(self.precision),
+            "content": content or content_sha256(source),
+            "torch": torch.__version__,
+            "source": source.spec,
+        }
+        return cached(about, make, self.parallel.main, self.parallel.any)
+
+    def content(self, split: str) -> str:
+        """The identity of a split's images."""
+        if split not in self._content:
+            self._content[split] = content_sha256(self.sources[split])
+        return self._content[split]
+
+    def card(self, evaluator: str, **rest: Any) -> dict[str, Any]:
+        """The protocol of what was done so far."""
+        splits = {
+            name: split_card(source, self._features.get(name), self.content(name))
+            for name, source in self.sources.items()
+        }
+        if "val" in splits and self.content("val") == self.content("train"):
+            log.warning("--data.val is --data.train: the score says nothing of other images")
+        return protocol_card(
+            evaluator,
+            self.backbone.identity,
+            self.backbone.view,
+            splits,
+            options=asdict(self.config),
+            **rest,
+            **self.machine.card(),
+            processes=self.parallel.world,
+            seconds=round(time.perf_counter() - self.started, 1),
+        )
+
+    def out(self, evaluator: str) -> Path:
+        """Where the result goes."""
+        return result_file(self.config.out, self.backbone, f"{evaluator}.json")
+
+
+def open_labelled(data: EvalData) -> dict[str, Source]:
+    """The sources of an evaluation: ``train``, and what there is of ``val`` and ``held_out``.
+
+    Raises:
+        UserError: one has no labels, or their classes differ.
+    """
+    sources: dict[str, Source] = {}
+    classes: tuple[str, ...] | None = None
+    for name in ("train", "val", "held_out"):
+        spec = getattr(data, name)
+        if not spec:
+            continue
+        source = open_source(spec)
+        if data.labels:
+            source = labelled_by(source, Path(data.labels).expanduser(), classes)
+            classes = source.classes
+        option = f"--data.{name.replace('_', '-')}"
+        known = source.labels is not None or source.targets is not None
+        check(known, f"{option} {spec} has no labels; give class folders, or --data.labels CSV")
+        if name != "train":
+            check_classes(sources["train"], source)
+        sources[name] = source
+    return sources

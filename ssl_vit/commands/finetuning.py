@@ -1,0 +1,234 @@
+"""Fine-tuning: ``python -m ssl_vit.evaluate finetune --encoder RUN --data.train ...``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
+from ssl_vit.commands.pretraining import carry_out
+from ssl_vit.common.config import UserError, check
+from ssl_vit.common.task import Task
+from ssl_vit.data.base import Source
+from ssl_vit.data.images import Images, open_images
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.cache import content_sha256
+from ssl_vit.evaluators.classifier import (
+    MODEL_FILE,
+    Classifier,
+    Start,
+    classifier,
+    classifier_writer,
+    open_start,
+    saved_step,
+)
+from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
+from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, recipe
+from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
+from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, judge
+from ssl_vit.evaluators.watch import bounded
+from ssl_vit.training.metrics import RunLog
+from ssl_vit.training.session import Session, counted, slug
+from ssl_vit.weights.exchange import EncoderInfo, sha256
+
+_PROG = "python -m ssl_vit.evaluate finetune"
+CARD_FILE = "finetune.json"
+
+
+def read_config(argv: list[str]) -> tuple[FinetuneConfig, Start]:
+    """The options (defaults < the encoder's recipe < YAML < command line), and the encoder.
+
+    Raises:
+        UserError: a mistake in them, or an encoder that cannot be opened.
+    """
+    configs, flags = split_config(argv)
+    files = [find_recipe(c) for c in configs]
+
+    def read(default: FinetuneConfig) -> FinetuneConfig:
+        about = FinetuneConfig.__doc__ or ""
+        return layered(default, files, flags, _PROG, about, FinetuneConfig)
+
+    try:
+        first = read(FinetuneConfig())  # the recipe depends on the encoder that is named here
+        start = open_start(first.encoder, first.scratch, first.data.channels, first.run.seed)
+    except UserError as error:
+        raise UserError(str(error).replace("--encoder.", "--scratch.")) from None
+    config = read(recipe(start.pretrained, start.depth, start.channels))
+    data = config.data
+    check(
+        data.channels == start.channels,
+        f"--data.channels is {data.channels}; {config.encoder} takes images of {start.channels}",
+    )
+    if not data.mean:
+        config = replace(config, data=replace(data, mean=start.mean, std=start.std))
+    if not config.run.out:
+        config = replace(config, run=replace(config.run, out=str(default_folder(config, start))))
+    return config, start
+
+
+def default_folder(config: FinetuneConfig, start: Start) -> Path:
+    """Inside the run that made the encoder; for other encoders by the name of the images."""
+    if start.folder is None:
+        return Path(f"runs/finetune-{slug(config.data.train)}")
+    return start.folder / ("finetune" if start.pretrained else "random-finetune")
+
+
+def count_classes(images: Images) -> int:
+    """Classes of the training images.
+
+    Raises:
+        UserError: labels are missing, there is but one class, nothing is held out, or the
+            validation set has a class that the training set lacks.
+    """
+    check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
+    train, val = (labels_of(source) for source in (images.train, images.val))
+    names = max(images.train.classes or (), images.val.classes or (), key=len)
+    check_labels(train, val, names)
+    return int(train.labels.max()) + 1
+
+
+def labels_of(source: Source) -> FeatureSet:
+    """The labels of all images, none of which is read."""
+    if source.labels is None:
+        raise UserError(f"{source.spec} has no labels, one for each image; fine-tuning needs them")
+    return FeatureSet({}, torch.from_numpy(source.labels), 0, torch.arange(len(source)))
+
+
+class Finetuning(Session):
+    """A classifier learning from an encoder's weights, or from scratch."""
+
+    task: FineTune
+
+    def __init__(self, config: FinetuneConfig, start: Start) -> None:
+        images = open_images(config.data, config.run.seed)
+        self.classes, self.start = count_classes(images), start
+        tune, seed = config.tune, config.run.seed
+        size, drop_path = tune.image_size, tune.drop_path
+        self.made: Classifier = classifier(start, self.classes, tune.pooling, size, drop_path, seed)
+        task = FineTune(self.made.network, tune, self.classes)
+        views = tune.views(self.made.size, images.mean)
+        super().__init__("finetune", config, task, views, images)
+        check(
+            not tune.mixes or self.part_size % 2 == 0,
+            f"--optim.batch-size is {config.optim.batch_size}, in parts of {self.part_size}; mixup "
+            "and cutmix need an even number",
+        )
+        channels = config.data.channels
+        self.view = View(self.made.size, channels, images.mean, images.std)
+        precision, workers = self.trainer.precision, config.data.workers
+        self.machine = Machine(self.parallel.device, precision, workers)
+
+    def about_model(self) -> dict[str, Any]:
+        """What the model file says beside how timm builds it."""
+        names, images = self.images.train.classes, self.images
+        return {
+            "mean": images.mean,
+            "std": images.std,
+            "size": self.made.size,
+            "crop_ratio": self.view.crop_ratio,
+            "classes": None if names is None else names[: self.classes],
+            "encoder": self.start.identity,
+            "step": self.trainer.step,
+        }
+
+    def export(self, whole: Task) -> Callable[[], object]:
+        """Take the judged network as it is now; what is returned writes its file."""
+        assert isinstance(whole, FineTune)
+        path, call, config = self.out / MODEL_FILE, self.made.call, self.made.encoder
+        images, step = self.images, self.trainer.step
+        info = None
+        if config is not None:
+            channels = self.config.data.channels
+            info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
+        return classifier_writer(path, whole.judged, call, self.about_model(), info)
+
+    def exported_step(self) -> int | None:
+        """The step of the model file."""
+        return saved_step(self.out / MODEL_FILE)
+
+    def look(self, whole: Task, step: int, log: RunLog) -> None:
+        """Accuracy on held-out images."""
+        assert isinstance(whole, FineTune)
+        run = self.config.run
+        guesses, found = self.guess(whole, bounded(self.images.val, run.probe_images, run.seed))
+        tops = {f"val_top{n}": accuracy(guesses, found.labels, top=n) for n in (1, 5)}
+        log.write(step, tops, "probe")
+
+    def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
+        """The judged network's best classes, (n, at most 5) best first, for the readable images."""
+        network = task.judged
+        ready(network, self.parallel.device)
+
+        def embed(images: Tensor) -> dict[str, Tensor]:
+            return {"logits": network(images)}
+
+        found = extract(embed, source, self.view, self.machine)
+        logits = found.parts["logits"]
+        return logits.topk(min(5, self.classes), dim=1).indices, found
+
+    def card(self, found: FeatureSet) -> dict[str, Any]:
+        """The protocol of the score."""
+        train, val, path = self.images.train, self.images.val, self.out / MODEL_FILE
+        return protocol_card(
+            "finetune",
+            self.start.identity,
+            self.view,
+            {
+                "train": split_card(train, None, content_sha256(train)),
+                "val": split_card(val, found, content_sha256(val)),
+            },
+            options=asdict(self.config),
+            model={"file": str(path), "sha256": sha256(path), "timm": asdict(self.made.call)},
+            step=self.trainer.step,
+            **self.machine.card(),
+        )
+
+    def about(self) -> list[tuple[str, str]]:
+        """Rows of the plan on the network and its recipe."""
+        tune, made = self.config.tune, self.made
+        size = "x".join(map(str, made.size))
+        pooling = f", {tune.pooling} pooling" if self.start.depth else ""
+        weights = made.loaded if self.start.pretrained else "random"
+        augmentation = f"RandAugment {tune.randaugment}, erasing {tune.erasing:g}"
+        mixing = f"mixup {tune.mixup:g}, cutmix {tune.cutmix:g}, smoothing {tune.smoothing:g}"
+        return [
+            ("network", f"{made.call.arch}, {size} px{pooling}, {self.classes} classes"),
+            ("weights", f"{self.start.identity['given']}: {weights}"),
+            ("parameters", counted(made.network)),
+            ("rates", f"layer decay {tune.layer_decay:g}, drop path {tune.drop_path:g}"),
+            ("augmentation", augmentation),
+            ("mixing", mixing),
+            ("average", f"decay {tune.ema:g}" if tune.ema else "none"),
+        ]
+
+
+def show_results(session: Finetuning) -> dict[str, float]:
+    """The closing words: the score of the last weights, and where the files are; the score."""
+    guesses, found = session.guess(session.task, session.images.val)
+    weights = "average" if session.config.tune.ema else "last"
+    prediction = Prediction("logits", f"{weights} weights", guesses, {})
+    names, seed = session.images.train.classes, session.config.run.seed
+    score = judge(prediction, found.labels, names, seed)
+    write_card(session.out / CARD_FILE, session.card(found), [score])
+    n, m = len(guesses), len(session.images.train)
+    title = f"finetune: {session.config.encoder}, {n:,} images judged, {m:,} to learn from"
+    low, high = score.interval
+    row = (score.setting, f"{score.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{score.top5:.2f}")
+    show_table(f"{title}, accuracy in %", [row], header=("weights", "top-1", "95%", "top-5"))
+    print(f"model:    {session.out / MODEL_FILE}")
+    print(f"protocol and scores: {session.out / CARD_FILE}")
+    print(f"curves:   tensorboard --logdir {shlex.quote(str(session.out))}")
+    return {f"final/{name}": value for name, value in score.metrics.items()}
+
+
+def main(argv: list[str]) -> int:
+    """The door; returns the exit status."""
+    config, start = read_config(argv)
+    session = Finetuning(config, start)
+    return carry_out(session, session.about(), show_results, _PROG)

@@ -1,0 +1,183 @@
+"""What all pictures of the picture door share: options, images, the encoder on its device."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ssl_vit.common.config import UserError, check
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.base import Item
+from ssl_vit.data.decode import BadImage
+from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.backbone import Backbone, open_backbone
+from ssl_vit.evaluators.features import ready
+from ssl_vit.evaluators.watch import bounded
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.pictures.thumbnails import shown
+from ssl_vit.training.parallel import resolve_device
+
+log = logging.getLogger("ssl_vit")
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """What every picture is told."""
+
+    config: str = ""
+    """A YAML file of these options. The command line wins."""
+    encoder: str = ""
+    """A run folder or a weight file of any kind that evaluate takes. random: before it: the same
+    architecture with random weights."""
+    images: tuple[str, ...] = ()
+    """Image files, or one source named as for pretraining: digits:val, folder:PATH, tar:..."""
+    count: int = 8
+    """How many images of a source are shown, a seeded choice. Files are all shown."""
+    size: tuple[int, ...] = ()
+    """Height and width in pixels, or one number for both, that images are brought to; divisible
+    by the patch size. Positions are resampled. Empty: the size the encoder is made for."""
+    out: str = ""
+    """PNG file. Empty: a file named after the picture, as attention-images.png, in the run folder
+    or beside the encoder file."""
+    seed: int = 0
+    """For the choice of images, masks, and the random encoder."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    def __post_init__(self) -> None:
+        check(self.count >= 1, f"--count is {self.count}; at least 1")
+        size = " ".join(map(str, self.size))
+        check(
+            len(self.size) <= 2 and all(s > 0 for s in self.size),
+            f"--size is {size}; one number of pixels or two, height and width",
+        )
+        out = Path(self.out).expanduser()
+        check(
+            not self.out or (out.suffix.lower() == ".png" and not out.is_dir()),
+            f"--out is {self.out!r}; the picture is a PNG file, its name must end in .png",
+        )
+        check(out.parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(out.parent)!r}")
+
+
+class Files(Source):
+    """Image files by their paths, unlabelled."""
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        self.spec, self.paths = " ".join(paths), [Path(p).expanduser() for p in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, i: int) -> Item:
+        try:
+            return self.paths[i].read_bytes(), None
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Images, and the encoder that is to see them, not yet on its device."""
+
+    source: Source
+    backbone: Backbone
+    device: torch.device
+
+    @property
+    def view(self) -> View:
+        """How the images are prepared."""
+        return self.backbone.view
+
+    def plain_vit(self, picture: str) -> Encoder:
+        """The encoder on its device, if it is a plain ViT.
+
+        Raises:
+            UserError: it is not, and ``picture`` needs one.
+        """
+        module = self.backbone.module
+        check(
+            isinstance(module, Encoder),
+            f"--encoder is {self.backbone.name!r}; {picture} shows a plain ViT's tokens, which "
+            "this has not; neighbours shows any encoder",
+        )
+        assert isinstance(module, Encoder)
+        ready(module, self.device)
+        return module
+
+
+def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
+    """An ``--images`` argument: all of the files, or at most ``count`` images of one source.
+
+    Raises:
+        UserError: nothing given, no such file, or no such source.
+    """
+    check(bool(given), "--images is missing; give image files, or one source such as folder:PATH")
+    missing = [p for p in given if not Path(p).expanduser().is_file()]
+    if not missing:
+        return Files(given)
+    if len(given) == 1:
+        try:
+            return bounded(open_source(given[0]), count, seed)
+        except UserError as error:
+            also = "" if ":" in given[0] else "; nor is there such a file"
+            raise UserError(f"--images: {error}{also}") from None
+    raise UserError(f"--images: {missing[0]!r} is no such file; give files, or one source alone")
+
+
+def prepare(config: PictureConfig, most: int) -> Scene:
+    """The images, at most ``most`` of a source, and the encoder of a picture's options.
+
+    Raises:
+        UserError: any of them is missing or cannot be had.
+    """
+    check(bool(config.encoder), "--encoder is missing")
+    source = find_images(config.images, most, config.seed)
+    device = resolve_device(config.device)
+    return Scene(source, open_backbone(config.encoder, config.seed, config.size), device)
+
+
+def read_images(source: Source, view: View) -> Tensor:
+    """The images (b, c, h, w), prepared as for evaluation but not normalised.
+
+    An unreadable image of a source is named in the log and left out; a file that was asked for
+    by name is not.
+
+    Raises:
+        UserError: such a file, or all of a source, cannot be read.
+    """
+    images = EvalImages(source, view.size, view.crop_ratio, view.channels)
+    batch = images.__getitems__(range(len(source)))
+    reasons = list(batch.bad.values())
+    if reasons and (isinstance(source, Files) or not batch.views.crops):
+        raise UserError(f"--images: {reasons[0]}")
+    for reason in reasons:
+        log.warning("unreadable image left out: %s", reason)
+    return batch.views.crops[0]
+
+
+def normalized(
+    images: Tensor, view: View, device: torch.device
+) -> tuple[Float[Tensor, "b c h w"], UInt8[np.ndarray, "b h w 3"]]:
+    """Images as read: as an encoder gets them, on the device, and as they are shown.
+
+    The tensor is new: ``images`` stay as they are.
+    """
+    made = Normalize(view.mean, view.std).to(device).images(images.clone().to(device))
+    return made, shown(images, view)
+
+
+def in_parts(images: Tensor) -> tuple[Tensor, ...]:
+    """A batch of images as parts that any device has the memory for."""
+    return images.split(_BATCH)

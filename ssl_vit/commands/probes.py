@@ -1,0 +1,241 @@
+"""The evaluators as doors run them: from options to scores, with the card that says how."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ssl_vit.commands.evaluating import EvalConfig, Evaluation, FeatureConfig
+from ssl_vit.common.config import check
+from ssl_vit.common.seeds import fold
+from ssl_vit.data.order import permute
+from ssl_vit.data.pairs import open_pairs
+from ssl_vit.evaluators.backbone import open_backbone, result_file
+from ssl_vit.evaluators.cache import content_sha256
+from ssl_vit.evaluators.features import FeatureSet, Machine, ready
+from ssl_vit.evaluators.knn import KS, knn_predictions
+from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
+from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
+from ssl_vit.evaluators.lowshot import over_seeds, subsets
+from ssl_vit.evaluators.online import online_probe, source_targets
+from ssl_vit.evaluators.protocol import protocol_card, split_card
+from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
+from ssl_vit.evaluators.scores import Prediction, Score, check_labels, judge
+from ssl_vit.evaluators.segment import SegmentConfig as SegmentOptions
+from ssl_vit.evaluators.segment import segment as segment_probe
+from ssl_vit.training.parallel import resolve_device, resolve_precision
+
+_LOOK_AT = 5000
+Result = tuple[list[Score], dict[str, Any], Path]
+"""Scores, the card, and the file both are written to."""
+
+
+@dataclass(frozen=True)
+class KnnConfig(FeatureConfig):
+    """Weighted k-NN by cosine similarity; leave-one-out without --data.val."""
+
+    k: tuple[int, ...] = KS
+    """Numbers of neighbours; those above the number of training images are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.k) and min(self.k) >= 1, f"--k is {self.k}; numbers of at least 1")
+        check(not self.data.held_out, "--data.held-out is not for knn, which chooses nothing")
+
+
+def knn(config: KnnConfig) -> Result:
+    """k-NN scores of every feature and every k."""
+    evaluation = Evaluation(config, needs_val=False, plain=True)
+    train = evaluation.features("train")
+    val = evaluation.features("val") if "val" in evaluation.sources else None
+    truth = train if val is None else val
+    check_labels(train, truth, evaluation.classes)
+    found = knn_predictions(train, val, config.k, evaluation.names, evaluation.device)
+    how = "leave-one-out" if val is None else "validation set"
+    card = evaluation.card("knn", judged_on=how)
+    return judged(found, truth.labels, evaluation), card, evaluation.out("knn")
+
+
+@dataclass(frozen=True)
+class LinearConfig(FeatureConfig):
+    """Linear probe on frozen features, by a published protocol or the fast one."""
+
+    protocol: Literal["fast", "dinov2", "mae", "dino", "logreg"] = "fast"
+    """fast: DINOv2's grid of learning rates and features on features cached once, in minutes.
+    dinov2, mae, dino: as published, with augmented images, in hours. logreg: logistic regression
+    on cached features. What is chosen is chosen without --data.val."""
+    epochs: int = 0
+    """Passes over the training images. 0: the protocol's own."""
+    probe_batch: int = 0
+    """Images of one update of the probe. 0: the protocol's own."""
+    per_class: tuple[int, ...] = ()
+    """Low-shot: learn from this many images of each class, for each number given. For fast and
+    logreg."""
+    fraction: tuple[float, ...] = ()
+    """Low-shot: learn from this share of the images, for each number given."""
+    repeats: int = 5
+    """Low-shot: means over this many choices of the images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("epochs", "probe_batch"):
+            value = getattr(self, option)
+            check(value >= 0, f"--{option.replace('_', '-')} is {value}; 0 or more")
+        check(self.repeats >= 1, f"--repeats is {self.repeats}; at least 1")
+        cached = self.protocol in ("fast", "logreg")
+        few = bool(self.per_class or self.fraction)
+        check(cached or not few, f"--protocol is {self.protocol!r}; low-shot is for fast, logreg")
+        least = min(self.per_class, default=1)
+        check(least >= 1, f"--per-class is {least}; at least 1")
+        strange = [share for share in self.fraction if not 0 < share <= 1]
+        check(not strange, f"--fraction has {strange}; above 0, at most 1")
+        if self.protocol == "logreg":
+            check(not self.epochs, "--epochs is not for logreg")
+            check(not self.probe_batch, "--probe-batch is not for logreg")
+        chooses = self.protocol not in ("mae", "dino") or len(self.features) > 1
+        there = f"--data.held-out is not for --protocol {self.protocol} with one feature"
+        check(chooses or not self.data.held_out, f"{there}: it chooses nothing")
+
+    @property
+    def amounts(self) -> list[tuple[int | None, float | None]]:
+        """The low-shot amounts asked for: so many a class, or a share."""
+        return [(n, None) for n in self.per_class] + [(None, share) for share in self.fraction]
+
+
+def linear(config: LinearConfig) -> Result:
+    """Scores of a linear probe: one, or one for each low-shot amount."""
+    evaluation = Evaluation(config)
+    if "held_out" in evaluation.sources:
+        source_targets(evaluation.sources["held_out"], "the held-out set")
+    if config.protocol in ONLINE:
+        sizes = config.epochs, config.probe_batch, config.features
+        published = online_protocol(config.protocol, evaluation.backbone, config.seed, *sizes)
+        scores = learn_online(evaluation, published)
+        used: Any = published
+    else:
+        own: dict[str, Any] = {"features": config.features} if config.features else {}
+        own["seed"] = config.seed
+        if config.protocol == "fast":
+            own |= {"epochs": config.epochs, "least_steps": 1} if config.epochs else {}
+            own |= {"batch_size": config.probe_batch} if config.probe_batch else {}
+        used = LinearProtocol(**own) if config.protocol == "fast" else LogregProtocol(**own)
+        scores = learn_cached(evaluation, used)
+    card = evaluation.card("linear", protocol={"name": used.name, **asdict(used)})
+    few = "-low-shot" if config.amounts else ""
+    name = "linear" if config.protocol == "fast" else f"linear-{config.protocol}"
+    return scores, card, evaluation.out(name + few)
+
+
+def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
+    """Scores of a published protocol, whose head sees augmented images."""
+    train = by.sources["train"]
+    val = by.features("val")
+    known = FeatureSet({}, source_targets(train), 0, torch.arange(len(train)))
+    check_labels(known, val, by.classes)
+    held_out = by.sources.get("held_out")
+    found = online_probe(by.backbone, train, val, protocol, by.machine, by.extract, held_out)
+    return judged(found, val.labels, by)
+
+
+def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> list[Score]:
+    """Scores of a protocol on cached features, from all training images or from few."""
+    config, device = by.config, by.device
+    assert isinstance(config, LinearConfig)
+    train, val = by.features("train"), by.features("val")
+    check_labels(train, val, by.classes)
+    held_out = by.features("held_out").to(device) if "held_out" in by.sources else None
+
+    def learn(rows: torch.Tensor | None, seed: int) -> list[Score]:
+        some, seeded = train if rows is None else train.take(rows), replace(protocol, seed=seed)
+        probe: Any = logreg_probe if isinstance(protocol, LogregProtocol) else linear_probe
+        found = probe(some.to(device), val.to(device), seeded, held_out)
+        return judged(found, val.labels, by)
+
+    if not config.amounts:
+        return learn(None, config.seed)
+    scores = []
+    for per_class, share in config.amounts:
+        seeds = [fold(config.seed, repeat) for repeat in range(config.repeats)]
+        picks = [subsets(train.labels, per_class, share, seed, by.classes) for seed in seeds]
+        several = [learn(rows, seed)[0] for rows, seed in zip(picks, seeds, strict=True)]
+        amount = f"{per_class} a class" if share is None else f"{100 * share:g} %"
+        scores.append(replace(over_seeds(several), setting=amount))
+    return scores
+
+
+@dataclass(frozen=True)
+class SegmentConfig(SegmentOptions, EvalConfig):
+    """Linear segmentation probe on patch tokens, for folders of images and masks.
+
+    --data.train and --data.val are pairs:FOLDER (with images/ and masks/ in
+    it) or pairs:IMAGES:MASKS, files of the same stems; a mask's pixel is the
+    number of its class.
+    """
+
+    def __post_init__(self) -> None:
+        SegmentOptions.__post_init__(self)
+        EvalConfig.__post_init__(self)
+        for option in ("held_out", "labels"):
+            given = getattr(self.data, option)
+            check(not given, f"--data.{option.replace('_', '-')} is not for segment")
+
+
+def segment(config: SegmentConfig) -> Result:
+    """Mean IoU of a linear head on patch tokens."""
+    started = time.perf_counter()
+    data, seed = config.data, config.seed
+    for option, spec in (("train", data.train), ("val", data.val)):
+        check(bool(spec), f"--data.{option} is missing")
+    train, val = open_pairs(data.train), open_pairs(data.val)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    machine = Machine(device, precision, data.workers, config.batch_size)
+    backbone = open_backbone(config.encoder, seed, config.size)
+    if backbone.module is not None:
+        ready(backbone.module, device)
+    options = SegmentOptions(**{f.name: getattr(config, f.name) for f in fields(SegmentOptions)})
+    scores, about = segment_probe(options, backbone, train, val, machine, seed)
+    splits = {
+        name: split_card(pairs, None, content_sha256(pairs))
+        | {"masks_sha256": content_sha256(pairs.masks)}
+        for name, pairs in (("train", train), ("val", val))
+    }
+    card = protocol_card(
+        "segment",
+        backbone.identity,
+        backbone.view,
+        splits,
+        options=asdict(config),
+        **about,
+        **machine.card(),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    return scores, card, result_file(config.out, backbone, "segment.json")
+
+
+def judged(found: Sequence[Prediction], truth: torch.Tensor, by: Evaluation) -> list[Score]:
+    """Each prediction against the truth."""
+    return [judge(p, truth, by.classes, by.config.seed) for p in found]
+
+
+def best_pooling(evaluation: Evaluation) -> str:
+    """The plain feature with the best leave-one-out k-NN (k = 20) on 5,000 training images.
+
+    So that the choice between [CLS] and the mean patch needs no validation image.
+    """
+    poolings = evaluation.backbone.poolings
+    if len(poolings) == 1:
+        return poolings[0]
+    train = evaluation.features("train")
+    picks = np.arange(min(_LOOK_AT, len(train.index)), dtype=np.int64)
+    rows = permute(picks, len(train.index), fold(evaluation.config.seed, _LOOK_AT))
+    some = train.take(torch.from_numpy(rows))
+    found = knn_predictions(some, None, (20,), poolings, evaluation.device)
+    scores = judged(found, some.labels, evaluation)
+    return max(scores, key=lambda s: next(iter(s.metrics.values()))).features

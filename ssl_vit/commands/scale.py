@@ -1,0 +1,230 @@
+"""What pretraining costs by size of encoder and image, counted; how long it takes, predicted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+from ssl_vit.benchmarks.costs import count_step, largest_batch, sharded_state, state_of
+from ssl_vit.benchmarks.measured import describe
+from ssl_vit.commands.cli import layered, recipes, show_table
+from ssl_vit.commands.pretraining import PretrainConfig, default_options
+from ssl_vit.common.config import EncoderConfig, Length, check
+from ssl_vit.methods.base import Method
+from ssl_vit.model.encoder import Encoder, parameter_count, without_memory
+
+log = logging.getLogger("ssl_vit")
+M = TypeVar("M")
+# The share of a device's memory that is given out; the rest is for temporary buffers.
+_USED = 0.9
+
+
+@dataclass(frozen=True)
+class ScaleConfig(PretrainConfig[M]):
+    """Work and memory of a step by size of encoder and image, counted without a device; the time of
+    whole runs, predicted. Stochastic depth is left out of it: it saves some of the work."""
+
+    config: str = ""
+    """A YAML file of options, or a recipe by its name in configs/. The command line wins."""
+    archs: tuple[str, ...] = (
+        "vit_tiny_patch16_224",
+        "vit_small_patch16_224",
+        "vit_base_patch16_224",
+        "vit_large_patch16_224",
+        "vit_huge_patch14_224",
+    )
+    """Encoders by timm's names, each at its own or at --encoder.image-size."""
+    image_sizes: tuple[int, ...] = (224, 384, 512)
+    """Sides of images in pixels, rounded down to whole patches, for --encoder.arch."""
+    devices: tuple[int, ...] = (8, 64)
+    """Numbers of devices to predict for."""
+    peak: float = 989.0
+    """TFLOP/s of a device in bfloat16, without sparsity: 989 of an H200 (NVIDIA's data sheet)."""
+    share: float = 0.5
+    """Share of that peak that the steps reach. An assumption, not a measurement: what a ViT-L
+    should reach; small encoders reach less. benchmark step measures yours."""
+    memory: float = 139.0
+    """GiB of memory of a device: 139 of an H200. A tenth of it is left for temporary buffers."""
+    images: int = 1_281_167
+    """Images of an epoch: those of ImageNet-1k."""
+    out: str = ""
+    """JSON file for the report. Empty: none."""
+
+    def __post_init__(self) -> None:
+        for option in ("archs", "devices"):
+            check(bool(getattr(self, option)), f"--{option} is empty; give one or more")
+        for option in ("devices", "image_sizes", "images"):
+            value, flag = getattr(self, option), f"--{option.replace('_', '-')}"
+            values = value if isinstance(value, tuple) else (value,)
+            check(all(v >= 1 for v in values), f"{flag} is {_words(values)}; at least 1")
+        for option in ("peak", "memory"):
+            value = getattr(self, option)
+            check(0 < value < float("inf"), f"--{option} is {value:g}; it must be above 0")
+        check(0 < self.share <= 1, f"--share is {self.share:g}; it lies above 0 and up to 1")
+        check(
+            self.run.precision != "fp32",
+            "--run.precision is fp32; scale is for bf16, and so are --peak and --share",
+        )
+
+
+def _words(values: tuple[int, ...]) -> str:
+    return " ".join(map(str, values))
+
+
+def scale_report(name: str, kind: type[Method], config: ScaleConfig[Any]) -> dict[str, Any]:
+    """Count all that is asked for, in a minute or two; the report without its head.
+
+    Rows of ``sizes`` and ``resolutions`` are those of the options, ``recipes`` of the method's own
+    for ImageNet, each with its own length. ``hours`` are predictions.
+
+    Raises:
+        UserError: an encoder or image size that cannot be built.
+    """
+    own = config.encoder
+    for option in ("width", "depth", "heads"):
+        value = getattr(own, option)
+        check(
+            not value, f"--encoder.{option} is {value}; scale is for whole architectures: --archs"
+        )
+    sizes = [replace(config, encoder=replace(own, arch=arch)) for arch in config.archs]
+    with without_memory():
+        patch = Encoder(own, config.data.channels).patch_size
+    sides = dict.fromkeys(side // patch * patch for side in config.image_sizes)
+    check(0 not in sides, f"--image-sizes is {_words(config.image_sizes)}; a patch is {patch} wide")
+    larger = [replace(config, encoder=replace(own, image_size=(side,))) for side in sides]
+    found = {
+        "sizes": [_row(kind, c, c.encoder.arch) for c in sizes],
+        "resolutions": [_row(kind, c, own.arch) for c in larger],
+        "recipes": [_row(kind, c, recipe) for recipe, c in _recipes(name, kind, config)],
+    }
+    assumed = {k: getattr(config, k) for k in ("peak", "share", "memory", "images", "devices")}
+    return {"assumed": assumed | {"memory_used": _USED}, **found}
+
+
+def _recipes(
+    name: str, kind: type[Method], config: ScaleConfig[Any]
+) -> list[tuple[str, ScaleConfig[Any]]]:
+    """The method's recipes for ImageNet, under the same assumptions."""
+    default = default_options(ScaleConfig, kind)
+    assumed = {k: getattr(config, k) for k in ("peak", "share", "memory", "images", "devices")}
+    read = ScaleConfig[kind.Config]  # type: ignore[name-defined]
+    return [
+        (recipe, replace(layered(default, [file], [], "", "", read), **assumed))
+        for recipe, file in recipes().items()
+        if recipe.startswith(f"{name}_vit_")
+    ]
+
+
+def _row(kind: type[Method], config: ScaleConfig[Any], label: str) -> dict[str, Any]:
+    """All about one encoder and image size; ``hours`` by number of devices."""
+    encoder = replace(config.encoder, drop_path=0.0)
+    channels, devices = config.data.channels, config.devices
+    row = _count(kind, config.method, encoder, channels, devices, config.memory)  # type: ignore[arg-type]
+    span = Length.parse(config.run.length, "--run.length")
+    seen = span.amount * (config.images if span.unit == "ep" else config.optim.batch_size)
+    flops = seen * row["flop_per_image"]
+    rate = config.peak * 1e12 * config.share
+    hours = {str(n): flops / (n * rate) / 3600 for n in devices}
+    return {"name": label, "length": config.run.length, **row, "flop_in_all": flops, "hours": hours}
+
+
+@cache  # a recipe is often one of the sizes
+def _count(
+    kind: type[Method],
+    method: Any,
+    encoder: EncoderConfig,
+    channels: int,
+    devices: tuple[int, ...],
+    memory: float,
+) -> dict[str, Any]:
+    """What does not depend on the length of the run. Bytes, but for ``memory`` in GiB."""
+    log.info("counting %s", encoder.arch)
+    with without_memory():
+        task = kind(method, encoder, channels)
+    spec = kind.views(method, task.encoder)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    states = {"1": state_of(task)} | {f"fsdp {n}": sharded_state(task, n) for n in devices}
+    room, cost = _USED * memory * 2**30, count_step(task, spec, channels)
+    kept = {"kept": cost.kept, "recomputed": cost.recomputed}
+    return {
+        "crops": describe(spec),
+        "parameters": {"trained": trained, "all": parameter_count(task)},
+        "flop_per_image": cost.flops,
+        "state": {n: asdict(s) | {"total": s.total} for n, s in states.items()},
+        "activations": {how: asdict(k) for how, k in kept.items()},
+        "largest_batch": {
+            how: {n: largest_batch(room, s, k) for n, s in states.items()}
+            for how, k in kept.items()
+        },
+    }
+
+
+def show_scale(report: dict[str, Any]) -> None:
+    """The tables: work and time by encoder, memory by encoder, by image size, and of recipes."""
+    assumed, sizes, larger = report["assumed"], report["sizes"], report["resolutions"]
+    using = f"{assumed['share']:.0%} of {assumed['peak']:g} TFLOP/s a device"
+    predicted = [f"hours on {n}" for n in assumed["devices"]]
+    held = ("MiB/image", "recomputed", f"batch in {assumed['memory']:g} GiB", "recomputed")
+    show_table(
+        f"work, {_crops(sizes[0])} px; prediction for {sizes[0]['length']}: {using}",
+        [(_short(r), *_weights(r), _work(r), *_hours(r)) for r in sizes],
+        ("", "trained", "with fixed", "GFLOP/image", *predicted),
+    )
+    show_table(
+        "memory of a process in bf16: GiB whatever the batch; activations; the largest batch",
+        [(_short(r), *_states(r), *_held(r)) for r in sizes],
+        ("", "alone", *[f"FSDP {n}" for n in assumed["devices"]], *held),
+    )
+    if larger:
+        show_table(
+            f"{_short(larger[0])} by size of crops; recomputed: with activation checkpointing",
+            [(_crops(r), _work(r), *_held(r)) for r in larger],
+            ("", "GFLOP/image", *held),
+        )
+    if report["recipes"]:
+        show_table(
+            f"recipes for ImageNet; prediction: {using}",
+            [(r["name"], r["length"], *_all_work(r), *_hours(r)) for r in report["recipes"]],
+            ("", "length", "GFLOP/image", "FLOP in all", *predicted),
+        )
+
+
+def _short(row: dict[str, Any]) -> str:
+    return str(row["name"]).removeprefix("vit_").removesuffix("_224")
+
+
+def _crops(row: dict[str, Any]) -> str:
+    """``2 x 224 + 8 x 96``, as ``1 x 224x192`` where they are not square."""
+    counts = Counter[str]()
+    for crop in row["crops"]:
+        counts["x".join(map(str, dict.fromkeys(crop["size"])))] += crop["count"]
+    return " + ".join(f"{count} x {size}" for size, count in counts.items())
+
+
+def _weights(row: dict[str, Any]) -> list[str]:
+    return [f"{count / 1e6:.1f} M" for count in row["parameters"].values()]
+
+
+def _work(row: dict[str, Any]) -> str:
+    return f"{row['flop_per_image'] / 1e9:,.1f}"
+
+
+def _all_work(row: dict[str, Any]) -> tuple[str, str]:
+    return _work(row), f"{row['flop_in_all']:.2g}"
+
+
+def _hours(row: dict[str, Any]) -> list[str]:
+    return [f"{h:,.0f}" if h >= 10 else f"{h:.2g}" for h in row["hours"].values()]
+
+
+def _states(row: dict[str, Any]) -> list[str]:
+    return [f"{state['total'] / 2**30:.2f}" for state in row["state"].values()]
+
+
+def _held(row: dict[str, Any]) -> list[str]:
+    """Activations and the largest batch, of a process alone."""
+    kept = [f"{kept['per_image'] / 2**20:,.1f}" for kept in row["activations"].values()]
+    return [*kept, *(f"{batch['1']:,}" for batch in row["largest_batch"].values())]

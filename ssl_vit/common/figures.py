@@ -1,0 +1,106 @@
+"""Pictures for people: batches of images as one captioned uint8 array."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ssl_vit.common.files import write_atomically
+
+_GAP = 4
+_TEXT = 16
+# Chosen in CIE LCh: lightness 2 to 97 in even steps, hue from violet to yellow, and as much chroma
+# as a screen can show.
+_HEAT = np.array(
+    [
+        (6, 7, 12),
+        (27, 30, 100),
+        (113, 33, 131),
+        (203, 7, 107),
+        (247, 81, 67),
+        (251, 149, 36),
+        (255, 202, 80),
+        (255, 248, 197),
+    ]
+)
+
+
+def to_rgb(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w 3"]:
+    """Images in 0..1 as RGB: 3 channels as they are, fewer as gray, of more the first three."""
+    channels = images.shape[1]
+    chosen = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    scaled = (chosen.float().clamp(0, 1) * 255).round().byte()
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def enlarged(
+    images: UInt8[np.ndarray, "b h w 3"], least: int = 96
+) -> UInt8[np.ndarray, "b height width 3"]:
+    """Images smaller than ``least`` pixels, enlarged by a whole factor, pixels kept square."""
+    zoom = max(1, -(-least // min(images.shape[1:3])))
+    return images.repeat(zoom, 1).repeat(zoom, 2)
+
+
+def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """Values in 0..1 as colours from black over violet and orange to pale yellow.
+
+    The colours' lightness (CIE L*) rises evenly, so that they are ordered for every eye, in gray
+    print as well.
+    """
+    stops = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, stops, _HEAT[:, c]) for c in range(3)]
+    return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def picture_rows(
+    columns: dict[str, UInt8[np.ndarray, "b h w 3"]], caption: str, least: int = 96, wrap: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """One row an image, one titled column an entry, the caption below.
+
+    Images smaller than ``least`` pixels are enlarged by a whole factor, pixels kept square. More
+    than ``wrap`` columns (0: any number) continue on further lines, of about equal length.
+    """
+    batches = {title: enlarged(images, least) for title, images in columns.items()}
+    n, h, w = next(iter(batches.values())).shape[:3]
+    lines = -(-len(batches) // wrap) if wrap else 1
+    across = -(-len(batches) // lines)
+    # Titles head the sheet; where an image has several lines they differ, and head each.
+    between = _TEXT if lines > 1 else 0
+    line_height = h + _GAP + between
+    row_height = lines * line_height + (2 * _GAP if lines > 1 else 0)
+    bottom = _TEXT + n * row_height - between
+    font = ImageFont.load_default(size=_TEXT - 4)
+    text = _wrap(caption, across * (w + _GAP) - 2 * _GAP, font)
+    size = (across * (w + _GAP) + _GAP, bottom + _TEXT * len(text) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, images) in enumerate(batches.items()):
+        x, line = _GAP + i % across * (w + _GAP), i // across
+        for row in range(n):
+            y = _TEXT + row * row_height + line * line_height
+            if between or row == 0:
+                draw.text((x, y - _TEXT), title, fill="black", font=font)
+            sheet.paste(Image.fromarray(images[row]), (x, y))
+    for i, words in enumerate(text):
+        draw.text((_GAP, bottom + i * _TEXT), words, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def save_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Write a picture, whole or not at all."""
+    write_atomically(path, partial(Image.fromarray(picture).save, format="PNG"))
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The text as lines that are no wider than ``width`` pixels where words allow it."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getbbox(longer)[2] > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,241 @@
+"""Images with a mask each: files of the same name in two folders; a mask's pixels are classes."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from ssl_vit.common.config import UserError, check
+from ssl_vit.common.task import Views
+from ssl_vit.data.base import Item, Source
+from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.folder import FolderSource, open_flat
+from ssl_vit.data.loader import Batch, EvalImages, stack
+
+CLASSES_FILE = "classes.txt"
+_FORM = "pairs:IMAGES_FOLDER:MASKS_FOLDER, or pairs:ROOT with ROOT/images and ROOT/masks"
+# Modes whose numbers are the file's own; P is a palette, of which the indices are taken.
+_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
+_LARGEST = 65535
+
+
+class Pairs(Source):
+    """Images, and for each a mask of its size; a mask's path is its image's but for the ending."""
+
+    def __init__(
+        self, images: FolderSource, masks: FolderSource, couples: np.ndarray, spec: str
+    ) -> None:
+        """``couples``: (n, 2) places in ``images`` and ``masks``."""
+        self.spec, self.images, self.masks, self.couples = spec, images, masks, couples
+        self.classes = read_classes(os.fsdecode(masks.root))
+
+    def __len__(self) -> int:
+        return len(self.couples)
+
+    def read(self, i: int) -> Item:
+        return self.images.read(int(self.couples[i, 0]))[0], None
+
+    def name(self, i: int) -> str:
+        return self.images.name(int(self.couples[i, 0]))
+
+    def read_mask(self, i: int) -> Integer[Tensor, "h w"]:
+        """The classes of image i's pixels.
+
+        Raises:
+            BadImage: the file cannot be read or decoded.
+            UserError: it is an image of another kind, that holds no classes.
+        """
+        place = int(self.couples[i, 1])
+        raw = self.masks.read(place)[0]
+        assert isinstance(raw, bytes)
+        return decode_mask(raw, self.masks.name(place))
+
+    def take(self, rows: Tensor) -> Pairs:
+        """These pairs, in this order."""
+        return Pairs(self.images, self.masks, self.couples[rows.numpy()], self.spec)
+
+
+def open_pairs(spec: str) -> Pairs:
+    """Open ``pairs:IMAGES:MASKS`` or ``pairs:ROOT``; files at any depth, in the images' order.
+
+    Class names, one a line, may be in ``classes.txt``, in the masks' folder or the one above it.
+
+    Raises:
+        UserError: not of this form, no such folder, or an image or a mask is without its other.
+    """
+    scheme, _, rest = spec.partition(":")
+    parts = rest.split(":")
+    known = scheme == "pairs" and all(parts) and len(parts) <= 2
+    check(known, f"{spec!r} names no images with masks; allowed: {_FORM}")
+    folders = parts if len(parts) == 2 else [os.path.join(rest, n) for n in ("images", "masks")]
+    images, masks = (open_flat(spec, folder) for folder in folders)
+    places, others = _by_stem(images), _by_stem(masks)
+    _all_there(spec, "images without a mask", places, others, images)
+    _all_there(spec, "masks without an image", others, places, masks)
+    couples = np.array([(place, others[stem]) for stem, place in places.items()], dtype=np.int64)
+    return Pairs(images, masks, couples, spec)
+
+
+def _by_stem(source: FolderSource) -> dict[bytes, int]:
+    """Places of files by path without ending."""
+    places: dict[bytes, int] = {}
+    for i in range(len(source)):
+        other = places.setdefault(os.path.splitext(source.files[i])[0], i)
+        if other != i:
+            names = f"{source.name(other)} and {source.name(i)}"
+            raise UserError(f"{source.spec!r}: {names} differ in their ending only; keep one")
+    return places
+
+
+def _all_there(
+    spec: str, what: str, ours: dict[bytes, int], theirs: dict[bytes, int], source: FolderSource
+) -> None:
+    alone = [place for stem, place in ours.items() if stem not in theirs]
+    if alone:
+        raise UserError(
+            f"{spec!r} has {len(alone)} {what} of the same path but for the ending; the first: "
+            f"{source.name(alone[0])}"
+        )
+
+
+def read_classes(folder: str) -> tuple[str, ...] | None:
+    """The names in ``classes.txt``, in the folder or the one above it; None without the file.
+
+    Raises:
+        UserError: it cannot be read, is empty, or has a blank line or a name twice.
+    """
+    for place in (Path(folder), Path(folder).parent):
+        file = place / CLASSES_FILE
+        if file.is_file():
+            try:
+                names = tuple(n.strip() for n in file.read_text(encoding="utf-8").splitlines())
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{file}: cannot be read as text: {error}") from None
+            fine = bool(names) and all(names) and len(set(names)) == len(names)
+            check(fine, f"{file}: must have a class name on every line, each another")
+            return names
+    return None
+
+
+def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
+    """A PNG or TIFF file's own numbers, uint8 or int32; of a palette image its indices.
+
+    Raises:
+        BadImage: truncated, corrupt or too large.
+        UserError: colours instead of classes, a lossy format, or numbers that cannot be classes.
+    """
+    check(
+        raw[:2] != b"\xff\xd8",
+        f"{name} is a JPEG, which does not keep classes; a mask must be PNG or TIFF",
+    )
+    try:
+        with Image.open(io.BytesIO(raw), formats=("PNG", "TIFF")) as image:
+            mode, scale = image.mode, _scale(image, raw)
+            array = np.asarray(image) if mode in _MODES and scale else None
+    except Exception as error:  # decoders raise nearly anything
+        raise BadImage(f"mask {name}: {type(error).__name__}: {error}") from error
+    if array is None:
+        kind = f"has the mode {mode}" if scale else "counts from white"
+        raise UserError(f"{name} {kind}; a mask must have one channel (or a palette), of classes")
+    values = array.astype(np.int32) // scale
+    low, high = int(values.min()), int(values.max())
+    check(
+        low >= 0 and high <= _LARGEST,
+        f"{name} has values from {low} to {high}; a mask's classes are 0 to {_LARGEST}",
+    )
+    return torch.from_numpy(values.astype(np.uint8) if high < 256 else values)
+
+
+def _scale(image: Image.Image, raw: bytes) -> int:
+    """What Pillow multiplied the file's numbers by; 0 where it turned them round.
+
+    Gray of 2 and 4 bits is stretched to 0..255.
+    """
+    tags: Any = getattr(image, "tag_v2", None)
+    if tags is not None:
+        bits, gray = tags.get(258, (1,))[0], tags.get(262) in (0, 1)
+        if tags.get(262) == 0:
+            return 0
+    else:
+        bits, gray = raw[24], raw[25] == 0  # of PNG's first chunk
+    return 255 // (2**bits - 1) if gray and bits in (2, 4) else 1
+
+
+def nearest_mask(mask: Integer[Tensor, "h w"], size: tuple[int, int]) -> Integer[Tensor, "r s"]:
+    """The mask at another size: each new pixel has the class at its centre."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
+        for new, old in zip(size, mask.shape, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+@dataclass
+class PairBatch(Batch):
+    """Views of images, and the masks of the same, each (h, w) of its own size."""
+
+    masks: list[Tensor] = field(default_factory=list)
+
+    def pin_memory(self) -> PairBatch:
+        """The views in page-locked memory; masks are not copied to a GPU as they are."""
+        return PairBatch(self.views.pin_memory(), self.bad, self.masks)
+
+
+class PairImages(EvalImages):
+    """Every whole image, its sides scaled each on its own to ``size``, and its mask as it is.
+
+    Nothing is cropped, so that every pixel of a mask is seen by the encoder.
+    """
+
+    source: Pairs
+
+    def __init__(self, pairs: Pairs, size: tuple[int, int], channels: int) -> None:
+        super().__init__(pairs, size, 1.0, channels)
+
+    def __getitems__(self, indices: Sequence[int]) -> PairBatch:
+        """The batch of these pairs; unreadable ones are left out and reported.
+
+        Raises:
+            UserError: an image and its mask differ in size.
+        """
+        bad: dict[int, str] = {}
+        crops, keys, masks = [], [], []
+        for index in indices:
+            try:
+                raw = self.source.read(index)[0]
+                image, mask = decode(raw, self.channels), self.source.read_mask(index)
+            except BadImage as error:
+                bad[index] = f"{self.source.name(index)}: {error}"
+                continue
+            sizes = ["x".join(map(str, t.shape[-2:])) for t in (image, mask)]
+            check(
+                sizes[0] == sizes[1],
+                f"{self.source.name(index)} has {sizes[0]} pixels, its mask {sizes[1]} (rows x "
+                "columns); they must agree",
+            )
+            crops.append(whole_view(image, self.size))
+            masks.append(mask)
+            keys.append(index)
+        views = [stack(crops)] if crops else []
+        unlabelled = torch.full((len(keys),), -1)
+        return PairBatch(Views(views, torch.tensor(keys).long(), unlabelled), bad, masks)
+
+
+def whole_view(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The whole of a (C, H, W) image at another size, bicubically, antialiased; uint8 stays so."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    bicubic = v2.InterpolationMode.BICUBIC
+    return tvf.resize(image, list(size), interpolation=bicubic, antialias=True)

@@ -1,0 +1,125 @@
+"""Stochastic depth whose decisions are those of the whole batch, however the batch is split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from timm import layers
+from torch import Tensor, nn
+
+from ssl_vit.common.seeds import fold
+
+
+class _Share(NamedTuple):
+    """Which part of a batch is at hand, and how many times its decisions have been drawn from."""
+
+    part: int
+    parts: int
+    images: int
+    key: int
+    drawn: int = 0
+
+
+# Backward runs in threads of its own on GPUs: there it is unset, but for what `redraw` restores.
+_current: ContextVar[_Share | None] = ContextVar("share", default=None)
+
+
+class _Within:
+    """Inside, a share is the one at hand; it can be entered again and again."""
+
+    def __init__(self, share: _Share | None) -> None:
+        self.share = share
+
+    def __enter__(self) -> None:
+        self.before = _current.set(self.share)
+
+    def __exit__(self, *error: object) -> None:
+        _current.reset(self.before)
+
+
+def batch_share(part: int, parts: int, images: int, key: int) -> AbstractContextManager[None]:
+    """Inside, the ``images`` at hand are share ``part`` (from 0) of the ``parts`` of a batch.
+
+    ``key`` decides what is dropped, and is the same for all shares of a batch. The numbers are a
+    function of it and of the order of the draws alone: torch's global generators, which dropout
+    and noise use, may be seeded apart in each share.
+    """
+    assert 0 <= part < parts, f"share {part} of {parts}"
+    return _Within(_Share(part, parts, images, key))
+
+
+def redraw() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint``: what is computed again drops the same rows.
+
+    Also where that happens outside of :func:`batch_share`, or in another thread.
+    """
+    return nullcontext(), _Within(_current.get())
+
+
+class DropPath(layers.DropPath):
+    """Stochastic depth (Huang et al. 2016) of a residual branch, one decision for each row.
+
+    Inside :func:`batch_share` rows are images, view by view: all images' first crops, then all
+    second ones. Decisions are drawn for the whole batch, (views, parts * images) of them, and
+    this share's are used. Elsewhere they are drawn as by timm on CPUs, from torch's own generator.
+    It is always on the CPU, so that the host knows them at once, and all devices decide alike.
+    """
+
+    def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        """Each row times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
+        if not self.training or self.drop_prob == 0:
+            return x
+        factors = self.draw(len(x)).to(x.dtype) * self._scale
+        return x * factors.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+
+    def add(
+        self,
+        to: Float[Tensor, "n ..."],
+        x: Float[Tensor, "n ..."],
+        branch: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "n ..."]:
+        """``to + self(branch(x))``, where the branch is computed of the rows that are kept only.
+
+        The branch must treat rows apart; it is called even if none is kept.
+        """
+        if not self.training or self.drop_prob == 0:
+            return to + branch(x)
+        kept = self.draw(len(x)).nonzero().flatten()
+        if len(kept) == len(x):
+            return torch.add(to, branch(x), alpha=self._scale)
+        kept = kept.to(x.device, non_blocking=True)
+        found = branch(x.index_select(0, kept)).to(to.dtype)
+        return to.index_add(0, kept, found, alpha=self._scale)
+
+    def draw(self, rows: int) -> Bool[Tensor, " n"]:
+        """Which of so many rows are kept; on the CPU."""
+        share, keep = _current.get(), 1 - self.drop_prob
+        if share is None:
+            return torch.empty(rows).bernoulli_(keep) > 0
+        part, parts, images, key, drawn = share
+        assert rows % images == 0, f"{rows} rows are no whole views of {images} images"
+        _current.set(share._replace(drawn=drawn + 1))
+        generator = torch.Generator().manual_seed(fold(key, drawn))
+        kept = torch.empty(rows // images, parts * images).bernoulli_(keep, generator=generator)
+        return kept[:, part * images : (part + 1) * images].flatten() > 0
+
+    @property
+    def _scale(self) -> float:
+        return 1 / (1 - self.drop_prob) if self.scale_by_keep else 1.0
+
+
+def draw_for_whole_batch(network: nn.Module) -> None:
+    """Replace timm's stochastic depth by :class:`DropPath` everywhere in a network.
+
+    In the few networks of timm whose rows are windows of an image, decisions are as random, but
+    depend on how a batch is split.
+    """
+    for parent in network.modules():
+        for name, child in parent.named_children():
+            if type(child) is layers.DropPath:
+                setattr(parent, name, DropPath(child.drop_prob, child.scale_by_keep))

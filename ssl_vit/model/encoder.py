@@ -1,0 +1,344 @@
+"""The shared Vision Transformer: patchify -> embed -> encode -> pool, on a timm model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ssl_vit.common.config import EncoderConfig, check, nearest
+from ssl_vit.model.block import LeanBlock, lean_blocks
+from ssl_vit.model.drop_path import draw_for_whole_batch
+
+
+@dataclass
+class Features:
+    """An encoder's output: [CLS] (B, D) or None, patches (B, N, D), grid (rows, columns).
+
+    ``norm`` is applied to each pooled vector, where the final norm sits after the pooling; else it
+    has been applied to the tokens, and is None.
+    """
+
+    cls: Tensor | None
+    patches: Tensor
+    grid: tuple[int, int]
+    norm: nn.Module | None = None
+
+    def pool(self, kind: str) -> Float[Tensor, "b _"]:
+        """One vector an image: ``cls``, ``mean`` (of patches) or ``cls+mean`` (both, joined)."""
+        norm = self.norm or nn.Identity()
+        mean = norm(self.patches.mean(1))
+        if kind == "mean":
+            return mean
+        check(self.cls is not None, f"pooling is {kind!r}; this encoder has no [CLS]: use mean")
+        check(kind in ("cls", "cls+mean"), f"pooling is {kind!r}; allowed: cls, mean, cls+mean")
+        cls = norm(self.cls)
+        return cls if kind == "cls" else torch.cat([cls, mean], dim=1)
+
+
+class Encoder(nn.Module):
+    """A Vision Transformer (Dosovitskiy et al. 2021) that can embed only some of its patches.
+
+    ``vit`` is a timm ``VisionTransformer``, so ``encoder.vit.state_dict()`` has timm's keys.
+
+    Args:
+        config: architecture and changes to it.
+        channels: channels of the images.
+
+    Raises:
+        UserError: an unknown or unsuitable architecture, or sizes that do not fit together.
+    """
+
+    vit: Any  # a VisionTransformer, whose submodules timm leaves untyped
+
+    def __init__(self, config: EncoderConfig, channels: int = 3) -> None:
+        super().__init__()
+        kwargs = timm_kwargs(config, channels)
+        check_sizes(config, kwargs)
+        self.config = config
+        self.channels = channels
+        self.vit = timm.create_model(
+            config.arch, num_classes=0, drop_path_rate=config.drop_path, **kwargs
+        )
+        draw_for_whole_batch(self.vit)
+        lean_blocks(self.vit)
+        if config.norm_eps:
+            set_norm_eps(self.vit, config.norm_eps)
+        patches = self.vit.patch_embed
+        self.image_size: tuple[int, int] = tuple(patches.img_size)
+        self.patch_size: int = patches.patch_size[0]
+        self.grid: tuple[int, int] = tuple(patches.grid_size)
+        self.width: int = self.vit.embed_dim
+        if self.vit.attn_pool is not None:
+            self.vit.attn_pool.requires_grad_(False)  # kept for its names; features do not use it
+        if config.positions == "sincos":
+            self._fix_positions()
+
+    def _fix_positions(self) -> None:
+        """Sine-cosine values in timm's own parameter, which then is not trained."""
+        position = self.vit.pos_embed
+        prefix = position.shape[1] - self.grid[0] * self.grid[1]
+        with torch.no_grad():
+            position.zero_()
+            position[0, prefix:] = sincos_positions(self.grid, self.width)
+        position.requires_grad_(False)
+
+    def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n ppc"]:
+        """Images as flattened patches; pixels of a patch are ordered (row, column, channel)."""
+        p = self.patch_size
+        height, width = images.shape[-2:]
+        check(
+            height % p == 0 and width % p == 0,
+            f"an image of {height}x{width} pixels does not divide into patches of {p}",
+        )
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
+        """Positions of (prefix tokens, patches), resampled bicubically for another grid.
+
+        A larger grid as timm does; a smaller one, that of DINO's local crops, as the original DINO
+        does: not antialiased, and by a factor for a grid of a tenth of a patch more.
+        """
+        position = self.vit.pos_embed
+        prefix = position.shape[1] - self.grid[0] * self.grid[1]
+        if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
+            old = position[:, prefix:].unflatten(1, self.grid).permute(0, 3, 1, 2)
+            factor = [(new + 0.1) / own for new, own in zip(grid, self.grid, strict=True)]
+            new = F.interpolate(old, scale_factor=factor, mode="bicubic")
+            position = torch.cat([position[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
+        elif grid != self.grid:
+            position = resample_abs_pos_embed(
+                position, list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
+            )
+        return (position[:, :prefix] if prefix else None), position[:, prefix:]
+
+    def embed(
+        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b _ d"]:
+        """Patch tokens with their positions, (B, N, D); of the patches ``keep`` alone, (B, K, D).
+
+        Patches that are not kept are never projected.
+        """
+        patches = self.patchify(images)
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        position = self.positions(grid)[1]
+        if keep is not None:
+            patches = take(patches, keep)
+            position = position[0][keep]
+        # The stride-P convolution of timm is this linear map, with its weights reordered.
+        weight = rearrange(self.vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
+        tokens = F.linear(patches, weight, self.vit.patch_embed.proj.bias)
+        return self.vit.patch_embed.norm(tokens) + position
+
+    def encode(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""
+        x = self.with_prefix(tokens)
+        for block in self.vit.blocks:
+            x = block(x)
+        return self.vit.norm(x)
+
+    def with_prefix(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """What the first block is given: [CLS] and registers, if any, before the patch tokens."""
+        vit = self.vit
+        prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        if prefix:
+            joined = torch.cat(prefix, dim=1)
+            position = self.positions(self.grid)[0]
+            joined = joined if position is None else joined + position
+            joined = joined.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+            tokens = torch.cat([joined, tokens], dim=1)
+        return vit.norm_pre(vit.pos_drop(tokens))
+
+    def split(self, tokens: Float[Tensor, "b m d"], grid: tuple[int, int]) -> Features:
+        """The encoder's output as [CLS] and patches; registers are left out."""
+        cls = tokens[:, 0] if self.vit.cls_token is not None else None
+        norm = self.vit.fc_norm if self.config.norm == "pooled" else None
+        return Features(cls, tokens[:, self.vit.num_prefix_tokens :], grid, norm)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Features of whole images of any size that the patch size divides."""
+        return self.intermediate(images, last=1)[0]
+
+    def intermediate(self, images: Float[Tensor, "b c h w"], last: int) -> list[Features]:
+        """Features after each of the ``last`` blocks, in order, all through the final norm."""
+        blocks = self.vit.blocks
+        check(1 <= last <= len(blocks), f"{last} last blocks asked; the encoder has {len(blocks)}")
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        x = self.with_prefix(self.embed(images))
+        outputs = []
+        for i, block in enumerate(blocks):
+            x = block(x)
+            if i >= len(blocks) - last:
+                outputs.append(self.split(self.vit.norm(x), grid))
+        return outputs
+
+
+def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """Of each image's tokens those at its own indices."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
+    """Fixed two-dimensional sine-cosine positions (He et al. 2022, after Vaswani et al. 2017).
+
+    The first half of the features encodes the column, the second the row; each half is sines, then
+    cosines, of the coordinate times 10000^(-i / (width / 4)). Computed in float64.
+    """
+    check(width % 4 == 0, f"sine-cosine positions need a width divisible by 4, not {width}")
+    rows, cols = grid
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(cols)[:, None] * omega
+    col = torch.arange(cols, dtype=torch.float64).repeat(rows)[:, None] * omega
+    return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
+    """What to give ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights.
+
+    It can be written as JSON, and so leaves out ``config.norm_eps``: :func:`set_norm_eps` after it.
+    """
+    kwargs: dict[str, Any] = {}
+    if channels != 3:
+        kwargs["in_chans"] = channels
+    if config.image_size:
+        size = config.image_size
+        kwargs["img_size"] = size[0] if len(size) == 1 else list(size)
+    names = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth"}
+    names |= {"heads": "num_heads", "layer_scale": "init_values"}
+    for ours, theirs in names.items():
+        if getattr(config, ours):
+            kwargs[theirs] = getattr(config, ours)
+    if config.registers >= 0:
+        kwargs["reg_tokens"] = config.registers
+    if config.norm == "pooled":
+        kwargs |= {"global_pool": "avg", "fc_norm": True}
+    return kwargs
+
+
+def set_norm_eps(module: nn.Module, eps: float) -> None:
+    """Give every LayerNorm of a module the same epsilon."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps
+
+
+def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse, before any memory is taken, what cannot be built, saying which option is at fault."""
+    known = timm.list_models(module="vision_transformer")
+    check(
+        config.arch in known,
+        f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
+        f"{nearest(config.arch, known)}",
+    )
+    with without_memory():
+        pooling = {k: kwargs[k] for k in ("global_pool", "fc_norm") if k in kwargs}
+        vit: Any = timm.create_model(config.arch, num_classes=0, depth=1, **pooling)
+    plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
+    plain = plain and hasattr(vit.blocks[0], "attn")  # parallel blocks have theirs elsewhere
+    # A norm after the pooling leaves the patch tokens without one: only where that is asked for.
+    pooled = not isinstance(vit.fc_norm, nn.Identity)
+    check(
+        plain and pooled == (config.norm == "pooled") and vit.pos_embed is not None,
+        f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions and "
+        f"a final norm on its {config.norm if config.norm == 'tokens' else 'pooled features'}",
+    )
+    patch = kwargs.get("patch_size", vit.patch_embed.patch_size[0])
+    size = config.image_size or vit.patch_embed.img_size
+    check(
+        all(s > 0 and s % patch == 0 for s in size),
+        f"--encoder.image-size is {'x'.join(map(str, size))}; "
+        f"it must be divisible by the patch size, {patch}",
+    )
+    heads = kwargs.get("num_heads", vit.blocks[0].attn.num_heads)
+    width = kwargs.get("embed_dim", vit.embed_dim)
+    check(width % heads == 0, f"--encoder.heads is {heads}; it must divide the width, {width}")
+
+
+class _RealNumbers(TorchFunctionMode):
+    """Keeps ``linspace`` on the CPU, from which older timm reads the rates of stochastic depth."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Inside, modules are built with shapes only, on the meta device; it takes no time."""
+    with torch.device("meta"), _RealNumbers():
+        yield
+
+
+def image_size(config: EncoderConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images an architecture is made for."""
+    with without_memory():
+        return Encoder(dataclasses.replace(config, positions="learned")).image_size
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of weights of a module, trained or not."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
+    """Compile every transformer block of a module in place; its weights keep their names.
+
+    A block with stochastic depth is compiled in parts: each block has a probability of its own, for
+    each of which the compiler would start anew, and soon give up. ``in_parts``: every block, as
+    where something happens between its parts.
+    """
+    for block in module.modules():
+        if isinstance(block, LeanBlock):
+            whole = isinstance(block.drop_path1, nn.Identity) and not in_parts
+            block.whole = True
+            parts = [block] if whole else [block.norm1, block.attn, block.norm2, block.mlp]
+            for part in parts:
+                part.compile()
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Make every transformer block of a module forget its activations until backward, in place.
+
+    That costs a second forward pass of the blocks and saves most of the memory of training. Names
+    of weights, numbers and gradients stay. Call it before blocks are sharded (FSDP); before or
+    after :func:`compile_blocks`.
+
+    Raises:
+        UserError: the module has no such block.
+    """
+    blocks = [part for part in module.modules() if isinstance(part, LeanBlock)]
+    check(bool(blocks), "--run.activation-checkpointing is for plain ViTs; here is none")
+    for block in blocks:
+        block.recomputes = True
+
+
+def choose_attention(module: nn.Module, device: torch.device) -> None:
+    """Fused attention kernels where they are the faster ones: on GPUs, not on CPUs.
+
+    On CPUs torch's fused kernel was measured 1.6 to 8 times slower in bfloat16 than plain
+    matmul-softmax-matmul, forward and backward.
+    """
+    part: Any
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = device.type != "cpu"

@@ -1,0 +1,93 @@
+"""The head of self-distillation: an MLP, a unit sphere, and prototypes on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ssl_vit.common.task import at_least_fp32
+
+
+class PrototypeLayer(nn.Module):
+    """A weight-normalised linear layer without bias (Salimans and Kingma 2016)."""
+
+    def __init__(self, width: int, outputs: int, fixed_gain: bool) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(nn.Linear(width, outputs, bias=False).weight.detach())
+        self.weight_g = nn.Parameter(torch.ones(outputs, 1), requires_grad=not fixed_gain)
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        """Inner products with the rows of v, each scaled to the length g.
+
+        The product is in the precision of autocast, if that is on; the result in float32 at least.
+        """
+        kind = x.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if x.dtype == torch.float64:
+            half = x.dtype  # which autocast leaves alone
+        with torch.autocast(kind, enabled=False):
+            out: Tensor = _Prototypes.apply(x.to(half), self.weight_v, self.weight_g)
+        return out
+
+
+class _Prototypes(torch.autograd.Function):
+    """x v^T, each column times g / |v|; the large weights are passed over as seldom as can be.
+
+    The outputs are scaled, not the weights: no other tensor of the weights' size is made, but
+    their copy in the precision of ``x``. In backward the gradient that v has through its length
+    is a multiple of v itself, and is added to the one through the product in the same pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "n d"], v: Float[Tensor, "k d"], g: Float[Tensor, "k 1"]
+    ) -> Float[Tensor, "n k"]:
+        low = v.to(x.dtype)
+        length = v.norm(dim=1, keepdim=True)
+        products = F.linear(x, low)
+        ctx.save_for_backward(x, v, g, low, length, products)
+        return at_least_fp32(products) * (g / length).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Float[Tensor, "n k"]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, v, g, low, length, products = ctx.saved_tensors
+        _, moves, stretches = ctx.needs_input_grad
+        of_v, of_gain = None, (grad * products).sum(0)[:, None] / length
+        grad = (grad * (g / length).T).to(x.dtype)
+        if moves:
+            of_v = torch.addcmul(grad.T @ x, v, -of_gain * g / length.square())
+        return grad @ low, of_v, of_gain if stretches else None
+
+
+class ProjectionHead(nn.Module):
+    """MLP to a bottleneck, L2 normalisation, weight-normalised prototypes (Caron et al. 2021,
+    section 3.2).
+
+    Args:
+        widths: features before and after each linear layer of the MLP; the last is the bottleneck.
+        prototypes: outputs.
+        fixed_gain: every prototype has length 1, and is not trained in length.
+    """
+
+    def __init__(self, widths: Sequence[int], prototypes: int, fixed_gain: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(widths)):
+            layers += [nn.GELU()] if i else []
+            layers.append(nn.Linear(before, after))
+        self.mlp = nn.Sequential(*layers)
+        self.last_layer = PrototypeLayer(widths[-1], prototypes, fixed_gain)
+
+    def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        """Inner products with the prototypes, one row an image."""
+        return self.last_layer(F.normalize(self.mlp(features), dim=-1))

@@ -1,0 +1,51 @@
+"""Images of a source as people see them: small, central crops in RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from ssl_vit.common.figures import to_rgb
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.base import Source
+from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.view import View
+
+# What stands for an image that cannot be read, and around one that is not square.
+_GRAY = 128
+
+
+def shown(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
+    """Images (b, c, h, w) as they were read, uint8 or deeper, as RGB."""
+    standardised = Normalize(view.mean, view.std).images(images)
+    return to_rgb(view.display(images).inverse(standardised))
+
+
+def squared(pictures: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n s s 3"]:
+    """The pictures in the middle of gray squares."""
+    height, width = pictures.shape[1:3]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    around = ((0, 0), (top, side - height - top), (left, side - width - left), (0, 0))
+    return np.pad(pictures, around, constant_values=_GRAY)
+
+
+def thumbnails(
+    source: Source, places: Sequence[int], view: View, side: int
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """The images at these places as an encoder of this ``view`` sees them, in that order.
+
+    The longer side has at most ``side`` pixels. An image that cannot be read is plain gray.
+    """
+    factor = min(1.0, side / max(view.size))
+    height, width = (max(1, round(pixels * factor)) for pixels in view.size)
+    images = EvalImages(source, (height, width), view.crop_ratio, view.channels)
+    made = np.full((len(places), height, width, 3), _GRAY, np.uint8)
+    for row, place in enumerate(places):
+        read = images.__getitems__([int(place)]).views.crops
+        if read:
+            made[row] = shown(read[0], view)[0]
+    return made

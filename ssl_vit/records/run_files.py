@@ -1,0 +1,140 @@
+"""The files of a run, read whatever they hold: what is wrong is said in lines, not raised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_vit.common.config import UserError
+from ssl_vit.common.layers import flatten
+from ssl_vit.records.status import STATUS_FILE
+from ssl_vit.training.checkpoint import complete
+from ssl_vit.training.metrics import METRICS_FILE, read_row
+from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.weights.exchange import ENCODER_FILE, own_metadata
+
+# What tells a changed file: its size in bytes, and when it was written in nanoseconds.
+Stamp = tuple[int, int]
+# What training exports: an encoder, or the classifier of a fine-tuning.
+_EXPORTED = (ENCODER_FILE, "model.safetensors")
+# What is in a run and holds no other runs.
+_NO_RUNS = {"checkpoints", "tensorboard", "panels"}
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What tells whether a file has changed; None where it is not."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The options of a run as ``group.option``, and what is wrong with the file."""
+    try:
+        tree = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        return {}, [_absent(path, error)]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}, [f"{path}: damaged, not YAML"]
+    good = isinstance(tree, dict) and all(isinstance(key, str) for key in tree)
+    return (flatten(tree), []) if good else ({}, [f"{path}: damaged, no groups of options in it"])
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int, list[str]]:
+    """The rows of a metrics file, how many lines cannot be read, and what is wrong with the file.
+
+    A last line without an end is not counted: it may be in the writing.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        return [], 0, [_absent(path, error)]
+    rows = [read_row(line) for line in lines]
+    torn = sum(
+        row is None and bool(line.strip()) for row, line in zip(rows[:-1], lines, strict=False)
+    )
+    return [row for row in rows if row is not None], torn, []
+
+
+def read_exported(folder: Path) -> tuple[str, int | None, list[str]]:
+    """Who made the weights that a run has exported, at which step, and what is wrong with them."""
+    problems = []
+    for path in (folder / name for name in _EXPORTED):
+        if not path.is_file():
+            continue
+        try:
+            metadata = own_metadata(path)
+        except UserError as error:
+            problems.append(" ".join(str(error).split()))
+            continue
+        made = {**_mapping(metadata.get("about")), **_mapping(metadata.get("info"))}
+        method, step = made.get("method"), made.get("step")
+        by = method if isinstance(method, str) else ""
+        return by, step if type(step) is int else None, problems
+    return "", None, problems
+
+
+def newest_checkpoint(folder: Path) -> tuple[int | None, int | None]:
+    """The step of a run's newest whole checkpoint, and how many images it trained on; None where
+    there is none, or it does not say."""
+    try:
+        path = complete(folder / "checkpoints")[-1]
+        state = json.loads((path / "state.json").read_bytes())
+    except (OSError, IndexError):
+        return None, None
+    except (ValueError, RecursionError):
+        state = None
+    count = _mapping(_mapping(state).get("images")).get("count")
+    return int(path.name.removeprefix("step-")), count if type(count) is int else None
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Every run at or below a folder, sorted by name: also runs inside runs, and those of sweeps.
+
+    A run is a folder with ``metrics.jsonl``, ``status.json``, or a ``config.yaml`` with a group
+    ``run``. Each is found once, under its own name rather than that of a link to it. What cannot be
+    looked into is passed over.
+    """
+    return sorted(path for path in _folders(folder) if is_run(path))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    if any((folder / name).is_file() for name in (METRICS_FILE, STATUS_FILE)):
+        return True
+    path = folder / CONFIG_FILE
+    return path.is_file() and any(k.startswith("run.") for k in read_config(path)[0])
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and all below it, links to folders last; none of them twice."""
+    seen: set[Path] = set()
+    own, links = [top], list[Path]()
+    while own or links:
+        folder = own.pop() if own else links.pop()
+        try:
+            real = folder.resolve()
+            if real in seen:
+                continue
+            seen.add(real)
+            inner = [p for p in folder.iterdir() if p.name not in _NO_RUNS and p.is_dir()]
+        except (OSError, RuntimeError):  # a loop of links is the latter
+            continue
+        yield folder
+        for path in inner:
+            (links if path.is_symlink() else own).append(path)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _absent(path: Path, error: OSError) -> str:
+    missing = isinstance(error, FileNotFoundError)
+    return f"{path}: {'not there' if missing else f'cannot be read: {error.strerror or error}'}"

@@ -1,0 +1,202 @@
+"""What a benchmark says of a step beside its speed: operations, matrix products, parts, memory."""
+
+import mmap
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ssl_vit.benchmarks import matmul_peak as peaks
+from ssl_vit.benchmarks.breakdown import AFTER, DEVICE, FORWARD, PARTS, TRANSFER, WAITING
+from ssl_vit.benchmarks.our_step import OurStep
+from ssl_vit.benchmarks.own_process import OwnProcess
+from ssl_vit.benchmarks.peers_dino import OriginalDINO
+from ssl_vit.benchmarks.peers_mae import OriginalMAE
+from ssl_vit.benchmarks.side import PeakMemory
+from ssl_vit.benchmarks.step import compare, shares
+from ssl_vit.common.config import RunConfig, RunFailed, UserError
+from ssl_vit.methods.dino import DINO
+from ssl_vit.methods.mae import MAE
+from ssl_vit.model.encoder import checkpoint_activations
+from ssl_vit.training.footprint import measure_step
+from tests.unit.answers import Answers
+from tests.unit.benchmarks.test_peers import SINCOS, SMALL_DINO, SMALL_MAE, TINY, work
+
+# (width, depth) of TINY's encoder, pixels of a patch, and the patches of a crop.
+D, DEPTH, PIXELS, N, N_LOCAL, BATCH = 16, 2, 4 * 4 * 3, 16, 4, 2
+
+
+def blocks(tokens: int, width: int, depth: int) -> int:
+    """Operations of transformer blocks, forward: 12 w^2 weights a token, and the attention."""
+    return depth * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
+
+
+def plain(peer, *stacks):
+    """With attention as matrix products: a fused one computes part of it again in backward."""
+    for stack in stacks:
+        for block in stack:
+            block.attn.fused_attn = False
+    return peer
+
+
+def test_the_originals_mae_costs_what_its_description_says():
+    peer = OriginalMAE(work(SMALL_MAE, SINCOS, BATCH))
+    plain(peer, peer.networks.vit.blocks, peer.networks.blocks)
+    kept, width = 4 + 1, 12
+    embed = 2 * N * PIXELS * D
+    rest = blocks(kept, D, DEPTH) + 2 * kept * D * width + blocks(N + 1, width, 2)
+    rest += 2 * (N + 1) * width * PIXELS
+    # Backward is twice the forward pass, but for the images, which want no gradient.
+    assert peer.flops() == BATCH * (2 * embed + 3 * rest)
+
+
+def test_the_originals_dino_costs_what_its_description_says():
+    peer = OriginalDINO(work(SMALL_DINO, TINY, BATCH))
+
+    def forward(crops, patches):
+        head = 2 * (D * 12 + 12 * 12 + 12 * 8 + 8 * 24)
+        return crops * 2 * patches * PIXELS * D, crops * (blocks(patches + 1, D, DEPTH) + head)
+
+    (embed, rest), (local_embed, local_rest) = forward(2, N), forward(3, N_LOCAL)
+    student = 2 * (embed + local_embed) + 3 * (rest + local_rest)
+    assert peer.flops() == BATCH * (student + embed + rest)
+
+
+@pytest.fixture(scope="module", params=["mae", "dino"])
+def ours(request):
+    """Our step, of each method; DINO's with stochastic depth."""
+    if request.param == "mae":
+        shared, kind = work(SMALL_MAE, SINCOS, BATCH), MAE
+    else:
+        shared, kind = work(SMALL_DINO, replace(TINY, drop_path=0.3), BATCH), DINO
+    make = lambda: kind(shared.method, shared.encoder, 3)  # noqa: E731
+    return OurStep.build(shared, make, RunConfig())
+
+
+def test_the_products_of_our_step_are_all_its_operations(ours):
+    """Nothing is counted that is no matrix product of the shapes that are timed, on a CPU; what
+    stochastic depth spares is not counted as done."""
+    most = measure_step(ours.trainer, [ours.batch])[0]
+    assert sum(peaks.flops(shape) * n for shape, n in ours.products().items()) == most
+    is_mae = isinstance(ours.trainer.task, MAE)
+    assert 0 < ours.flops() <= most <= (OriginalMAE if is_mae else OriginalDINO)(ours.work).flops()
+    assert is_mae == (ours.flops() == most)
+    checkpoint_activations(ours.trainer.task)
+    assert ours.flops() <= most
+
+
+def test_the_peak_is_that_of_the_steps_largest_linear_layers(ours, monkeypatch):
+    shapes = ours.products()
+    linear = {s: peaks.flops(s) * n for s, n in shapes.items() if s[0] == 1}
+    asked, rates = [], iter(range(1, 100))
+    monkeypatch.setattr(peaks, "_rate", lambda s, *_: asked.append(s) or float(next(rates)))
+    monkeypatch.setattr(peaks, "_MOST", 3)
+    found = peaks.matmul_peak(shapes, torch.device("cpu"), torch.bfloat16)
+    assert len(asked) == 3
+    assert min(linear[s] for s in asked) >= max(v for s, v in linear.items() if s not in asked)
+    assert found["flops_per_second"] == 3.0
+    assert found["shape"] == list(asked[-1][1:])
+    assert found["rates"] == [[*s[1:], i + 1.0] for i, s in enumerate(asked)]
+    products = sum(peaks.flops(s) * n for s, n in shapes.items())
+    assert found["share_of_products"] == sum(linear[s] for s in asked) / products
+    assert peaks.better(found, {"flops_per_second": 4.0})["flops_per_second"] == 4.0
+
+
+def test_a_rate_is_operations_over_seconds(monkeypatch):
+    calls = []
+
+    def seconds(call, times, device):
+        call()
+        calls.append(times)
+        return 0.01 * times
+
+    monkeypatch.setattr(peaks, "_seconds", seconds)
+    shape = (1, 2, 3, 4)
+    rate = peaks._rate(shape, torch.device("cpu"), torch.bfloat16)
+    assert rate == pytest.approx(2 * 2 * 3 * 4 / 0.01)
+    assert calls[-1] == 5  # that many fill the time
+    nothing = peaks.matmul_peak(Counter(), torch.device("cpu"), torch.float32)
+    assert nothing["flops_per_second"] is None
+
+
+def test_the_parts_of_a_step_are_all_of_it(ours):
+    step, hooks = ours.trainer.step, len(ours.trainer.model._forward_hooks)
+    parts = ours.breakdown(2)
+    dino = isinstance(ours.trainer.task, DINO)
+    assert list(parts) == [p for p in PARTS if p != WAITING and (dino or p != AFTER)]
+    assert all(seconds > 0 for seconds in parts.values())
+    # What was watched is as before, and two steps have been taken.
+    assert ours.trainer.step == step + 2
+    assert len(ours.trainer.model._forward_hooks) == hooks
+    assert "before_update" not in vars(ours.trainer.task)
+    table = shares(parts)
+    assert sum(p["share"] for p in table["parts"].values()) == pytest.approx(1)
+    assert table["seconds"] == pytest.approx(sum(parts.values()))
+
+
+def test_each_part_has_the_seconds_that_are_spent_in_it(ours, monkeypatch):
+    """A clock that moves only inside a part says which part it was."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def slow(owner, name, seconds):
+        method = getattr(owner, name)
+
+        def slowed(*args, **kwargs):
+            clock[0] += seconds
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slowed)
+
+    slow(ours.trainer.normalize, "forward", 1.0)
+    slow(ours.trainer.task, "forward", 2.0)
+    slow(ours.trainer.optimizer, "step", 4.0)
+    slow(type(ours.batch.views), "to", 8.0)
+    slow(ours.trainer.optimizer, "zero_grad", 16.0)
+    slow(torch.Tensor, "backward", 32.0)
+    parts = ours.breakdown(2)
+    known = {DEVICE: 1.0, FORWARD: 2.0, "clipping and optimizer": 4.0, TRANSFER: 8.0}
+    known |= {"the rest": 16.0, "backward": 32.0}
+    assert {p: s for p, s in parts.items() if s} == known
+
+
+def test_the_peak_of_memory_is_above_what_was_there():
+    memory = PeakMemory(torch.device("cpu"))
+    if memory.before is None:
+        pytest.skip("this system does not tell")
+    memory.begin()
+    before = memory.most()
+    # 256 MiB straight from the system: the C library may keep what it is given back.
+    with mmap.mmap(-1, 2**28) as block:
+        for page in range(0, 2**28, mmap.PAGESIZE):
+            block[page] = 1
+    # It is gone again, and still was the peak; until that is forgotten.
+    assert memory.most() - before > 2**27
+    memory.begin()
+    assert memory.most() - before < 2**27
+
+
+def test_ratios_are_ours_over_theirs():
+    results = {
+        "ours": {"images_per_second": 6.0, "peak_memory_bytes": 10},
+        "a": {"images_per_second": 2.0, "peak_memory_bytes": 5},
+        "b": {"images_per_second": 12.0, "peak_memory_bytes": None},
+    }
+    assert compare(results) == {
+        "ratios": {"ours / a": 3.0, "ours / b": 0.5},
+        "memory_ratios": {"ours / a": 2.0, "ours / b": None},
+    }
+
+
+def test_another_process_answers_or_says_what_is_wrong():
+    with OwnProcess(Answers, 1) as other:
+        assert other.ask("add", 2) == 3
+        process = other.process
+        with pytest.raises(RunFailed, match="no disk"):
+            other.ask("fail")
+        with pytest.raises(RunFailed, match="has ended"):
+            other.ask("add", 1)
+    assert not process.is_alive()
+    with pytest.raises(UserError, match="below nothing"):
+        OwnProcess(Answers, -1)

@@ -1,0 +1,358 @@
+"""The evaluation door, in this process: what it prints and writes, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from ssl_vit import evaluate
+from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
+from ssl_vit.common.config import EncoderConfig, RunFailed, UserError
+from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+
+CONFIG = EncoderConfig(
+    arch="vit_tiny_patch16_224", image_size=(8,), patch_size=2, width=32, depth=4, heads=2
+)
+SETS = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the encoder file of a small ViT for digits."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    info = EncoderInfo(CONFIG, 1, (0.3,), (0.35,), "mae", 3)
+    save_encoder(folder / "encoder.safetensors", Encoder(CONFIG, 1), info)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path_factory.getbasetemp() / "feature-cache"
+    monkeypatch.setenv("SSL_VIT_CACHE", str(base))
+
+
+def ask(name: str, run: Path | str, *options: str) -> None:
+    assert evaluate.main([name, "--encoder", str(run), *SETS, *options]) == 0
+
+
+def card(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_knn_writes_every_pooling_and_k_with_its_protocol(run, capsys):
+    ask("knn", run, "--k", "1,10", "--out", str(run / "knn.json"))
+    made = card(run / "knn.json")
+    assert [(s["features"], s["setting"]) for s in made["scores"]] == [
+        (f, f"k={k}") for f in ("cls", "mean") for k in (1, 10)
+    ]
+    assert made["train"]["images"] == 1438
+    assert made["val"]["images"] == 359
+    assert len(made["encoder"]["weights_sha256"]) == 64
+    assert made["encoder"]["format"] == "ssl_vit"
+    assert {"content_sha256", "labels_sha256"} <= made["val"].keys()
+    score = made["scores"][0]
+    low, high = score["interval"]
+    assert low < score["metrics"]["top1"] < high
+    assert np.sum(score["confusion"]) == 359
+    assert f"{score['metrics']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_again_gives_the_same_numbers_and_tells_when_not(run, tmp_path, capsys):
+    out = tmp_path / "linear.json"
+    ask("linear", run, "--epochs", "3", "--out", str(out))
+    assert evaluate.main(["again", str(out)]) == 0
+    assert "the same numbers" in capsys.readouterr().out
+    changed = card(out)
+    changed["scores"][0]["metrics"]["top1"] += 0.1
+    out.write_text(json.dumps(changed))
+    with pytest.raises(RunFailed, match="the numbers differ"):
+        evaluate.main(["again", str(out)])
+
+
+def test_again_names_an_encoder_that_changed(run, tmp_path):
+    other, out = tmp_path / "encoder.safetensors", tmp_path / "knn.json"
+    other.write_bytes((run / "encoder.safetensors").read_bytes())
+    ask("knn", other, "--k", "5", "--out", str(out))
+    torch.manual_seed(1)
+    save_encoder(other, Encoder(CONFIG, 1), EncoderInfo(CONFIG, 1, (0.3,), (0.35,)))
+    with pytest.raises(RunFailed, match="encoder weights_sha256"):
+        evaluate.main(["again", str(out)])
+
+
+def test_again_refuses_what_is_no_card(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match="no result"):
+        evaluate.main(["again", str(tmp_path / "x.json")])
+
+
+def test_knn_without_validation_images_is_leave_one_out(run, tmp_path):
+    out = tmp_path / "knn.json"
+    sets = ("--data.train", "digits:val", "--data.workers", "0")
+    options = ("--encoder", str(run), *sets, "--k", "1", "--out", str(out))
+    assert evaluate.main(["knn", *options]) == 0
+    made = card(out)
+    assert made["judged_on"] == "leave-one-out"
+    assert made["scores"][0]["metrics"]["top1"] < 100  # each is not its own neighbour
+
+
+def test_baselines_get_files_of_their_own(run):
+    for kind in ("random", "pixels"):
+        ask("knn", f"{kind}:{run}", "--k", "5")
+        made = card(run / f"{kind}-{run.name}-knn.json")
+        assert made["encoder"]["format"] == kind
+
+
+def test_any_timm_network_is_a_comparator(tmp_path):
+    out = tmp_path / "x.json"
+    ask("knn", "random:timm:resnet10t", "--size", "32", "--k", "5", "--out", str(out))
+    assert [s["features"] for s in card(out)["scores"]] == ["pooled"]
+
+
+def test_features_come_from_the_cache_the_second_time(run, monkeypatch):
+    options = FeatureConfig(
+        data=EvalData("digits:train", "digits:val", workers=0), encoder=str(run), batch_size=64
+    )
+    first = Evaluation(options).features("val")
+    monkeypatch.setattr(
+        "ssl_vit.commands.evaluating.extract_shared", lambda *_: pytest.fail("made again")
+    )
+    again = Evaluation(options).features("val")
+    assert all(torch.equal(first.parts[k], again.parts[k]) for k in first.parts)
+
+
+def test_heads_that_weights_do_not_tell_of_make_other_features(run, tmp_path):
+    other = replace(CONFIG, heads=4)
+    torch.manual_seed(0)
+    info = EncoderInfo(other, 1, (0.3,), (0.35,), "mae", 3)
+    save_encoder(tmp_path / "encoder.safetensors", Encoder(other, 1), info)
+    data = EvalData("digits:train", "digits:val", workers=0)
+    two, four = (Evaluation(FeatureConfig(data=data, encoder=str(f))) for f in (run, tmp_path))
+    same = "weights_sha256"
+    assert two.backbone.identity[same] == four.backbone.identity[same]
+    assert not torch.equal(two.features("val").parts["cls"], four.features("val").parts["cls"])
+
+
+def test_weights_of_a_file_for_any_timm_network(tmp_path):
+    made = timm.create_model("resnet10t", num_classes=7)
+    torch.save(made.state_dict(), tmp_path / "w.pth")
+    found = open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = made.eval().forward_head(made.forward_features(images), pre_logits=True)
+        assert torch.equal(found.embed(("pooled",))(images)["pooled"], wanted)
+    torch.save({"state_dict": {"conv1.0.weight": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="cannot be had"):
+        open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
+    torch.save({"model": made}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="refused"):
+        open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
+
+
+def test_names_of_timm_that_differ_after_a_dot_have_files_of_their_own():
+    names = [
+        f"random:timm:vit_tiny_patch16_224.{tag}"
+        for tag in ("augreg_in21k", "augreg_in21k_ft_in1k")
+    ]
+    assert len({open_backbone(name, 0).label for name in names}) == 2
+
+
+def test_of_several_features_a_published_protocol_chooses_one(run, tmp_path):
+    options = ("--protocol", "mae", "--epochs", "1", "--features", "cls", "mean")
+    ask("linear", run, *options, "--out", str(tmp_path / "x.json"))
+    details = card(tmp_path / "x.json")["scores"][0]["details"]
+    assert details["held_out_quality"].keys() == {"cls", "mean"}
+
+
+def test_a_place_that_takes_no_result_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("worked"))
+    for out, message in ((tmp_path / "no" / "x.json", "cannot be written"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=message):
+            ask("knn", run, "--out", str(out))
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "options", "message"),
+    [
+        ("knn", ("--data.held-out", "digits:val"), "not for knn"),
+        ("linear", ("--protocol", "mae", "--data.held-out", "digits:val"), "chooses nothing"),
+        ("linear", ("--protocol", "logreg", "--probe-batch", "8"), "not for logreg"),
+        ("linear", ("--fraction", "1.5"), "at most 1"),
+        ("linear", ("--per-class", "0"), "at least 1"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(run, evaluator, options, message):
+    with pytest.raises(UserError, match=message):
+        ask(evaluator, run, *options)
+
+
+def test_a_larger_view_is_another_feature(run, tmp_path):
+    for size in ("8", "16"):
+        ask("knn", run, "--k", "5", "--size", size, "--out", str(tmp_path / f"{size}.json"))
+    made = [card(tmp_path / f"{size}.json") for size in ("8", "16")]
+    assert made[1]["transform"]["size"] == [16, 16]
+    assert made[0]["scores"][0]["metrics"] != made[1]["scores"][0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--features", "cls9"), "allowed: cls, mean"),
+        (("--features", "pooled"), "gives cls, mean"),
+        (("--size", "9"), "divisible by the patch size, 2"),
+        (("--data.labels", "nowhere.csv"), "nowhere.csv"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(run, options, message):
+    with pytest.raises(UserError, match=message):
+        ask("knn", run, *options)
+
+
+def folder_of(path: Path, classes: dict[str, int], size: int = 8) -> str:
+    rng = np.random.default_rng(len(classes))
+    for name, count in classes.items():
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 255, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{i}.png")
+    return f"folder:{path}"
+
+
+def test_bad_sets_are_refused_before_anything_is_written(run, tmp_path):
+    two = folder_of(tmp_path / "two", {"a": 12, "b": 12})
+    cases = {
+        folder_of(tmp_path / "one", {"a": 12}): "at least two",
+        folder_of(tmp_path / "flat", {".": 3}): "no labels",
+    }
+    out = tmp_path / "x.json"
+    for name in ("knn", "linear"):
+        for train, message in cases.items():
+            sets = ("--data.train", train, "--data.val", train, "--data.workers", "0")
+            with pytest.raises(UserError, match=message):
+                evaluate.main([name, "--encoder", str(run), *sets, "--out", str(out)])
+        three = f"folder:{tmp_path / 'three'}"
+        if name == "knn":
+            folder_of(tmp_path / "three", {"a": 2, "b": 2, "c": 2})
+        sets = ("--data.train", two, "--data.val", three, "--data.workers", "0")
+        with pytest.raises(UserError, match="'c'"):
+            evaluate.main([name, "--encoder", str(run), *sets, "--out", str(out)])
+    assert not out.exists()
+
+
+def test_images_of_other_channels_than_the_encoder_are_named(run, tmp_path):
+    for i in range(4):
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "set" / "ab"[i % 2] / f"{i}.npy", np.zeros((8, 8, 5), np.uint8))
+    sets = (f"folder:{tmp_path / 'set'}",) * 2
+    options = ("--data.train", sets[0], "--data.val", sets[1], "--data.workers", "0")
+    with pytest.raises(UserError, match="5 channels"):
+        evaluate.main(["knn", "--encoder", str(run), *options])
+
+
+def test_low_shot_is_a_mean_over_seeds(run, tmp_path):
+    out = tmp_path / "low.json"
+    options = ("--per-class", "1,5", "--repeats", "2", "--epochs", "3", "--out", str(out))
+    ask("linear", run, *options)
+    one, five = card(out)["scores"]
+    assert one["setting"].startswith("1 a class")
+    assert len(five["details"]["seeds"]) == 2
+    values = [s["metrics"]["top1"] for s in five["details"]["seeds"]]
+    assert five["metrics"]["top1"] == pytest.approx(np.mean(values))
+    assert len(set(values)) == 2  # of other images
+    assert one["metrics"]["top1"] < five["metrics"]["top1"]
+
+
+def test_labels_from_a_csv_one_or_several(run, tmp_path):
+    folder_of(tmp_path / "x", {".": 40})
+    flat = ("--data.train", f"flat:{tmp_path / 'x'}", "--data.val", f"flat:{tmp_path / 'x'}")
+    names = [f"{i}.png" for i in range(40)]
+    one, several = tmp_path / "one.csv", tmp_path / "several.csv"
+    one.write_text("image,kind\n" + "".join(f"{n},{'ab'[i % 2]}\n" for i, n in enumerate(names)))
+    rows = "".join(f"{n},{i % 2},{'' if i == 3 else i % 3 % 2}\n" for i, n in enumerate(names))
+    several.write_text("image,odd,third\n" + rows)
+    out = tmp_path / "x.json"
+    for evaluator in ("knn", "linear"):
+        for labels, metrics in ((one, {"top1", "top5"}), (several, {"map", "auroc"})):
+            options = ("--data.labels", str(labels), "--data.workers", "0", "--out", str(out))
+            more = ("--k", "5") if evaluator == "knn" else ("--epochs", "3")
+            assert evaluate.main([evaluator, "--encoder", str(run), *flat, *options, *more]) == 0
+            made = card(out)
+            assert made["scores"][0]["metrics"].keys() == metrics
+            assert made["scores"][0]["per_class"].keys() <= {"a", "b", "odd", "third"}
+            assert evaluate.main(["again", str(out)]) == 0
+
+
+def test_segment_learns_what_patches_show_and_can_be_done_again(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / "pairs" / name).mkdir(parents=True)
+    for i in range(40):
+        mask = np.zeros((16, 16), np.uint8)
+        mask[:, : rng.integers(2, 7) * 2] = 1
+        image = np.where(mask, 200, 40) + rng.integers(-20, 20, mask.shape)
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"pairs/images/{i}.png")
+        Image.fromarray(mask).save(tmp_path / f"pairs/masks/{i}.png")
+    spec, out = f"pairs:{tmp_path / 'pairs'}", tmp_path / "segment.json"
+    options = ("--data.train", spec, "--data.val", spec, "--data.workers", "0", "--out", str(out))
+    assert evaluate.main(["segment", "--encoder", str(run), *options, "--size", "16"]) == 0
+    assert card(out)["scores"][0]["metrics"]["miou"] > 80
+    assert "miou" in capsys.readouterr().out
+    assert evaluate.main(["again", str(out)]) == 0
+    first = tmp_path / "pairs" / "masks" / "0.png"
+    Image.fromarray(np.ones((16, 16), np.uint8)).save(first)
+    with pytest.raises(RunFailed, match="train masks_sha256"):
+        evaluate.main(["again", str(out)])
+
+
+def test_compare_writes_one_table_for_all(run, tmp_path, capsys):
+    recipe = tmp_path / "tune.yaml"
+    recipe.write_text(
+        "run: {length: 2st, probe_every: 9ep, save_every: 9ep}\n"
+        "tune: {randaugment: none}\noptim: {batch_size: 64, warmup: 1st}\n"
+    )
+    out = tmp_path / "compare"
+    encoders = (f"raw pixels=pixels:{run}", f"untrained=random:{run}", f"ours={run}")
+    options = ("--evaluators", "knn", "logreg", "finetune", "--recipe", str(recipe))
+    argv = ["compare", "--encoders", *encoders, *options, *SETS, "--out", str(out)]
+    assert evaluate.main(argv) == 0
+    rows = [line.split(",") for line in (out / "compare.csv").read_text().splitlines()]
+    assert [(r[0], r[1]) for r in rows[1:]] == [
+        ("raw pixels", "knn"),
+        ("raw pixels", "logreg"),
+        *[(n, e) for n in ("untrained", "ours") for e in ("knn", "logreg", "finetune")],
+    ]
+    cards = card(out / "compare.json")
+    assert cards["ours"]["finetune"]["scores"][0]["metrics"]["top1"] == pytest.approx(
+        float(rows[-1][5]), abs=1e-3
+    )
+    assert Image.open(out / "compare.png").size[0] > 400
+    assert "raw pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--encoders is missing"),
+        (("--encoders", "a", "a"), "'a' twice"),
+        (("--encoders", "a", "--evaluators", "finetune"), "--recipe is missing"),
+    ],
+)
+def test_compare_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["compare", *options, *SETS])
+
+
+def test_of_many_images_only_the_features_asked_for_are_made(run, monkeypatch):
+    data = EvalData("digits:train", "digits:val", workers=0)
+    options = FeatureConfig(data=data, encoder=str(run), batch_size=359)
+    assert len(Evaluation(options, plain=True).features("val").parts) == 5
+    monkeypatch.setattr("ssl_vit.commands.evaluating._ALL_PARTS", 1000)
+    assert set(Evaluation(options, plain=True).features("val").parts) == {"cls", "mean"}
+    assert len(Evaluation(options).features("val").parts) == 5

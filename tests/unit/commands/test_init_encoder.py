@@ -1,0 +1,83 @@
+"""Pretraining that begins with given weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit.commands.pretraining import initial_method
+from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.methods.base import find_method
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.pretrain import read_config
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+
+CONFIG = EncoderConfig(
+    arch="vit_tiny_patch16_224", image_size=(8,), patch_size=2, width=32, depth=2, heads=2
+)
+DINO = ("--method.prototypes", "16", "--method.head-width", "16", "--method.bottleneck", "8")
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[Path, Encoder]:
+    """An encoder file of images with two channels, learned positions."""
+    torch.manual_seed(5)
+    encoder = Encoder(CONFIG, 2)
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, encoder, EncoderInfo(CONFIG, 2, (0.1, 0.2), (0.3, 0.4)))
+    return path, encoder
+
+
+@pytest.mark.parametrize("name", ["mae", "dino"])
+def test_every_encoder_of_a_method_begins_with_the_weights(name, given):
+    path, encoder = given
+    more = DINO if name == "dino" else ()
+    _, kind, config = read_config(
+        [name, "--data.train", "digits", "--init.encoder", str(path), *more]
+    )
+    method = initial_method(kind, config)
+    encoders = [m for m in method.modules() if isinstance(m, Encoder)]
+    assert len(encoders) == (2 if name == "dino" else 1)
+    for found in encoders:
+        for key, value in encoder.vit.state_dict().items():
+            assert torch.equal(found.vit.state_dict()[key], value), key
+
+
+def test_architecture_channels_and_statistics_come_with_the_weights(given):
+    path, _ = given
+    _, _, config = read_config(["mae", "--data.train", "digits", "--init.encoder", str(path)])
+    assert replace(config.encoder, drop_path=0.0) == CONFIG
+    assert (config.data.channels, config.data.mean, config.data.std) == (2, (0.1, 0.2), (0.3, 0.4))
+    flags = ["dino", "--data.train", "digits", "--init.encoder", str(path)]
+    assert read_config([*flags, *DINO])[2].encoder.drop_path == 0.1  # the method's own
+
+
+def test_another_image_size_resamples_the_positions(given):
+    path, encoder = given
+    flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
+    _, kind, config = read_config([*flags, "--encoder.image-size", "16"])
+    method = initial_method(kind, config)
+    made = method.encoder.vit.pos_embed
+    assert made.shape[1] == 1 + 64
+    wanted = torch.cat([p for p in encoder.positions((8, 8)) if p is not None], dim=1)
+    torch.testing.assert_close(made, wanted)
+
+
+def test_weights_that_do_not_fit_are_named(given):
+    path, _ = given
+    flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
+    _, kind, config = read_config([*flags, "--encoder.depth", "3"])
+    with pytest.raises(UserError, match=r"--init.encoder .*missing \(blocks.2"):
+        initial_method(kind, config)
+    with pytest.raises(UserError, match="nowhere"):
+        read_config(["mae", "--data.train", "digits", "--init.encoder", "nowhere"])
+
+
+def test_without_it_nothing_changes():
+    flags = ["mae", "--data.train", "digits", "--encoder.depth", "1"]
+    _, kind, config = read_config(flags)
+    assert config.init.encoder == ""
+    assert kind is find_method("mae")

@@ -1,0 +1,130 @@
+"""Stochastic depth: decisions of the whole batch, whatever share of it is at hand."""
+
+import copy
+import dataclasses
+
+import pytest
+import timm
+import torch
+from timm import layers
+
+from ssl_vit.common.task import Views
+from ssl_vit.evaluators.classifier import TimmCall
+from ssl_vit.model.drop_path import DropPath, batch_share
+from ssl_vit.model.encoder import Encoder, timm_kwargs
+from tests.unit.methods.test_dino import ENCODER, batch, dino
+
+IMAGES, KEY = 12, 7
+DROPPING = dataclasses.replace(ENCODER, drop_path=0.5)
+
+
+def rows_of(rows: torch.Tensor, part: int, parts: int) -> torch.Tensor:
+    """A share of rows that are listed view by view."""
+    size = IMAGES // parts
+    views = rows.unflatten(0, (-1, IMAGES))
+    return views[:, part * size : (part + 1) * size].flatten(0, 1)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_a_share_drops_what_the_whole_batch_drops(parts):
+    """Of two views; and the second call of a module draws anew, in both alike."""
+    module = DropPath(0.4).train()
+    x = torch.randn(2 * IMAGES, 3, 5)
+    with batch_share(0, 1, IMAGES, KEY):
+        whole = [module(x) for _ in range(2)]
+    dropped = [(out == 0).all((1, 2)) for out in whole]
+    assert not torch.equal(*dropped)
+    assert not torch.equal(*dropped[0].chunk(2))
+    for part in range(parts):
+        torch.manual_seed(part)
+        own = rows_of(x, part, parts)
+        with batch_share(part, parts, len(own) // 2, KEY):
+            for out in whole:
+                assert torch.equal(module(own), rows_of(out, part, parts))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_method_learns_the_same_from_a_batch_in_shares(parts):
+    """DINO's student, with two crop sizes: loss and gradients are means over shares."""
+    method = dino(encoder=DROPPING).double().train()
+    views = batch(IMAGES)
+    views.crops = [c.double() for c in views.crops]
+
+    def learn(part: int, parts: int) -> float:
+        crops = [rows_of(c, part, parts) for c in views.crops]
+        n = IMAGES // parts
+        with batch_share(part, parts, n, KEY):
+            loss = method(Views(crops, views.keys[:n], views.labels[:n]), 0)["loss"]
+        (loss / parts).backward()
+        return loss.item() / parts
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+        method.zero_grad()
+        return found
+
+    torch.manual_seed(0)
+    whole, expected = learn(0, 1), gradients()
+    torch.manual_seed(1)
+    assert sum(learn(i, parts) for i in range(parts)) == pytest.approx(whole, rel=1e-10)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_how_often_it_drops():
+    """Of 40,000 rows 30 %, within five standard errors; the rest grows to keep the mean."""
+    module = DropPath(0.3).train()
+    ones = torch.ones(40000, 1)
+    seen = []
+    for key in (1, 2):
+        with batch_share(1, 2, 20000, key):
+            seen.append(module(ones))
+        assert set(seen[-1].unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.7)}
+        assert float((seen[-1] == 0).float().mean()) == pytest.approx(0.3, abs=5 * 0.0023)
+    assert not torch.equal(*seen), "another key, other rows"
+    unscaled = DropPath(0.3, scale_by_keep=False).train()
+    with batch_share(1, 2, 20000, 2):
+        assert torch.equal(unscaled(ones), (seen[1] > 0).float())
+
+
+def test_elsewhere_it_is_timms():
+    """Bit for bit; and it leaves torch's generator alone inside of a share."""
+    x = torch.randn(IMAGES, 4, dtype=torch.bfloat16)
+    outputs = []
+    for module in (DropPath(0.4), layers.DropPath(0.4)):
+        torch.manual_seed(0)
+        outputs.append(module.train()(x))
+    assert torch.equal(*outputs)
+    torch.manual_seed(0)
+    with batch_share(0, 2, IMAGES, KEY):
+        assert not torch.equal(DropPath(0.4).train()(x), outputs[0])
+        for same in (DropPath(0.4).eval(), DropPath(0.0).train()):
+            assert same(x) is x
+    assert torch.equal(DropPath(0.4).train()(x), outputs[0])
+
+
+def test_rows_that_are_no_whole_views_are_an_error():
+    with batch_share(0, 2, 8, KEY), pytest.raises(AssertionError, match=r"12 rows .* 8 images"):
+        DropPath(0.4).train()(torch.zeros(IMAGES, 4))
+
+
+@pytest.mark.parametrize("arch", ["vit", "convnext_atto"])
+def test_every_network_that_is_trained_has_it(arch):
+    """Rates and names of weights are timm's."""
+    if arch == "vit":
+        network = Encoder(DROPPING).vit
+        theirs = timm.create_model(
+            ENCODER.arch, num_classes=0, drop_path_rate=0.5, **timm_kwargs(DROPPING)
+        )
+    else:
+        network = TimmCall(arch, {"num_classes": 3}).build(0.5, seed=0)
+        theirs = timm.create_model(arch, num_classes=3, drop_path_rate=0.5)
+    assert network.state_dict().keys() == theirs.state_dict().keys()
+    expected = {n: m for n, m in theirs.named_modules() if isinstance(m, layers.DropPath)}
+    assert expected
+    for name, module in expected.items():
+        own = copy.deepcopy(network).get_submodule(name)
+        assert type(own) is DropPath
+        assert own.drop_prob == module.drop_prob

@@ -1,0 +1,131 @@
+"""Folders for transformers: opened by it, and by us, they give our features."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel
+
+from ssl_vit.common.config import UserError
+from ssl_vit.data.augment import Normalize, center_view
+from ssl_vit.weights.official import open_weights
+from ssl_vit.weights.outgoing import export_encoder
+from tests.unit.weights.test_outgoing import CLOSE, GIANT, export, features, make
+
+
+@torch.no_grad()
+def same(encoder, model, prefix=1):
+    """transformers' model against ours."""
+    images, cls, patches = features(encoder)
+    tokens = model.eval()(images).last_hidden_state
+    torch.testing.assert_close(tokens[:, 0], cls, **CLOSE)
+    torch.testing.assert_close(tokens[:, prefix:], patches, **CLOSE)
+
+
+HUGGING = {
+    "ViTModel": [
+        {},
+        {"image_size": (16, 32)},
+        {"image_size": (32, 16), "layer_scale": 0.1},  # for which Dinov2Model is too square
+        {"channels": 1},
+        {"channels": 5},
+        {"norm_eps": 1e-2},
+        {"positions": "sincos"},
+    ],
+    "Dinov2Model": [{"layer_scale": 0.1}, {"arch": "vit_giant_patch14_dinov2", "channels": 1}],
+    "Dinov2WithRegistersModel": [
+        {"registers": 3},
+        {"registers": 2, "layer_scale": 0.1, "norm_eps": 1e-2},
+        {"arch": "vit_small_patch14_reg4_dinov2", "channels": 5},  # without a position for [CLS]
+        {"arch": GIANT},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), [(n, c) for n, cs in HUGGING.items() for c in cs])
+def test_transformers_opens_its_folder(tmp_path, name, changes):
+    made = make(**changes)
+    out = export(made, "huggingface", tmp_path)
+    model, loading = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values())
+    assert type(model).__name__ == name
+    same(made[0], model, made[0].vit.num_prefix_tokens)
+    images, cls, _ = features(made[0])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images).pooler_output, cls, **CLOSE)
+    assert json.loads((out / "config.json").read_text())["ssl_vit"]["step"] == 7
+
+
+def test_transformers_writes_it_again(tmp_path):
+    """Names and configuration are ones that transformers itself reads and writes."""
+    made = make(registers=3)
+    model = AutoModel.from_pretrained(export(made, "huggingface", tmp_path))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModel.from_pretrained(tmp_path / "again")
+    same(made[0], again, 4)
+    ours = load_file(tmp_path / "huggingface" / "model.safetensors")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == ours.keys()
+
+
+@pytest.mark.parametrize("changes", [cs[-1] for cs in HUGGING.values()])
+def test_we_open_it_again(tmp_path, changes):
+    """A round trip through other names gives the same features and statistics."""
+    made = make(**changes)
+    opened = open_weights(export(made, "huggingface", tmp_path))
+    images, cls, patches = features(made[0])
+    with torch.no_grad():
+        found = opened.encoder(images)
+    torch.testing.assert_close(found.cls, cls, **CLOSE)
+    torch.testing.assert_close(found.patches, patches, **CLOSE)
+    assert (opened.info.mean, opened.info.std) == (made[1].mean, made[1].std)
+
+
+@pytest.mark.parametrize(("size", "ratio"), [((56,), 1.0), ((56,), 0.875), ((16, 32), 0.875)])
+def test_the_processor_prepares_images_as_we_do(tmp_path, size, ratio):
+    """Exactly, but for the rounding of resized bytes; unsquare images are scaled as a whole."""
+    encoder, info = make(image_size=size)
+    out = tmp_path / "huggingface"
+    export_encoder(encoder, info, "huggingface", out, ratio)
+    processor = AutoImageProcessor.from_pretrained(out)
+    height, width = encoder.image_size
+    square = height == width
+    image = torch.randint(
+        256, (3, 100, 150 if square else 200), generator=torch.Generator().manual_seed(2)
+    ).byte()
+    smooth = nn.functional.avg_pool2d(image[None].float(), 5, 1, 2)[0].byte()
+    theirs = processor(smooth, return_tensors="pt")["pixel_values"]
+    seen = center_view(smooth, (height, width), ratio if square else 1.0)
+    ours = Normalize(info.mean, info.std).images(seen[None])
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().max() < 2 / 255 / min(info.std)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"norm": "pooled"}, "has its final norm after the pooling"),
+        ({"arch": "vit_base_patch16_siglip_224"}, "has no [CLS] token"),
+        ({"arch": "vit_base_patch16_clip_224"}, "has a norm before its blocks"),
+        ({"registers": 2, "image_size": (16, 32)}, "has register tokens and sizes that Dinov2"),
+        (
+            {"arch": GIANT, "width": 32, "heads": 2, "registers": 0},
+            "has a SwiGLU MLP and sizes that Dinov2",
+        ),
+    ],
+)
+def test_what_transformers_has_no_model_for_is_refused(tmp_path, changes, fragment):
+    with pytest.raises(UserError, match=r"^--to huggingface: ") as refusal:
+        export(make(**changes), "huggingface", tmp_path)
+    assert fragment in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_without_a_place_is_refused(tmp_path):
+    encoder, info = make()
+    encoder.vit.blocks[1].attn.q_norm = nn.LayerNorm(16)
+    with pytest.raises(UserError, match=r"no place for blocks\.1\.attn\.q_norm\.bias"):
+        export((encoder, info), "huggingface", tmp_path)
+    assert not list(tmp_path.iterdir())

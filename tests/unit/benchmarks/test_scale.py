@@ -24,7 +24,7 @@ from ssl_vit.benchmarks.costs import (
 from ssl_vit.commands import scale
 from ssl_vit.commands.pretraining import default_options
 from ssl_vit.commands.scale import ScaleConfig, scale_report, show_scale
-from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig, UserError
+from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig, RunFailed, UserError
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import Batch
@@ -105,6 +105,47 @@ def test_flops_of_a_plain_vit_by_hand():
     expected = 2 * 3 * block + 2 * (2 * 16 * 12 * width)
     spec = ViewSpec((Crop((8, 8)),))
     assert count_step(Plain(), spec, 3).flops == expected
+
+
+READING = {
+    "item": lambda loss, views: loss * loss.item(),
+    "if": lambda loss, views: loss if loss > 0 else -loss,
+    "nonzero": lambda loss, views: loss + views.crops[0].nonzero().sum(),
+    "boolean index": lambda loss, views: loss + views.crops[0][views.crops[0] > 0].sum(),
+}
+
+
+@pytest.mark.parametrize("how", READING)
+def test_a_step_that_reads_from_the_device_is_refused_in_words(how):
+    """Which is what it does, what does so, and what to do instead; in one line."""
+
+    class Reads(Plain):
+        def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+            return {"loss": READING[how](super().forward(views, step)["loss"], views)}
+
+    with pytest.raises(RunFailed) as refusal:
+        count_step(Reads(), ViewSpec((Crop((8, 8)),)), 3)
+    said = str(refusal.value)
+    assert said.startswith("a step of Reads reads numbers from the device (aten.")
+    for part in (".item()", "nonzero", "a GPU is waited for", "Method.draw", "torch.where"):
+        assert part in said
+    assert "\n" not in said
+
+
+def test_what_a_method_draws_is_there_to_be_counted():
+    """A step that needs ``views.drawn`` costs what the same step costs without a draw."""
+
+    class Drawn(Plain):
+        def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+            mask = views.drawn["mask"]
+            assert mask.shape == (len(views.keys), 16)
+            patches = self.encoder(views.crops[0]).patches
+            return {"loss": torch.where(mask[:, :, None], patches, 0).sum()}
+
+    spec = ViewSpec((Crop((8, 8)),), draw=lambda rng: {"mask": rng.random(16) < 0.5})
+    assert (
+        count_step(Drawn(), spec, 3).flops == count_step(Plain(), replace(spec, draw=None), 3).flops
+    )
 
 
 @pytest.mark.parametrize("name", ["mae", "dino"])

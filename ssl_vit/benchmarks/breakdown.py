@@ -14,6 +14,8 @@ import torch
 from ssl_vit.benchmarks.speed import wait
 from ssl_vit.common.task import Task
 from ssl_vit.data.loader import Batch
+from ssl_vit.methods.base import Method
+from ssl_vit.objectives.base import Objective
 from ssl_vit.training.loop import Trainer
 
 WAITING, TRANSFER, DEVICE = "waiting for images", "transfer", "device augmentation"
@@ -85,9 +87,18 @@ def _borders(trainer: Trainer, laps: Laps) -> Iterator[None]:
             stack.callback(begins.remove)
             stack.callback(ends.remove)
         stack.enter_context(_around(task, "before_update", laps, OPTIMIZER, before=BACKWARD))
-        after = REST if type(task).after_update is Task.after_update else AFTER
+        after = AFTER if _acts_after(task) else REST
         stack.enter_context(_around(task, "after_update", laps, after, before=OPTIMIZER))
         yield
+
+
+def _acts_after(task: Task) -> bool:
+    """Whether it, or an objective of it, does anything after the optimizer's step."""
+    objectives = [m for m in task.modules() if isinstance(m, Objective)]
+    passes_on = type(task).after_update in (Task.after_update, Method.after_update)
+    return not passes_on or any(
+        type(o).after_update is not Objective.after_update for o in objectives
+    )
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-import json, timm
+import json
+
+import timm
 from safetensors import safe_open
 from safetensors.torch import load_file
 

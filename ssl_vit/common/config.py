@@ -36,8 +36,8 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (nearest: x, y)`` for an unknown ``name``, or an empty string when nothing is near."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint for an unknown ``name``: `` (nearest known: x, y)``; an empty string if none is near."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" (nearest known: {', '.join(close)})" if close else ""
 

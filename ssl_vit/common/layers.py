@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -54,7 +54,7 @@ def tree_flags(tree: dict[str, Any], known: Sequence[str], where: str) -> list[s
     flags = []
     for key, value in flatten(tree).items():
         name = key.replace("-", "_")
-        check(name in known, f"{where}: unknown key {key!r}{nearest(name, known)}")
+        check(name in known, f"{where}: unknown key {key!r}{did_you_mean(name, known)}")
         values = value if isinstance(value, list) else [value]
         flags += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
     return flags
@@ -103,7 +103,7 @@ def parse(
     if unknown:
         known = [f"--{key.replace('_', '-')}" for key in _values(default)]
         name = unknown[0].split("=")[0]
-        raise UserError(f"{where}: unknown option {unknown[0]!r}{nearest(name, known)}")
+        raise UserError(f"{where}: unknown option {unknown[0]!r}{did_you_mean(name, known)}")
     return config
 
 

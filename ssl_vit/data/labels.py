@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.folder import EXTENSIONS
 
@@ -140,7 +140,7 @@ def _numbers(
     number = {name: i for i, name in enumerate(classes)} | dict.fromkeys(_UNKNOWN, -1)
     for cell, line in zip(cells, table.lines, strict=True):
         if cell not in number:
-            hint = nearest(cell, classes)
+            hint = did_you_mean(cell, classes)
             raise UserError(f"{table.path}, line {line}: {cell!r} is none of the classes{hint}")
     return np.array([number[cell] for cell in cells], dtype=np.int64), tuple(classes)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_vit.common.config import UserError, nearest
+from ssl_vit.common.config import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
 
@@ -80,7 +80,7 @@ def _torchvision_class(spec: str, name: str) -> Any:
     ]
     if name not in known:
         same = [other for other in known if other.lower() == name.lower()]
-        hint = f" (nearest known: {same[0]})" if same else nearest(name, known)
+        hint = f" (nearest known: {same[0]})" if same else did_you_mean(name, known)
         raise UserError(f"{spec!r}: torchvision has no data set {name!r}{hint}")
     return getattr(datasets, name)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError, nearest
+from ssl_vit.common.config import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
 
 __all__ = ["Source", "Subset", "check_classes", "open_source", "split_holdout"]
@@ -56,7 +56,7 @@ def _hint(spec: str, scheme: str) -> str:
         return f" (did you mean 'folder:{spec}'?)"
     if path.is_file() and ".tar" in path.name:
         return f" (did you mean 'tar:{spec}'?)"
-    return nearest(scheme.lower(), _OPENERS)
+    return did_you_mean(scheme.lower(), _OPENERS)
 
 
 class DigitsSource(Source):

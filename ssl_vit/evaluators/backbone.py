@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import FEATURES, Embed, pixels, pooled
 from ssl_vit.model.encoder import Encoder, without_memory
@@ -154,7 +154,7 @@ def _is_plain(architecture: str) -> bool:
     """Whether a timm model is a ViT that our encoder can be; others are taken as they are."""
     names = timm.list_models()
     base = architecture.partition(".")[0]
-    check(base in names, f"timm knows no model {architecture!r}{nearest(base, names)}")
+    check(base in names, f"timm knows no model {architecture!r}{did_you_mean(base, names)}")
     return base in timm.list_models(module="vision_transformer")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ssl_vit import methods
-from ssl_vit.common.config import EncoderConfig, UserError, check, nearest
+from ssl_vit.common.config import EncoderConfig, UserError, check, did_you_mean
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.model.encoder import Encoder
@@ -96,7 +96,7 @@ def find_method(name: str) -> type[Method]:
     names = method_names()
     if name not in names:
         raise UserError(
-            f"method is {name!r}; it must be one of {', '.join(names)}{nearest(name, names)}"
+            f"method is {name!r}; it must be one of {', '.join(names)}{did_you_mean(name, names)}"
         )
     module = importlib.import_module(f"ssl_vit.methods.{name}")
     found = [

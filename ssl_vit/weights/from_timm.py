@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.hub import get_dir
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.model.encoder import without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 
@@ -28,7 +28,7 @@ def architecture(name: str) -> str:
     """
     arch = name.partition(".")[0]
     known = timm.list_models(module="vision_transformer")
-    message = f"timm:{name}: {arch!r} is no plain ViT of timm{nearest(arch, known)}"
+    message = f"timm:{name}: {arch!r} is no plain ViT of timm{did_you_mean(arch, known)}"
     check(arch in known, message)
     try:
         timm.get_pretrained_cfg(name)

@@ -93,7 +93,7 @@ def knn_classify(
     for start in range(0, max(q, 1), step):  # once for none, which gives the right shapes
         part = unit(queries, start, start + step, device)
         own = None if first is None else first + start
-        similarity, index = neighbours(bank, part, most, own)
+        similarity, index = nearest_neighbours(bank, part, most, own)
         # The largest is taken out: weights near 1 where they matter, and none is lost to rounding.
         weight, label = ((similarity - similarity[:, :1]) / temperature).exp(), labels[index]
         for k in ks:
@@ -114,7 +114,7 @@ def unit(
     return F.normalize(joined, dim=1).nan_to_num_(0)
 
 
-def neighbours(
+def nearest_neighbours(
     bank: Sequence[Tensor], queries: Float[Tensor, "q d"], k: int, own: int | None = None
 ) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
     """Cosine and place of each query's k nearest in the bank, nearest first.

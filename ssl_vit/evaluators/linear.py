@@ -14,7 +14,13 @@ from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import Order
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
-from ssl_vit.evaluators.linear_heads import FeatureNorm, Heads, Trainer, heads_of, preconditioner
+from ssl_vit.evaluators.linear_heads import (
+    FeatureNorm,
+    HeadOptimizer,
+    LinearHeads,
+    heads_of,
+    preconditioner,
+)
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import (
     NOT_CHOSEN,
@@ -80,9 +86,9 @@ def joined(parts: Parts, names: tuple[str, ...]) -> Parts:
     return {name: torch.cat([parts[p] for p in FEATURES[name]], dim=1) for name in names}
 
 
-def fit_heads(
+def fit_linear_heads(
     train: FeatureSet, points: list[tuple[str, float]], protocol: LinearProtocol
-) -> dict[str, Heads]:
+) -> dict[str, LinearHeads]:
     """A head for each (feature, learning rate), by feature, all trained on the same batches."""
     targets, n = train.labels, len(train.labels)
     # Frozen features have fixed statistics: the exact ones, not a running estimate of them.
@@ -94,7 +100,7 @@ def fit_heads(
     flat = {
         name: preconditioner(train.feature(name), norms[name], protocol.whitening) for name in heads
     }
-    trainer = Trainer(heads, protocol.momentum, precondition=flat)
+    optimizer = HeadOptimizer(heads, protocol.momentum, precondition=flat)
     names, size, total = tuple(heads), protocol.batch(n), protocol.steps(n)
     order = Order(n, size, fold(protocol.seed, 2))
     warmup = round(protocol.warmup_share * total)
@@ -102,7 +108,7 @@ def fit_heads(
         rows = torch.from_numpy(order.part(step, 0)[1]).to(targets.device)
         features = joined({p: train.parts[p][rows] for p in parts_of(names)}, names)
         factor = warmup_cosine(step, warmup=warmup, total=total, peak=size / 256)
-        trainer.step(features, targets[rows], factor)
+        optimizer.step(features, targets[rows], factor)
     return heads
 
 
@@ -126,19 +132,21 @@ def linear_probe(
     check(len(train.labels) >= 2, "a linear probe needs at least 2 training images")
     names = usable(protocol.features, train.has)
     grid = grid_of({n: train.feature(n).shape[1] for n in names}, protocol.learning_rates)
-    found = judge_grid(train, grid, protocol, held_out)
+    found = score_grid(train, grid, protocol, held_out)
     chosen = best(found)
     point = chosen or (grid[0][0], protocol.fallback_rate)
-    heads = fit_heads(train, [point], protocol)
+    heads = fit_linear_heads(train, [point], protocol)
     n = len(train.labels)
     resolved = {"batch_size": protocol.batch(n), "steps": protocol.steps(n)}
-    details = describe(protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN}))
+    details = protocol_details(
+        protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN})
+    )
     logits = heads[point[0]].logits(val.feature(point[0]), point[1])
     guesses = guesses_of(logits, train.labels)
     return [Prediction(point[0], f"lr={point[1]:g}", guesses, details)]
 
 
-def judge_grid(
+def score_grid(
     train: FeatureSet,
     grid: list[tuple[str, float]],
     protocol: LinearProtocol,
@@ -150,10 +158,12 @@ def judge_grid(
         if rows is None:
             return {}
         train, held_out = train.take(rows[0]), train.take(rows[1])
-    return grid_quality(fit_heads(train, grid, protocol), held_out)
+    return grid_quality(fit_linear_heads(train, grid, protocol), held_out)
 
 
-def grid_quality(heads: dict[str, Heads], held_out: FeatureSet) -> dict[tuple[str, float], float]:
+def grid_quality(
+    heads: dict[str, LinearHeads], held_out: FeatureSet
+) -> dict[tuple[str, float], float]:
     """The quality of each trained head on a set, in the heads' order."""
     found = {}
     for name, stack in heads.items():
@@ -164,7 +174,7 @@ def grid_quality(heads: dict[str, Heads], held_out: FeatureSet) -> dict[tuple[st
     return found
 
 
-def describe(
+def protocol_details(
     protocol: Any, found: dict[tuple[str, float], float], resolved: dict[str, Any]
 ) -> dict[str, Any]:
     """What a score must say of how it was made, fit for JSON; ``resolved`` replaces options."""

@@ -55,7 +55,7 @@ class FeatureNorm(nn.Module):
         return (features - mean) * (variance + 1e-6).rsqrt()
 
 
-class Heads(nn.Module):
+class LinearHeads(nn.Module):
     """``g`` linear heads over one feature, all from the same initial weights.
 
     Args:
@@ -104,7 +104,7 @@ def heads_of(
     outputs: int,
     seed: int,
     norm: Callable[[str], FeatureNorm | None] = lambda name: None,
-) -> dict[str, Heads]:
+) -> dict[str, LinearHeads]:
     """The heads of (feature, learning rate) points, by feature, in the order given.
 
     Initial weights follow from the seed and the feature, whatever else is trained beside it.
@@ -113,7 +113,7 @@ def heads_of(
     for name in dict.fromkeys(name for name, _ in points):
         rates = tuple(rate for of, rate in points if of == name)
         key = fold(seed, *name.encode())
-        made[name] = Heads(widths[name], outputs, rates, key, norm(name))
+        made[name] = LinearHeads(widths[name], outputs, rates, key, norm(name))
     return made
 
 
@@ -135,7 +135,7 @@ def preconditioner(
     return flat.float().to(features.device)
 
 
-def heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor, ""]:
+def linear_heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor, ""]:
     """Sum over heads of each one's loss, so that each head's gradient is that of its own alone.
 
     ``targets``: (b,) int64 classes: cross-entropy, mean over images. (b, c) float labels, 1, 0 or
@@ -152,7 +152,7 @@ def heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor,
     return loss / b
 
 
-class Trainer:
+class HeadOptimizer:
     """SGD with momentum, or LARS, for the heads of several features on the same images.
 
     SGD: v <- momentum v + g, p <- p - rate v. LARS (You et al. 2017, algorithm 1, as in MAE's
@@ -168,7 +168,7 @@ class Trainer:
 
     def __init__(
         self,
-        heads: Mapping[str, Heads],
+        heads: Mapping[str, LinearHeads],
         momentum: float = 0.9,
         trust: float = 0.0,
         precondition: Mapping[str, Tensor] | None = None,
@@ -184,7 +184,7 @@ class Trainer:
         A head that diverges hurts no other.
         """
         for name, heads in self.heads.items():
-            loss = heads_loss(heads(features[name]), targets)
+            loss = linear_heads_loss(heads(features[name]), targets)
             parameters = (heads.weight, heads.bias)
             rates = factor * torch.tensor(heads.rates, device=loss.device)
             weight, bias = torch.autograd.grad(loss, parameters)

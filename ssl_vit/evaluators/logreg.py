@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_vit.common.config import check
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.linear import describe
+from ssl_vit.evaluators.linear import protocol_details
 from ssl_vit.evaluators.linear_heads import FeatureNorm
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import NOT_CHOSEN, best, outputs_of, quality, split_rows, usable
@@ -76,7 +76,7 @@ def logreg_probe(
                 protocol.iterations,
             )
         resolved = {"C": strength, "not_converged": stopped, "chosen_converged": not model.stopped}
-        details = describe(
+        details = protocol_details(
             protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN})
         )
         guesses = model.guesses(norm(val.feature(name)))

@@ -18,8 +18,8 @@ from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, Machine, parts_of
-from ssl_vit.evaluators.linear import Parts, describe, grid_quality, joined
-from ssl_vit.evaluators.linear_heads import FeatureNorm, Heads, Trainer, heads_of
+from ssl_vit.evaluators.linear import Parts, grid_quality, joined, protocol_details
+from ssl_vit.evaluators.linear_heads import FeatureNorm, HeadOptimizer, LinearHeads, heads_of
 from ssl_vit.evaluators.published import OnlineProtocol
 from ssl_vit.evaluators.scores import Prediction, labelled
 from ssl_vit.evaluators.selection import (
@@ -73,7 +73,7 @@ def online_probe(
     if len(grid) > 1 and not best(found):
         done["selection"] = NOT_CHOSEN
     logits = heads[feature].logits(val.feature(feature).to(machine.device), rate)
-    details = describe(protocol, found, done | {"lr": rate * done["batch_size"] / 256})
+    details = protocol_details(protocol, found, done | {"lr": rate * done["batch_size"] / 256})
     return [Prediction(feature, f"lr={rate:g}", guesses_of(logits, targets).cpu(), details)]
 
 
@@ -99,7 +99,7 @@ def source_targets(source: Source, whose: str = "the training set") -> Tensor:
 
 
 def train_heads(
-    heads: dict[str, Heads],
+    heads: dict[str, LinearHeads],
     backbone: Backbone,
     source: Source,
     targets: Tensor,
@@ -113,14 +113,14 @@ def train_heads(
     order = protocol.order(len(source), machine.at_once)
     for stack in heads.values():
         stack.to(machine.device).train()
-    trainer = Trainer(heads, protocol.momentum, protocol.trust, shared=order.world > 1)
+    optimizer = HeadOptimizer(heads, protocol.momentum, protocol.trust, shared=order.world > 1)
     targets, names = targets.to(machine.device), tuple(heads)
     total = protocol.epochs * order.steps_per_epoch
     parts_seen = seen(backbone, source, names, protocol, order, total, machine)
     for step, (parts, numbers) in enumerate(parts_seen):
         if step % max(1, total // 10) == 0:
             log.info("linear probe (%s): step %d of %d", protocol.name, step, total)
-        trainer.step(joined(parts, names), targets[numbers], protocol.factor(step, order))
+        optimizer.step(joined(parts, names), targets[numbers], protocol.factor(step, order))
     return {"batch_size": order.batch_size, "steps": total}
 
 

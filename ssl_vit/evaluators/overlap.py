@@ -13,7 +13,7 @@ from ssl_vit.common.seeds import fold
 _DRAWS = 1000
 
 
-def confusion(
+def confusion_matrix(
     truth: Int64[Tensor, " p"], guess: Int64[Tensor, " p"], classes: int
 ) -> Int64[Tensor, "c c"]:
     """Pixels by (true class, guessed class); true classes outside ``classes`` do not count."""

@@ -21,7 +21,7 @@ WEIGHT_DECAY = 1e-4
 
 
 @dataclass(frozen=True)
-class Heads:
+class PatchHeads:
     """``g`` linear layers on standardised tokens: the exact mean and deviation of training ones."""
 
     mean: Float[Tensor, " d"]
@@ -43,7 +43,7 @@ def upsampled(logits: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def heads_loss(
+def patch_heads_loss(
     logits: Float[Tensor, "b g c h w"], masks: Int64[Tensor, "b r s"], ignore: int
 ) -> Float[Tensor, " g"]:
     """Each head's cross-entropy, a mean over the pixels that have a class; 0 if none has."""
@@ -55,7 +55,7 @@ def heads_loss(
     return losses.view(n, heads, -1).sum((0, 2)) / valid
 
 
-def fit_heads(
+def fit_patch_heads(
     material: Material,
     rows: Int64[Tensor, " n"],
     classes: int,
@@ -63,7 +63,7 @@ def fit_heads(
     epochs: int,
     ignore: int,
     seed: int,
-) -> Heads:
+) -> PatchHeads:
     """One head for each learning rate, all on the same batches of the images ``rows``.
 
     AdamW, weight decay 1e-4, linear warm-up over a tenth, then half a cosine to 0. Tokens are
@@ -89,11 +89,13 @@ def fit_heads(
             factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            heads = Heads(material.mean, material.std, torch.stack(weights), torch.stack(biases))
+            heads = PatchHeads(
+                material.mean, material.std, torch.stack(weights), torch.stack(biases)
+            )
             optimizer.zero_grad()
             # The sum over heads: each head's gradient is that of its own mean loss.
-            heads_loss(heads(tokens), masks, ignore).sum().backward()
+            patch_heads_loss(heads(tokens), masks, ignore).sum().backward()
             optimizer.step()
             step += 1
     trained = torch.stack(weights).detach(), torch.stack(biases).detach()
-    return Heads(material.mean, material.std, *trained)
+    return PatchHeads(material.mean, material.std, *trained)

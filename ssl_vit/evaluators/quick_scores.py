@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ssl_vit.evaluators.features import FEATURES, FeatureSet
 from ssl_vit.evaluators.knn import KS, knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
-from ssl_vit.evaluators.scores import Score, judge, labelled
+from ssl_vit.evaluators.scores import Score, labelled, score_predictions
 
 
 def plain_features(features: FeatureSet) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ def knn_scores(
     truth, device = labelled(val.labels, "the validation set"), train.labels.device
     names = features or plain_features(train)
     found = knn_predictions(train, val, ks, names, device, shared=False)
-    return [judge(prediction, truth, classes, seed=0) for prediction in found]
+    return [score_predictions(prediction, truth, classes, seed=0) for prediction in found]
 
 
 def linear_scores(
@@ -41,4 +41,7 @@ def linear_scores(
     """The linear probe, by the one head that is chosen without the validation set."""
     labelled(train.labels, "the training set")
     truth = labelled(val.labels, "the validation set")
-    return [judge(p, truth, classes, protocol.seed) for p in linear_probe(train, val, protocol)]
+    return [
+        score_predictions(p, truth, classes, protocol.seed)
+        for p in linear_probe(train, val, protocol)
+    ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ssl_vit.common.config import check
 from ssl_vit.data.base import Source
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.knn import neighbours, unit
+from ssl_vit.evaluators.knn import nearest_neighbours, unit
 
 
 def nearest_images(
@@ -37,7 +37,7 @@ def nearest_images(
         return empty.long(), empty.float()
     rows = unit([queries], 0, len(queries), queries.device)
     # One more, in place of the query itself, wherever it stands among its equals.
-    cosines, places = neighbours([bank], rows, k + (own is not None))
+    cosines, places = nearest_neighbours([bank], rows, k + (own is not None))
     if own is None:
         return places, cosines
     left_out = places == own.to(places.device)[:, None]

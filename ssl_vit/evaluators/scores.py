@@ -65,7 +65,9 @@ class Score:
         return self.metrics["top5"]
 
 
-def judge(prediction: Prediction, truth: Tensor, classes: Sequence[str] | None, seed: int) -> Score:
+def score_predictions(
+    prediction: Prediction, truth: Tensor, classes: Sequence[str] | None, seed: int
+) -> Score:
     """Compare guesses with the truth: (q,) classes, or (q, L) labels, NaN where unknown.
 
     The interval is the percentile bootstrap's over validation images: what another draw of as many

@@ -42,7 +42,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Look:
+class TokenExtractor:
     """How pairs become tokens: ``tokens`` maps images to them, ``grid`` is their (rows, columns).
 
     Half precision throughout, so that the score is the same whether tokens are kept or made anew;
@@ -78,7 +78,7 @@ class Look:
             yield Seen(tokens, batch.masks, batch.views.keys, batch.bad)
 
 
-def look_through(backbone: Backbone, blocks: int, machine: Machine) -> Look:
+def token_extractor(backbone: Backbone, blocks: int, machine: Machine) -> TokenExtractor:
     """The patch tokens of an encoder's last block, or of its last ``blocks`` joined.
 
     Without an encoder (``pixels:``) the image, averaged over each patch, stands for them.
@@ -113,7 +113,7 @@ def look_through(backbone: Backbone, blocks: int, machine: Machine) -> Look:
         parts = [f.patches if f.norm is None else f.norm(f.patches) for f in outputs]
         return torch.cat(parts, dim=2).transpose(1, 2).unflatten(2, grid)
 
-    return Look(name, tokens, grid, view, machine)
+    return TokenExtractor(name, tokens, grid, view, machine)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Material:
     """
 
     pairs: Pairs
-    look: Look
+    extractor: TokenExtractor
     masks: Integer[Tensor, "n r s"]
     tokens: Float16[Tensor, "n d h w"] | None
     mean: Float[Tensor, " d"]
@@ -136,13 +136,13 @@ class Material:
 
     def batches(self, rows: Int64[Tensor, " k"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens (b, D, rows, columns) float32 and masks (b, R, S) of these pairs, in order."""
-        device = self.look.machine.device
+        device = self.extractor.machine.device
         if self.tokens is not None:
             for chunk in rows.split(size):
                 yield self.tokens[chunk].to(device).float(), self.masks[chunk].to(device).long()
             return
-        look = replace(self.look, machine=replace(self.look.machine, at_once=size))
-        for seen in look.batches(self.pairs.take(rows)):
+        extractor = replace(self.extractor, machine=replace(self.extractor.machine, at_once=size))
+        for seen in extractor.batches(self.pairs.take(rows)):
             if seen.masks:
                 yield seen.tokens.float(), self.masks[rows[seen.keys]].to(device).long()
 
@@ -166,17 +166,17 @@ class _Statistics:
         return mean.float(), (variance + _EPSILON).sqrt().float()
 
 
-def gather(look: Look, pairs: Pairs, cache_gb: float) -> Material:
+def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> Material:
     """Look at every pair once; keep its tokens if all together are at most ``cache_gb`` 1e9 bytes.
 
     Raises:
         UserError: no pair can be read.
     """
-    size = (look.grid[0] * _FINE, look.grid[1] * _FINE)
+    size = (extractor.grid[0] * _FINE, extractor.grid[1] * _FINE)
     statistics, values, bad = _Statistics(), set[int](), dict[int, str]()
     masks, places = list[Tensor](), list[Tensor]()
     tokens: Tensor | None = None
-    for seen in look.batches(pairs):
+    for seen in extractor.batches(pairs):
         bad |= seen.bad
         if not seen.masks:
             continue
@@ -197,7 +197,7 @@ def gather(look: Look, pairs: Pairs, cache_gb: float) -> Material:
     small = torch.stack([mask.to(_smallest(values)) for mask in masks])
     return Material(
         pairs.take(torch.cat(places)),
-        look,
+        extractor,
         small,
         None if tokens is None else tokens[: len(masks)],
         *statistics.result(),

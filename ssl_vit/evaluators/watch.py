@@ -29,7 +29,7 @@ from ssl_vit.evaluators.scores import Score, class_name
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pictures.neighbours import neighbours_panel
 from ssl_vit.pictures.patch_pca import pca_panel
-from ssl_vit.pictures.thumbnails import shown, squared, thumbnails
+from ssl_vit.pictures.thumbnails import as_rgb, squared, thumbnails
 from ssl_vit.training.health import health
 
 log = logging.getLogger("ssl_vit")
@@ -92,7 +92,7 @@ class Watch:
         if not views.crops:
             return {}
         keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
-        seen, display = shown(views.crops[0], self.view), self.view.display(views.crops[0])
+        seen, display = as_rgb(views.crops[0], self.view), self.view.display(views.crops[0])
         normalize = Normalize(self.view.mean, self.view.std).to(self.device)
         ready_made = normalize(Views(views.crops, keys, views.labels).to(self.device))
         pictures = painter(ready_made, display.to(self.device))
@@ -173,17 +173,17 @@ def bounded_rows(n: int, count: int, seed: int) -> np.ndarray:
     return np.sort(permute(np.arange(count, dtype=np.int64), n, fold(seed, count)))
 
 
-Table = dict[str, dict[str, Score]]
+ScoreTable = dict[str, dict[str, Score]]
 
 
-def write_table(path: Path, table: Table, about: dict[str, object]) -> None:
+def write_scores(path: Path, table: ScoreTable, about: dict[str, object]) -> None:
     """A comparison as JSON, with its protocol."""
     rows = {n: {k: dataclasses.asdict(s) for k, s in r.items()} for n, r in table.items()}
     text = json.dumps(about | {"scores": rows}, indent=1)
     write_text_atomically(path, text + "\n")
 
 
-def read_table(path: Path, sha256: str) -> Table | None:
+def read_scores(path: Path, sha256: str) -> ScoreTable | None:
     """The comparison in a file, if it is there and of the encoder with this hash."""
     try:
         found = json.loads(path.read_text())

@@ -18,7 +18,7 @@ from ssl_vit.data.view import View
 _GRAY = 128
 
 
-def shown(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
+def as_rgb(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
     """Images (b, c, h, w) as they were read, uint8 or deeper, as RGB."""
     standardised = Normalize(view.mean, view.std).images(images)
     return to_rgb(view.display(images).inverse(standardised))
@@ -47,5 +47,5 @@ def thumbnails(
     for row, place in enumerate(places):
         read = images.__getitems__([int(place)]).views.crops
         if read:
-            made[row] = shown(read[0], view)[0]
+            made[row] = as_rgb(read[0], view)[0]
     return made

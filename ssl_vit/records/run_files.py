@@ -34,7 +34,7 @@ def stamp(path: Path) -> Stamp | None:
     return found.st_size, found.st_mtime_ns
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_run_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The options of a run as ``group.option``, and what is wrong with the file."""
     try:
         tree = yaml.safe_load(path.read_bytes())
@@ -109,7 +109,7 @@ def is_run(folder: Path) -> bool:
     if any((folder / name).is_file() for name in (METRICS_FILE, STATUS_FILE)):
         return True
     path = folder / CONFIG_FILE
-    return path.is_file() and any(k.startswith("run.") for k in read_config(path)[0])
+    return path.is_file() and any(k.startswith("run.") for k in read_run_config(path)[0])
 
 
 def _folders(top: Path) -> Iterator[Path]:

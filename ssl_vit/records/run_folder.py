@@ -14,12 +14,12 @@ from ssl_vit.records.run_files import (
     Stamp,
     find_runs,
     newest_checkpoint,
-    read_config,
     read_exported,
     read_metrics,
+    read_run_config,
     stamp,
 )
-from ssl_vit.records.run_state import RunState, Traces, gone, judge
+from ssl_vit.records.run_state import RunState, Traces, gone, run_state_of
 from ssl_vit.records.status import STATUS_FILE, Status, read_status
 from ssl_vit.training.metrics import METRICS_FILE
 from ssl_vit.training.resume import CONFIG_FILE
@@ -174,7 +174,7 @@ def read_run(folder: Path, known: Run | None = None) -> Run:
     if status and status.state == "running" and gone(status):
         status, problems = _own_word(folder)  # it may have ended in between, and said so
     path = folder / METRICS_FILE
-    config, wrong = read_config(folder / CONFIG_FILE)
+    config, wrong = read_run_config(folder / CONFIG_FILE)
     problems += wrong
     metrics = stamp(path)
     if known is not None and metrics is not None and known.metrics_stamp == metrics:
@@ -219,7 +219,7 @@ def _judged(run: Run) -> Run:
         written=run.updated,
         gap=_usual_gap(run),
     )
-    state, said = judge(run.status, traces)
+    state, said = run_state_of(run.status, traces)
     return replace(run, state=state, said=said)
 
 

@@ -52,7 +52,7 @@ class Traces:
         return max(_AT_LEAST, _TIMES * self.gap)
 
 
-def judge(status: Status | None, traces: Traces) -> tuple[RunState, str]:
+def run_state_of(status: Status | None, traces: Traces) -> tuple[RunState, str]:
     """A run's state, and what to say of it in a line."""
     quiet = max(0.0, time.time() - traces.written)
     if status is None:

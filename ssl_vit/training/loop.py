@@ -29,12 +29,12 @@ from ssl_vit.training.optim import (
     make_optimizer,
     set_rates,
 )
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel, autocast, casts_kept
 from ssl_vit.training.shards import blank_copy, put_together
 from ssl_vit.training.stopping import StopSignal
 
-speak = logging.getLogger("ssl_vit")
+log = logging.getLogger("ssl_vit")
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Trainer:
         self.streak = torch.zeros((), device=parallel.device)
         self.guard = SpikeGuard(optim.spike, parallel.device)
         self.alarm = Alarm(after=schedule.warmup)
-        self.pace = Pace(parallel)
+        self.pace = StepTimes(parallel)
 
     def train(
         self,
         batches: Iterator[Batch],
         bad: BadImages,
-        log: RunLog,
+        runlog: RunLog,
         hooks: list[Hook],
         checkpoints: Checkpoints,
     ) -> int:
@@ -111,13 +111,13 @@ class Trainer:
                 watch.at(self.step, "computing")
                 scalars = self.update(parts)
                 self.step += 1
-                means = log.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
+                means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
                 if means:
-                    self._check(means, log, checkpoints)
+                    self._check(means, runlog, checkpoints)
                 watch.at(self.step, "agreeing with the others")
                 stopped = self._agree(stop, bad, checkpoints)
                 watch.at(self.step, "saving, or looking at what was learnt")
-                self._call(hooks, log, stop, stopped)
+                self._call(hooks, runlog, stop, stopped)
             checkpoints.finish()
         return stopped
 
@@ -189,22 +189,22 @@ class Trainer:
         checkpoints.go_on(bool(failed), bool(busy))
         return int(signalled) if self.step < self.schedule.total else 0
 
-    def _call(self, hooks: list[Hook], log: RunLog, stop: StopSignal, stopped: int) -> None:
+    def _call(self, hooks: list[Hook], runlog: RunLog, stop: StopSignal, stopped: int) -> None:
         for hook in hooks:
             if hook.due(self.step, self.schedule.total, bool(stopped)):
                 started = time.perf_counter()
                 if rest := hook.call(self.step):
                     with stop.breaking_off():
                         rest()
-                log.pause(hook.name, time.perf_counter() - started)
+                runlog.pause(hook.name, time.perf_counter() - started)
 
-    def _check(self, means: dict[str, float], log: RunLog, checkpoints: Checkpoints) -> None:
+    def _check(self, means: dict[str, float], runlog: RunLog, checkpoints: Checkpoints) -> None:
         """Whether the training is sound, by the means of its last steps."""
         if math.isfinite(means["loss"]):  # else no step of the interval says anything
             for line in self.alarm.news(self.step, self.task.concerns(means)):
-                log.warn(self.step, line)
+                runlog.warn(self.step, line)
         for line in self.pace.news(self.step):
-            log.warn(self.step, line)
+            runlog.warn(self.step, line)
         streak = int(self.streak.item())
         if streak >= self.run.max_nonfinite:
             checkpoints.finish()
@@ -214,4 +214,4 @@ class Trainer:
                 everywhere=True,
             )
         if streak:
-            speak.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)
+            log.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)

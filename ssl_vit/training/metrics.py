@@ -27,13 +27,13 @@ from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
 from ssl_vit.common.figures import save_png
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.training.energy import Energy
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.panels import (
     BOARD_FOLDER,
     PROJECTION,
     drop_pictures,
-    one_line,
     panel_file,
+    printable,
     projections,
     thin_panels,
 )
@@ -91,7 +91,9 @@ class RunLog:
             self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
             self.progress.start()
 
-    def add(self, step: int, scalars: dict[str, Tensor], lr: float, pace: Pace) -> dict[str, float]:
+    def add(
+        self, step: int, scalars: dict[str, Tensor], lr: float, pace: StepTimes
+    ) -> dict[str, float]:
         """Take in the scalars of step ``step`` (counted from 1); their means, if a line was due.
 
         Nothing is read from the device between lines. ``pace``: of all steps since the last line.
@@ -106,7 +108,7 @@ class RunLog:
         due = step % self.every == 0 or step == self.total
         return self._flush(step, lr, pace) if due else {}
 
-    def _flush(self, step: int, lr: float, pace: Pace) -> dict[str, float]:
+    def _flush(self, step: int, lr: float, pace: StepTimes) -> dict[str, float]:
         sums = all_reduce_mean(torch.stack(list(self.sums.values())))
         counts = all_reduce_mean(torch.stack(list(self.finite.values())))
         means = (sums / counts).tolist()
@@ -180,7 +182,7 @@ class RunLog:
         vars(self.board).pop("_projector_config", None)  # in which the writer gathers all of them
         pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         # A single column has no header; two let a reader know what the first one is.
-        rows = [[one_line(label), str(i)] for i, label in enumerate(labels)]
+        rows = [[printable(label), str(i)] for i, label in enumerate(labels)]
         header = [kind, "image"]
         self.board.add_embedding(features, rows, pictures, step, PROJECTION, header)
         for path in older.values():

@@ -19,7 +19,7 @@ from ssl_vit.training.parallel import Parallel
 _SLOW = 1.5
 
 
-class Pace:
+class StepTimes:
     """Times what a process does without the others: waiting for images, and the forward pass.
 
     The backward pass ends together everywhere, so that whole steps tell nothing. (Sharded, the

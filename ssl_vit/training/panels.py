@@ -43,7 +43,7 @@ def thin_panels(folder: Path) -> None:
         files.pop(1 + gaps.index(min(gaps))).unlink()
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """A name fit for a table of text: line breaks and what UTF-8 cannot write are replaced."""
     plain = text.encode("utf-8", "replace").decode()
     return "".join(c if c.isprintable() else " " for c in plain)

@@ -79,7 +79,7 @@ class Session:
         self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
         schedule = Schedule(run, optim, self.order.steps_per_epoch)
         precision = resolve_precision(run.precision, device)
-        prepare(task, run, self.parallel)
+        prepare_task(task, run, self.parallel)
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
         self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
 
@@ -158,7 +158,7 @@ class Session:
         return text
 
 
-def prepare(task: Task, run: RunConfig, parallel: Parallel) -> None:
+def prepare_task(task: Task, run: RunConfig, parallel: Parallel) -> None:
     """Move a task to its device and make its blocks what the options say, before it is sharded."""
     choose_attention(task, parallel.device)
     task.to(parallel.device)

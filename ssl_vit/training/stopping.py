@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-speak = logging.getLogger("ssl_vit")
+log = logging.getLogger("ssl_vit")
 
 
 class _BrokenOff(BaseException):
@@ -33,7 +33,7 @@ class StopSignal:
             self.breaks_off = not self.received
             yield
         except _BrokenOff:
-            speak.warning("a signal came: the look at what was learnt is broken off")
+            log.warning("a signal came: the look at what was learnt is broken off")
         finally:
             self.breaks_off = False
 

@@ -37,7 +37,7 @@ class Place(NamedTuple):
         return f"step {self.step}, {self.doing}"
 
 
-class Peer(NamedTuple):
+class ProcessState(NamedTuple):
     """What is known of a process: where it is, on what host, and how long it has been silent."""
 
     place: Place
@@ -169,7 +169,7 @@ class Board:
         # A connection of its own: another thread's waiting call would block it.
         self.store = dist.PrefixStore("watchdog", store.clone())
         self.rank, self.others = rank, [str(r) for r in range(world) if r != rank]
-        self.peers: dict[int, Peer] = {}
+        self.peers: dict[int, ProcessState] = {}
         self.beat = 0
         self.answered = time.monotonic()
 
@@ -199,7 +199,7 @@ class Board:
         beat, host, *place = json.loads(post or unknown)
         before = self.peers.get(rank)
         heard = before.heard if before and before.beat == beat else time.monotonic()
-        self.peers[rank] = Peer(Place(*place), host, beat, heard)
+        self.peers[rank] = ProcessState(Place(*place), host, beat, heard)
 
 
 def stacks() -> str:

@@ -146,13 +146,13 @@ class Finetuning(Session):
         if config is not None:
             channels = self.config.data.channels
             info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
-        return classifier_writer(path, whole.judged, call, self.about_model(), info)
+        return classifier_writer(path, whole.evaluated, call, self.about_model(), info)
 
     def exported_step(self) -> int | None:
         """The step of the model file."""
         return saved_step(self.out / MODEL_FILE)
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
         """Accuracy on held-out images."""
         assert isinstance(whole, FineTune)
         run = self.config.run
@@ -162,7 +162,7 @@ class Finetuning(Session):
 
     def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
         """The judged network's best classes, (n, at most 5) best first, for the readable images."""
-        network = task.judged
+        network = task.evaluated
         ready(network, self.parallel.device)
 
         def embed(images: Tensor) -> dict[str, Tensor]:

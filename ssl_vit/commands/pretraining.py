@@ -133,7 +133,7 @@ class Pretraining(Session):
         file = self.out / ENCODER_FILE
         return read_info(file).step if file.is_file() else None
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
         """Health, k-NN and pictures."""
         assert isinstance(whole, Method)
         watch, encoder = self.watch, whole.exported_encoder()

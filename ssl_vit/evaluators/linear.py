@@ -1,4 +1,4 @@
-"""The linear probe on cached features: a grid of heads trained side by side, chosen honestly."""
+"""Linear probe on cached features: a grid of heads trained together, selected on held-out data."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _LEAST_BATCH = 32
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """``fast``: features are cached once, without augmentation, and heads learn from them alone.
+    """Linear probe protocol ``fast``: heads trained on features cached once, unaugmented.
 
-    A grid of learning rates x features, as DINOv2's (Oquab et al. 2023, appendix B.3), but chosen
+    A grid of learning rates x features, as DINOv2's (Oquab et al. 2023, appendix B.3), but selected
     on images held out from training. Each head is that of MAE's probe (He et al. 2022, appendix
     A.1): features standardised, by the exact statistics of all training ones, and one linear layer
     of normal weights (sigma .01), here by SGD without weight decay, its gradients preconditioned by
     the features' covariance to the power of minus ``whitening`` (0: plain SGD).
 
-    Small sets get ``least_steps`` updates, however many epochs that makes.
+    Small sets get ``least_steps`` updates, in more epochs.
 
-    ``learning_rates`` are for 256 images; ``features`` are tried as far as the encoder gives them;
-    ``fallback_rate`` is taken where too few images are left to choose by, with the first feature.
+    ``learning_rates`` are for 256 images; of ``features`` those that the encoder has are tried;
+    ``fallback_rate`` is used, with the first feature, where too few images remain to select on.
     """
 
     name: ClassVar[str] = "fast"
@@ -73,25 +73,25 @@ class LinearProtocol:
         check(min(self.learning_rates, default=0) > 0, "learning rates must be above 0")
 
     def batch(self, n: int) -> int:
-        """Images of a step: an eighth of small sets, all of tiny ones."""
+        """Batch size: an eighth of small sets, all of tiny ones."""
         return min(n, self.batch_size, max(_LEAST_BATCH, n // 8))
 
     def steps(self, n: int) -> int:
-        """Updates of the heads, with ``n`` images."""
+        """Number of updates, with ``n`` images."""
         return max(self.least_steps, self.epochs * (n // self.batch(n)))
 
 
 def joined(parts: Parts, names: tuple[str, ...]) -> Parts:
-    """Features (keys of ``FEATURES``) from their parts."""
+    """Features (keys of ``FEATURES``) concatenated from their parts."""
     return {name: torch.cat([parts[p] for p in FEATURES[name]], dim=1) for name in names}
 
 
 def fit_linear_heads(
     train: FeatureSet, points: list[tuple[str, float]], protocol: LinearProtocol
 ) -> dict[str, LinearHeads]:
-    """A head for each (feature, learning rate), by feature, all trained on the same batches."""
+    """Fit a head for each (feature, learning rate), all on the same batches; stacked by feature."""
     targets, n = train.labels, len(train.labels)
-    # Frozen features have fixed statistics: the exact ones, not a running estimate of them.
+    # Frozen features have fixed statistics: the exact ones, not a running estimate.
     norms = {name: FeatureNorm.of(train.feature(name)) for name, _ in points}
     widths = {name: len(norm.mean) for name, norm in norms.items()}
     heads = heads_of(points, widths, outputs_of(targets), protocol.seed, norms.__getitem__)
@@ -118,12 +118,12 @@ def linear_probe(
     protocol: LinearProtocol | None = None,
     held_out: FeatureSet | None = None,
 ) -> list[Prediction]:
-    """Predict ``val`` with the one head chosen of the grid; its labels are never looked at.
+    """Linear probe: predict ``val`` with the head selected from the grid, without its labels.
 
-    The choice is made on ``held_out``, or on a seeded share of the training images of each class
-    alike; the chosen head is then trained again on all of them. Of equal heads the narrowest
-    feature's, then the lowest learning rate's is chosen. Where too few images are left to choose
-    by, nothing is chosen, and details say so. All sets lie on one device.
+    The head is selected on ``held_out``, or on a seeded share of the training images, stratified by
+    class; it is then retrained on all of them. Of equal heads, the one with the narrowest feature,
+    then the lowest learning rate is selected. Where too few images remain, the fallback is used,
+    and the details record it. All sets are on one device.
 
     Raises:
         UserError: fewer than two images, or none of the features.
@@ -152,7 +152,7 @@ def score_grid(
     protocol: LinearProtocol,
     held_out: FeatureSet | None,
 ) -> dict[tuple[str, float], float]:
-    """The quality of each point on images not learned from; empty if there are too few."""
+    """Quality of each grid point on held-out images; empty if there are too few."""
     if held_out is None:
         rows = split_rows(train.labels, protocol.held_out, protocol.seed)
         if rows is None:
@@ -164,7 +164,7 @@ def score_grid(
 def grid_quality(
     heads: dict[str, LinearHeads], held_out: FeatureSet
 ) -> dict[tuple[str, float], float]:
-    """The quality of each trained head on a set, in the heads' order."""
+    """Quality of each trained head on a set, in the heads' order."""
     found = {}
     for name, stack in heads.items():
         device = stack.weight.device
@@ -177,7 +177,7 @@ def grid_quality(
 def protocol_details(
     protocol: Any, found: dict[tuple[str, float], float], resolved: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a score must say of how it was made, fit for JSON; ``resolved`` replaces options."""
+    """Protocol details recorded with a score, as JSON; ``resolved`` replaces options."""
     grid: dict[str, dict[str, float | None]] = {}
     for (name, setting), value in found.items():
         grid.setdefault(name, {})[f"{setting:g}"] = None if isnan(value) else round(value, 3)

@@ -1,4 +1,4 @@
-"""Both frozen-feature scores in one call, as pretraining shows them of its own encoder."""
+"""Quick scores: k-NN and linear probe in one call, as pretraining reports them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_vit.evaluators.scores import Score, labelled, score_predictions
 
 
 def plain_features(features: FeatureSet) -> tuple[str, ...]:
-    """The features that are one part."""
+    """Names of features that consist of one part."""
     return tuple(name for name in features.parts if FEATURES.get(name) == (name,))
 
 
@@ -22,9 +22,9 @@ def knn_scores(
     features: tuple[str, ...] = (),
     classes: Sequence[str] | None = None,
 ) -> list[Score]:
-    """k-NN by each feature (empty: the plain ones) and k that the training set can fill.
+    """k-NN scores for each feature (empty: the plain ones) and each possible k.
 
-    One process alone. ``classes``: their names, where they have any.
+    In one process. ``classes``: their names, if any.
     """
     truth, device = labelled(val.labels, "the validation set"), train.labels.device
     names = features or plain_features(train)
@@ -38,7 +38,7 @@ def linear_scores(
     protocol: LinearProtocol,
     classes: Sequence[str] | None = None,
 ) -> list[Score]:
-    """The linear probe, by the one head that is chosen without the validation set."""
+    """Linear probe score, of the head selected without the validation set."""
     labelled(train.labels, "the training set")
     truth = labelled(val.labels, "the validation set")
     return [

@@ -36,10 +36,10 @@ from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.tokens import Material, TokenExtractor, gather_tokens, token_extractor
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# The confusion matrix is the square of this; more are no classes but depths, or instances.
+# The confusion matrix has the square of this; more values are depths or instances, not classes.
 _MOST_CLASSES = 4096
 _LARGEST_CONFUSION = 100
-# Most values of the logits that are held at once when a mask is judged, 256 MB.
+# Maximum number of logits held at once when a mask is scored, 256 MB.
 _VALUES = 1 << 26
 
 
@@ -64,9 +64,9 @@ class SegmentOptions:
 
 
 def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:
-    """The class of each of ``size`` pixels, the one of the highest interpolated logit.
+    """Classify each of ``size`` pixels by its highest interpolated logit.
 
-    Some classes at a time, so that a large mask with many classes fits in memory.
+    In chunks of classes, so that a large mask with many classes fits in memory.
     """
     step = max(1, _VALUES // (size[0] * size[1]))
     best, guess = None, None
@@ -85,7 +85,7 @@ def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Ten
 def held_out_miou(
     heads: PatchHeads, material: Material, rows: Int64[Tensor, " n"], ignore: int
 ) -> list[float]:
-    """Each head's mean intersection over union, 0 to 1, at four pixels a patch and side."""
+    """Held-out mean IoU of each head, 0 to 1, at 4 x 4 pixels per patch."""
     classes = heads.bias.shape[1]
     tables = [torch.zeros(classes, classes, dtype=torch.int64) for _ in heads.bias]
     for tokens, masks in material.batches(rows, BATCH):
@@ -98,7 +98,7 @@ def held_out_miou(
 
 
 def known(mask: Int[Tensor, "*shape"], ignore: int) -> Int[Tensor, "*shape"]:
-    """The mask with -1 for pixels without a class."""
+    """Mask with -1 for pixels without a class."""
     return torch.where(mask == ignore, -1, mask)
 
 
@@ -106,10 +106,10 @@ def known(mask: Int[Tensor, "*shape"], ignore: int) -> Int[Tensor, "*shape"]:
 def score_masks(
     heads: PatchHeads, extractor: TokenExtractor, pairs: Pairs, ignore: int
 ) -> tuple[Overlap, int]:
-    """One head against every mask at the mask's own resolution; with the unreadable pairs.
+    """Score a head on all masks, at their own resolution; returns the number of unreadable pairs.
 
     Raises:
-        UserError: a class that the head does not know, or no pixel has one.
+        UserError: a mask has a class that the head does not have, or no pixel has a class.
     """
     classes = heads.bias.shape[1]
     table, images, bad = torch.zeros(classes, classes, dtype=torch.int64), [], 0
@@ -138,9 +138,9 @@ def score_masks(
 def choose_head(
     material: Material, classes: int, config: SegmentOptions, seed: int
 ) -> tuple[PatchHeads, float, dict[str, float]]:
-    """The head of the best learning rate on a held-out tenth, trained again on all images.
+    """Select the learning rate on a held-out tenth, and retrain its head on all images.
 
-    Of equal rates the lowest. Returned with the rate, and each rate's held-out mIoU in %.
+    The lowest of equal rates. Returns the head, the rate, and each rate's held-out mIoU in %.
     """
     n = len(material.masks)
     check(n >= 10, f"{material.pairs.spec} has {n} readable pairs; a probe needs 10")
@@ -166,7 +166,9 @@ def segment_probe(
     machine: Machine,
     seed: int = 0,
 ) -> tuple[list[Score], dict[str, Any]]:
-    """Train on ``train``, choose on a tenth of it, judge ``val`` once; scores, and the protocol.
+    """Segmentation probe: train on ``train``, select on a tenth of it, score ``val`` once.
+
+    Returns the scores and the protocol card.
 
     Raises:
         UserError: a network without patch tokens, pairs that do not fit together, or too few.
@@ -193,7 +195,7 @@ def segment_probe(
 
 
 def count_mask_classes(material: Material, named: int, ignore: int) -> int:
-    """How many classes there are: as many as are ``named``, or up to the highest in the masks.
+    """Number of classes: as many as are ``named``, or up to the highest in the masks.
 
     Raises:
         UserError: the masks have a class without a name, or fewer than two classes.
@@ -217,8 +219,8 @@ def count_mask_classes(material: Material, named: int, ignore: int) -> int:
 
 
 def card(config: SegmentOptions, material: Material, overlap: Overlap, bad: int) -> dict[str, Any]:
-    """What the protocol says of the probe."""
-    view = "whole images, each side scaled to the size; masks judged at their own resolution"
+    """Protocol card of the probe."""
+    view = "whole images, each side scaled to the size; masks scored at their own resolution"
     return {
         "probe": asdict(config)
         | {

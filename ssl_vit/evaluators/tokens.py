@@ -1,4 +1,4 @@
-"""Frozen patch tokens of images with masks, kept in memory or, where too many, made anew."""
+"""Patch tokens: frozen, of images with masks; kept in memory or, if too large, recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssl_vit.model.encoder import Encoder, without_memory
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
-# Pixels a patch and side, at which heads are trained.
+# Pixels per patch side at which heads are trained.
 _FINE = 4
 _EPSILON = 1e-6
 
@@ -31,8 +31,8 @@ TokenMap = Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b d r s"]]
 
 @dataclass
 class Seen:
-    """A batch of pairs: ``tokens`` (b, D, rows, columns) in half precision, on the device;
-    ``masks`` of their own sizes; ``keys`` (b,) places; ``bad``: place -> reason.
+    """Token batch of pairs: ``tokens`` (b, D, rows, columns) in half precision, on the device;
+    ``masks`` at their own sizes; ``keys`` (b,) indices; ``bad``: index -> reason.
     """
 
     tokens: Tensor
@@ -43,9 +43,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class TokenExtractor:
-    """How pairs become tokens: ``tokens`` maps images to them, ``grid`` is their (rows, columns).
+    """Token extractor: ``tokens`` maps images to patch tokens, ``grid`` is their (rows, columns).
 
-    Half precision throughout, so that the score is the same whether tokens are kept or made anew;
+    Half precision throughout, so that the score is the same whether tokens are kept or recomputed;
     float32 tokens gave the same mIoU to 0.01 points.
     """
 
@@ -56,7 +56,7 @@ class TokenExtractor:
     machine: Machine
 
     def batches(self, pairs: Pairs) -> Iterator[Seen]:
-        """All readable pairs, in order.
+        """Token batches of all readable pairs, in order.
 
         Raises:
             UserError: an image and its mask differ in size, or a token is not finite.
@@ -79,9 +79,9 @@ class TokenExtractor:
 
 
 def token_extractor(backbone: Backbone, blocks: int, machine: Machine) -> TokenExtractor:
-    """The patch tokens of an encoder's last block, or of its last ``blocks`` joined.
+    """Token extractor of an encoder's last block, or of its last ``blocks`` concatenated.
 
-    Without an encoder (``pixels:``) the image, averaged over each patch, stands for them.
+    Without an encoder (``pixels:``) tokens are pixels averaged over each patch.
 
     Raises:
         UserError: a network without patch tokens, or with fewer blocks.
@@ -118,11 +118,11 @@ def token_extractor(backbone: Backbone, blocks: int, machine: Machine) -> TokenE
 
 @dataclass(frozen=True)
 class Material:
-    """What heads are trained on: the readable ``pairs``, and all that is kept of them.
+    """Training material of patch heads: the readable ``pairs``, with masks and tokens.
 
-    ``masks``: (n, R, S) at four pixels a patch and side. ``tokens``: (n, D, rows, columns), None
-    where they are too many. ``mean`` and ``std``: (D,) exact, over all tokens. ``values``: the
-    numbers that occur in the masks, ``unreadable``: how many pairs are left out.
+    ``masks``: (n, R, S) at 4 x 4 pixels per patch. ``tokens``: (n, D, rows, columns), None if too
+    large. ``mean`` and ``std``: (D,) exact, over all tokens. ``values``: that occur in the masks;
+    ``unreadable``: number of skipped pairs.
     """
 
     pairs: Pairs
@@ -135,7 +135,7 @@ class Material:
     unreadable: int
 
     def batches(self, rows: Int64[Tensor, " k"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens (b, D, rows, columns) float32 and masks (b, R, S) of these pairs, in order."""
+        """Batches of these pairs: tokens (b, D, rows, columns) float32, masks (b, R, S)."""
         device = self.extractor.machine.device
         if self.tokens is not None:
             for chunk in rows.split(size):
@@ -148,7 +148,7 @@ class Material:
 
 
 class _Statistics:
-    """Sums over all tokens, in double precision."""
+    """Running token statistics, summed in double precision."""
 
     def __init__(self) -> None:
         self.n, self.first, self.second = 0, torch.zeros(1), torch.zeros(1)
@@ -160,14 +160,14 @@ class _Statistics:
         self.second = self.second.to(values.device) + values.square().sum((0, 2, 3))
 
     def result(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and standard deviation, the latter with a small number below it against zero."""
+        """Mean and standard deviation, with an epsilon in the variance."""
         mean = self.first / self.n
         variance = (self.second / self.n - mean.square()).clamp(min=0)
         return mean.float(), (variance + _EPSILON).sqrt().float()
 
 
 def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> Material:
-    """Look at every pair once; keep its tokens if all together are at most ``cache_gb`` 1e9 bytes.
+    """Extract tokens of all pairs once; keep them if they take at most ``cache_gb`` 1e9 bytes.
 
     Raises:
         UserError: no pair can be read.
@@ -190,10 +190,10 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
             values.update(mask.unique().tolist())
         places.append(seen.keys)
     for reason in list(bad.values())[:5]:
-        log.warning("unreadable pair left out: %s", reason)
+        log.warning("unreadable pair skipped: %s", reason)
     if not places:
         raise UserError(f"no pair of {pairs.spec} can be read: {next(iter(bad.values()), '')}")
-    # One type for all: a mask of 8 bits may be among deeper ones.
+    # One dtype for all: 8-bit masks may be mixed with deeper ones.
     small = torch.stack([mask.to(_smallest(values)) for mask in masks])
     return Material(
         pairs.take(torch.cat(places)),
@@ -207,11 +207,11 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
 
 
 def _room(tokens: Float16[Tensor, "b d h w"], n: int, cache_gb: float) -> Tensor | None:
-    """Memory for the tokens of ``n`` images; None where that would be above ``cache_gb``."""
+    """Allocate the tokens of ``n`` images; None where that exceeds ``cache_gb``."""
     needed = n * tokens[0].nbytes / 1e9
     if needed <= cache_gb:
         return torch.empty(n, *tokens.shape[1:], dtype=tokens.dtype)
-    log.info("tokens need %.1f GB, above --cache-gb %g: made anew each epoch", needed, cache_gb)
+    log.info("tokens need %.1f GB, above --cache-gb %g: recomputed each epoch", needed, cache_gb)
     return None
 
 

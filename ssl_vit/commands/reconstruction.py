@@ -134,7 +134,7 @@ def _of_file(backbone: Backbone, file: Path, encoder: Encoder) -> Autoencoder:
     )
     mae.decoder.positions = decoder.positions
     set_norm_eps(mae.decoder, decoder.norm_eps)
-    return Autoencoder(mae, decoder.normalized, decoder.told_by)
+    return Autoencoder(mae, decoder.normalized, decoder.known_from)
 
 
 def _blank(config: MAEConfig, encoder: EncoderConfig, channels: int) -> MAE:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_vit.benchmarks.side import Side, Work
 from ssl_vit.benchmarks.speed import random_batch, single_views
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 from ssl_vit.training.parallel import autocast
@@ -42,7 +42,7 @@ def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
     for name in names:
         check(
             name in allowed or names in ([NONE], [""]),
-            f"--against names {name!r}; for {where} there is {known}{nearest(name, allowed)}",
+            f"--against names {name!r}; for {where} there is {known}{did_you_mean(name, allowed)}",
         )
     return [] if names in ([NONE], [""]) else list(dict.fromkeys(names))
 

@@ -16,7 +16,7 @@ from ssl_vit.data.loader import Batch, TrainImages, draw_samples
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, reuse_memory
-from ssl_vit.training.session import prepare
+from ssl_vit.training.session import prepare_task
 
 # A step is measured in the middle of a run of this length: nothing warms up or is frozen there.
 _EPOCHS, _STEPS_PER_EPOCH = 100, 1000
@@ -81,7 +81,7 @@ def trainer_midway(
     """What pretraining would run, alone on ``device``, in the middle of its way."""
     reuse_memory(device)
     alone = Parallel(0, 1, device)
-    prepare(task, run, alone)
+    prepare_task(task, run, alone)
     run = replace(run, length=f"{_EPOCHS}ep")
     schedule = Schedule(run, optim, _STEPS_PER_EPOCH, task.peak_in_warmup)
     trainer = Trainer(task, run, optim, schedule, normalize.to(device), alone, precision)

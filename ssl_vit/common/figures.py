@@ -1,4 +1,4 @@
-"""Pictures for people: batches of images as one captioned uint8 array."""
+"""Figures: batches of images as one captioned uint8 array."""
 
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ from ssl_vit.common.files import write_atomically
 
 _GAP = 4
 _TEXT = 16
-# Chosen in CIE LCh: lightness 2 to 97 in even steps, hue from violet to yellow, and as much chroma
-# as a screen can show.
+# Chosen in CIE LCh: lightness 2 to 97 in even steps, hue from violet to yellow, maximum chroma in
+# sRGB.
 _HEAT = np.array(
     [
         (6, 7, 12),
@@ -29,7 +29,7 @@ _HEAT = np.array(
 
 
 def to_rgb(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w 3"]:
-    """Images in 0..1 as RGB: 3 channels as they are, fewer as gray, of more the first three."""
+    """Convert images in 0..1 to RGB: 3 channels as they are, fewer as gray, of more the first 3."""
     channels = images.shape[1]
     chosen = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     scaled = (chosen.float().clamp(0, 1) * 255).round().byte()
@@ -39,16 +39,16 @@ def to_rgb(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w 3"]:
 def enlarged(
     images: UInt8[np.ndarray, "b h w 3"], least: int = 96
 ) -> UInt8[np.ndarray, "b height width 3"]:
-    """Images smaller than ``least`` pixels, enlarged by a whole factor, pixels kept square."""
+    """Enlarge images smaller than ``least`` pixels by an integer factor, by nearest neighbour."""
     zoom = max(1, -(-least // min(images.shape[1:3])))
     return images.repeat(zoom, 1).repeat(zoom, 2)
 
 
 def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
-    """Values in 0..1 as colours from black over violet and orange to pale yellow.
+    """Heat map: values in 0..1 as colours from black over violet and orange to pale yellow.
 
-    The colours' lightness (CIE L*) rises evenly, so that they are ordered for every eye, in gray
-    print as well.
+    Lightness (CIE L*) rises evenly, so that the order is visible with any colour vision, and in
+    gray print.
     """
     stops = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(values, stops, _HEAT[:, c]) for c in range(3)]
@@ -58,16 +58,16 @@ def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
 def picture_rows(
     columns: dict[str, UInt8[np.ndarray, "b h w 3"]], caption: str, least: int = 96, wrap: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """One row an image, one titled column an entry, the caption below.
+    """Picture table: a row per image, a titled column per entry, the caption below.
 
-    Images smaller than ``least`` pixels are enlarged by a whole factor, pixels kept square. More
+    Images smaller than ``least`` pixels are enlarged by an integer factor. More
     than ``wrap`` columns (0: any number) continue on further lines, of about equal length.
     """
     batches = {title: enlarged(images, least) for title, images in columns.items()}
     n, h, w = next(iter(batches.values())).shape[:3]
     lines = -(-len(batches) // wrap) if wrap else 1
     across = -(-len(batches) // lines)
-    # Titles head the sheet; where an image has several lines they differ, and head each.
+    # Titles are at the top; if an image has several lines, above each of them.
     between = _TEXT if lines > 1 else 0
     line_height = h + _GAP + between
     row_height = lines * line_height + (2 * _GAP if lines > 1 else 0)
@@ -90,12 +90,12 @@ def picture_rows(
 
 
 def save_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Write a picture, whole or not at all."""
+    """Write a picture as PNG, atomically."""
     write_atomically(path, partial(Image.fromarray(picture).save, format="PNG"))
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The text as lines that are no wider than ``width`` pixels where words allow it."""
+    """Wrap text into lines of at most ``width`` pixels, where words allow it."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

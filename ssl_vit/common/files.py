@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+"""Atomic file writing: under a temporary name, synced, then renamed."""
 
 import os
 import shutil
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+    """Write a file atomically: ``write`` fills a temporary file, which is renamed to ``path``.
 
-    A process killed at any moment leaves the old file, or none; never half a one.
+    A process killed at any moment leaves the old file or none, never a partial one.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -23,12 +23,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """The same for a text."""
+    """Write a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for a folder that does not exist yet: ``write`` fills it, then it gets its name."""
+    """Write a new folder atomically: ``write`` fills a temporary one, which is then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -45,7 +45,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to hold what was written to a file or folder."""
+    """Sync a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,5 +57,5 @@ def sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $SSL_VIT_CACHE, else ~/.cache/ssl_vit."""
+    """Cache folder for reproducible files: $SSL_VIT_CACHE, else ~/.cache/ssl_vit."""
     return Path(os.environ.get("SSL_VIT_CACHE") or "~/.cache/ssl_vit").expanduser()

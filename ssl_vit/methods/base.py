@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ssl_vit import methods
-from ssl_vit.common.config import EncoderConfig, UserError, check, nearest
+from ssl_vit.common.config import EncoderConfig, UserError, check, did_you_mean
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
@@ -283,7 +283,7 @@ def find_method(name: str) -> type[Method]:
     names = method_names()
     if name not in names:
         raise UserError(
-            f"method is {name!r}; it must be one of {', '.join(names)}{nearest(name, names)}"
+            f"method is {name!r}; it must be one of {', '.join(names)}{did_you_mean(name, names)}"
         )
     module = importlib.import_module(f"ssl_vit.methods.{name}")
     found = [

@@ -310,7 +310,9 @@ class MAE(Method):
         )
         own.positions = decoder.positions
         set_norm_eps(own, decoder.norm_eps)
-        made.objective.target_known_from = decoder.told_by if decoder.normalized is not None else ""
+        made.objective.target_known_from = (
+            decoder.known_from if decoder.normalized is not None else ""
+        )
         return made
 
 

@@ -1,4 +1,4 @@
-"""How long each process takes for its own work, and which one keeps the others waiting."""
+"""Step times: the time each process takes for its own part, and detection of slow processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ssl_vit.common.distributed import gather_rows, gather_texts
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.parallel import Parallel
 
-# A process that takes so many times the median is named.
+# A process that takes this many times the median is reported.
 _SLOW = 1.5
 
 
-class Pace:
-    """Times what a process does without the others: waiting for images, and the forward pass.
+class StepTimes:
+    """Step times: times what a process does alone, waiting for images and the forward pass.
 
-    The backward pass ends together everywhere, so that whole steps tell nothing. (Sharded, the
-    forward pass waits too, and only the images tell.) A context manager around the forward pass; on
-    CUDA its time is the device's, read when it is asked for.
+    The backward pass synchronizes all processes, so whole steps take equally long everywhere. (If
+    sharded, so does the forward pass, and only the wait for images differs.) A context manager
+    around the forward pass; on CUDA its time is taken by events, read in :meth:`take`.
     """
 
     def __init__(self, parallel: Parallel) -> None:
@@ -37,7 +37,7 @@ class Pace:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for images."""
+        """Context manager around the wait for images."""
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
@@ -61,9 +61,9 @@ class Pace:
             self.computed += time.perf_counter() - self.started
 
     def take(self, steps: int) -> tuple[float, list[float]]:
-        """Seconds waited for images since the last call, here; and seconds a step in every process.
+        """Seconds this process waited for images since the last call; seconds per step by process.
 
-        All must call it.
+        All processes must call it.
         """
         for first, last in self.marks:
             last.synchronize()
@@ -74,7 +74,7 @@ class Pace:
         return waited, self.all
 
     def news(self, step: int) -> list[str]:
-        """Lines on processes that have been slower than the others for a while."""
+        """Warnings on processes that have been slower than the others for a while."""
         if self.parallel.world == 1:
             return []
         self.hosts = self.hosts or gather_texts(platform.node())

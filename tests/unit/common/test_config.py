@@ -20,7 +20,7 @@ from ssl_vit.common.config import (
     OptimConfig,
     RunConfig,
     UserError,
-    nearest,
+    did_you_mean,
 )
 from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, yaml_flags
 from ssl_vit.methods.mae import MAEConfig
@@ -361,9 +361,9 @@ def test_lengths_that_are_none(text):
         Length.parse(text, "--x")
 
 
-def test_nearest():
-    assert nearest("vit_smal", ["vit_small", "resnet"]) == " (nearest known: vit_small)"
-    assert nearest("qqq", ["vit_small", "resnet"]) == ""
+def test_did_you_mean():
+    assert did_you_mean("vit_smal", ["vit_small", "resnet"]) == " (nearest known: vit_small)"
+    assert did_you_mean("qqq", ["vit_small", "resnet"]) == ""
 
 
 def test_parse_leaves_the_default_alone():

@@ -15,7 +15,7 @@ from tyro.conf import Fixed, Suppress
 
 from ssl_vit.benchmarks.end_to_end import measure_feeding
 from ssl_vit.benchmarks.loader import measure_loader
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
 from ssl_vit.benchmarks.step import measure_steps
 from ssl_vit.commands.cli import (
@@ -145,10 +145,10 @@ def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
     return kind.views(config.method, encoder)
 
 
-def work_of(kind: type[Method], config: Any) -> Work:
+def work_of(kind: type[Method], config: Any) -> Workload:
     """What every side of a comparison does alike."""
     device = resolve_device(config.run.device)
-    return Work(
+    return Workload(
         encoder=config.encoder,
         channels=config.data.channels,
         method=config.method,

@@ -19,10 +19,10 @@ from ssl_vit.benchmarks.measured import Speed, describe, machine_card
 from ssl_vit.benchmarks.our_step import OurStep
 from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peers import NONE, Peer, peer_names
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed import wait
 from ssl_vit.benchmarks.step import OURS, shares, step_peers
-from ssl_vit.benchmarks.trial import pace_of
+from ssl_vit.benchmarks.trial import combined_throughput
 from ssl_vit.common.config import RunConfig, check
 from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source
@@ -38,7 +38,7 @@ _QUEUED = 4  # batches of each worker that wait at most, of ours; of torch by de
 class Feeding:
     """A side's step fed by its own loader, in the process where it is."""
 
-    def __init__(self, work: Work, workers: int) -> None:
+    def __init__(self, work: Workload, workers: int) -> None:
         self.work, self.workers = work, workers
         self.batches = self.load()
 
@@ -93,7 +93,7 @@ class OurFeeding(Feeding):
     """Our step and loader."""
 
     def __init__(
-        self, work: Work, make: Callable[[], Task], run: RunConfig, source: Source, workers: int
+        self, work: Workload, make: Callable[[], Task], run: RunConfig, source: Source, workers: int
     ) -> None:
         self.side = OurStep.build(work, make, run)
         self.images = TrainImages(source, work.spec, work.channels, work.seed)
@@ -120,7 +120,7 @@ class PeerFeeding(Feeding):
     """A peer's step, and its chain in torch's loader with as many workers."""
 
     def __init__(
-        self, work: Work, peer: type[Peer], chain: OriginalChain, source: Source, workers: int
+        self, work: Workload, peer: type[Peer], chain: OriginalChain, source: Source, workers: int
     ) -> None:
         self.side = peer.build(work)
         self.images = ChainImages(source, chain)
@@ -169,7 +169,7 @@ class _Shuffled:
 
 
 def measure_feeding(
-    method: str, work: Work, make: Callable[[], Task], config: Any
+    method: str, work: Workload, make: Callable[[], Task], config: Any
 ) -> dict[str, Any]:
     """The report, for JSON; ``config`` holds the options of the door. Sides take turns.
 
@@ -221,7 +221,7 @@ def _lead_in(workers: int, config: Any) -> int:
 
 
 def _time(
-    sides: dict[str, OwnProcess], work: Work, workers: int, config: Any
+    sides: dict[str, OwnProcess], work: Workload, workers: int, config: Any
 ) -> dict[str, dict[str, Any]]:
     """What is told of each side."""
     loaders = {n: s.ask("loader_alone", config.steps) for n, s in sides.items()}
@@ -246,7 +246,7 @@ def _time(
             "share_waiting_for_images": waited[name] / sum(speed.seconds),
             "loader_images_per_second": loaders[name],
             "step_images_per_second": step,
-            "bound": pace_of(loaders[name], step, workers, busy, own_cores()).bound,
+            "bound": combined_throughput(loaders[name], step, workers, busy, own_cores()).bound,
             "last_loss": losses[name],
         }
     return results

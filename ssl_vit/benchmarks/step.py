@@ -18,7 +18,7 @@ from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peers import Peer, peer_names
 from ssl_vit.benchmarks.peers_dino import DINO_PEERS
 from ssl_vit.benchmarks.peers_mae import MAE_PEERS
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.config import RunFailed
 from ssl_vit.common.task import Task
 from ssl_vit.training.parallel import reuse_memory
@@ -38,7 +38,9 @@ def step_peers(method: str, against: str) -> dict[str, type[Peer]]:
     return {name: known[name] for name in peer_names(against, known, f"step {method}")}
 
 
-def measure_steps(method: str, work: Work, make: Callable[[], Task], config: Any) -> dict[str, Any]:
+def measure_steps(
+    method: str, work: Workload, make: Callable[[], Task], config: Any
+) -> dict[str, Any]:
     """The report on our step and those of peers, for JSON.
 
     Args:

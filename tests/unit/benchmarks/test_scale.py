@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ssl_vit.benchmarks.costs import (
-    Kept,
-    State,
+    ActivationBytes,
+    StateBytes,
     StepCost,
     count_step,
     largest_batch,
@@ -195,7 +195,7 @@ def test_state_of_a_sharded_process(name, five_processes):
 
 
 def test_the_largest_batch_fits_and_one_image_more_does_not():
-    state, kept = State(400, 100, 200), Kept(per_image=7, fixed=50)
+    state, kept = StateBytes(400, 100, 200), ActivationBytes(per_image=7, fixed=50)
     for room in (750.0, 756.9, 757.0, 1000.0):
         batch = largest_batch(room, state, kept)
         assert state.total + 50 + 7 * batch <= room < state.total + 50 + 7 * (batch + 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssl_vit.benchmarks import matmul_peak as peaks
-from ssl_vit.benchmarks.breakdown import AFTER, DEVICE, FORWARD, PARTS, TRANSFER, WAITING
+from ssl_vit.benchmarks.breakdown import AFTER, DEVICE, FORWARD, STAGES, TRANSFER, WAITING
 from ssl_vit.benchmarks.our_step import OurStep
 from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peers_dino import OriginalDINO
@@ -124,7 +124,7 @@ def test_the_parts_of_a_step_are_all_of_it(ours):
     step, hooks = ours.trainer.step, len(ours.trainer.model._forward_hooks)
     parts = ours.breakdown(2)
     dino = isinstance(ours.trainer.task, DINO)
-    assert list(parts) == [p for p in PARTS if p != WAITING and (dino or p != AFTER)]
+    assert list(parts) == [p for p in STAGES if p != WAITING and (dino or p != AFTER)]
     assert all(seconds > 0 for seconds in parts.values())
     # What was watched is as before, and two steps have been taken.
     assert ours.trainer.step == step + 2

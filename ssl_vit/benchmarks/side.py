@@ -114,13 +114,14 @@ class Side:
         """Precision of the computation."""
         return self.work.precision
 
-    def timed(self) -> tuple[float, float]:
-        """Seconds of a step, and its loss."""
+    def timed(self, steps: int) -> tuple[float, float, float]:
+        """Seconds of consecutive steps, seconds of them spent waiting for images (0), last loss."""
         wait(self.work.device)
         started = time.perf_counter()
-        loss = self.step()
+        for _ in range(steps):
+            loss = self.step()
         wait(self.work.device)
-        return time.perf_counter() - started, float(loss)
+        return time.perf_counter() - started, 0.0, float(loss)
 
     def flops(self) -> float:
         """FLOPs of a step: matrix products, convolutions and attention.

@@ -16,7 +16,7 @@ from ssl_vit.commands.pretraining import Pretraining, build
 from ssl_vit.methods.base import Setting, find_method
 from ssl_vit.methods.dino import DINO
 from ssl_vit.model.attention import cls_features
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.training.footprint import KeptBytes, Memory, measure_step, memory_of, nbytes
 from tests.integration.conftest import TINY, TINY_DINO
 
@@ -27,7 +27,7 @@ def session_of(method: str, folder: Path, *flags: str) -> Pretraining:
     file = folder / f"{method}.yaml"
     file.write_text({"mae": TINY, "dino": TINY_DINO}[method])
     argv = [method, "--config", str(file), "--run.out", str(folder / "run"), *FP32, *flags]
-    return build(*read_config(argv))
+    return build(*parse_options(argv))
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
-"""The picture door: ``python -m ssl_vit.visualize attention --encoder RUN --images ...``."""
+"""Visualization command: ``python -m ssl_vit.visualize attention --encoder RUN --images ...``."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ _PROG = "python -m ssl_vit.visualize"
 
 @dataclass(frozen=True)
 class Made:
-    """A picture, of how many images it is, and of which encoder."""
+    """Drawn picture, with the number of its images and the encoder."""
 
     picture: np.ndarray
     images: int
@@ -49,18 +49,18 @@ class Made:
 
 @dataclass(frozen=True)
 class AttentionConfig(PictureConfig):
-    """What the [CLS] token attends to in the last block, head by head."""
+    """Attention maps of the [CLS] token in the last block, for each head."""
 
     mass: float = 0.6
-    """Share of the attention to patches that the shown sets of patches hold."""
+    """Share of the attention to patches that the highlighted sets of patches contain."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 < self.mass <= 1, f"--mass is {self.mass}; above 0, at most 1")
+        check(0 < self.mass <= 1, f"--mass is {self.mass}; it must be above 0 and at most 1")
 
 
 def attention(config: AttentionConfig) -> Made:
-    """The attention maps of some images."""
+    """Attention maps of some images."""
     scene = prepare(config, config.count)
     images = read_images(scene.source, scene.view)
     encoder = scene.plain_vit("attention")
@@ -76,19 +76,20 @@ def attention(config: AttentionConfig) -> Made:
 
 @dataclass(frozen=True)
 class ReconstructionConfig(PictureConfig):
-    """Masked images and what a method that predicts them makes of them: of a run, or of a file with
-    a decoder."""
+    """Reconstructions of masked images, from a run or a file with a decoder."""
 
     mask_ratio: float = 0.0
-    """Share of the patches that is hidden. 0: as in training, where that is known; else 0.75."""
+    """Share of the patches that are masked. 0: as in training if known, else 0.75."""
     target: Target = "auto"
-    """What the decoder predicts: pixels, or patches normalized by their own mean and variance.
-    auto: as the run or file says; if it does not, what explains these very images better."""
+    """Target of the decoder: pixels, or patches normalized by their own mean and variance. auto: as
+    the run or file states; if it does not, the one that explains these images better."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ratio = self.mask_ratio
-        check(0 <= ratio < 1, f"--mask-ratio is {ratio}; between 0 and 1, or 0: as in training")
+        check(
+            0 <= ratio < 1, f"--mask-ratio is {ratio}; it must be in (0, 1), or 0: as in training"
+        )
 
 
 def reconstruction(config: ReconstructionConfig) -> Made:
@@ -107,11 +108,11 @@ def reconstruction(config: ReconstructionConfig) -> Made:
 
 @dataclass(frozen=True)
 class PcaConfig(PictureConfig):
-    """Patch features as colours: their principal components over all images together."""
+    """Patch PCA: principal components of patch features over all images, as colours."""
 
 
 def pca(config: PcaConfig) -> Made:
-    """The principal components of some images' patch features."""
+    """Patch PCA of some images."""
     scene = prepare(config, config.count)
     images = read_images(scene.source, scene.view)
     encoder = scene.plain_vit("pca")
@@ -127,19 +128,26 @@ def pca(config: PcaConfig) -> Made:
 
 
 @dataclass(frozen=True)
-class NeighboursConfig(PictureConfig):
-    """Images, and those whose features are most alike."""
+class GalleryData:
+    """Images to search."""
 
-    among: str = ""
-    """A source of images to find neighbours among, named as for pretraining. Empty: the images
-    themselves; each leaves itself out."""
+    train: str = ""
+    """Images to find neighbours in, named as for pretraining. Empty: --images themselves, each
+    without itself."""
+
+
+@dataclass(frozen=True)
+class NeighboursConfig(PictureConfig):
+    """Nearest neighbours: images with the most similar features."""
+
+    data: GalleryData = field(default_factory=GalleryData)
     k: int = 0
-    """Neighbours shown of each image. 0: seven, or as many as there are."""
+    """Neighbours shown for each image. 0: seven, or as many as there are."""
     pooling: str = ""
-    """The feature: cls, mean, ... as evaluate has them. Empty: what the method is watched by, mean
-    for MAE and cls for DINO; of other encoders cls where they have it."""
+    """Feature: cls, mean, ... as --features of evaluate. Empty: the feature by which pretraining
+    monitors the method, mean for MAE and cls for DINO; for other encoders cls if they have it."""
     gallery: int = 10000
-    """At most this many images are searched, a seeded choice."""
+    """At most this many images of --data.train are searched, a seeded choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,18 +156,18 @@ class NeighboursConfig(PictureConfig):
 
 
 def neighbours(config: NeighboursConfig) -> Made:
-    """The neighbours of some images, framed by class where both have labels."""
-    itself = not config.among or config.images == (config.among,)
+    """Nearest neighbours of some images, framed by class where both have labels."""
+    itself = not config.data.train or config.images == (config.data.train,)
     scene = prepare(config, config.gallery if itself else config.count)
     gallery = scene.source
     if not itself:
-        gallery = bounded(_open_among(config.among), config.gallery, config.seed)
+        gallery = bounded(_open_gallery(config.data.train), config.gallery, config.seed)
     k = _enough(config.k, len(gallery), itself)
-    feature = config.pooling or _watched_by(scene.backbone)
+    feature = config.pooling or _default_feature(scene.backbone)
     allowed = scene.backbone.features
     check(feature in allowed, f"--pooling is {feature!r}; of this encoder: {', '.join(allowed)}")
     if isinstance(scene.source, Files):
-        read_images(scene.source, scene.view)  # refuses what cannot be read
+        read_images(scene.source, scene.view)  # raises for a file that cannot be read
     found = _features(scene, gallery, feature)
     k = _enough(config.k, len(found.index), itself)
     rows = None
@@ -174,40 +182,44 @@ def neighbours(config: NeighboursConfig) -> Made:
     asked = _shown(scene, scene.source, queries.index)
     answers = _shown(scene, gallery, found.index[places.flatten()])
     same = same_class((scene.source, queries), (gallery, found.take(places.flatten())))
-    about = f"Most alike by {feature} features, among {len(found.index):,} images."
+    about = f"Nearest neighbours by {feature} features, among {len(found.index):,} images."
     picture = neighbours_panel(
         asked, answers.reshape(*places.shape, *answers.shape[1:]), cosines, same, about
     )
     return Made(picture, len(asked), scene.backbone)
 
 
-def _open_among(spec: str) -> Source:
+def _open_gallery(spec: str) -> Source:
     try:
         return open_source(spec)
     except UserError as error:
-        raise UserError(f"--among: {error}") from None
+        raise UserError(f"--data.train: {error}") from None
 
 
 def _enough(k: int, images: int, itself: bool) -> int:
-    """How many neighbours are shown of each image."""
+    """Number of neighbours shown for each image.
+
+    Raises:
+        UserError: there are fewer images.
+    """
     there = images - itself
     besides = " besides the image itself" if itself else ""
     check(
         max(1, k) <= there,
-        f"--k is {max(1, k)}; images to find neighbours among are {there}{besides}",
+        f"--k is {max(1, k)}; the images to search are {there}{besides}",
     )
     return k or min(_NEIGHBOURS, there)
 
 
-def _watched_by(backbone: Backbone) -> str:
-    """The feature that an encoder's method is watched by, if it has that."""
+def _default_feature(backbone: Backbone) -> str:
+    """Feature by which pretraining monitors the encoder's method, if the encoder has it."""
     method = backbone.info.method if backbone.info else ""
     wanted = find_method(method).pooling if method in method_names() else "cls"
     return wanted if wanted in backbone.features else backbone.poolings[0]
 
 
 def _features(scene: Scene, source: Source, feature: str) -> FeatureSet:
-    """Features of all readable images; loader processes start only where they pay."""
+    """Features of all readable images; loader processes are started for many images only."""
     if scene.backbone.module is not None:
         ready(scene.backbone.module, scene.device)
     workers = -1 if len(source) > 500 else 0
@@ -218,7 +230,7 @@ def _features(scene: Scene, source: Source, feature: str) -> FeatureSet:
 
 
 def _shown(scene: Scene, source: Source, index: torch.Tensor) -> np.ndarray:
-    """Images of a source for people, prepared as the encoder saw them."""
+    """Images of a source for display, cropped as for the encoder."""
     images = read_images(Subset(source, index.numpy()), scene.view)
     return normalized(images, scene.view, torch.device("cpu"))[1]
 
@@ -233,7 +245,7 @@ _PICTURES: dict[str, tuple[type[PictureConfig], Callable[[Any], Made]]] = {
 
 @torch.inference_mode()
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
+    """Visualization command; returns the exit status."""
     name = subcommand(argv, _PROG, "picture", list(_PICTURES))
     configs, flags = split_config(argv[1:])
     kind, draw = _PICTURES[name]

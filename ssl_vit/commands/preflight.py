@@ -1,4 +1,4 @@
-"""A preflight: what a pretraining run needs, how long it takes and what looks wrong, beforehand."""
+"""Preflight: what a pretraining run needs, how long it takes and what looks wrong, beforehand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from ssl_vit.benchmarks.trial import Found, Pace, try_out
+from ssl_vit.benchmarks.trial import Found, Throughput, try_out
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig
@@ -28,7 +28,7 @@ _TOO_LOW, _TOO_HIGH, _HIGHEST = 1 / 10, 8.0, 3e-3
 
 
 def preflight(session: Pretraining) -> int:
-    """Try the run out, show what it takes and what looks wrong; the exit status.
+    """Preflight: try the run out, show what it needs and what looks wrong; the exit status.
 
     Nothing is written. All processes must call it.
 
@@ -49,7 +49,7 @@ def preflight(session: Pretraining) -> int:
 
 
 def where_it_begins(session: Pretraining) -> tuple[int, str]:
-    """The number of steps done before, and the words for it."""
+    """Start of the run: the number of steps done before, and its description."""
     start = starting_point(session.config.run, session.out)
     if start is None:
         return 0, "anew"
@@ -116,7 +116,7 @@ def long_duration(seconds: float) -> str:
 
 
 def advice(session: Pretraining, found: Found) -> list[str]:
-    """What looks wrong, with remedies, one line each."""
+    """Advice: what looks wrong, with remedies, one line each."""
     optim, memory = session.config.optim, found.memory
     setting = Setting(
         images=session.order.n,
@@ -204,7 +204,7 @@ def _on_images(session: Pretraining) -> Iterator[str]:
         )
 
 
-def _on_pace(session: Pretraining, pace: Pace) -> Iterator[str]:
+def _on_pace(session: Pretraining, pace: Throughput) -> Iterator[str]:
     device = session.parallel.device
     workers = loader_workers(session.config.data.workers, device)
     if not workers and pace.run < 0.9 * pace.step:

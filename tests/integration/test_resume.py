@@ -61,7 +61,7 @@ def test_signalled(shared_door, unbroken, number):
     assert process.returncode == (130 if number == signal.SIGINT else 75), said
     stopped = int(said.split("stopped at step ")[1].split(",")[0])
     assert 0 < stopped < 24
-    command = said.split("go on with: ")[1].split("\n")[0].split()
+    command = said.split("resume with: ")[1].split("\n")[0].split()
     assert command[0] == "python"
     again = shared_door(*command[1:])
     assert again.returncode == 0, again.stderr

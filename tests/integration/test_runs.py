@@ -102,7 +102,7 @@ def kill(door: Door, out: str) -> None:
 
 def command_of(output: str) -> list[str]:
     """The one command that goes on, as a user would type it."""
-    (line,) = re.findall(r"(?m)^  go on: python (.+)$", output)
+    (line,) = re.findall(r"(?m)^  resume: python (.+)$", output)
     return shlex.split(line)
 
 
@@ -149,7 +149,7 @@ def test_table_fits_80_columns(many):
     assert text.startswith("4 runs: ")
     for word in ("mae/optim.lr=1e-3", "vit_tiny", "8 px, 2", "24/24", "100%", "finished", "killed"):
         assert word in text
-    assert text.count("go on: ") == 3
+    assert text.count("resume: ") == 3
     assert "\x1b" not in text
 
 
@@ -198,7 +198,7 @@ def test_of_several_processes_one_tells(door):
     assert [end.returncode for end in ends] == [1, 1]
     (run,) = records(door, "run").values()
     assert (run["state"], run["status"]["processes"]) == ("failed", 2)
-    assert "go on (it ran in 2 processes): python" in look(door, "run")
+    assert "resume (it ran in 2 processes): python" in look(door, "run")
 
 
 def test_a_run_that_still_runs(door):
@@ -219,7 +219,7 @@ def test_a_run_that_still_runs(door):
     assert (run["state"], run["resume"], run["said"]) == ("running", "", "")
     assert run["total"] == 100000
     assert run["seconds_left"] > 0
-    assert "go on" not in text
+    assert "resume" not in text
     (run,) = records(door, "run").values()
     assert run["state"] == "killed"
 
@@ -301,14 +301,14 @@ def test_live_follows_until_interrupted(many):
     ("arguments", "said"),
     [
         ((), "usage: python -m ssl_vit.runs FOLDER"),
-        (("nowhere",), "FOLDER is 'nowhere'; no such folder"),
-        (("tiny.yaml",), "FOLDER is 'tiny.yaml'; a file"),
+        (("nowhere",), "FOLDER is 'nowhere', no such folder"),
+        (("tiny.yaml",), "FOLDER is 'tiny.yaml', a file"),
         (("empty",), "no run in 'empty'"),
         (("empty", "--live"), "no run in 'empty'"),
-        (("--live", "empty", "--json"), "--live draws a table"),
+        (("--live", "empty", "--json"), "--live and --json exclude"),
         (("empty", "--every", "0"), "--every is 0"),
         (("empty", "--lvie"), "unknown option '--lvie'"),
-        (("runs", "--live"), "--live draws on a terminal"),
+        (("runs", "--live"), "--live needs a terminal"),
     ],
 )
 def test_mistakes_are_told_in_one_line(many, arguments, said):

@@ -37,6 +37,7 @@ from ssl_vit.training.panels import (
     projections,
     thin_panels,
 )
+from ssl_vit.training.shared_cores import SHARED
 from ssl_vit.training.speed import Speed
 
 log = logging.getLogger("ssl_vit")
@@ -133,7 +134,7 @@ class RunLog:
             shown = [float(f"{seconds:.4g}") for seconds in own]
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
         self.speed.add(self.count, seconds)
-        self._speak(step, row)
+        self._speak(step, row, SHARED if pace.cores.shared else "")
         self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
         return row
@@ -197,12 +198,13 @@ class RunLog:
         for path in older.values():
             shutil.rmtree(path.parent)
 
-    def _speak(self, step: int, row: dict[str, float]) -> None:
+    def _speak(self, step: int, row: dict[str, float], note: str = "") -> None:
         if not self.main:
             return
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.shown))
         text = f"step {step}/{self.total}  {shown}  lr {row['lr']:.2e}  "
         text += f"{self.images_per_step / self.speed.seconds:.0f} img/s"
+        text += f"  {note}" if note else ""
         left = f"{duration((self.total - step) * self.speed.seconds)} left"
         if self.progress:
             self.progress.update(self.bar, completed=step, description=text, left=left)

@@ -40,6 +40,9 @@ class StepTimes:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Context manager around the wait for images."""
+        # Not with the lines of progress: where spinning is worst those are minutes apart.
+        if self.parallel.main:  # which speaks; it sees the cores of its own machine
+            self.cores.look()
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
@@ -73,8 +76,6 @@ class StepTimes:
         waited, own = self.waited, (self.waited + self.computed) / steps
         self.waited, self.computed, self.marks = 0.0, 0.0, []
         self.all = gather_rows(torch.tensor([own])).tolist()
-        if self.parallel.main:  # which speaks; it sees the cores of its own machine
-            self.cores.look()
         return waited, self.all
 
     def news(self, step: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Cores that work of others takes are seen, said beside the progress, and warned of."""
 
+import itertools
 import os
 import platform
 import subprocess
@@ -124,6 +125,20 @@ def test_it_is_not_looked_at_often_nor_for_a_gpu():
     assert len(asked) == 3 + 4
     SharedCores(torch.device("cuda"), lambda: asked.append(1)).look(0.0)
     assert len(asked) == 3 + 4
+
+
+def test_they_are_looked_at_between_lines_of_progress(monkeypatch):
+    """Where spinning is worst, ten steps take minutes: the first line has the warning."""
+    clock = itertools.count(step=6)
+    monkeypatch.setattr(shared_cores.time, "monotonic", lambda: float(next(clock)))
+    busy = itertools.count(step=12)  # two cores, of which the run has none
+    pace = Pace(Parallel(0, 1, CPU))
+    pace.cores = SharedCores(CPU, lambda: (float(next(busy)), 0.0))
+    for _ in range(4):
+        with pace.waiting():
+            pass
+    (line,) = pace.news(10)
+    assert "OMP_WAIT_POLICY" in line
 
 
 def test_the_line_of_progress_says_it(tmp_path, capsys):

@@ -81,7 +81,7 @@ class SharedCores:
         if self.shared_for >= _LASTS and self.spinning and "shared" not in self.told:
             self.told.add("shared")
             own = "set OMP_WAIT_POLICY=PASSIVE, and give the same command again"
-            remedy = f"{again} it was, and waits for busy cores" if chosen() else own
+            remedy = f"{again} it was, with waits chosen for busy cores" if chosen() else own
             lines.append(
                 f"step {step}: other work takes {self.described}, and "
                 f"threads that wait for others spin, which slows the run several times: {remedy}"

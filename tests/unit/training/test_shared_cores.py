@@ -15,7 +15,7 @@ from ssl_vit.common.waiting import CHOICE, USERS
 from ssl_vit.training import shared_cores
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.shared_cores import SHARED, SharedCores, processor_time, ticks_of
 
@@ -132,7 +132,7 @@ def test_they_are_looked_at_between_lines_of_progress(monkeypatch):
     clock = itertools.count(step=6)
     monkeypatch.setattr(shared_cores.time, "monotonic", lambda: float(next(clock)))
     busy = itertools.count(step=12)  # two cores, of which the run has none
-    pace = Pace(Parallel(0, 1, CPU))
+    pace = StepTimes(Parallel(0, 1, CPU))
     pace.cores = SharedCores(CPU, lambda: (float(next(busy)), 0.0))
     for _ in range(4):
         with pace.waiting():
@@ -143,7 +143,7 @@ def test_they_are_looked_at_between_lines_of_progress(monkeypatch):
 
 def test_the_line_of_progress_says_it(tmp_path, capsys):
     machine = Machine()
-    pace = Pace(Parallel(0, 1, CPU))
+    pace = StepTimes(Parallel(0, 1, CPU))
     pace.cores = machine.cores
     machine.cores.used = lambda: None
     with RunLog(tmp_path, 0, 2, 1, 8, main=True, energy=Energy(CPU)) as log:

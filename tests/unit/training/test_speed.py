@@ -10,7 +10,7 @@ from rich.console import Console
 from ssl_vit.training import metrics
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import METRICS_FILE, RunLog, read_rows
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.speed import Speed
 
@@ -62,7 +62,7 @@ def take(log: RunLog, *intervals: float) -> None:
     """Steps that take so many seconds."""
     for seconds in intervals:
         log.now += seconds
-        log.add(log.step + 1, {"loss": torch.tensor(1.0)}, 1e-3, Pace(Parallel(0, 1, CPU)))
+        log.add(log.step + 1, {"loss": torch.tensor(1.0)}, 1e-3, StepTimes(Parallel(0, 1, CPU)))
 
 
 def test_a_line_shows_the_usual_speed_and_the_metrics_what_was(log, capsys):

@@ -1,5 +1,7 @@
 """Figures: batches of images as one captioned uint8 array."""
 
+import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -60,32 +62,37 @@ def picture_rows(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Picture table: a row per image, a titled column per entry, the caption below.
 
-    Images smaller than ``least`` pixels are enlarged by an integer factor. More
-    than ``wrap`` columns (0: any number) continue on further lines, of about equal length.
+    Images smaller than ``least`` pixels are enlarged by an integer factor. More than
+    ``wrap`` columns (0: any number) continue on further lines, of about equal length. A title
+    wider than its images wraps.
     """
     batches = {title: enlarged(images, least) for title, images in columns.items()}
     n, h, w = next(iter(batches.values())).shape[:3]
     lines = -(-len(batches) // wrap) if wrap else 1
     across = -(-len(batches) // lines)
+    font = ImageFont.load_default(size=_TEXT - 4)
+    # Titles wrap above their columns, which are as wide as the longest word needs, within reason.
+    words = [_width(word, font) for title in batches for word in title.split()]
+    wide = min(2 * w, max([w, *words]))
+    titles = [_wrap(title, wide, font) for title in batches]
+    head = _TEXT * max(map(len, titles))
     # Titles are at the top; if an image has several lines, above each of them.
-    between = _TEXT if lines > 1 else 0
+    between = head if lines > 1 else 0
     line_height = h + _GAP + between
     row_height = lines * line_height + (2 * _GAP if lines > 1 else 0)
-    bottom = _TEXT + n * row_height - between
-    font = ImageFont.load_default(size=_TEXT - 4)
-    text = _wrap(caption, across * (w + _GAP) - 2 * _GAP, font)
-    size = (across * (w + _GAP) + _GAP, bottom + _TEXT * len(text) + _GAP)
+    bottom = head + n * row_height - between
+    text = _wrap(caption, across * (wide + _GAP) - _GAP, font)
+    size = (across * (wide + _GAP) + _GAP, bottom + _TEXT * len(text) + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (title, images) in enumerate(batches.items()):
-        x, line = _GAP + i % across * (w + _GAP), i // across
+    for i, (title, images) in enumerate(zip(titles, batches.values(), strict=True)):
+        x, line = _GAP + i % across * (wide + _GAP), i // across
         for row in range(n):
-            y = _TEXT + row * row_height + line * line_height
+            y = head + row * row_height + line * line_height
             if between or row == 0:
-                draw.text((x, y - _TEXT), title, fill="black", font=font)
+                _write(draw, (x, y - _TEXT * len(title)), title, font)
             sheet.paste(Image.fromarray(images[row]), (x, y))
-    for i, words in enumerate(text):
-        draw.text((_GAP, bottom + i * _TEXT), words, fill="black", font=font)
+    _write(draw, (_GAP, bottom), text, font)
     return np.asarray(sheet)
 
 
@@ -94,13 +101,40 @@ def save_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
     write_atomically(path, partial(Image.fromarray(picture).save, format="PNG"))
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Wrap text into lines of at most ``width`` pixels, where words allow it."""
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: list[str], font: _Font
+) -> None:
+    """Lines of text, one below the other, from ``place`` on."""
+    for i, words in enumerate(lines):
+        draw.text((place[0], place[1] + i * _TEXT), words, fill="black", font=font)
+
+
+def _width(text: str, font: _Font) -> int:
+    """Pixels that a text takes."""
+    return math.ceil(font.getbbox(text)[2])
+
+
+def _wrap(text: str, width: int, font: _Font) -> list[str]:
+    """The text as lines of at most ``width`` pixels; a longer word, as a path, is cut in parts."""
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getbbox(longer)[2] > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+        for part in _parts(word, width, font):
+            longer = f"{lines[-1]} {part}".strip()
+            if lines[-1] and _width(longer, font) > width:
+                lines.append(part)
+            else:
+                lines[-1] = longer
     return lines
+
+
+def _parts(word: str, width: int, font: _Font) -> Iterator[str]:
+    """A word in parts of at most ``width`` pixels, if it is wider."""
+    while len(word) > 1 and _width(word, font) > width:
+        fits = [n for n in range(1, len(word)) if _width(word[:n], font) <= width]
+        cut = max(fits, default=1)
+        yield word[:cut]
+        word = word[cut:]
+    yield word

@@ -1,7 +1,9 @@
 """Atomic file writing: under a temporary name, synced, then renamed."""
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
+        share_as_usual(temporary)
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -35,6 +38,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     try:
         write(temporary)
         for file in temporary.iterdir():
+            share_as_usual(file)
             sync(file)
         sync(temporary)
         os.rename(temporary, path)
@@ -42,6 +46,27 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def share_as_usual(path: Path) -> None:
+    """Give a file the mode that any new file has there, as the umask or the folder says.
+
+    safetensors (0.8) writes files that only their owner may read, whatever the umask: a run on a
+    shared disk would be closed to colleagues. A folder is left as it is.
+    """
+    if path.is_dir():
+        return
+    # To ask for the umask is to set it, for all threads; a new file tells it, and its folder's ACL.
+    probe = path.with_name(f"{path.name}.mode")
+    probe.unlink(missing_ok=True)
+    probe.touch()
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(PermissionError):  # a disk that keeps modes of its own
+            path.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ssl_vit.common.config import RunFailed, UserError, check
 from ssl_vit.common.distributed import gather_texts
-from ssl_vit.common.files import sync, write_text_atomically
+from ssl_vit.common.files import share_as_usual, sync, write_text_atomically
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.shards import Parts, load_moments, load_parts, moments, own_part
 
@@ -131,6 +131,7 @@ class Checkpoints:
             partial.mkdir(parents=True, exist_ok=True)
             for name, tensors in files.items():
                 save_file(tensors, partial / name)
+                share_as_usual(partial / name)
                 sync(partial / name)
             if export is not None:
                 export()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -37,6 +37,8 @@ from ssl_vit.training.panels import (
     projections,
     thin_panels,
 )
+from ssl_vit.training.shared_cores import SHARED
+from ssl_vit.training.speed import Speed
 
 log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
@@ -72,6 +74,7 @@ class RunLog:
         self.finite: dict[str, Tensor] = {}
         self.paused: dict[str, float] = {}
         self.count, self.step = 0, start
+        self.speed = Speed()
         self.since = self.spoke = time.perf_counter()
         self.progress: Progress | None = None
         if main:
@@ -85,10 +88,16 @@ class RunLog:
         """Progress bar on a terminal; plain lines in a log file."""
         console = Console(file=sys.stderr)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            # The period: so that the time left is known even when updates are minutes apart.
-            self.progress = Progress(*columns, console=console, speed_estimate_period=3600)
-            self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
+            # The time left is ours, of the speed that the line shows.
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
+            self.progress = Progress(*columns, console=console)
+            self.bar = self.progress.add_task(
+                "starting", total=self.total, completed=self.start, left=""
+            )
             self.progress.start()
 
     def add(
@@ -124,7 +133,8 @@ class RunLog:
         if self.main and len(own) > 1:
             shown = [float(f"{seconds:.4g}") for seconds in own]
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
-        self._speak(step, row)
+        self.speed.add(self.count, seconds)
+        self._speak(step, row, SHARED if pace.cores.shared else "")
         self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
         return row
@@ -188,20 +198,21 @@ class RunLog:
         for path in older.values():
             shutil.rmtree(path.parent)
 
-    def _speak(self, step: int, row: dict[str, float]) -> None:
+    def _speak(self, step: int, row: dict[str, float], note: str = "") -> None:
         if not self.main:
             return
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.shown))
         text = f"step {step}/{self.total}  {shown}  lr {row['lr']:.2e}  "
-        text += f"{row['images_per_s']:.0f} img/s"
+        text += f"{self.images_per_step / self.speed.seconds:.0f} img/s"
+        text += f"  {note}" if note else ""
+        left = f"{duration((self.total - step) * self.speed.seconds)} left"
         if self.progress:
-            self.progress.update(self.bar, completed=step, description=text)
+            self.progress.update(self.bar, completed=step, description=text, left=left)
             return
         now = time.perf_counter()
         if now - self.spoke >= _LINE_SECONDS or step == self.total:
             self.spoke = now
-            left = (self.total - step) * self.images_per_step / row["images_per_s"]
-            print(f"{text}  {duration(left)} left", file=sys.stderr, flush=True)
+            print(f"{text}  {left}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> RunLog:
         return self

@@ -14,6 +14,7 @@ import torch
 from ssl_vit.common.distributed import gather_rows, gather_texts
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.shared_cores import SharedCores
 
 # A process that takes this many times the median is reported.
 _SLOW = 1.5
@@ -34,10 +35,14 @@ class StepTimes:
         self.all: list[float] = []
         self.hosts: list[str] = []
         self.alarm = Alarm(after=0)
+        self.cores = SharedCores(parallel.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Context manager around the wait for images."""
+        # Not with the lines of progress: where spinning is worst those are minutes apart.
+        if self.parallel.main:  # which speaks; it sees the cores of its own machine
+            self.cores.look()
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
@@ -74,9 +79,10 @@ class StepTimes:
         return waited, self.all
 
     def news(self, step: int) -> list[str]:
-        """Warnings on processes that have been slower than the others for a while."""
+        """Warnings on cores shared, and processes slower than the others, for a while."""
+        shared = self.cores.news(step)
         if self.parallel.world == 1:
-            return []
+            return shared
         self.hosts = self.hosts or gather_texts(platform.node())
         usual = statistics.median_low(self.all)
         slow = {
@@ -86,4 +92,4 @@ class StepTimes:
             for rank, seconds in enumerate(self.all)
             if seconds > _SLOW * usual
         }
-        return self.alarm.news(step, slow)
+        return [*shared, *self.alarm.news(step, slow)]

@@ -18,6 +18,7 @@ from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.layers import as_written, to_yaml
 from ssl_vit.common.task import Task
+from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
@@ -43,6 +44,7 @@ from ssl_vit.training.resume import (
     move_aside,
     starting_point,
 )
+from ssl_vit.training.shared_cores import SHARED
 
 
 class Session:
@@ -115,6 +117,7 @@ class Session:
         trainer, optim, order = self.trainer, self.config.optim, self.order
         schedule, device = trainer.schedule, self.parallel.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        waits = f", which sleep while they wait: {SHARED}" if chosen() == "sleep" else ""
         rate = f"{optim.peak_lr:.4g}"
         rate += "" if optim.lr is not None else f" = {optim.base_lr:g} x {optim.batch_size} / 256"
         warmup = f"{schedule.warmup} steps"
@@ -126,7 +129,7 @@ class Session:
         split = f"{processes} x {optim.accumulate} parts x {self.part_size}"
         epochs = f"{schedule.total / order.steps_per_epoch:g} epochs x {order.steps_per_epoch}"
         return [
-            ("device", f"{name}, {torch.get_num_threads()} threads"),
+            ("device", f"{name}, {torch.get_num_threads()} threads{waits}"),
             ("precision", str(trainer.precision).removeprefix("torch.")),
             *about,
             ("images", f"{order.n:,} train, {held_out}"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.common.config import RunFailed, UserError, check
-from ssl_vit.common.files import sync
+from ssl_vit.common.files import share_as_usual, sync
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs
 from ssl_vit.weights.exchange import (
@@ -236,6 +236,7 @@ def export_encoder(
 def _place(room: Path, out: Path) -> None:
     """Move the files of the temporary folder to their place, the export itself last."""
     for path in [p for p in room.rglob("*") if p.is_file()]:
+        share_as_usual(path)
         sync(path)
     if out.is_dir():
         os.rename(out, room / "replaced")  # a folder cannot be renamed over another

@@ -20,6 +20,7 @@ from ssl_vit.commands.compare import CompareConfig
 from ssl_vit.common.config import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.evaluators.finetune import FinetuneConfig
+from ssl_vit.methods.base import method_names
 from ssl_vit.runs import RunsConfig
 from tests.conftest import ROOT
 
@@ -157,6 +158,13 @@ def test_a_misspelt_command_is_refused(line):
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) < 200
+
+
+def test_every_recipe_and_method_is_listed():
+    listed = (ROOT / "docs" / "methods.md").read_text()
+    assert [name for name in recipes() if f"../configs/{name}.yaml" not in listed] == []
+    for text in (listed, README.read_text()):
+        assert [name for name in method_names() if f"| `{name}` |" not in text] == []
 
 
 def anchors(page: Path) -> set[str]:

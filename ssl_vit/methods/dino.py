@@ -297,8 +297,8 @@ class DINO(Method):
 
     def __init__(self, config: DINOConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)
-        config.sizes(self.encoder.image_size, self.encoder.patch_size)
         objective = DINOObjective(config, self.encoder)
+        config.sizes(self.encoder.image_size, self.encoder.patch_size)
         truncated_init(self.encoder, objective.head)
         objective.add_teacher(self.encoder)
         self.add("dino", objective)

@@ -145,8 +145,9 @@ def test_flags_of_every_kind():
 def test_switches_may_stand_alone():
     """On the command line, anywhere, in either spelling; with a value they are as ever."""
     flags = ["--run.compile", "--optim.lr", "1e-3", "--method.normalize-target", "False"]
-    config = read(*flags, "--optim.peak_in_warmup", "--dry-run")
-    assert (config.run.compile, config.optim.peak_in_warmup, config.dry_run) == (True,) * 3
+    config = read(*flags, "--run.activation_checkpointing", "--dry-run")
+    switches = config.run.compile, config.run.activation_checkpointing, config.dry_run
+    assert switches == (True,) * 3
     assert (config.optim.lr, config.method.normalize_target) == (1e-3, False)
     assert read("--run.compile=False", default=config).run.compile is False
 

@@ -142,7 +142,7 @@ def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
     """The crops of a method for its encoder, of which only the sizes are made."""
     with without_memory():
         encoder = Encoder(config.encoder, config.data.channels)
-    return kind.views(config.method, encoder)
+    return kind.view_spec(config.method, encoder)
 
 
 def work_of(kind: type[Method], config: Any) -> Work:

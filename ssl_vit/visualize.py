@@ -20,7 +20,7 @@ from ssl_vit.commands.gallery import (
     prepare,
     read_images,
 )
-from ssl_vit.commands.reconstruction import Target, open_autoencoder, reconstruction_panel
+from ssl_vit.commands.reconstruction import open_reconstruction, reconstruction_panel
 from ssl_vit.common.config import UserError, check
 from ssl_vit.common.figures import save_png
 from ssl_vit.data.sources import Source, Subset, open_source
@@ -28,7 +28,7 @@ from ssl_vit.evaluators.backbone import Backbone, result_file
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready
 from ssl_vit.evaluators.retrieval import nearest_images, same_class
 from ssl_vit.evaluators.watch import bounded, bounded_rows
-from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.methods.base import Target, find_method, method_names
 from ssl_vit.model.attention import attention_panel, cls_attention
 from ssl_vit.pictures.neighbours import neighbours_panel
 from ssl_vit.pictures.patch_pca import pca_panel
@@ -76,7 +76,8 @@ def attention(config: AttentionConfig) -> Made:
 
 @dataclass(frozen=True)
 class ReconstructionConfig(PictureConfig):
-    """Masked images and what an MAE, of a run or of a file with a decoder, makes of them."""
+    """Masked images and what a method that predicts them makes of them: of a run, or of a file with
+    a decoder."""
 
     mask_ratio: float = 0.0
     """Share of the patches that is hidden. 0: as in training, where that is known; else 0.75."""
@@ -91,14 +92,16 @@ class ReconstructionConfig(PictureConfig):
 
 
 def reconstruction(config: ReconstructionConfig) -> Made:
-    """An MAE's reconstructions of some images."""
+    """Reconstructions of some images."""
     scene = prepare(config, config.count)
-    found = open_autoencoder(scene.backbone, config.mask_ratio, scene.view.size)
+    method = open_reconstruction(scene.backbone, scene.view.size)
     images = read_images(scene.source, scene.view)
-    ready(found.mae, scene.device)
+    ready(method, scene.device)
     batch = normalized(images, scene.view, scene.device)[0]
     display = scene.view.display(images).to(scene.device)
-    picture = reconstruction_panel(found, batch, display, config.target, config.seed)
+    picture = reconstruction_panel(
+        method, batch, display, config.mask_ratio, config.target, config.seed
+    )
     return Made(picture, len(images), scene.backbone)
 
 

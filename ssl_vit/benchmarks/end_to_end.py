@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.benchmarks.breakdown import breakdown
-from ssl_vit.benchmarks.chains import CHAINS, OriginalChain
+from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.loader import some_images
 from ssl_vit.benchmarks.measured import Speed, describe, machine_card
 from ssl_vit.benchmarks.our_step import OurStep
 from ssl_vit.benchmarks.own_process import OwnProcess
-from ssl_vit.benchmarks.peers import NONE, Peer, peer_names
+from ssl_vit.benchmarks.peers import NONE, Peer, peer_names, peers_of
 from ssl_vit.benchmarks.side import Work
 from ssl_vit.benchmarks.speed import wait
 from ssl_vit.benchmarks.step import OURS, shares, step_peers
@@ -176,7 +176,7 @@ def measure_feeding(
     Raises:
         UserError: as ``some_images``; a peer that there is not, or too few images.
     """
-    both = ("original",) if method in CHAINS else ()
+    both = ("original",) if peers_of(method, "CHAINS") else ()
     names = peer_names(config.against, both, f"end-to-end {method}")
     peers = step_peers(method, ",".join(names) or NONE)
     source, bad, chains = some_images(config, work.spec, work.statistics, names, method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import timm
@@ -18,6 +19,13 @@ from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 from ssl_vit.training.parallel import autocast
 
 NONE = "none"
+
+
+def peers_of(method: str, what: str) -> dict[str, Any]:
+    """``PEERS`` (steps) or ``CHAINS`` (loaders) of a method by name, which
+    ``benchmarks/peers_<method>.py`` holds; empty where there is no such file."""
+    name = f"{__name__}_{method}"
+    return getattr(import_module(name), what) if find_spec(name) else {}
 
 
 def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:

@@ -220,5 +220,5 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretrai
     """
     method = initial_method(kind, config)
     images: Images = open_images(config.data, config.run.seed)
-    views = method.views(config.method, method.encoder)
+    views = method.view_spec(config.method, method.encoder)
     return Pretraining(name, config, method, views, images)

@@ -235,9 +235,6 @@ class OptimConfig:
     """Final learning rate of the cosine."""
     warmup: str = "10ep"
     """Linear warm-up from 0, as 10ep or 500st."""
-    peak_in_warmup: bool = False
-    """Whether the last warm-up step has the peak rate already (as in DINO), or the first one after
-    it (as in MAE)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging factors."""
     weight_decay: float = 0.05

@@ -32,6 +32,22 @@ def fold(*values: int) -> int:
     return key >> 1
 
 
+def fold_keys(keys: Int64[Tensor, " b"], value: int) -> Int64[Tensor, " b"]:
+    """``fold(key, value)`` of each key, on the keys' device: a second, independent draw from it."""
+    mixed = torch.zeros_like(keys)
+    for part in (keys, value):
+        z = (mixed + part + 1) * _signed(_GOLDEN)
+        z = (z ^ _shift(z, 30)) * _signed(_MIX[0])
+        z = (z ^ _shift(z, 27)) * _signed(_MIX[1])
+        mixed = z ^ _shift(z, 31)
+    return _shift(mixed, 1)
+
+
+def generator(key: int) -> np.random.Generator:
+    """Numpy's generator as a function of ``key``: what :meth:`Method.draw` draws a sample from."""
+    return np.random.Generator(np.random.PCG64(key))
+
+
 def uniform(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
     """Uniform numbers in [0, 1), ``n`` for each key: 24 random bits, equal on every device."""
     counter = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)

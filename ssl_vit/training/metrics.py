@@ -51,7 +51,7 @@ class RunLog:
         start, total: first and last step; rows of an earlier attempt after ``start`` are dropped.
         images_per_step: effective batch size, for the rate.
         energy: meter of this process' devices.
-        spoken: scalars shown in the progress line besides the loss.
+        shown: scalars shown in the progress line besides the loss.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class RunLog:
         images_per_step: int,
         main: bool,
         energy: Energy,
-        spoken: Sequence[str] = (),
+        shown: Sequence[str] = (),
     ) -> None:
         self.folder, self.energy = folder, energy
         self.start, self.total, self.every = start, total, every
-        self.images_per_step, self.main, self.spoken = images_per_step, main, spoken
+        self.images_per_step, self.main, self.shown = images_per_step, main, shown
         self.sums: dict[str, Tensor] = {}
         self.finite: dict[str, Tensor] = {}
         self.paused: dict[str, float] = {}
@@ -191,7 +191,7 @@ class RunLog:
     def _speak(self, step: int, row: dict[str, float]) -> None:
         if not self.main:
             return
-        shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.spoken))
+        shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.shown))
         text = f"step {step}/{self.total}  {shown}  lr {row['lr']:.2e}  "
         text += f"{row['images_per_s']:.0f} img/s"
         if self.progress:

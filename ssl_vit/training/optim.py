@@ -44,19 +44,25 @@ def set_rates(optimizer: AdamW, lr: float, weight_decay: float) -> None:
 class Schedule:
     """Schedule: learning rate and weight decay as functions of the step, from the options."""
 
-    def __init__(self, run: RunConfig, optim: OptimConfig, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        optim: OptimConfig,
+        steps_per_epoch: int,
+        peak_in_warmup: bool = False,
+    ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self.total = max(1, Length.parse(run.length, "--run.length").steps(steps_per_epoch))
         asked = Length.parse(optim.warmup, "--optim.warmup").steps(steps_per_epoch)
         # A run shorter than its warm-up would never reach its learning rate.
         self.warmup = min(asked, self.total // 2)
         self.shortened = asked if asked > self.warmup else 0
-        self.optim = optim
+        self.optim, self.peak_in_warmup = optim, peak_in_warmup
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0."""
         optim = self.optim
-        if optim.peak_in_warmup and self.warmup > 0 and step < self.warmup:
+        if self.peak_in_warmup and self.warmup > 0 and step < self.warmup:
             return optim.peak_lr * step / max(1, self.warmup - 1)
         peak, end = optim.peak_lr, optim.min_lr
         return warmup_cosine(step, warmup=self.warmup, total=self.total, peak=peak, end=end)

@@ -77,7 +77,7 @@ class Session:
             f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images",
         )
         self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
-        schedule = Schedule(run, optim, self.order.steps_per_epoch)
+        schedule = Schedule(run, optim, self.order.steps_per_epoch, task.peak_in_warmup)
         precision = resolve_precision(run.precision, device)
         prepare_task(task, run, self.parallel)
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
@@ -221,7 +221,7 @@ def train(session: Session) -> int:
         images_per_step=order.batch_size,
         main=main,
         energy=Energy(device),
-        spoken=task.spoken,
+        shown=task.progress,
     ) as runlog:
 
         def save(step: int) -> None:

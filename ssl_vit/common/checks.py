@@ -22,6 +22,12 @@ def check_share(config: Any, *options: str) -> None:
         _check(config, option, lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
 
 
+def check_inside(config: Any, *options: str) -> None:
+    """Shares of which neither nothing nor all makes sense: between 0 and 1."""
+    for option in options:
+        _check(config, option, lambda v: 0 < v < 1, "it must lie between 0 and 1")
+
+
 def check_least(config: Any, least: int, *options: str) -> None:
     """Counts: ``least`` or more."""
     for option in options:

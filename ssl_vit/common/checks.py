@@ -11,7 +11,7 @@ from ssl_vit.common.config import Length, check
 
 
 def flag(config: Any, option: str) -> str:
-    """The option as it is written on the command line: ``--method.mask-ratio``."""
+    """Option as written on the command line: ``--method.mask-ratio``."""
     group = getattr(config, "group", "")
     return f"--{group}{'.' if group else ''}{option.replace('_', '-')}"
 

@@ -55,7 +55,7 @@ class SegmentOptions:
     """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
     cache_gb: float = 8.0
     """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
-    Where they need more, they are made anew in every epoch: the same score, in more time."""
+    If they need more, they are recomputed in every epoch: same score, more time."""
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"--epochs is {self.epochs}; at least 1")

@@ -161,8 +161,8 @@ def check_ready(kind: str, out: Path) -> None:
     check(not suffix or out.suffix == suffix, f"--out is {str(out)!r}; --to {kind} writes {what}")
     check(
         not out.exists() or (out.is_dir() == (not suffix) and form.is_ours(out)),
-        f"--out is {str(out)!r}, which exists and is not a {kind} export; it is not overwritten: "
-        "give another name, or move it away",
+        f"--out is {str(out)!r}, which exists and is not an export to {kind}; "
+        "it is not overwritten: give another name, or move it away",
     )
     beside = out.with_name(f"{out.name}.data")
     check(

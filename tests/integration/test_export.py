@@ -132,8 +132,11 @@ def contents(folder):
         ({"--encoder": "{room}/nothing"}, "nothing'; no such file"),
         ({"--out": "{room}/no/where.safetensors"}, "where.safetensors'; there is no folder"),
         ({"--out": "{room}/weights.pth"}, "writes a file whose name ends in .safetensors"),
-        ({"--out": "{room}/strange.safetensors"}, "is there and no timm export"),
-        ({"--to": "huggingface", "--out": "{room}/run"}, "is there and no huggingface export"),
+        ({"--out": "{room}/strange.safetensors"}, "exists and is not an export to timm"),
+        (
+            {"--to": "huggingface", "--out": "{room}/run"},
+            "exists and is not an export to huggingface",
+        ),
         ({"--out": "{room}/run/encoder.safetensors"}, "which is the encoder to export"),
         ({"--out": "{room}/other/encoder.safetensors"}, "the encoder file of a run"),
         ({"--encoder": "{room}/registers", "--to": "huggingface"}, "has register tokens and sizes"),

@@ -1,4 +1,4 @@
-"""Features kept between calls: found by content, and made anew whenever anything differs."""
+"""Feature cache: keyed by content, recomputed whenever anything differs."""
 
 import logging
 from pathlib import Path

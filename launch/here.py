@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from launch.job import STOPPED, STOPS, Relay, exit_status
+from ssl_vit.common.waiting import choose
 
 # Seconds that the other tasks have to exit by themselves after one has failed.
 _LAST_WORDS = 5.0
@@ -50,9 +51,12 @@ def shown(command: Sequence[str]) -> str:
 def _environments(tasks: int) -> list[dict[str, str]]:
     """Environment of each task, with torch.distributed's variables if there is more than one."""
     env = dict(os.environ)
+    if tasks > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // tasks)))
+    # By the launcher, while it waits: tasks that start together would see each other at work.
+    choose(env, tasks)
     if tasks == 1:
         return [env]
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // tasks)))
     world = {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(tasks)]

@@ -5,6 +5,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ssl_vit.common.waiting import set_waits
+
+set_waits()  # before anything here imports torch
+
 if TYPE_CHECKING:
     from ssl_vit.api import LoadedEncoder as LoadedEncoder
     from ssl_vit.api import load_encoder as load_encoder

@@ -143,7 +143,7 @@ def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
     """Crops of a method for its encoder; the encoder is built without weights."""
     with without_memory():
         encoder = Encoder(config.encoder, config.data.channels)
-    return kind.views(config.method, encoder)
+    return kind.view_spec(config.method, encoder)
 
 
 def workload(kind: type[Method], config: Any) -> Workload:

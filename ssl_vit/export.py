@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
-from ssl_vit.common.config import check, nearest
+from ssl_vit.common.config import check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.weights.exchange import ENCODER_FILE
 from ssl_vit.weights.official import open_weights
@@ -38,7 +38,7 @@ class ExportConfig:
         names = ", ".join(FORMATS)
         check(
             self.to in ("", *FORMATS),
-            f"--to is {self.to!r}; it must be one of {names}{nearest(self.to, FORMATS)}",
+            f"--to is {self.to!r}; it must be one of {names}{did_you_mean(self.to, FORMATS)}",
         )
         parent = Path(self.out).expanduser().absolute().parent
         check(parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(parent)!r}")

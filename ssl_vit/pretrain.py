@@ -28,7 +28,7 @@ from ssl_vit.commands.pretraining import (
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card
-from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
+from ssl_vit.evaluators.watch import ScoreTable, Watch, read_scores, write_scores
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.records.run_folder import read_run
 from ssl_vit.training.session import slug
@@ -89,7 +89,7 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
     """
     path, encoder_file = session.out / "results.json", session.out / ENCODER_FILE
     identity = sha256(encoder_file)
-    table = read_table(path, identity)
+    table = read_scores(path, identity)
     if table is None:
         table = measure(session, watch)
         encoder = {"file": str(encoder_file), "sha256": identity, **asdict(session.info())}
@@ -105,7 +105,7 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
             probe=asdict(LinearProtocol(seed=watch.seed)),
             precision=str(watch.precision).removeprefix("torch."),
         )
-        write_table(path, table, card)
+        write_scores(path, table, card)
     rows = [(n, f"{row['knn'].top1:.1f}", f"{row['linear'].top1:.1f}") for n, row in table.items()]
     k = table["raw pixels"]["knn"].setting
     title = f"accuracy in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
@@ -114,7 +114,7 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
     return {f"final/{evaluator}": score.top1 for evaluator, score in own.items()}
 
 
-def measure(session: Pretraining, watch: Watch) -> Table:
+def measure(session: Pretraining, watch: Watch) -> ScoreTable:
     """Scores of raw pixels, the untrained encoder and the trained one, under one protocol."""
     first = "initial encoder" if session.config.init.encoder else "random encoder"
     encoders = {first: session.untrained_encoder()}

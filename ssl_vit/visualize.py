@@ -19,11 +19,12 @@ from ssl_vit.commands.gallery import (
     read_images,
 )
 from ssl_vit.commands.neighbours import NeighboursConfig, neighbours
-from ssl_vit.commands.reconstruction import Target, open_autoencoder, reconstruction_panel
+from ssl_vit.commands.reconstruction import open_reconstruction, reconstruction_panel
 from ssl_vit.common.config import check
 from ssl_vit.common.figures import save_png
 from ssl_vit.evaluators.backbone import result_file
 from ssl_vit.evaluators.features import ready
+from ssl_vit.methods.base import Target
 from ssl_vit.model.attention import attention_panel, cls_attention
 from ssl_vit.pictures.patch_pca import pca_panel
 
@@ -59,7 +60,7 @@ def attention(config: AttentionConfig) -> Drawn:
 
 @dataclass(frozen=True)
 class ReconstructionConfig(PictureConfig):
-    """Reconstructions of masked images by an MAE, from a run or a file with a decoder."""
+    """Reconstructions of masked images, from a run or a file with a decoder."""
 
     mask_ratio: float = 0.0
     """Share of the patches that are masked. 0: as in training if known, else 0.75."""
@@ -76,14 +77,16 @@ class ReconstructionConfig(PictureConfig):
 
 
 def reconstruction(config: ReconstructionConfig) -> Drawn:
-    """Reconstructions of some images by an MAE."""
+    """Reconstructions of some images."""
     scene = prepare(config, config.count)
-    found = open_autoencoder(scene.backbone, config.mask_ratio, scene.view.size)
+    method = open_reconstruction(scene.backbone, scene.view.size)
     images = read_images(scene.source, scene.view)
-    ready(found.mae, scene.device)
+    ready(method, scene.device)
     batch = normalized(images, scene.view, scene.device)[0]
     display = scene.view.display(images).to(scene.device)
-    picture = reconstruction_panel(found, batch, display, config.target, config.seed)
+    picture = reconstruction_panel(
+        method, batch, display, config.mask_ratio, config.target, config.seed
+    )
     return Drawn(picture, len(images), scene.backbone)
 
 

@@ -123,12 +123,6 @@ class LightlyChain(OriginalChain):
         return made
 
 
-CHAINS: dict[str, dict[str, type[OriginalChain]]] = {
-    "mae": {"original": OriginalChain},
-    "dino": {"original": OriginalChain, "lightly": LightlyChain},
-}
-
-
 @dataclass(frozen=True)
 class _Each:
     """Crop list: all crops of one image."""

@@ -9,10 +9,16 @@ from dataclasses import dataclass
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
+from ssl_vit.common.config import RunFailed
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import ViewSpec
+from ssl_vit.data.loader import draw_samples
 from ssl_vit.model.encoder import checkpoint_activations, choose_attention
 from ssl_vit.training.footprint import KeptBytes, flop_counter
 from ssl_vit.training.parallel import autocast
@@ -71,7 +77,7 @@ def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
     batches of 2 and 3 images, from which on it grows linearly; temporary buffers of single
     operations are not included.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _no_reading(task):
         task.to_empty(device=_CPU)
         choose_attention(task, _GPU)
         with flop_counter() as counter:
@@ -83,6 +89,24 @@ def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
     left, largest = _linear(less.kept, more.kept), max(blocks, key=lambda block: block.per_image)
     recomputed = ActivationBytes(left.per_image + largest.per_image, left.fixed + largest.fixed)
     return StepCost(counter.get_total_flops() // 2, _linear(two.kept, three.kept), recomputed)
+
+
+@contextmanager
+def _no_reading(task: Task) -> Iterator[None]:
+    """Inside, a step that reads numbers from the device is an error in words.
+
+    Raises:
+        RunFailed: it does: nothing can be counted without numbers, and a GPU would be waited for.
+    """
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise RunFailed(
+            f"a step of {type(task).__name__} reads numbers from the device ({error.func}), as "
+            ".item(), nonzero, a boolean index or an if on a tensor do: its cost cannot be "
+            "counted, and a GPU is waited for in every step. Draw fixed shapes in Method.draw, and "
+            "use torch.where"
+        ) from None
 
 
 def _linear(two: int, three: int) -> ActivationBytes:
@@ -101,11 +125,13 @@ class _StepBytes:
 def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _StepBytes:
     crops = [torch.empty(images * c.count, channels, *c.size) for c in spec.crops]
     keys, labels = (torch.empty(images, dtype=torch.int64) for _ in range(2))
+    drawn = draw_samples(spec.draw, range(images)) if spec.draw else {}
+    views = Views(crops, keys, labels, drawn=drawn)
     kept = _BlockBytes(task)
     task.train()
     with kept.watch(), kept.watch_blocks(task):
         with autocast(_CPU, torch.bfloat16):
-            loss = task(Views(crops, keys, labels), 0)["loss"]
+            loss = task(views, 0)["loss"]
         loss.backward()
     return _StepBytes(kept.most, kept.of_blocks)
 

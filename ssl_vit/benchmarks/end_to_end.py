@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ssl_vit.benchmarks.chains import CHAINS
 from ssl_vit.benchmarks.comparison import OURS, Comparison, Sides, Timing, ratios, shares
 from ssl_vit.benchmarks.loader import some_images
 from ssl_vit.benchmarks.measured import describe
-from ssl_vit.benchmarks.peers import NONE, peer_names
+from ssl_vit.benchmarks.peers import NONE, peer_names, peers_of
 from ssl_vit.benchmarks.pipeline import QUEUED, OurPipeline, PeerPipeline
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.step import step_peers
@@ -30,7 +29,7 @@ class EndToEndComparison(Comparison):
 
     def __init__(self, method: str, work: Workload, make: Callable[[], Task], config: Any) -> None:
         super().__init__(work, make, config)
-        allowed = ("original",) if method in CHAINS else ()
+        allowed = ("original",) if peers_of(method, "CHAINS") else ()
         names = peer_names(config.against, allowed, f"end-to-end {method}")
         self.peers = step_peers(method, ",".join(names) or NONE)
         found = some_images(config, work.spec, work.statistics, names, method)

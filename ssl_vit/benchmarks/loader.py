@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_vit.benchmarks.chains import CHAINS, OriginalChain
+from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.measured import Speed, describe, machine_card
-from ssl_vit.benchmarks.peers import peer_names
+from ssl_vit.benchmarks.peers import peer_names, peers_of
 from ssl_vit.common.config import UserError, check
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source, Subset
@@ -47,7 +47,8 @@ def some_images(
         not deep,
         f"--against {','.join(names)} reads 8-bit images; those of {data.train} are deeper",
     )
-    chains = {n: CHAINS[method][n](spec, data.channels, *statistics) for n in names}
+    known = peers_of(method, "CHAINS")
+    chains = {n: known[n](spec, data.channels, *statistics) for n in names}
     opens: list[Callable[[Any], object]] = [lambda raw: decode(raw, data.channels)]
     opens += [chain.open for chain in chains.values()]
     chosen, bad = readable(bounded(source, config.count, config.run.seed), opens)
@@ -63,7 +64,7 @@ def measure_loader(
         UserError: as ``some_images``, or no such peer.
     """
     data, seed = config.data, config.run.seed
-    names = peer_names(config.against, CHAINS.get(method, {}), f"loader {method}")
+    names = peer_names(config.against, peers_of(method, "CHAINS"), f"loader {method}")
     chosen, bad, chains = some_images(config, spec, statistics, names, method)
     size = min(config.batch_size or config.optim.batch_size, len(chosen))
     images = TrainImages(chosen, spec, data.channels, seed)

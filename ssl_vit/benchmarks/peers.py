@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import timm
@@ -12,12 +13,19 @@ from torch import Tensor, nn
 
 from ssl_vit.benchmarks.side import Side, Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 from ssl_vit.training.parallel import autocast
 
 NONE = "none"
+
+
+def peers_of(method: str, what: str) -> dict[str, Any]:
+    """``PEERS`` (steps) or ``CHAINS`` (loaders) of a method by name, which
+    ``benchmarks/peers_<method>.py`` holds; empty where there is no such file."""
+    name = f"{__name__}_{method}"
+    return getattr(import_module(name), what) if find_spec(name) else {}
 
 
 def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
@@ -34,7 +42,7 @@ def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
     for name in names:
         check(
             name in allowed or names in ([NONE], [""]),
-            f"--against is {name!r}; allowed for {where}: {known}{nearest(name, allowed)}",
+            f"--against is {name!r}; allowed for {where}: {known}{did_you_mean(name, allowed)}",
         )
     return [] if names in ([NONE], [""]) else list(dict.fromkeys(names))
 

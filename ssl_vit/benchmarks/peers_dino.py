@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from ssl_vit.benchmarks.chains import LightlyChain, OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.config import check
@@ -190,8 +191,9 @@ class LightlyGroupedDINO(LightlyDINO):
     grouped = True
 
 
-DINO_PEERS: dict[str, type[Peer]] = {
+PEERS: dict[str, type[Peer]] = {
     "original": OriginalDINO,
     "lightly": LightlyDINO,
     "lightly-grouped": LightlyGroupedDINO,
 }
+CHAINS: dict[str, type[OriginalChain]] = {"original": OriginalChain, "lightly": LightlyChain}

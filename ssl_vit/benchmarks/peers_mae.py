@@ -16,6 +16,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.config import check
@@ -204,9 +205,10 @@ class LightlyMAE(Peer):
         return nn.functional.mse_loss(net.decoder.predict(decoded), target)
 
 
-MAE_PEERS: dict[str, type[Peer]] = {
+PEERS: dict[str, type[Peer]] = {
     "original": OriginalMAE,
     "huggingface": HuggingFaceMAE,
     "huggingface-fp32": HuggingFaceMAEFloat32,
     "lightly": LightlyMAE,
 }
+CHAINS: dict[str, type[OriginalChain]] = {"original": OriginalChain}

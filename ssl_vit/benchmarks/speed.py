@@ -12,11 +12,11 @@ from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source
-from ssl_vit.data.loader import Batch, TrainImages
+from ssl_vit.data.loader import Batch, TrainImages, draw_samples
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, reuse_memory
-from ssl_vit.training.session import prepare
+from ssl_vit.training.session import prepare_task
 
 # Schedule of the measured step, in whose middle there is no warm-up and nothing is frozen.
 _EPOCHS, _STEPS_PER_EPOCH = 100, 1000
@@ -31,7 +31,9 @@ def random_batch(spec: ViewSpec, batch: int, channels: int, seed: int) -> Batch:
         )
         for c in spec.crops
     ]
-    return Batch(Views(crops, torch.arange(batch), torch.full((batch,), -1)))
+    keys = torch.arange(batch)
+    drawn = draw_samples(spec.draw, keys.tolist()) if spec.draw else {}
+    return Batch(Views(crops, keys, torch.full((batch,), -1), drawn=drawn))
 
 
 class Noise(Source):
@@ -79,9 +81,9 @@ def trainer_midway(
     """Trainer as in pretraining, in one process on ``device``, in the middle of its schedule."""
     reuse_memory(device)
     alone = Parallel(0, 1, device)
-    prepare(task, run, alone)
+    prepare_task(task, run, alone)
     run = replace(run, length=f"{_EPOCHS}ep")
-    schedule = Schedule(run, optim, _STEPS_PER_EPOCH)
+    schedule = Schedule(run, optim, _STEPS_PER_EPOCH, task.peak_in_warmup)
     trainer = Trainer(task, run, optim, schedule, normalize.to(device), alone, precision)
     trainer.step = schedule.total // 2
     return trainer

@@ -18,14 +18,10 @@ from ssl_vit.benchmarks.comparison import (
 from ssl_vit.benchmarks.matmul_peak import better, matmul_peak
 from ssl_vit.benchmarks.measured import describe
 from ssl_vit.benchmarks.our_step import OurStep
-from ssl_vit.benchmarks.peers import Peer, peer_names
-from ssl_vit.benchmarks.peers_dino import DINO_PEERS
-from ssl_vit.benchmarks.peers_mae import MAE_PEERS
+from ssl_vit.benchmarks.peers import Peer, peer_names, peers_of
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.task import Task
 from ssl_vit.training.parallel import reuse_memory
-
-_PEERS: dict[str, dict[str, type[Peer]]] = {"mae": MAE_PEERS, "dino": DINO_PEERS}
 
 
 def step_peers(method: str, against: str) -> dict[str, type[Peer]]:
@@ -34,7 +30,7 @@ def step_peers(method: str, against: str) -> dict[str, type[Peer]]:
     Raises:
         UserError: there is no such peer for this method.
     """
-    known = _PEERS.get(method, {})
+    known: dict[str, type[Peer]] = peers_of(method, "PEERS")
     return {name: known[name] for name in peer_names(against, known, f"step {method}")}
 
 

@@ -114,7 +114,7 @@ def _one_crop(session: Session, found: Found) -> float:
     if count < 2:
         return 0.0
     crops[most] = replace(crops[most], count=count - 1)
-    fewer = _probe(session, ViewSpec(tuple(crops)))
+    fewer = _probe(session, replace(session.views, crops=tuple(crops)))
     return (found.per_image - fewer.per_image) * session.part_size
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from ssl_vit.common.config import RunFailed, UserError, nearest
+from ssl_vit.common.config import RunFailed, UserError, did_you_mean
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.layers import known_keys, parse, yaml_flags
 from ssl_vit.training.launched import Launched, launched
@@ -100,7 +100,7 @@ def find_recipe(name: str) -> Path:
         return path
     known = recipes()
     if name not in known:
-        hint = nearest(name, known) or f" (recipes: {', '.join(known)})"
+        hint = did_you_mean(name, known) or f" (recipes: {', '.join(known)})"
         raise UserError(f"--config is {name!r}; no such file, and no recipe of that name{hint}")
     return known[name]
 
@@ -118,7 +118,7 @@ def subcommand(argv: Sequence[str], prog: str, what: str, names: Sequence[str]) 
     if not argv or argv[0].startswith("-"):
         raise UserError(usage)
     if argv[0] not in names:
-        allowed = f"it must be one of {', '.join(names)}{nearest(argv[0], names)}"
+        allowed = f"it must be one of {', '.join(names)}{did_you_mean(argv[0], names)}"
         raise UserError(f"{what} is {argv[0]!r}; {allowed}")
     return argv[0]
 

@@ -31,7 +31,7 @@ from ssl_vit.evaluators.classifier import (
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, recipe
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
-from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, judge
+from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted, slug
@@ -146,13 +146,13 @@ class Finetuning(Session):
         if config is not None:
             channels = self.config.data.channels
             info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
-        return classifier_writer(path, whole.judged, call, self.about_model(), info)
+        return classifier_writer(path, whole.evaluated, call, self.about_model(), info)
 
     def exported_step(self) -> int | None:
         """Step of the model file; None: there is no file."""
         return saved_step(self.out / MODEL_FILE)
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
         """Evaluation during training: accuracy on held-out images."""
         assert isinstance(whole, FineTune)
         run = self.config.run
@@ -162,7 +162,7 @@ class Finetuning(Session):
 
     def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
         """Predicted classes (n, at most 5), best first, and features, of the readable images."""
-        network = task.judged
+        network = task.evaluated
         ready(network, self.parallel.device)
 
         def embed(images: Tensor) -> dict[str, Tensor]:
@@ -214,7 +214,7 @@ def show_results(session: Finetuning) -> dict[str, float]:
     weights = "average" if session.config.tune.ema else "last"
     prediction = Prediction("logits", f"{weights} weights", guesses, {})
     names, seed = session.images.train.classes, session.config.run.seed
-    score = judge(prediction, found.labels, names, seed)
+    score = score_predictions(prediction, found.labels, names, seed)
     write_card(session.out / CARD_FILE, session.card(found), [score])
     n, m = len(guesses), len(session.images.train)
     title = f"finetune: {session.config.encoder}, {n:,} evaluation and {m:,} training images"

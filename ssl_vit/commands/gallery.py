@@ -22,7 +22,7 @@ from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import ready
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.pictures.thumbnails import shown
+from ssl_vit.pictures.thumbnails import as_rgb
 from ssl_vit.training.parallel import resolve_device
 
 log = logging.getLogger("ssl_vit")
@@ -185,7 +185,7 @@ def normalized(
     ``images`` are not modified.
     """
     made = Normalize(view.mean, view.std).to(device).images(images.clone().to(device))
-    return made, shown(images, view)
+    return made, as_rgb(images, view)
 
 
 def in_parts(images: Tensor) -> tuple[Tensor, ...]:

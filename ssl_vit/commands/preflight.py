@@ -19,6 +19,7 @@ from ssl_vit.methods.base import Setting
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import loader_workers, own_cores
 from ssl_vit.training.resume import check_same_run, starting_point
+from ssl_vit.training.shared_cores import SharedCores
 
 # Enlarged more than this, in height and width, an image fills its crop with interpolated pixels.
 _ENLARGED = 2.0
@@ -37,13 +38,16 @@ def preflight(session: Pretraining) -> int:
         RunFailed: not even a few images fit into memory.
     """
     done, begins = where_it_begins(session)
+    cores = SharedCores(session.parallel.device)
+    cores.look()
     found = try_out(session)
+    cores.look(least=0.0)
     if session.parallel.main:
         title = f"{session.name}, dry run: nothing is written to {session.out}"
         show_table(title, [*session.plan(session.about()), ("begins", begins)])
-        show_table("what it takes", needs(session, found, done))
+        show_table("what it takes", [*needs(session, found, done), *on_cores(cores)])
         show_table("memory of a process", list(memory_rows(session, found)))
-        for line in advice(session, found) or ["nothing looks wrong"]:
+        for line in [*advice(session, found), *on_waits(cores)] or ["nothing looks wrong"]:
             print(line)
     return 0
 
@@ -81,6 +85,22 @@ def needs(session: Pretraining, found: Found, done: int) -> list[tuple[str, str]
         ("bound by", f"{pace.bound}: {rate(pace.run)}"),
         ("time to finish", f"{time}the encoder come on top"),
     ]
+
+
+def on_cores(cores: SharedCores) -> Iterator[tuple[str, str]]:
+    """A row on cores that others had meanwhile."""
+    if cores.shared:
+        yield "shared", f"other work had {cores.described}: all this is the speed beside it"
+
+
+def on_waits(cores: SharedCores) -> Iterator[str]:
+    """What is wrong with waits that spin on such cores."""
+    if cores.shared and cores.spinning:
+        yield (
+            f"warning: other work has {cores.described}, and threads that wait for others spin, "
+            "which may slow a run several times: begin it while that work runs, and waits are "
+            "chosen for it, or set OMP_WAIT_POLICY=PASSIVE"
+        )
 
 
 def memory_rows(session: Pretraining, found: Found) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.records.status import by_signal, noted
+from ssl_vit.records.status import by_signal, recorded
 from ssl_vit.training.metrics import RunLog, duration, note_outcome
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.session import Session, counted, prepare_folder, train
@@ -59,7 +59,7 @@ def carry_out(
     prepare_folder(session)
     if session.parallel.main:
         show_table(f"{session.name}: {session.out}", session.plan(about))
-    with noted(session, command) as note:
+    with recorded(session, command) as note:
         stopped = train(session) if session.trainer.step < session.trainer.schedule.total else 0
         if stopped:
             note("stopped", by_signal(stopped))
@@ -133,11 +133,11 @@ class Pretraining(Session):
         file = self.out / ENCODER_FILE
         return read_info(file).step if file.is_file() else None
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
         """Evaluation during training: health, k-NN, pictures and the feature projection."""
         assert isinstance(whole, Method)
         watch, encoder = self.watch, whole.exported_encoder()
-        numbers, held_out = watch.look(encoder)
+        numbers, held_out = watch.probe(encoder)
         log.write(step, numbers, "probe")
         for name, picture in watch.paint(whole.panels, encoder, held_out).items():
             log.picture(step, name, picture)
@@ -220,5 +220,5 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretrai
     """
     method = initial_method(kind, config)
     images: Images = open_images(config.data, config.run.seed)
-    views = method.views(config.method, method.encoder)
+    views = method.view_spec(config.method, method.encoder)
     return Pretraining(name, config, method, views, images)

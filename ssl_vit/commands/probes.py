@@ -26,9 +26,8 @@ from ssl_vit.evaluators.lowshot import over_seeds, subsets
 from ssl_vit.evaluators.online import online_probe, source_targets
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
-from ssl_vit.evaluators.scores import Prediction, Score, check_labels, judge
-from ssl_vit.evaluators.segment import SegmentConfig as SegmentOptions
-from ssl_vit.evaluators.segment import segment as segment_probe
+from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_predictions
+from ssl_vit.evaluators.segment import SegmentOptions, segment_probe
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
 _CHOICE_IMAGES = 5000
@@ -221,7 +220,7 @@ def segment(config: SegmentConfig) -> Result:
 
 def judged(found: Sequence[Prediction], truth: torch.Tensor, by: Evaluation) -> list[Score]:
     """Scores of predictions against the true labels."""
-    return [judge(p, truth, by.classes, by.config.seed) for p in found]
+    return [score_predictions(p, truth, by.classes, by.config.seed) for p in found]
 
 
 def best_pooling(evaluation: Evaluation) -> str:

@@ -152,7 +152,7 @@ def _count(
     log.info("counting %s", encoder.arch)
     with without_memory():
         task = kind(method, encoder, channels)
-    spec = kind.views(method, task.encoder)
+    spec = kind.view_spec(method, task.encoder)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     states = {"1": state_of(task)} | {f"fsdp {n}": sharded_state(task, n) for n in devices}
     room, cost = _USED * memory * 2**30, count_step(task, spec, channels)

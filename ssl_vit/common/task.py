@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
+from ssl_vit.common.seeds import fold, fold_keys
+
 
 @dataclass
 class Views:
-    """A batch as a task sees it.
+    """A batch as a task sees it: B samples, and n crops of each of a kind, view by view (all
+    samples' first crops, then all second ones).
 
-    ``crops``: one (B, C, H, W) tensor for each kind of crop; uint8 (or float in the image's own
-    scale) from the workers, normalised float after the device half. ``keys``: (B,) one random key
-    for each sample, a function of (seed, epoch, image), to draw with (``seeds.uniform``).
-    ``labels``: (B,) class, -1 where there is none. ``photometric``: for each kind of crop the
-    parameters of its photometric operations, (B, WIDTH) of ``data.photometric`` or (B, 0) for a
-    kind that has none; an empty list in evaluation, and after the device half. ``key``: one random
-    key for the whole batch, a function of ``keys`` that is known without asking the device; 0 in
-    evaluation.
+    Attributes:
+        crops: one (n B, C, H, W) tensor for each kind of crop; uint8 (or float in the image's own
+            scale) from the workers, normalised float after the device half.
+        keys: (B,) one random key for each sample, a function of (seed, epoch, image), to draw with
+            (``seeds.uniform``).
+        labels: (B,) class, -1 where there is none.
+        photometric: for each kind of crop the parameters of its photometric operations,
+            (n B, WIDTH) of ``data.photometric`` or (n B, 0) for a kind that has none; empty in
+            evaluation, and after the device half.
+        key: one random key for the whole batch, a function of ``keys`` that is known without asking
+            the device; 0 in evaluation.
+        drawn: by name, (B, ...): what the method drew for each sample in the workers
+            (``Method.draw``: masks, index sets); empty in evaluation.
+        boxes: for each kind of crop (n B, 5) float32: top, left, height and width of the crop in
+            its image, as shares of the image's sides, and 1 where it is flipped; empty in
+            evaluation. For losses between places that two crops share.
     """
 
     crops: list[Tensor]
@@ -30,6 +41,25 @@ class Views:
     labels: Int64[Tensor, " b"]
     photometric: list[Tensor] = field(default_factory=list)
     key: int = 0
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+    boxes: list[Tensor] = field(default_factory=list)
+
+    def part(self, kinds: slice, name: str = "") -> Views:
+        """The same samples with these kinds of crops, and with what was drawn as ``name.*``, if a
+        name is given: what one of several objectives sees."""
+        start = f"{name}." if name else ""
+        drawn = {k.removeprefix(start): v for k, v in self.drawn.items() if k.startswith(start)}
+        return replace(
+            self,
+            crops=self.crops[kinds],
+            photometric=self.photometric[kinds],
+            boxes=self.boxes[kinds],
+            drawn=drawn,
+        )
+
+    def redrawn(self, i: int) -> Views:
+        """The same batch with other keys: an independent draw for each ``i``."""
+        return replace(self, keys=fold_keys(self.keys, i), key=fold(self.key, i))
 
     def to(self, device: torch.device) -> Views:
         """The same batch on ``device``; copies from pinned memory do not block."""
@@ -47,16 +77,34 @@ class Views:
             change(self.labels),
             [change(p) for p in self.photometric],
             self.key,
+            {name: change(d) for name, d in self.drawn.items()},
+            [change(b) for b in self.boxes],
         )
+
+
+class Scalar(NamedTuple):
+    """How people read a logged number.
+
+    ``title``: its name for people. ``meaning``: what it says and how it should move, in a sentence
+    or two. ``falls``: whether a sound training makes it fall; None: it may do either.
+    """
+
+    title: str
+    meaning: str = ""
+    falls: bool | None = None
 
 
 class Task(nn.Module):
     """All that the loop knows of what it trains.
 
-    ``spoken`` names the scalars, beside the loss, that the line of progress shows.
+    Attributes:
+        progress: names of the scalars, beside the loss, that the progress line shows.
+        peak_in_warmup: whether the last step of the warm-up has the peak learning rate already
+            (as in the original DINO), or the first one after it (as in the original MAE).
     """
 
-    spoken: ClassVar[tuple[str, ...]] = ()
+    progress: ClassVar[tuple[str, ...]] = ()
+    peak_in_warmup: ClassVar[bool] = False
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """Scalars on the device, among them ``loss``, which is minimised."""

@@ -2,9 +2,11 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -18,8 +20,20 @@ from ssl_vit.data.policy import Policy
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DrawnCrop = tuple[Tensor, list[float]]
-"""A crop, and its photometric parameters: ``WIDTH`` of them, or none."""
+Draw = Callable[[np.random.Generator], dict[str, np.ndarray]]
+"""What is drawn for one sample in the workers, by name: arrays of fixed shapes."""
+
+
+class DrawnCrop(NamedTuple):
+    """A crop with what was drawn for it.
+
+    ``photometric``: its photometric parameters, ``WIDTH`` of them or none. ``place``: top, left,
+    height and width of its box as shares of the image's sides, and 1 if it is flipped.
+    """
+
+    crop: Tensor
+    photometric: list[float]
+    place: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -42,9 +56,14 @@ class Crop:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """The crops a method wants of each image."""
+    """The crops a method wants of each image, and what else it wants drawn for it.
+
+    ``draw``: called with a generator that is a function of (seed, epoch, image); its arrays arrive
+    stacked as ``Views.drawn``.
+    """
 
     crops: tuple[Crop, ...]
+    draw: Draw | None = None
 
 
 def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[int, int, int, int]:
@@ -69,13 +88,15 @@ class Cut(NamedTuple):
     """What is drawn for one crop.
 
     ``box``: (top, left, height, width) in pixels; ``flip``: whether it is mirrored; ``key``: what
-    its policy draws from; ``photometric``: its photometric parameters, ``WIDTH`` of them or none.
+    its policy draws from; ``photometric``: its photometric parameters, ``WIDTH`` of them or none;
+    ``place``: as in :class:`DrawnCrop`, whatever share of the image is decoded.
     """
 
     box: tuple[int, int, int, int]
     flip: bool
     key: int
     photometric: list[float]
+    place: tuple[float, ...]
 
 
 def draw_views(
@@ -89,7 +110,9 @@ def draw_views(
     def draw(crop: Crop) -> Cut:
         box, flip = crop_box(height, width, crop, rng), rng.random() < crop.flip
         key = rng.getrandbits(63) if crop.policy and policies else 0
-        return Cut(box, flip, key, crop.photometric.draw(rng) if crop.photometric else [])
+        top, left, h, w = box
+        place = top / height, left / width, h / height, w / width, float(flip)
+        return Cut(box, flip, key, crop.photometric.draw(rng) if crop.photometric else [], place)
 
     return [[draw(crop) for _ in range(crop.count)] for crop in spec.crops]
 
@@ -116,9 +139,9 @@ def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[D
 
 
 def cut_views(image: Tensor, spec: ViewSpec, drawn: list[list[Cut]]) -> list[list[DrawnCrop]]:
-    """The crops of an image that were drawn, each with its photometric parameters."""
+    """The crops of an image that were drawn."""
     return [
-        [(cut_out(image, crop, cut), cut.photometric) for cut in cuts]
+        [DrawnCrop(cut_out(image, crop, cut), cut.photometric, cut.place) for cut in cuts]
         for crop, cuts in zip(spec.crops, drawn, strict=True)
     ]
 

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from ssl_vit.common.config import UserError
 from ssl_vit.common.distributed import gather_texts
-from ssl_vit.common.seeds import fold
+from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import DrawnCrop, ViewSpec, center_view
+from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.order import Order
 from ssl_vit.data.reduced import views_of
@@ -57,16 +58,24 @@ class TrainImages(Dataset):
         keys, labels = [], []
         for epoch, index in wanted:
             key = fold(self.seed, epoch, index)
-            views, label = self._readable(index, key, bad)
-            for all_of_kind, crops in zip(taken, views, strict=True):
-                all_of_kind += crops
+            crops, label = self._readable(index, key, bad)
+            for all_of_kind, own in zip(taken, crops, strict=True):
+                all_of_kind += own
             keys.append(fold(key))
             labels.append(-1 if label is None else label)
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
-        kinds = [_by_view(views, c.count) for views, c in zip(taken, self.spec.crops, strict=True)]
-        stacked, parameters = [c for c, _ in kinds], [p for _, p in kinds]
-        drawn = torch.tensor(keys), torch.tensor(labels), parameters, fold(*keys)
-        return Batch(Views(stacked, *drawn), bad)
+        counts = [c.count for c in self.spec.crops]
+        kinds = [_by_view(kind, n) for kind, n in zip(taken, counts, strict=True)]
+        views = Views(
+            crops=[stack([c.crop for c in kind]) for kind in kinds],
+            keys=torch.tensor(keys),
+            labels=torch.tensor(labels),
+            photometric=[torch.tensor([c.photometric for c in kind]) for kind in kinds],
+            key=fold(*keys),
+            drawn=draw_samples(self.spec.draw, keys) if self.spec.draw else {},
+            boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
+        )
+        return Batch(views, bad)
 
     def _readable(
         self, index: int, key: int, bad: dict[int, str]
@@ -83,10 +92,15 @@ class TrainImages(Dataset):
         raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last: {reasons}")
 
 
-def _by_view(taken: list[DrawnCrop], count: int) -> tuple[Tensor, Tensor]:
-    """Crops listed image by image, ``count`` each, and their parameters, stacked view by view."""
-    ordered = [view for nth in range(count) for view in taken[nth::count]]
-    return stack([crop for crop, _ in ordered]), torch.tensor([drawn for _, drawn in ordered])
+def _by_view(taken: list[DrawnCrop], count: int) -> list[DrawnCrop]:
+    """Crops listed image by image, ``count`` each, ordered view by view."""
+    return [crop for nth in range(count) for crop in taken[nth::count]]
+
+
+def draw_samples(draw: Draw, keys: Sequence[int]) -> dict[str, Tensor]:
+    """What is drawn for samples of these keys (``Views.keys``), stacked: (B, ...) by name."""
+    samples = [draw(generator(fold(key))) for key in keys]
+    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
 
 
 def stack(crops: list[Tensor]) -> Tensor:

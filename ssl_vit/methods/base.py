@@ -1,21 +1,31 @@
-"""What a self-supervised method is: a Task around an Encoder that knows which views it needs."""
+"""Method: a Task around an encoder, made of objectives, that says which views it needs."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
 
 from ssl_vit import methods
-from ssl_vit.common.config import EncoderConfig, UserError, check, nearest
-from ssl_vit.common.task import Task, Views
+from ssl_vit.common.config import EncoderConfig, UserError, check, did_you_mean
+from ssl_vit.common.figures import picture_rows
+from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.model.encoder import Encoder
-from ssl_vit.weights.exchange import load_strictly
+from ssl_vit.data.loader import draw_samples
+from ssl_vit.model.encoder import Encoder, without_memory
+from ssl_vit.objectives.base import Objective
+from ssl_vit.weights.exchange import load_strictly, resample_positions
+
+Target = Literal["auto", "pixels", "normalized"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +45,46 @@ class Setting:
     per_crop: float = 0.0
 
 
-class Method(Task):
-    """A self-supervised objective. One file in ``methods/`` defines one subclass.
+@dataclass(frozen=True)
+class Reconstruction:
+    """Masked images and what a method predicts of them: (b, h, w, 3) pictures by name, with a
+    caption that says what the target is and how that is known."""
 
-    ``Config`` is its frozen dataclass of options, with the paper's values as defaults; ``defaults``
-    are its values for the shared groups, as ``{"optim": {"betas": (0.9, 0.95)}}``; ``pooling`` is
-    the feature it is watched by: ``mean`` of the patches, or ``cls``.
+    pictures: dict[str, UInt8[np.ndarray, "b h w 3"]]
+    caption: str
+
+    def panel(self) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
+        shown = {name: p for name, p in self.pictures.items() if name != "prediction"}
+        return {"reconstruction": picture_rows(shown, self.caption)}
+
+
+class MethodConfig:
+    """Base of a method's options, a frozen dataclass with the paper's values as defaults."""
+
+    group: ClassVar[str] = "method"
+
+
+class Method(Task):
+    """A self-supervised method. One file in ``methods/`` defines one subclass.
+
+    Attributes:
+        Config: its options, a :class:`MethodConfig`.
+        title: its name for people.
+        explained: what each of its scalars means, by name; ``loss`` among them.
+        pooling: the feature it is watched by: ``mean`` of the patches, or ``cls``.
+        defaults: its values for the shared groups, as ``{"optim": {"betas": (0.9, 0.95)}}``.
+        reconstructs: whether :meth:`reconstruct` is there.
+        objectives: what it minimises, by name, each with its own networks.
+        weights: of the objectives' losses in the sum.
     """
 
     Config: ClassVar[type]
+    title: ClassVar[str]
+    explained: ClassVar[dict[str, Scalar]]
     pooling: ClassVar[str] = "mean"
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    reconstructs: ClassVar[bool] = False
 
     def __init__(self, config: Any, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__()
@@ -55,11 +94,49 @@ class Method(Task):
         )
         self.config = config
         self.encoder = Encoder(encoder_config, channels)
+        self.objectives = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+
+    def add(self, name: str, objective: Objective, weight: float = 1.0) -> None:
+        """Minimise this, too, with this weight."""
+        self.objectives[name] = objective
+        self.weights[name] = weight
+
+    def parts(self) -> Sequence[tuple[str, Objective]]:
+        """The objectives with their names."""
+        return [(n, o) for n, o in self.objectives.items() if isinstance(o, Objective)]
+
+    @property
+    def objective(self) -> Any:
+        """The objective, of a method that has one."""
+        ((_, objective),) = self.parts()
+        return objective
+
+    # What a method must say of itself.
 
     @staticmethod
     def views(config: Any, encoder: Encoder) -> ViewSpec:
         """Which crops the method sees of an image, for this encoder."""
         raise NotImplementedError
+
+    @staticmethod
+    def draw(config: Any, grid: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """What is drawn for one sample, in the workers: masks, index sets, by name.
+
+        Shapes are the same for all samples. Called with a generator that is a function of (seed,
+        epoch, image), so the same at any number of workers and processes. Arrives stacked, as
+        ``views.drawn``; where ``views`` come from an evaluation, :meth:`drawn` gives it.
+
+        Args:
+            grid: rows and columns of the encoder's patches.
+        """
+        return {}
+
+    # What it may say.
+
+    def seen_by(self, name: str, views: Views) -> Views:
+        """The part of a batch that an objective sees: all of it, where there is one."""
+        return views
 
     def begin_with(self, state: dict[str, Tensor], where: str) -> None:
         """Take these weights (of ``encoder.vit``) for the first ones.
@@ -68,6 +145,8 @@ class Method(Task):
             UserError: they do not match; ``where`` says whose they are.
         """
         load_strictly(self.encoder.vit, state, where)
+        for _, objective in self.parts():
+            objective.encoder_replaced(self.encoder)
 
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""
@@ -81,28 +160,143 @@ class Method(Task):
         """Pictures (H, W, 3) uint8 that show what the method does with these views."""
         return {}
 
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """Masked images and what is predicted of them, where ``reconstructs``.
+
+        Args:
+            images: normalised; the inverse of ``normalize`` shows them.
+            keys: what the masks are drawn from.
+            mask_ratio: share of the patches to hide. 0: as it was trained.
+            target: what its predictions are; auto: as it was trained, where that is known.
+
+        Raises:
+            UserError: a ratio or a target that it cannot show.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_file(cls, file: Path, encoder: Encoder) -> Method | None:
+        """A whole method of which another library's file holds more than the encoder; None: this
+        file does not."""
+        return None
+
+    # What follows from it.
+
+    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+        """The objective's scalars; of several objectives each one's as ``name_scalar``, and
+        ``loss``, the weighted sum."""
+        parts = self.parts()
+        found = {n: o(self.encoder, self.seen_by(n, views), step) for n, o in parts}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        losses = [self.weights[name] * scalars["loss"] for name, scalars in found.items()]
+        apart = {f"{n}_{k}": value for n, scalars in found.items() for k, value in scalars.items()}
+        return {"loss": torch.stack(losses).sum(), **apart}
+
+    def set_length(self, steps: int, steps_per_epoch: int) -> None:
+        """Pass it on to the objectives."""
+        for _, objective in self.parts():
+            objective.set_length(steps, steps_per_epoch)
+
+    def before_update(self, step: int) -> None:
+        """Pass it on to the objectives."""
+        for _, objective in self.parts():
+            objective.before_update(step)
+
+    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+        """Pass it on to the objectives."""
+        for _, objective in self.parts():
+            objective.after_update(self.encoder, step, finite)
+
+    def concerns(self, means: dict[str, float]) -> dict[str, str]:
+        """Those of the objectives."""
+        found: dict[str, str] = {}
+        for name, objective in self.parts():
+            start = f"{name}_" if len(self.objectives) > 1 else ""
+            own = {k.removeprefix(start): v for k, v in means.items() if k.startswith(start)}
+            found |= objective.concerns(own)
+        return found
+
+    def drawn(self, keys: Int64[Tensor, " b"], config: Any = None) -> dict[str, Tensor]:
+        """What :meth:`draw` gives for samples of these keys, on their device, as a loader does;
+        by other options than the method's own, if given."""
+        draw = partial(self.draw, config or self.config, self.encoder.grid)
+        found = draw_samples(draw, keys.tolist())
+        return {name: value.to(keys.device) for name, value in found.items()}
+
+    @classmethod
+    def view_spec(cls, config: Any, encoder: Encoder) -> ViewSpec:
+        """:meth:`views`, with :meth:`draw` where the method has one."""
+        spec = cls.views(config, encoder)
+        if cls.draw is Method.draw:
+            return spec
+        return replace(spec, draw=partial(cls.draw, config, encoder.grid))
+
+    @classmethod
+    def blank(cls, config: Any, encoder: EncoderConfig, channels: int) -> Method:
+        """The method on the CPU, whose weights are still to be loaded: drawing them takes time."""
+        with without_memory():
+            made = cls(config, encoder, channels)
+        made.to_empty(device="cpu")
+        for _, objective in made.parts():
+            objective.fill_buffers(made.encoder)
+        return made
+
+    def for_size(self, size: tuple[int, int]) -> Method:
+        """The same method, weights included, for images of ``size``; positions are resampled."""
+        old = self.encoder
+        if size == old.image_size:
+            return self
+        made = self.blank(self.config, replace(old.config, image_size=size), old.channels)
+        state = self.state_dict()
+        for name, part in self.named_modules():
+            if isinstance(part, Encoder):  # a teacher has one, too
+                new = made.get_submodule(name)
+                assert isinstance(new, Encoder)
+                resampled = resample_positions(part.vit.state_dict(), part, new)
+                state |= {f"{name}.vit.{key}": value for key, value in resampled.items()}
+        made.load_state_dict(state, strict=True)
+        for (_, objective), (_, own) in zip(made.parts(), self.parts(), strict=True):
+            objective.take_tables(own, old)
+        return made
+
 
 def method_names() -> list[str]:
-    """The methods there are: the modules of ``methods/`` but this one."""
-    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base")
+    """The methods there are: the modules of ``methods/`` but this one and those of ``_names``."""
+    found = (m.name for m in pkgutil.iter_modules(methods.__path__))
+    return sorted(name for name in found if name != "base" and not name.startswith("_"))
 
 
 def find_method(name: str) -> type[Method]:
-    """The method defined in ``methods/<name>.py``.
+    """The method defined in ``methods/<name>.py``: its own one Method; imported ones do not count.
 
     Raises:
-        UserError: no such file; the nearest name is given.
+        UserError: no such file (the nearest name is given), or a file without one method.
     """
     names = method_names()
     if name not in names:
         raise UserError(
-            f"method is {name!r}; it must be one of {', '.join(names)}{nearest(name, names)}"
+            f"method is {name!r}; it must be one of {', '.join(names)}{did_you_mean(name, names)}"
         )
     module = importlib.import_module(f"ssl_vit.methods.{name}")
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value is not Method
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
     ]
-    assert len(found) == 1, f"methods/{name}.py must define one Method, found {found}"
+    check(
+        len(found) == 1,
+        f"methods/{name}.py must define one subclass of Method; it defines {len(found)} "
+        f"({', '.join(kind.__name__ for kind in found) or 'none'})",
+    )
     return found[0]

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
+from ssl_vit.common.checks import (
+    check_least,
+    check_length,
+    check_positive,
+    check_range,
+    check_share,
+    check_size,
+    flag,
+)
 from ssl_vit.common.config import EncoderConfig, Length, check
-from ssl_vit.common.distributed import all_reduce_mean
 from ssl_vit.common.figures import to_rgb
 from ssl_vit.common.schedules import warmup_cosine
-from ssl_vit.common.task import Views
+from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.photometric import Photometric
-from ssl_vit.methods.base import Method, Setting
+from ssl_vit.methods.base import Method, MethodConfig, Setting
 from ssl_vit.model.attention import attention_panel, cls_attention, cls_features
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.objectives.ema import ema_update
+from ssl_vit.model.init import truncated_init
+from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.centering import Center
+from ssl_vit.objectives.cross_entropy import cross_entropy_of_views
+from ssl_vit.objectives.ema import Teacher
 from ssl_vit.objectives.heads import ProjectionHead
 
 log = logging.getLogger("ssl_vit")
@@ -36,7 +47,7 @@ _SMALL_BATCH, _MANY_IMAGES, _FAST_TEACHER = 512, 100_000, 0.998
 
 
 @dataclass(frozen=True)
-class DINOConfig:
+class DINOConfig(MethodConfig):
     """Self-distillation: a student learns what its own moving average, the teacher, says of other
     crops of the same image."""
 
@@ -91,30 +102,15 @@ class DINOConfig:
     """Probability of inverting the bright pixels of the second global crop."""
 
     def __post_init__(self) -> None:
-        for option in ("prototypes", "head_depth", "head_width", "bottleneck"):
-            value = getattr(self, option)
-            check(value >= 1, f"{_flag(option)} is {value}; at least 1")
-        for option in ("momentum", "center_momentum"):
-            value = getattr(self, option)
-            check(0 <= value <= 1, f"{_flag(option)} is {value}; it lies in [0, 1]")
-        for option in ("teacher_temp", "teacher_temp_start", "student_temp"):
-            value = getattr(self, option)
-            check(0 < value < math.inf, f"{_flag(option)} is {value}; it must be above 0")
-        for option in ("global_scale", "local_scale"):
-            low, high = getattr(self, option)
-            check(0 < low <= high <= 1, f"{_flag(option)} is {low} {high}; 0 < least <= most <= 1")
-        for option in ("global_size", "local_size"):
-            value = getattr(self, option)
-            check(len(value) <= 2, f"{_flag(option)} is {value}; one number or two")
-        for option in ("flip", "jitter", "gray", "solarize", "blur"):
-            value = getattr(self, option)
-            shares = value if isinstance(value, tuple) else (value,)
-            check(all(0 <= p <= 1 for p in shares), f"{_flag(option)} is {value}; 0 to 1 allowed")
-        low, high = self.blur_sigma
-        check(0 < low <= high < math.inf, f"--method.blur-sigma is {low} {high}; 0 < least <= most")
-        check(self.local_crops >= 0, f"--method.local-crops is {self.local_crops}; 0 or more")
-        for option in ("freeze_last_layer", "teacher_temp_warmup"):
-            Length.parse(getattr(self, option), _flag(option))
+        check_least(self, 1, "prototypes", "head_depth", "head_width", "bottleneck")
+        check_least(self, 0, "local_crops")
+        check_share(self, "momentum", "center_momentum")
+        check_share(self, "flip", "jitter", "gray", "solarize", "blur")
+        check_positive(self, "teacher_temp", "teacher_temp_start", "student_temp")
+        check_range(self, "global_scale", "local_scale")
+        check_range(self, "blur_sigma", most=math.inf)
+        check_size(self, "global_size", "local_size")
+        check_length(self, "freeze_last_layer", "teacher_temp_warmup")
 
     def sizes(self, image: tuple[int, int], patch: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(height, width) of global and of local crops for an encoder's image and patch size.
@@ -132,78 +128,180 @@ class DINOConfig:
         for option, size in used.items():
             fits = all(s > 0 and s % patch == 0 for s in size)
             shown = "x".join(map(str, size))
-            check(fits, f"{_flag(option)} is {shown}; the patch size, {patch}, must divide it")
+            check(fits, f"{flag(self, option)} is {shown}; the patch size, {patch}, must divide it")
         return large, small
-
-
-def _flag(option: str) -> str:
-    return f"--method.{option.replace('_', '-')}"
 
 
 def _pair(size: tuple[int, ...]) -> tuple[int, int] | None:
     return (size[0], size[-1]) if size else None
 
 
+class DINOObjective(Objective):
+    """Cross-entropy between what teacher and student say of different crops of an image."""
+
+    explained: ClassVar[dict[str, Scalar]] = {
+        "loss": Scalar(
+            "Loss",
+            "Cross-entropy of teacher and student. It may rise while the features get better, as "
+            "its target moves: look at k-NN.",
+        ),
+        "teacher_entropy_share": Scalar(
+            "Teacher's entropy, share of the largest",
+            "1: the teacher's output is the same for every image; 0: it is certain. It should "
+            "settle between.",
+        ),
+        "teacher_entropy": Scalar(
+            "Teacher's entropy", "In nats; its largest value is ln of the prototypes."
+        ),
+        "kl": Scalar(
+            "KL(teacher || student)",
+            "What the student has yet to learn: the loss without the teacher's entropy. 0 for long "
+            "is a collapse.",
+        ),
+        "prototypes_used": Scalar(
+            "Prototypes in use", "How many prototypes a batch is spread over. 1 is a collapse."
+        ),
+        "center_norm": Scalar("Norm of the centre", "It grows, then settles."),
+    }
+
+    def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
+        super().__init__()
+        check(
+            encoder.vit.cls_token is not None,
+            f"--encoder.arch is {encoder.config.arch!r}; DINO learns by [CLS], which it lacks",
+        )
+        self.config = c = config
+        widths = [encoder.width, *[c.head_width] * (c.head_depth - 1), c.bottleneck]
+        self.head = ProjectionHead(widths, c.prototypes, fixed_gain=c.norm_last_layer)
+        self.center = Center(c.prototypes, c.center_momentum)
+        self.images = 0
+        self.set_length(1, 1)
+
+    def add_teacher(self, encoder: Encoder) -> None:
+        """Copy the student, whose first weights are drawn by now."""
+        self.teacher = Teacher(encoder, self.head)
+
+    def encoder_replaced(self, encoder: Encoder) -> None:
+        """Student and teacher start equal."""
+        self.teacher.start_from(encoder)
+
+    def set_length(self, steps: int, steps_per_epoch: int) -> None:
+        """Resolve what depends on the length of the training."""
+        self.steps, self.steps_per_epoch = steps, steps_per_epoch
+        c = self.config
+        freeze = Length.parse(c.freeze_last_layer, flag(c, "freeze_last_layer"))
+        self.freeze_steps = freeze.steps(steps_per_epoch)
+        if 1 < steps <= self.freeze_steps:
+            log.warning(
+                "%s is %s, the whole training: the prototypes never move",
+                flag(c, "freeze_last_layer"),
+                c.freeze_last_layer,
+            )
+        self.temp_warmup = Length.parse(c.teacher_temp_warmup, flag(c, "teacher_temp_warmup"))
+
+    def teacher_temp(self, step: int) -> float:
+        """Temperature at a step, counted from 0: linear, by epoch or by step, then constant."""
+        c, span = self.config, self.temp_warmup
+        n = math.ceil(span.amount)
+        i = step // self.steps_per_epoch if span.unit == "ep" else step
+        if i >= n:
+            return c.teacher_temp
+        return c.teacher_temp_start + (c.teacher_temp - c.teacher_temp_start) * i / max(1, n - 1)
+
+    def teacher_momentum(self, step: int) -> float:
+        """The share of itself that the teacher keeps at a step, from 0: half a cosine up to 1."""
+        return warmup_cosine(step, warmup=0, total=self.steps, peak=self.config.momentum, end=1.0)
+
+    def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
+        """The loss of a batch and, of the same outputs, what shows a collapse."""
+        self.images = batch = len(views.keys)
+        both = torch.cat(views.crops[:2])
+        with torch.no_grad():
+            output = self.teacher.head(cls_features(self.teacher.encoder, both))
+            logits = self.center(output) / self.teacher_temp(step)
+            target = logits.softmax(-1).unflatten(0, (-1, batch))
+        # Each resolution goes through the encoder once, all its crops together.
+        cls = [cls_features(encoder, crops) for crops in (both, *views.crops[2:])]
+        student = self.head(torch.cat(cls)).unflatten(0, (-1, batch))
+        loss = cross_entropy_of_views(target, student, self.config.student_temp)
+        return {"loss": loss, **self._health(loss.detach(), target)}
+
+    def _health(self, loss: Tensor, target: Float[Tensor, "g b k"]) -> dict[str, Tensor]:
+        """What the loss alone does not show, of the images at hand.
+
+        The loss minus the teacher's entropy is KL(teacher || student), averaged over pairs, because
+        each teacher view is in equally many of them.
+        """
+        entropy = torch.special.entr(target).sum(-1).mean()
+        spread = torch.special.entr(target.mean((0, 1))).sum()
+        return {
+            "teacher_entropy": entropy,
+            "teacher_entropy_share": entropy / math.log(max(2, self.config.prototypes)),
+            "kl": loss - entropy,
+            "prototypes_used": spread.exp(),
+            "center_norm": self.center.value.norm(),
+        }
+
+    def concerns(self, means: dict[str, float]) -> dict[str, str]:
+        """The two ways in which self-distillation collapses (section 5.3 of the paper)."""
+        share, used = means["teacher_entropy_share"], means["prototypes_used"]
+        found, c = {}, self.config
+        if share > _UNIFORM:
+            found["uniform output"] = (
+                f"the teacher says the same of every image: its output is uniform "
+                f"({share:.1%} of the largest entropy), so there is nothing to learn. Usual "
+                f"remedies: a lower {flag(c, 'teacher_temp')}, a lower --optim.lr, a longer "
+                "--optim.warmup"
+            )
+        if used < _ONE_PROTOTYPE and self.images >= _ENOUGH_IMAGES:
+            found["one prototype"] = (
+                f"the teacher says the same of every image: one prototype takes all ({used:.2f} "
+                f"of {c.prototypes} in use). Usual remedies: a lower "
+                f"{flag(c, 'center_momentum')}, a higher {flag(c, 'teacher_temp')}, "
+                f"{flag(c, 'norm_last_layer')} True, a lower --optim.lr"
+            )
+        return found
+
+    def before_update(self, step: int) -> None:
+        """Leave the last layer as it is at first: it steadies what the teacher says."""
+        if step < self.freeze_steps:
+            for parameter in self.head.last_layer.parameters():
+                parameter.grad = None
+
+    def after_update(self, encoder: Encoder, step: int, took: Bool[Tensor, ""]) -> None:
+        """Move teacher and centre."""
+        self.teacher.follow(encoder, self.head, self.teacher_momentum(step), took)
+        self.center.update(took)
+
+
 class DINO(Method):
     """The student predicts the teacher's output for other crops; the teacher is its average."""
 
     Config: ClassVar[type] = DINOConfig
+    title: ClassVar[str] = "DINO"
+    explained: ClassVar[dict[str, Scalar]] = DINOObjective.explained
     pooling: ClassVar[str] = "cls"
-    spoken: ClassVar[tuple[str, ...]] = ("kl", "teacher_entropy_share", "prototypes_used")
+    progress: ClassVar[tuple[str, ...]] = ("kl", "teacher_entropy_share", "prototypes_used")
+    peak_in_warmup: ClassVar[bool] = True
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "encoder": {"drop_path": 0.1},
         "optim": {
             "base_lr": 5e-4,
             "min_lr": 1e-6,
-            "peak_in_warmup": True,
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
             "clip": 3.0,
             "clip_by": "parameter",
         },
     }
-    center: Tensor
 
     def __init__(self, config: DINOConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)
-        self.config: DINOConfig = config
-        check(
-            self.encoder.vit.cls_token is not None,
-            f"--encoder.arch is {encoder_config.arch!r}; DINO learns by [CLS], which it lacks",
-        )
+        objective = DINOObjective(config, self.encoder)
         config.sizes(self.encoder.image_size, self.encoder.patch_size)
-        self.head = self._new_head()
-        self._init_weights()
-        # Stochastic depth is the student's alone.
-        self.teacher = Encoder(replace(encoder_config, drop_path=0.0), channels)
-        self.teacher_head = self._new_head()
-        self.teacher.load_state_dict(self.encoder.state_dict(), strict=True)
-        self.teacher_head.load_state_dict(self.head.state_dict(), strict=True)
-        self.teacher.requires_grad_(False)
-        self.teacher_head.requires_grad_(False)
-        self.register_buffer("center", torch.zeros(config.prototypes))
-        self.outputs: list[Tensor] = []
-        self.images = 0
-        self.set_length(1, 1)
-
-    def _new_head(self) -> ProjectionHead:
-        c = self.config
-        widths = [self.encoder.width, *[c.head_width] * (c.head_depth - 1), c.bottleneck]
-        return ProjectionHead(widths, c.prototypes, fixed_gain=c.norm_last_layer)
-
-    def _init_weights(self) -> None:
-        """The original's: linear maps and tokens truncated normal with σ = .02, zero biases."""
-        for module in [*self.encoder.modules(), *self.head.modules()]:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        vit = self.encoder.vit
-        for token in (vit.cls_token, vit.reg_token):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
-        if vit.pos_embed.requires_grad:
-            nn.init.trunc_normal_(vit.pos_embed, std=0.02)
+        truncated_init(self.encoder, objective.head)
+        objective.add_teacher(self.encoder)
+        self.add("dino", objective)
 
     @staticmethod
     def views(config: DINOConfig, encoder: Encoder) -> ViewSpec:
@@ -225,92 +323,10 @@ class DINO(Method):
             crops.append(crop(small, config.local_scale, 2, config.local_crops))
         return ViewSpec(tuple(crops))
 
-    def begin_with(self, state: dict[str, Tensor], where: str) -> None:
-        """Student and teacher start equal."""
-        super().begin_with(state, where)
-        self.teacher.load_state_dict(self.encoder.state_dict(), strict=True)
-
     def exported_encoder(self) -> Encoder:
         """The teacher's: the better one at every moment of the training."""
-        return self.teacher
-
-    def set_length(self, steps: int, steps_per_epoch: int) -> None:
-        """Resolve what depends on the length of the training."""
-        self.steps, self.steps_per_epoch = steps, steps_per_epoch
-        c = self.config
-        freeze = Length.parse(c.freeze_last_layer, "--method.freeze-last-layer")
-        self.freeze_steps = freeze.steps(steps_per_epoch)
-        if 1 < steps <= self.freeze_steps:
-            log.warning(
-                "--method.freeze-last-layer is %s, the whole training: the prototypes never move",
-                c.freeze_last_layer,
-            )
-        self.temp_warmup = Length.parse(c.teacher_temp_warmup, "--method.teacher-temp-warmup")
-
-    def teacher_temp(self, step: int) -> float:
-        """Temperature at a step, counted from 0: linear, by epoch or by step, then constant."""
-        c, span = self.config, self.temp_warmup
-        n = math.ceil(span.amount)
-        i = step // self.steps_per_epoch if span.unit == "ep" else step
-        if i >= n:
-            return c.teacher_temp
-        return c.teacher_temp_start + (c.teacher_temp - c.teacher_temp_start) * i / max(1, n - 1)
-
-    def teacher_momentum(self, step: int) -> float:
-        """The share of itself that the teacher keeps at a step, from 0: half a cosine up to 1."""
-        return warmup_cosine(step, warmup=0, total=self.steps, peak=self.config.momentum, end=1.0)
-
-    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
-        """The loss of a batch and, of the same outputs, what shows a collapse."""
-        self.images = batch = len(views.keys)
-        both = torch.cat(views.crops[:2])
-        with torch.no_grad():
-            output = self.teacher_head(cls_features(self.teacher, both))
-            if self.training:
-                self.outputs.append(output.mean(0))
-            logits = (output - self.center) / self.teacher_temp(step)
-            target = logits.softmax(-1).unflatten(0, (-1, batch))
-        # Each resolution goes through the encoder once, all its crops together.
-        cls = [cls_features(self.encoder, crops) for crops in (both, *views.crops[2:])]
-        student = self.head(torch.cat(cls)).unflatten(0, (-1, batch))
-        loss = cross_entropy_of_views(target, student, self.config.student_temp)
-        return {"loss": loss, **self._health(loss.detach(), target)}
-
-    def _health(self, loss: Tensor, target: Float[Tensor, "g b k"]) -> dict[str, Tensor]:
-        """What the loss alone does not show, of the images at hand.
-
-        The loss minus the teacher's entropy is KL(teacher || student), averaged over pairs, because
-        each teacher view is in equally many of them.
-        """
-        entropy = torch.special.entr(target).sum(-1).mean()
-        spread = torch.special.entr(target.mean((0, 1))).sum()
-        return {
-            "teacher_entropy": entropy,
-            "teacher_entropy_share": entropy / math.log(max(2, self.config.prototypes)),
-            "kl": loss - entropy,
-            "prototypes_used": spread.exp(),
-            "center_norm": self.center.norm(),
-        }
-
-    def concerns(self, means: dict[str, float]) -> dict[str, str]:
-        """The two ways in which self-distillation collapses (section 5.3 of the paper)."""
-        share, used = means["teacher_entropy_share"], means["prototypes_used"]
-        found = {}
-        if share > _UNIFORM:
-            found["uniform output"] = (
-                f"the teacher says the same of every image: its output is uniform "
-                f"({share:.1%} of the largest entropy), so there is nothing to learn. Usual "
-                "remedies: a lower --method.teacher-temp, a lower --optim.lr, a longer "
-                "--optim.warmup"
-            )
-        if used < _ONE_PROTOTYPE and self.images >= _ENOUGH_IMAGES:
-            found["one prototype"] = (
-                f"the teacher says the same of every image: one prototype takes all ({used:.2f} "
-                f"of {self.config.prototypes} in use). Usual remedies: a lower "
-                "--method.center-momentum, a higher --method.teacher-temp, "
-                "--method.norm-last-layer True, a lower --optim.lr"
-            )
-        return found
+        encoder: Encoder = self.objective.teacher.encoder
+        return encoder
 
     def advice(self, setting: Setting) -> list[str]:
         """What the original's batches of 512 and its GPUs let one forget."""
@@ -334,77 +350,14 @@ class DINO(Method):
                 lines.append(f"--method.local-crops is {c.local_crops}; {fitting} should fit")
         return lines
 
-    def before_update(self, step: int) -> None:
-        """Leave the last layer as it is at first: it steadies what the teacher says."""
-        if step < self.freeze_steps:
-            for parameter in self.head.last_layer.parameters():
-                parameter.grad = None
-
-    @torch.no_grad()
-    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
-        """Move teacher and centre."""
-        momentum = self.teacher_momentum(step)
-        ema_update(self.teacher, self.encoder, momentum, finite)
-        ema_update(self.teacher_head, self.head, momentum, finite)
-        # Over the parts of a step and over processes: the mean of the whole batch.
-        mean = all_reduce_mean(torch.stack(self.outputs).mean(0))
-        self.outputs.clear()
-        moved = self.center.lerp(mean, 1 - self.config.center_momentum)
-        self.center.copy_(torch.where(finite, moved, self.center))
-
-    @torch.no_grad()
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Where the teacher's [CLS] looks in its last block."""
-        images = views.crops[0]
-        attention, grid = cls_attention(self.teacher, images)
-        return {"attention": attention_panel(to_rgb(normalize.inverse(images)), attention, grid)}
+        """Where the teacher's [CLS] looks."""
+        return attention(self.exported_encoder(), views, normalize)
 
 
-def cross_entropy_of_views(
-    target: Float[Tensor, "g b k"], student: Float[Tensor, "v b k"], temperature: float = 1.0
-) -> Float[Tensor, ""]:
-    """Cross-entropy of every pair of different views; the student's first g are the teacher's.
-
-    ``target`` holds probabilities, which get no gradient; ``student`` logits, before they are
-    divided by their temperature. It equals::
-
-        logits = student / temperature
-        pairs = [(t, s) for t in range(g) for s in range(v) if s != t]
-        mean(-(target[t] * logits[s].log_softmax(-1)).sum(-1).mean() for t, s in pairs)
-
-    but visits each view once, and finds its gradient at the same time.
-    """
-    with torch.autocast(student.device.type, enabled=False):  # it would round a product
-        loss: Tensor = _CrossEntropy.apply(target, student, temperature)
-    return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """A view s is compared with w_s, the sum of all targets but its own, of total mass m_s: the
-    loss is the sum of -w_s log p_s over all, and its gradient by the logits m_s p_s - w_s."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        target: Float[Tensor, "g b k"],
-        student: Float[Tensor, "v b k"],
-        temperature: float,
-    ) -> Float[Tensor, ""]:
-        g, v, batch = len(target), len(student), target.shape[1]
-        share = 1 / (batch * (g * v - g))
-        together = target.sum(0)
-        log_p = (student * (1 / temperature)).log_softmax(-1)
-        own = (target * log_p[:g]).sum()
-        loss = (own - (log_p.flatten(1) @ together.flatten()).sum()) * share
-        mass = log_p.new_full((v, 1, 1), g)
-        mass[:g] -= 1
-        grad = log_p.exp_().mul_(mass * (share / temperature))
-        grad.sub_(together, alpha=share / temperature)
-        grad[:g].add_(target, alpha=share / temperature)
-        ctx.save_for_backward(grad)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[None, Tensor, None]:
-        return None, ctx.saved_tensors[0] * grad, None
+@torch.no_grad()
+def attention(encoder: Encoder, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+    """Where an encoder's [CLS] looks in its last block, as a panel."""
+    images = views.crops[0]
+    maps, grid = cls_attention(encoder, images)
+    return {"attention": attention_panel(to_rgb(normalize.inverse(images)), maps, grid)}

@@ -1,30 +1,41 @@
-"""Masked autoencoder (He et al. 2022, arXiv 2111.06377)."""
+"""MAE: masked autoencoder (He et al. 2022, arXiv 2111.06377)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int64, UInt8
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from jaxtyping import Float, Int64
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
 
+from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
 from ssl_vit.common.config import EncoderConfig, check
-from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.seeds import uniform
-from ssl_vit.common.task import Views, at_least_fp32
+from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.methods.base import Method
-from ssl_vit.model.block import lean_blocks
-from ssl_vit.model.encoder import Encoder, sincos_positions, take
+from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target
+from ssl_vit.model.encoder import Encoder, set_norm_eps, sincos_positions, take
+from ssl_vit.model.init import xavier_init
+from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.masked_patches import (
+    Decoder,
+    explained_shares,
+    masked_pictures,
+    patch_statistics,
+)
+from ssl_vit.weights.decoders import read_decoder
+from ssl_vit.weights.exchange import load_strictly
+
+log = logging.getLogger("ssl_vit")
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(MethodConfig):
     """Masked autoencoder: hide most patches of an image, predict their pixels."""
 
     mask_ratio: float = 0.75
@@ -43,123 +54,65 @@ class MAEConfig:
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        ratio = self.mask_ratio
-        check(0 < ratio < 1, f"--method.mask-ratio is {ratio}; it must lie between 0 and 1")
-        for option in ("decoder_width", "decoder_depth", "decoder_heads"):
-            value = getattr(self, option)
-            check(value >= 1, f"--method.{option.replace('_', '-')} is {value}; at least 1")
+        check_inside(self, "mask_ratio")
+        check_least(self, 1, "decoder_width", "decoder_depth", "decoder_heads")
         check(
             self.decoder_width % self.decoder_heads == 0,
-            f"--method.decoder-heads is {self.decoder_heads}; "
-            f"it must divide --method.decoder-width, {self.decoder_width}",
+            f"{flag(self, 'decoder_heads')} is {self.decoder_heads}; "
+            f"it must divide {flag(self, 'decoder_width')}, {self.decoder_width}",
         )
-        low, high = self.crop_scale
-        check(
-            0 < low <= high <= 1,
-            f"--method.crop-scale is {self.crop_scale}; 0 < least <= most <= 1",
-        )
-        check(0 <= self.flip <= 1, f"--method.flip is {self.flip}; it is a probability")
+        check_range(self, "crop_scale")
+        check_share(self, "flip")
 
+    def visible(self, n: int) -> int:
+        """How many of ``n`` patches are seen.
 
-class Decoder(nn.Module):
-    """The light decoder: a narrow ViT over visible latents and mask tokens, to pixels."""
-
-    positions: Tensor
-
-    def __init__(self, config: MAEConfig, width: int, grid: tuple[int, int], pixels: int) -> None:
-        super().__init__()
-        dim = config.decoder_width
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        self.embed = nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, config.decoder_heads, qkv_bias=True, norm_layer=norm)
-            for _ in range(config.decoder_depth)
-        )
-        lean_blocks(self.blocks)
-        self.norm = norm(dim)
-        self.predict = nn.Linear(dim, pixels)
-        self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
-
-    def forward(
-        self,
-        latent: Float[Tensor, "b m d"],
-        order: Int64[Tensor, "b n"],
-        prefix: int,
-        masked_only: bool = False,
-    ) -> Float[Tensor, "b k w"]:
-        """Decoded tokens of all patches, in ``order``: the visible ones first, then the masked.
-
-        ``masked_only``: those of the masked ones, for which the last block has less to do.
-
-        The tokens stay in shuffled order, each with the position of its patch. Attention does not
-        see the order, so this equals restoring the order first, and saves the two shuffles.
+        Raises:
+            UserError: none would be visible, or none masked.
         """
-        x = self.embed(latent)
-        n_masked = order.shape[1] - (latent.shape[1] - prefix)
-        masks = self.mask_token.to(x.dtype).expand(x.shape[0], n_masked, -1)
-        tokens = torch.cat([x[:, prefix:], masks], dim=1) + self.positions[order]
-        tokens = torch.cat([x[:, :prefix].to(tokens.dtype), tokens], dim=1)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
-        wanted = slice(latent.shape[1] if masked_only else prefix, None)
-        return self.norm(self.blocks[-1](tokens, rows=wanted))
+        visible = int(n * (1 - self.mask_ratio))
+        check(
+            1 <= visible < n,
+            f"{flag(self, 'mask_ratio')} is {self.mask_ratio}; of {n} patches it leaves {visible} "
+            "visible, and at least 1 must be visible and 1 masked",
+        )
+        return visible
 
 
-class MAE(Method):
-    """Encodes the visible patches only and predicts the pixels of the masked ones."""
+class MAEObjective(Objective):
+    """Mean squared error of the masked patches' pixels, of which the encoder sees the others.
 
-    Config: ClassVar[type] = MAEConfig
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "encoder": {"positions": "sincos"},
-        "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},
+    ``target_known_from``: what says whether the target is normalised; empty where nothing does.
+    """
+
+    explained: ClassVar[dict[str, Scalar]] = {
+        "loss": Scalar("Loss", "Mean squared error of the masked patches. It falls steadily.", True)
     }
 
-    def __init__(self, config: MAEConfig, encoder_config: EncoderConfig, channels: int) -> None:
-        super().__init__(config, encoder_config, channels)
-        self.config: MAEConfig = config
-        encoder = self.encoder
-        n = encoder.grid[0] * encoder.grid[1]
-        self.n_visible = int(n * (1 - config.mask_ratio))
-        check(
-            1 <= self.n_visible < n,
-            f"--method.mask-ratio is {config.mask_ratio}; of {n} patches it leaves "
-            f"{self.n_visible} visible, and at least 1 must be visible and 1 masked",
-        )
+    def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config, self.grid = config, encoder.grid
+        self.target_known_from = "normalize_target in its config.yaml"
+        self.n_visible = config.visible(encoder.grid[0] * encoder.grid[1])
         self.decoder = Decoder(
-            config, encoder.width, encoder.grid, encoder.patch_size**2 * channels
+            encoder.width,
+            config.decoder_width,
+            config.decoder_depth,
+            config.decoder_heads,
+            encoder.grid,
+            encoder.patch_size**2 * encoder.channels,
         )
-        self._init_weights()
 
-    def _init_weights(self) -> None:
-        """The original's: Xavier-uniform linear maps, zero biases, tokens normal with σ = .02."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        projection = self.encoder.vit.patch_embed.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
-        for token in (self.encoder.vit.cls_token, self.encoder.vit.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
-
-    @staticmethod
-    def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
-        """One random resized crop, bicubic, perhaps flipped."""
-        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
-
-    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+    def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """The loss of a batch, each image masked by its own key."""
-        images = views.crops[0]
-        n = self.encoder.grid[0] * self.encoder.grid[1]
-        return {"loss": self.loss(images, uniform(views.keys, n))}
+        return {"loss": self.loss(encoder, views.crops[0], self.noise(views.keys))}
+
+    def noise(self, keys: Int64[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        """What decides which patches of images with these keys are kept."""
+        return uniform(keys, self.grid[0] * self.grid[1])
 
     def loss(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+        self, encoder: Encoder, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
     ) -> Float[Tensor, ""]:
         """Mean squared error of the masked patches' pixels.
 
@@ -167,25 +120,23 @@ class MAE(Method):
         """
         order = noise.argsort(dim=1, stable=True)
         # What the loss does not use is not computed: it is of masked patches.
-        tokens = self.decode(self.encode_visible(images, order), order, masked_only=True)
+        tokens = self.decode(encoder, images, order, self.n_visible, masked_only=True)
         prediction = at_least_fp32(self.decoder.predict(tokens))
-        target = self.target(take(self.encoder.patchify(images), order[:, self.n_visible :]))
+        target = self.target(take(encoder.patchify(images), order[:, self.n_visible :]))
         return (prediction - target).square().mean()
-
-    def encode_visible(
-        self, images: Float[Tensor, "b c h w"], order: Int64[Tensor, "b n"]
-    ) -> Float[Tensor, "b m d"]:
-        """Encoder output of the visible patches, prefix tokens first."""
-        return self.encoder.encode(self.encoder.embed(images, order[:, : self.n_visible]))
 
     def decode(
         self,
-        latent: Float[Tensor, "b m d"],
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
         order: Int64[Tensor, "b n"],
+        visible: int,
         masked_only: bool = False,
-    ) -> Float[Tensor, "b k w"]:
-        """Decoder tokens of all patches, or of the masked ones alone, in ``order``."""
-        return self.decoder(latent, order, self.encoder.vit.num_prefix_tokens, masked_only)
+    ) -> Float[Tensor, "b k d"]:
+        """Decoder tokens of all patches, or of the masked ones alone, in ``order``, of which the
+        encoder sees the first ``visible``."""
+        latent = encoder.encode(encoder.embed(images, order[:, :visible]))
+        return self.decoder(latent, order, encoder.vit.num_prefix_tokens, masked_only)
 
     def target(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n ppc"]:
         """What is to be predicted of patches: their pixels; normalised by each patch's own mean and
@@ -196,66 +147,174 @@ class MAE(Method):
         return (patches - mean) / std
 
     def predict(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b n"],
+        visible: int | None = None,
     ) -> tuple[Float[Tensor, "b n ppc"], Float[Tensor, "b n"]]:
-        """Predictions for all patches in image order, and the mask (1 where masked)."""
+        """Predictions for all patches in image order, and the mask (1 where masked); ``visible``:
+        how many patches the encoder sees, if not as many as in training."""
+        visible = visible or self.n_visible
         order = noise.argsort(dim=1, stable=True)
-        tokens = self.decode(self.encode_visible(images, order), order)
+        tokens = self.decode(encoder, images, order, visible)
         restore = order.argsort(dim=1)
-        masked = torch.arange(order.shape[1], device=order.device)[None] >= self.n_visible
+        masked = torch.arange(order.shape[1], device=order.device)[None] >= visible
         mask = masked.expand_as(order).gather(1, restore).to(noise.dtype)
         return at_least_fp32(self.decoder.predict(take(tokens, restore))), mask
 
-    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
-        n = self.encoder.grid[0] * self.encoder.grid[1]
-        columns = self.pictures(views.crops[0], uniform(views.keys, n), normalize)
-        del columns["prediction"]
-        return {"reconstruction": picture_rows(columns, self.target_shown)}
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """Masked images and what is predicted of them; arguments are those of a method's.
 
-    @property
-    def target_shown(self) -> str:
+        A normalised target is brought back to pixels with each patch's true mean and standard
+        deviation. Where nothing tells the target, it is the one of the two by which the prediction
+        explains more of these very images' masked patches.
+        """
+        noise = self.noise(keys)
+        n = noise.shape[1]
+        masked = replace(self.config, mask_ratio=mask_ratio) if mask_ratio else self.config
+        visible = masked.visible(n)
+        prediction, mask = self.predict(encoder, images, noise, visible)
+        hidden, patches = mask > 0, encoder.patchify(images)
+        normalized, why = self._target(patches, prediction, hidden, target)
+        if normalized:
+            mean, std = patch_statistics(patches)
+            prediction = prediction * std + mean
+        caption = (
+            f"{self._target_shown(normalized)} ({why}). {n - visible} of {n} patches are masked. "
+            "prediction: all patches as predicted, of which training knows the masked ones only; "
+            "reconstruction: the visible patches as they are, the masked ones as predicted."
+        )
+        pictures = masked_pictures(encoder, images, prediction, hidden, normalize)
+        return Reconstruction(pictures, caption)
+
+    def _target(
+        self, patches: Tensor, prediction: Tensor, hidden: Tensor, asked: Target
+    ) -> tuple[bool, str]:
+        """Whether the target is normalised, and how that is known."""
+        if asked != "auto":
+            return asked == "normalized", f"as --target {asked} says"
+        if self.target_known_from:
+            return self.config.normalize_target, f"as {self.target_known_from} says"
+        shares = explained_shares(patches, prediction, hidden)
+        why = (
+            "nothing in the file tells, so it was decided by these images: of their masked patches "
+            f"the prediction explains {_percent(shares['normalized'])} as normalised patches and "
+            f"{_percent(shares['pixels'])} as raw pixels"
+        )
+        return shares["normalized"] >= shares["pixels"], why
+
+    @staticmethod
+    def _target_shown(normalized: bool) -> str:
         """What is predicted, and how that is made pixels, for a caption."""
-        if self.config.normalize_target:
+        if normalized:
             return "target: normalised patches, shown with each patch's true mean and std"
         return "target: raw pixels"
 
-    @torch.no_grad()
-    def pictures(
-        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"], normalize: Normalize
-    ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
-        """Original, masked image, prediction, and reconstruction: the masked patches as predicted.
+    def fill_buffers(self, encoder: Encoder) -> None:
+        """The decoder's fixed positions."""
+        self.decoder.positions = sincos_positions(encoder.grid, self.config.decoder_width)
 
-        ``prediction`` is of all patches, of which the loss knows the masked ones only. A normalised
-        target is brought back to pixels with each patch's true mean and standard deviation.
+    def take_tables(self, other: Objective, encoder: Encoder) -> None:
+        """The decoder's positions, which a file may have brought, resampled, the epsilon of its
+        norms, and what is known of the target."""
+        assert isinstance(other, MAEObjective)
+        self.target_known_from = other.target_known_from
+        set_norm_eps(self.decoder, other.decoder.norm.eps)
+        self.decoder.positions = resample_abs_pos_embed(
+            other.decoder.positions[None],
+            list(self.grid),
+            old_size=list(other.grid),
+            num_prefix_tokens=0,
+        )[0]
+
+
+class MAE(Method):
+    """Encodes the visible patches only and predicts the pixels of the masked ones."""
+
+    Config: ClassVar[type] = MAEConfig
+    title: ClassVar[str] = "MAE"
+    explained: ClassVar[dict[str, Scalar]] = MAEObjective.explained
+    reconstructs: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "encoder": {"positions": "sincos"},
+        "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},
+    }
+
+    def __init__(self, config: MAEConfig, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__(config, encoder_config, channels)
+        objective = MAEObjective(config, self.encoder)
+        self.add("mae", objective)
+        xavier_init(self.encoder, objective.decoder)
+        torch.nn.init.normal_(objective.decoder.mask_token, std=0.02)
+
+    @staticmethod
+    def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
+        """One random resized crop, bicubic, perhaps flipped."""
+        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
+        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
+
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """As the base says, and :meth:`MAEObjective.reconstruct`."""
+        found: Reconstruction = self.objective.reconstruct(
+            self.encoder, images, keys, normalize, mask_ratio, target
+        )
+        return found
+
+    @classmethod
+    def from_file(cls, file: Path, encoder: Encoder) -> Method | None:
+        """From an official pretraining file with ``decoder_`` tensors, or a Hugging Face
+        ``ViTMAEForPreTraining`` folder.
+
+        Raises:
+            UserError: the decoder's tensors do not fit each other or the encoder.
         """
-        prediction, mask = self.predict(images, noise)
-        patches = self.encoder.patchify(images)
-        if self.config.normalize_target:
-            mean, std = patch_statistics(patches)
-            prediction = prediction * std + mean
-        hidden = mask[:, :, None] > 0
-        prediction = prediction.to(patches.dtype)
-        pasted = torch.where(hidden, prediction, patches)
-        shown = normalize.inverse(images)
-        masked = torch.where(hidden, 0.5, self.encoder.patchify(shown))
-        return {
-            "original": to_rgb(shown),
-            "masked": to_rgb(self._unpatchify(masked)),
-            "prediction": to_rgb(normalize.inverse(self._unpatchify(prediction))),
-            "reconstruction": to_rgb(normalize.inverse(self._unpatchify(pasted))),
-        }
+        decoder = read_decoder(file)
+        if decoder is None:
+            return None
+        config = MAEConfig(
+            mask_ratio=decoder.mask_ratio or 0.75,
+            normalize_target=decoder.normalized is not False,
+            decoder_width=decoder.width,
+            decoder_depth=decoder.depth,
+            decoder_heads=decoder.heads,
+        )
+        made = cls.blank(config, encoder.config, encoder.channels)
+        load_strictly(made.encoder.vit, encoder.vit.state_dict(), str(file))
+        own = made.objective.decoder
+        said = load_strictly(own, decoder.state, f"{file}, decoder")
+        log.info("%s: decoder of %s, %s", file, decoder.format, said)
+        check(
+            decoder.positions.shape == own.positions.shape,
+            f"{file}: decoder_pos_embed has {len(decoder.positions)} patches; there are "
+            f"{len(own.positions)}",
+        )
+        own.positions = decoder.positions
+        set_norm_eps(own, decoder.norm_eps)
+        made.objective.target_known_from = (
+            decoder.known_from if decoder.normalized is not None else ""
+        )
+        return made
 
-    def _unpatchify(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b c h w"]:
-        """The inverse of ``Encoder.patchify`` on the encoder's own grid."""
-        h, w = self.encoder.grid
-        p = self.encoder.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
-
-def patch_statistics(
-    patches: Float[Tensor, "b n ppc"],
-) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
-    """Mean and standard deviation (unbiased, 1e-6 added to the variance) of each patch."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share > 0 else "nothing"

@@ -75,8 +75,7 @@ def cls_attention(
     left out and not made up for, so a head's numbers sum to one or less. Raises as that does.
     """
     rows = cls_attention_rows(encoder, images)
-    grid = (images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size)
-    return rows[:, :, encoder.vit.num_prefix_tokens :], grid
+    return rows[:, :, encoder.vit.num_prefix_tokens :], encoder.grid_of(images)
 
 
 def mass_mask(attention: Float[Tensor, "b heads n"], mass: float) -> Bool[Tensor, "b heads n"]:

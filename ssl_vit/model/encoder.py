@@ -1,4 +1,4 @@
-"""The shared Vision Transformer: patchify -> embed -> encode -> pool, on a timm model."""
+"""Encoder: the shared Vision Transformer, patchify -> embed -> encode -> pool, on a timm model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssl_vit.common.config import EncoderConfig, check, nearest
+from ssl_vit.common.config import EncoderConfig, check, did_you_mean
 from ssl_vit.model.block import LeanBlock, lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 
@@ -46,6 +46,22 @@ class Features:
         check(kind in ("cls", "cls+mean"), f"pooling is {kind!r}; allowed: cls, mean, cls+mean")
         cls = norm(self.cls)
         return cls if kind == "cls" else torch.cat([cls, mean], dim=1)
+
+
+@dataclass
+class Tokens:
+    """Patch tokens between ``Encoder.embed`` and ``Encoder.encode``, which keep their places.
+
+    Attributes:
+        values: (B, K, D), positions that are added to tokens included.
+        grid: rows and columns of patches in the images they come from.
+        places: (B, K) each token's patch in that grid, row by row; None: all patches in order.
+            What rotates queries and keys (RoPE) by a token's own position finds it here.
+    """
+
+    values: Tensor
+    grid: tuple[int, int]
+    places: Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -105,6 +121,18 @@ class Encoder(nn.Module):
         )
         return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
+    def unpatchify(
+        self, patches: Float[Tensor, "b n ppc"], grid: tuple[int, int]
+    ) -> Float[Tensor, "b c h w"]:
+        """The inverse of :meth:`patchify`, for images of ``grid`` (rows, columns) patches."""
+        h, w = grid
+        p = self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+    def grid_of(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        """Rows and columns of patches in these images."""
+        return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
         """Positions of (prefix tokens, patches), resampled bicubically for another grid.
 
@@ -125,14 +153,22 @@ class Encoder(nn.Module):
         return (position[:, :prefix] if prefix else None), position[:, prefix:]
 
     def embed(
-        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None = None
-    ) -> Float[Tensor, "b _ d"]:
-        """Patch tokens with their positions, (B, N, D); of the patches ``keep`` alone, (B, K, D).
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Int[Tensor, "b k"] | None = None,
+        masked: Bool[Tensor, "b n"] | None = None,
+        token: Float[Tensor, " d"] | None = None,
+    ) -> Tokens:
+        """Patch tokens with their positions: of all N patches, or of K.
 
-        Patches that are not kept are never projected.
+        Args:
+            keep: of each image the patches to embed; others are never projected.
+            masked: the patches (of all N) whose projection is replaced by ``token``, before
+                positions are added.
+            token: what stands for a masked patch; needed with ``masked``.
         """
         patches = self.patchify(images)
-        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        grid = self.grid_of(images)
         position = self.positions(grid)[1]
         if keep is not None:
             patches = take(patches, keep)
@@ -140,18 +176,23 @@ class Encoder(nn.Module):
         # The stride-P convolution of timm is this linear map, with its weights reordered.
         weight = rearrange(self.vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
         tokens = F.linear(patches, weight, self.vit.patch_embed.proj.bias)
-        return self.vit.patch_embed.norm(tokens) + position
+        tokens = self.vit.patch_embed.norm(tokens)
+        if masked is not None:
+            assert token is not None, "masked patches need a token that stands for them"
+            masked = masked if keep is None else masked.gather(1, keep)
+            tokens = torch.where(masked[:, :, None], token.to(tokens.dtype), tokens)
+        return Tokens(tokens + position, grid, keep)
 
-    def encode(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+    def encode(self, tokens: Tokens) -> Float[Tensor, "b m d"]:
         """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""
         x = self.with_prefix(tokens)
         for block in self.vit.blocks:
             x = block(x)
         return self.vit.norm(x)
 
-    def with_prefix(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+    def with_prefix(self, embedded: Tokens) -> Float[Tensor, "b m d"]:
         """What the first block is given: [CLS] and registers, if any, before the patch tokens."""
-        vit = self.vit
+        vit, tokens = self.vit, embedded.values
         prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
         if prefix:
             joined = torch.cat(prefix, dim=1)
@@ -175,7 +216,7 @@ class Encoder(nn.Module):
         """Features after each of the ``last`` blocks, in order, all through the final norm."""
         blocks = self.vit.blocks
         check(1 <= last <= len(blocks), f"{last} last blocks asked; the encoder has {len(blocks)}")
-        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        grid = self.grid_of(images)
         x = self.with_prefix(self.embed(images))
         outputs = []
         for i, block in enumerate(blocks):
@@ -240,7 +281,7 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
     check(
         config.arch in known,
         f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
-        f"{nearest(config.arch, known)}",
+        f"{did_you_mean(config.arch, known)}",
     )
     with without_memory():
         pooling = {k: kwargs[k] for k in ("global_pool", "fc_norm") if k in kwargs}

@@ -1,10 +1,41 @@
-"""The exponential moving average of one module's weights in another's."""
+"""Teacher: a copy of a student whose weights are the moving average of the student's."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ssl_vit.common.distributed import local
+from ssl_vit.model.encoder import Encoder
+
+
+class Teacher(nn.Module):
+    """An encoder and a head that follow a student's by exponential moving average.
+
+    It begins equal to the student, gets no gradient, and has no stochastic depth.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = Encoder(replace(encoder.config, drop_path=0.0), encoder.channels)
+        self.head = copy.deepcopy(head)
+        self.start_from(encoder)
+        self.requires_grad_(False)
+
+    def start_from(self, encoder: Encoder) -> None:
+        """Take the student's encoder as it is now."""
+        self.encoder.load_state_dict(encoder.state_dict(), strict=True)
+
+    def follow(
+        self, encoder: Encoder, head: nn.Module, momentum: float, moves: Bool[Tensor, ""]
+    ) -> None:
+        """Move towards the student, keeping the share ``momentum``; not at all unless ``moves``."""
+        ema_update(self.encoder, encoder, momentum, moves)
+        ema_update(self.head, head, momentum, moves)
 
 
 @torch.no_grad()

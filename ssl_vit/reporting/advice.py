@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from ssl_vit.reporting.explained import evaluator
+from ssl_vit.reporting.explained import evaluator, method_scalars
 from ssl_vit.reporting.story import Story
 
 # Thresholds; each is told in the line that it leads to.
@@ -99,7 +99,7 @@ def _collapsed(story: Story) -> Iterator[Advice]:
         yield Advice(
             f"Feature spread is {spread:.2g} (below {_SPREAD:g}): all images have nearly the same "
             "features",
-            "A longer warm-up, a lower --optim.lr; with DINO also what its own warnings say",
+            "A longer warm-up, a lower --optim.lr, and what the run's own warnings say",
         )
     elif rank is not None and rank < _RANK:
         yield Advice(
@@ -142,18 +142,21 @@ def _past_its_best(story: Story) -> Iterator[Advice]:
 
 
 def _flat(story: Story) -> Iterator[Advice]:
-    """A loss that does not fall, of a method of which it should."""
-    losses = [value for _, value in story.run.series("loss")]
-    # One that begins with given weights begins low.
-    if story.run.method != "mae" or len(losses) < 10 or story.run.config.get("init.encoder"):
-        return
-    part = len(losses) // 5
-    first, last = median(losses[:part]), median(losses[-part:])
-    if last > 0.98 * first:
-        yield Advice(
-            f"The loss does not fall: {first:.3g} in the first fifth, {last:.3g} in the last",
-            "A higher --optim.lr (small batches need their own), more steps",
-        )
+    """A loss that does not fall, where the method says that it should."""
+    if story.run.config.get("init.encoder"):
+        return  # one that begins with given weights begins low
+    for name, scalar in method_scalars(story.run.method).items():
+        losses = [value for _, value in story.run.series(name)]
+        if not scalar.falls or len(losses) < 10:
+            continue
+        part = len(losses) // 5
+        what = "The loss" if name == "loss" else scalar.title
+        first, last = median(losses[:part]), median(losses[-part:])
+        if last > 0.98 * first:
+            yield Advice(
+                f"{what} does not fall: {first:.3g} in the first fifth, {last:.3g} in the last",
+                "A higher --optim.lr (small batches need their own), more steps",
+            )
 
 
 def _slow(story: Story) -> Iterator[Advice]:

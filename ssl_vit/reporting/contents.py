@@ -13,7 +13,7 @@ from ssl_vit.common.layers import as_written
 from ssl_vit.methods.base import find_method
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape
-from ssl_vit.reporting.explained import evaluator, feature
+from ssl_vit.reporting.explained import evaluator, feature, method_title
 from ssl_vit.reporting.images import stages, thumbnail_uri
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.reporting.story import Scored, Story
@@ -50,8 +50,7 @@ def part_of(story: Story, colour: str, seed: int) -> dict[str, Any]:
 def lead(story: Story) -> str:
     """The run in a sentence."""
     run, config = story.run, story.run.config
-    kinds = {"mae": "MAE", "dino": "DINO", "": "A run of an unknown method"}
-    method = kinds.get(run.method, run.method)
+    method = method_title(run.method) if run.method else "A run of an unknown method"
     parts = [f"{method} on {config.get('data.train', 'unknown images')}"]
     arch = config.get("encoder.arch")
     if arch:

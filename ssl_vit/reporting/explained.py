@@ -1,57 +1,49 @@
-"""What each logged number means, and how it should move."""
+"""Glossary: what each logged number means, and how it should move."""
 
 from __future__ import annotations
 
-# Name: title, what it says. Order is that of the page.
-EXPLAINED = {
-    "loss": (
-        "Loss",
-        "What is minimised. MAE's falls steadily; DINO's may rise while the features get better, "
-        "as its target moves.",
-    ),
-    "knn": (
+from collections.abc import Iterable
+
+from ssl_vit.common.task import Scalar
+from ssl_vit.methods.base import find_method, method_names
+
+# Before what methods log of themselves, and after; order is that of the page.
+_FIRST = {
+    "loss": Scalar("Loss", "What is minimised."),
+    "knn": Scalar(
         "k-NN accuracy, %",
         "Held-out images classified by their nearest training images, on frozen features: the "
         "number to watch. It should rise, and pass raw pixels.",
     ),
-    "feature_std": (
+    "feature_std": Scalar(
         "Feature spread",
         "1: features spread evenly over the sphere; 0: every image has the same. A fall towards 0 "
         "is a collapse.",
     ),
-    "rankme": (
+    "rankme": Scalar(
         "Effective rank",
         "How many directions the features use (RankMe). Higher is mostly better; near 1 all images "
         "lie on a line.",
     ),
-    "teacher_entropy_share": (
-        "Teacher's entropy, share of the largest",
-        "1: the teacher says the same of every image; 0: it is certain. It should settle between.",
+}
+_LAST = {
+    "val_top1": Scalar(
+        "Accuracy on held-out images, %", "Of the network as it is being fine-tuned."
     ),
-    "teacher_entropy": ("Teacher's entropy", "In nats; its largest value is ln of the prototypes."),
-    "kl": (
-        "KL(teacher || student)",
-        "What the student has yet to learn: the loss without the teacher's entropy. 0 for long is "
-        "a collapse.",
+    "val_top5": Scalar(
+        "Top-5 accuracy on held-out images, %", "Its class among the five best guesses."
     ),
-    "prototypes_used": (
-        "Prototypes in use",
-        "How many prototypes a batch is spread over. 1 is a collapse.",
-    ),
-    "center_norm": ("Norm of the centre", "It grows, then settles."),
-    "val_top1": ("Accuracy on held-out images, %", "Of the network as it is being fine-tuned."),
-    "val_top5": ("Top-5 accuracy on held-out images, %", "Its class among the five best guesses."),
-    "grad_norm": (
+    "grad_norm": Scalar(
         "Gradient norm",
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
     ),
-    "lr": ("Learning rate", "Warm-up, then half a cosine."),
-    "images_per_s": ("Images per second", "Over all processes, without saving and looking."),
-    "waiting": (
+    "lr": Scalar("Learning rate", "Warm-up, then half a cosine."),
+    "images_per_s": Scalar("Images per second", "Over all processes, without saving and looking."),
+    "waiting": Scalar(
         "Share of the time waiting for images",
         "Above a fifth the loader holds the training up.",
     ),
-    "energy_j": ("Energy, joules a line", "Of GPUs and processors that count it themselves."),
+    "energy_j": Scalar("Energy, joules a line", "Of GPUs and processors that count it themselves."),
 }
 
 
@@ -75,17 +67,44 @@ def evaluator(name: str) -> str:
     return _EVALUATORS.get(name, name)
 
 
-def title(name: str) -> str:
-    """What a curve is called; its name in the file where it is not known here."""
-    return EXPLAINED.get(name, (name.replace("_", " "), ""))[0]
+def method_title(name: str) -> str:
+    """A method as people call it; its name in the file where it is not known here."""
+    return find_method(name).title if name in method_names() else name
 
 
-def meaning(name: str) -> str:
-    """What a curve says, in a sentence or two; empty for one not known here."""
-    return EXPLAINED.get(name, ("", ""))[1]
+def method_scalars(name: str) -> dict[str, Scalar]:
+    """What a method says of its own scalars; nothing of one that is not known here."""
+    return find_method(name).explained if name in method_names() else {}
 
 
-def ordered(names: list[str]) -> list[str]:
-    """Names in the order in which they are shown; those not known here last, as given."""
-    known = [name for name in EXPLAINED if name in names]
-    return known + [name for name in names if name not in EXPLAINED]
+class Glossary:
+    """What the curves of some runs mean, by the methods that trained them."""
+
+    def __init__(self, methods: Iterable[str]) -> None:
+        own: dict[str, Scalar] = {}
+        for method in dict.fromkeys(methods):
+            for name, scalar in method_scalars(method).items():
+                own[name] = _joined(own[name], scalar) if name in own else scalar
+        loss = {"loss": own.pop("loss")} if "loss" in own else {}
+        self.scalars = _FIRST | loss | own | _LAST
+
+    def title(self, name: str) -> str:
+        """What a curve is called; its name in the file where it is not known here."""
+        known = self.scalars.get(name)
+        return known.title if known else name.replace("_", " ")
+
+    def meaning(self, name: str) -> str:
+        """What a curve says, in a sentence or two; empty for one not known here."""
+        known = self.scalars.get(name)
+        return known.meaning if known else ""
+
+    def ordered(self, names: list[str]) -> list[str]:
+        """Names in the order in which they are shown; those not known here last, as given."""
+        known = [name for name in self.scalars if name in names]
+        return known + [name for name in names if name not in self.scalars]
+
+
+def _joined(one: Scalar, other: Scalar) -> Scalar:
+    """A number that two methods log under one name."""
+    same = other.meaning in one.meaning
+    return one if same else one._replace(meaning=f"{one.meaning} / {other.meaning}")

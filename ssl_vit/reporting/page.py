@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ssl_vit import __version__
 from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
-from ssl_vit.reporting.explained import evaluator, meaning, neighbours_of, ordered, title
+from ssl_vit.reporting.explained import Glossary, evaluator, neighbours_of
 from ssl_vit.reporting.story import KNN, PIXELS, Scored, Story, knn_names
 from ssl_vit.training.metrics import duration
 
@@ -37,8 +37,10 @@ def render(stories: Sequence[Story], seed: int) -> str:
             if part[key] and "chart" in part[key]:
                 part[key]["id"] = f"{key}-{i}"
                 charts[part[key]["id"]] = part[key].pop("chart")
+    glossary = Glossary(story.run.method for story in stories)
     shown = [
-        {"name": n, "title": title(n), "meaning": meaning(n)} for n in _curves(stories, charts)
+        {"name": n, "title": glossary.title(n), "meaning": glossary.meaning(n)}
+        for n in _curves(stories, charts, glossary)
     ]
     scores = _score_chart(stories)
     if scores:
@@ -65,11 +67,13 @@ def render(stories: Sequence[Story], seed: int) -> str:
     )
 
 
-def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list[str]:
+def _curves(
+    stories: Sequence[Story], charts: dict[str, dict[str, Any]], glossary: Glossary
+) -> list[str]:
     """Make the chart of every number that any run has logged; their names, in order."""
     plain = dict.fromkeys(name for story in stories for name in story.names)
     names = ["knn" if KNN.fullmatch(name) else name for name in plain]
-    shown = ordered(list(dict.fromkeys(names)))
+    shown = glossary.ordered(list(dict.fromkeys(names)))
     several, over = len(stories) > 1, "images" if _sized(stories) else "step"
     for name in shown:
         series: dict[str, Points] = {}
@@ -80,7 +84,8 @@ def _curves(stories: Sequence[Story], charts: dict[str, dict[str, Any]]) -> list
                 points = story.curve(key)
                 if not points:
                     continue
-                label = " ".join(filter(None, [story.name if several else "", kind])) or title(name)
+                named = [story.name if several else "", kind]
+                label = " ".join(filter(None, named)) or glossary.title(name)
                 series[label] = points
                 place = i + j * len(stories) if several else j
                 colours[label] = COLOURS[place % len(COLOURS)]

@@ -133,9 +133,9 @@ def test_every_fate_is_told(many):
     assert found["done"]["knn"]["knn20_mean"] > 10
     assert found["done"]["resume"] == ""
     assert found["optim.lr=1e-3"]["step"] == 11
-    assert found["optim.lr=1e-3"]["said"].startswith("at step 11 of 24: SIGTERM came")
+    assert found["optim.lr=1e-3"]["said"].startswith("at step 11 of 24: received SIGTERM")
     assert found["killed"]["step"] == 13
-    assert "newest checkpoint is of step 8" in found["killed"]["said"]
+    assert "newest checkpoint is at step 8" in found["killed"]["said"]
     assert "not finite" in found["failed"]["said"]
     assert all(run["problems"] == [] for run in found.values())
     assert all(run["status"]["name"] == "mae" for run in found.values())
@@ -188,7 +188,7 @@ def test_interrupted(door):
     stop(door, "run", signal.SIGINT, at=3)
     (run,) = records(door, "run").values()
     assert (run["state"], run["step"]) == ("stopped", 4)
-    assert run["said"].startswith("at step 4 of 24: SIGINT came")
+    assert run["said"].startswith("at step 4 of 24: received SIGINT")
 
 
 def test_of_several_processes_one_tells(door):
@@ -244,7 +244,7 @@ def test_damaged_folders_are_shown_with_what_is_wrong(many):
     (broken / "torn-status/status.json").write_text('{"state": "finis')
     found = records(many, "broken")
     assert found["binary"]["state"] == "finished"
-    assert "cannot be read, passed over" in found["binary"]["problems"][0]
+    assert "cannot be read, ignored" in found["binary"]["problems"][0]
     assert found["no-config"]["problems"] == ["broken/no-config/config.yaml: not there"]
     assert found["no-config"]["state"] == "finished"
     assert len(found["empty"]["problems"]) == 3

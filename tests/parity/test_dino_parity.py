@@ -19,6 +19,7 @@ from tests.parity.golden import check_there_are, close, golden_files, read_golde
 
 FILES = golden_files("dino_*.safetensors")
 CPU = torch.device("cpu")
+CENTER = "objectives.dino.center.value"
 
 
 def test_there_are_golden_files():
@@ -34,12 +35,15 @@ class AsIs(Normalize):
 
 def our_name(theirs: str) -> str:
     """The original's parameter name as the student's in ours."""
-    return theirs.replace("backbone.", "encoder.vit.", 1)
+    ours = theirs.replace("backbone.", "encoder.vit.", 1)
+    return ours.replace("head.", "objectives.dino.head.", 1)
 
 
 def teachers_name(theirs: str) -> str:
     """The original's parameter name as the teacher's in ours."""
-    return theirs.replace("backbone.", "teacher.vit.", 1).replace("head.", "teacher_head.", 1)
+    teacher = "objectives.dino.teacher."
+    ours = theirs.replace("backbone.", f"{teacher}encoder.vit.", 1)
+    return ours.replace("head.", f"{teacher}head.", 1)
 
 
 class Case:
@@ -75,7 +79,6 @@ class Case:
             lr=c["lr"],
             min_lr=c["min_lr"],
             warmup=f"{c['warmup_epochs']}ep",
-            peak_in_warmup=True,
             weight_decay=c["weight_decay"][0],
             weight_decay_end=c["weight_decay"][1],
             clip=float(c["clip_grad_per_parameter"]),
@@ -85,7 +88,7 @@ class Case:
         self.model = DINO(method, encoder, 3).double()
         choose_attention(self.model, CPU)
         self._load()
-        schedule = Schedule(run, optim, c["steps_per_epoch"])
+        schedule = Schedule(run, optim, c["steps_per_epoch"], self.model.peak_in_warmup)
         normalize, parallel = AsIs((0.0,) * 3, (1.0,) * 3), Parallel(0, 1, CPU)
         self.trainer = Trainer(self.model, run, optim, schedule, normalize, parallel, torch.float32)
 
@@ -98,7 +101,7 @@ class Case:
         }
         state = {our_name(n): v for n, v in weights.items()}
         state |= {teachers_name(n): v for n, v in weights.items()}
-        state["center"] = torch.zeros_like(self.model.center)
+        state[CENTER] = torch.zeros_like(self.model.objective.center.value)
         self.model.load_state_dict(state, strict=True)
 
     def batch(self, step: int) -> Batch:
@@ -127,7 +130,7 @@ def test_schedules(case):
     for name, ours in (
         ("lr_schedule", schedule.lr),
         ("wd_schedule", schedule.weight_decay),
-        ("momentum_schedule", case.model.teacher_momentum),
+        ("momentum_schedule", case.model.objective.teacher_momentum),
     ):
         close(torch.tensor([ours(s) for s in steps]).double(), golden[name], name)
 
@@ -136,8 +139,9 @@ def test_first_outputs(case):
     """What teacher and student say of the first batch."""
     crops = case.batch(0).views.crops
     with torch.no_grad():
-        teacher = case.model.teacher_head(case.model.teacher(torch.cat(crops[:2])).cls)
-        student = case.model.head(case.model.encoder(torch.cat(crops)).cls)
+        copy = case.model.objective.teacher
+        teacher = copy.head(copy.encoder(torch.cat(crops[:2])).cls)
+        student = case.model.objective.head(case.model.encoder(torch.cat(crops)).cls)
     close(teacher, case.tensors["step0.teacher_out"], "teacher")
     close(student, case.tensors["step0.student_out"], "student")
 
@@ -156,10 +160,10 @@ def test_trajectory(case):
                 close(ours[name], expected, name)
         trainer.step += 1
     close(torch.stack(losses), case.tensors["losses"], "losses")
-    close(case.model.center[None], case.tensors["center"], "centre")
+    close(case.model.objective.center.value[None], case.tensors["center"], "centre")
     state = case.model.state_dict()
     final = case.expected("final.student.", our_name)
     final |= case.expected("final.teacher.", teachers_name)
-    assert final.keys() == state.keys() - {"center"}
+    assert final.keys() == state.keys() - {CENTER}
     for name, expected in final.items():
         close(state[name], expected, name)

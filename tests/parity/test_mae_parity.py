@@ -18,12 +18,12 @@ def test_there_are_golden_files():
 def our_name(theirs: str) -> str:
     """The original's parameter name as ours."""
     renamed = {
-        "mask_token": "decoder.mask_token",
-        "decoder_pos_embed": "decoder.positions",
-        "decoder_embed": "decoder.embed",
-        "decoder_blocks": "decoder.blocks",
-        "decoder_norm": "decoder.norm",
-        "decoder_pred": "decoder.predict",
+        "mask_token": "objectives.mae.decoder.mask_token",
+        "decoder_pos_embed": "objectives.mae.decoder.positions",
+        "decoder_embed": "objectives.mae.decoder.embed",
+        "decoder_blocks": "objectives.mae.decoder.blocks",
+        "decoder_norm": "objectives.mae.decoder.norm",
+        "decoder_pred": "objectives.mae.decoder.predict",
     }
     head, _, rest = theirs.partition(".")
     ours = renamed.get(head)
@@ -57,7 +57,7 @@ class Case:
         choose_attention(self.model, torch.device("cpu"))
         self.own_positions = (
             self.model.encoder.vit.pos_embed.detach().clone(),
-            self.model.decoder.positions.clone(),
+            self.model.objective.decoder.positions.clone(),
         )
         self._load()
         self.images = self.tensors["images"].double()
@@ -70,8 +70,8 @@ class Case:
             for name, value in self.tensors.items()
             if name.startswith("weights.")
         }
-        positions = weights.pop("decoder.positions")
-        self.model.decoder.positions.copy_(positions[0, 1:])
+        positions = weights.pop("objectives.mae.decoder.positions")
+        self.model.objective.decoder.positions.copy_(positions[0, 1:])
         assert positions[0, 0].abs().max() == 0
         self.model.load_state_dict(weights, strict=True)
 
@@ -94,19 +94,22 @@ def test_positions(case):
 def test_forward(case):
     """Loss, predictions, mask, restoring order and the encoder's visible latents."""
     golden = case.tensors
-    prediction, mask = case.model.predict(case.images, case.noise)
+    prediction, mask = case.model.objective.predict(case.model.encoder, case.images, case.noise)
     close(prediction, golden["pred"], "pred")
     assert torch.equal(mask.double(), golden["mask"].double())
     order = case.noise.argsort(dim=1, stable=True)
     assert torch.equal(order.argsort(dim=1), golden["ids_restore"].long())
-    close(case.model.encode_visible(case.images, order), golden["latent_visible"], "latent_visible")
-    close(case.model.loss(case.images, case.noise).reshape(1), golden["loss"].reshape(1), "loss")
+    encoder, objective = case.model.encoder, case.model.objective
+    latent = encoder.encode(encoder.embed(case.images, order[:, : objective.n_visible]))
+    close(latent, golden["latent_visible"], "latent_visible")
+    loss = objective.loss(encoder, case.images, case.noise)
+    close(loss.reshape(1), golden["loss"].reshape(1), "loss")
 
 
 def test_gradients(case):
     """Every gradient of the original's, and no other."""
     case.model.zero_grad()
-    case.model.loss(case.images, case.noise).backward()
+    case.model.objective.loss(case.model.encoder, case.images, case.noise).backward()
     ours = {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
     theirs = {
         our_name(name.removeprefix("grads.")): value

@@ -44,7 +44,7 @@ def work(method, encoder=TINY, batch=2):
         channels=3,
         method=method,
         optim=OptimConfig(clip=0.1, clip_by="parameter", lr=0.01),
-        spec=kind.views(method, model.encoder),
+        spec=kind.view_spec(method, model.encoder),
         batch_size=batch,
         seed=0,
         statistics=((0.5,) * 3, (0.5,) * 3),
@@ -193,12 +193,15 @@ def test_the_originals_mae_is_ours_in_other_modules(ratio):
     peer = OriginalMAE(shared)
     assert peer.parameters() == parameter_count(ours)
     state = {
-        k.removeprefix("encoder.").removeprefix("decoder."): v for k, v in ours.state_dict().items()
+        k.removeprefix("encoder.").removeprefix("objectives.mae.decoder."): v
+        for k, v in ours.state_dict().items()
     }
     peer.networks.load_state_dict(state, strict=True)
     noise = torch.rand(2, 16)
     assert torch.allclose(
-        peer.masked_loss(peer.views[0], noise), ours.loss(peer.views[0], noise), rtol=1e-5
+        peer.masked_loss(peer.views[0], noise),
+        ours.objective.loss(ours.encoder, peer.views[0], noise),
+        rtol=1e-5,
     )
     assert torch.isfinite(peer.step())
 
@@ -216,15 +219,17 @@ def test_lightlys_mae_is_ours_in_other_modules():
     net.backbone.vit.load_state_dict(ours.encoder.vit.state_dict())
     names = {"mask_token": "mask_token", "embed": "decoder_embed", "blocks": "decoder_blocks"}
     names |= {"norm": "decoder_norm", "predict": "decoder_pred"}
-    for key, value in ours.decoder.state_dict().items():
+    for key, value in ours.objective.decoder.state_dict().items():
         first, _, rest = key.partition(".")
         net.decoder.get_parameter(f"{names[first]}.{rest}".rstrip(".")).data.copy_(value)
-    net.decoder.decoder_pos_embed.data[0, 1:] = ours.decoder.positions
+    net.decoder.decoder_pos_embed.data[0, 1:] = ours.objective.decoder.positions
     noise = torch.rand(2, 16)
     order = noise.argsort(1) + 1
     keep = torch.cat([torch.zeros(2, 1, dtype=torch.long), order[:, :4]], 1)
     theirs = peer.masked_loss(peer.views[0], keep, order[:, 4:])
-    assert torch.allclose(theirs, ours.loss(peer.views[0], noise), rtol=1e-5)
+    assert torch.allclose(
+        theirs, ours.objective.loss(ours.encoder, peer.views[0], noise), rtol=1e-5
+    )
     assert torch.isfinite(peer.step())
 
 
@@ -252,11 +257,11 @@ def our_dino(shared):
     """Ours, and the loss of the batch that peers have."""
     ours = DINO(shared.method, TINY, 3)
     scattered(ours.encoder)
-    scattered(ours.head)
+    scattered(ours.objective.head)
     # Peers resample positions for local crops by other rules; here every place has the same.
     ours.encoder.vit.pos_embed.data[:] = ours.encoder.vit.pos_embed.data[:, -1:]
-    ours.teacher.load_state_dict(ours.encoder.state_dict())
-    ours.teacher_head.load_state_dict(ours.head.state_dict())
+    ours.objective.teacher.encoder.load_state_dict(ours.encoder.state_dict())
+    ours.objective.teacher.head.load_state_dict(ours.objective.head.state_dict())
     batch = random_batch(shared.spec, shared.batch_size, 3, shared.seed)
     views = Normalize(*shared.statistics)(batch.views)
     return ours, lambda: ours(views, 0)["loss"]
@@ -273,17 +278,18 @@ def test_the_originals_dino_is_ours_in_other_modules(local_crops):
     head |= {"last_layer.weight_g": "last.parametrizations.weight.original0"}
     head |= {"last_layer.weight_v": "last.parametrizations.weight.original1"}
     state = {f"vit.{k}": v for k, v in ours.encoder.vit.state_dict().items()}
-    for key, value in ours.head.state_dict().items():
+    for key, value in ours.objective.head.state_dict().items():
         old = next(name for name in head if key.startswith(name))
         state[head[old] + key.removeprefix(old)] = value
     for network in (peer.networks.student, peer.networks.teacher):
         network.load_state_dict(state, strict=True)
     ours.train()
+    center = ours.objective.center
     for _ in range(2):  # the second time with a centre that has moved
         theirs = peer.loss(peer.views)
         assert torch.allclose(theirs, loss(), rtol=1e-5)
-        ours.center.lerp_(ours.outputs[-1], 1 - shared.method.center_momentum)
-        assert torch.allclose(peer.center[0], ours.center, rtol=1e-4, atol=1e-7)
+        center.value.lerp_(center._seen[-1], 1 - shared.method.center_momentum)
+        assert torch.allclose(peer.center[0], center.value, rtol=1e-4, atol=1e-7)
     theirs.backward()
     peer.clip()
     norms = [p.grad.norm() for p in peer.trained if p.grad is not None]
@@ -304,7 +310,7 @@ def test_lightlys_dino_is_ours_in_other_modules(kind):
     ours, loss = our_dino(shared)
     kind.load()
     peer = kind(shared)
-    head = {k.replace("mlp.", "layers."): v for k, v in ours.head.state_dict().items()}
+    head = {k.replace("mlp.", "layers."): v for k, v in ours.objective.head.state_dict().items()}
     for backbone, projection in (peer.networks.student, peer.networks.teacher):
         backbone.vit.load_state_dict(ours.encoder.vit.state_dict())
         projection.load_state_dict(head)

@@ -67,7 +67,7 @@ def make(name: str) -> Method:
 
 
 def views_of(method: Method) -> ViewSpec:
-    return method.views(method.config, method.encoder)
+    return method.view_spec(method.config, method.encoder)
 
 
 @cache
@@ -131,7 +131,7 @@ def test_checkpointing_leaves_inputs_and_one_block(name):
     # The global crops, both at once; the decoder, narrow but of all patches.
     part: Any = task
     block, shape = {
-        "mae": lambda: (part.decoder.blocks[0], (images, 17, 16)),
+        "mae": lambda: (part.objective.decoder.blocks[0], (images, 17, 16)),
         "dino": lambda: (part.encoder.vit.blocks[0], (2 * images, 17, 32)),
     }[name]()
     largest = kept_by(block.train(), torch.randn(shape, requires_grad=True) * 1)

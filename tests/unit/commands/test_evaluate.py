@@ -149,7 +149,7 @@ def test_weights_of_a_file_for_any_timm_network(tmp_path):
         wanted = made.eval().forward_head(made.forward_features(images), pre_logits=True)
         assert torch.equal(found.embed(("pooled",))(images)["pooled"], wanted)
     torch.save({"state_dict": {"conv1.0.weight": torch.zeros(1)}}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
     torch.save({"model": made}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="refused"):

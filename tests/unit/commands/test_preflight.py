@@ -80,10 +80,11 @@ def test_flops_of_dino_are_of_student_and_teacher(make):
     for block in task.encoder.vit.blocks:
         block.whole = True  # what stochastic depth may spare is counted
     with FlopCounterMode(display=False) as teacher, torch.no_grad():
-        task.teacher_head(cls_features(task.teacher, both))
+        copy = task.objective.teacher
+        copy.head(cls_features(copy.encoder, both))
     with FlopCounterMode(display=False) as student:
         cls = [cls_features(task.encoder, crops) for crops in (both, *views.crops[2:])]
-        task.head(torch.cat(cls)).sum().backward()
+        task.objective.head(torch.cat(cls)).sum().backward()
     parts = [counter.get_total_flops() for counter in (augmentation, teacher, student)]
     assert all(parts)
     assert measure_step(session.trainer, [batch])[0] == sum(parts)
@@ -116,7 +117,7 @@ def test_memory_by_part(method, make):
     assert found.moments == 2 * bytes_trained + counters
     assert found.total == found.weights + found.gradients + found.moments + found.activations
     if method == "dino":
-        teacher = nbytes([*task.teacher.parameters(), *task.teacher_head.parameters()])
+        teacher = nbytes(list(task.objective.teacher.parameters()))
         assert found.weights > bytes_trained + teacher
         assert len(session.trainer.optimizer.state) < len(trained)
 

@@ -20,7 +20,7 @@ from ssl_vit.common.config import (
     OptimConfig,
     RunConfig,
     UserError,
-    nearest,
+    did_you_mean,
 )
 from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, yaml_flags
 from ssl_vit.methods.mae import MAEConfig
@@ -145,8 +145,9 @@ def test_flags_of_every_kind():
 def test_switches_may_stand_alone():
     """On the command line, anywhere, in either spelling; with a value they are as ever."""
     flags = ["--run.compile", "--optim.lr", "1e-3", "--method.normalize-target", "False"]
-    config = read(*flags, "--optim.peak_in_warmup", "--dry-run")
-    assert (config.run.compile, config.optim.peak_in_warmup, config.dry_run) == (True,) * 3
+    config = read(*flags, "--run.activation_checkpointing", "--dry-run")
+    switches = config.run.compile, config.run.activation_checkpointing, config.dry_run
+    assert switches == (True,) * 3
     assert (config.optim.lr, config.method.normalize_target) == (1e-3, False)
     assert read("--run.compile=False", default=config).run.compile is False
 
@@ -361,9 +362,9 @@ def test_lengths_that_are_none(text):
         Length.parse(text, "--x")
 
 
-def test_nearest():
-    assert nearest("vit_smal", ["vit_small", "resnet"]) == " (nearest known: vit_small)"
-    assert nearest("qqq", ["vit_small", "resnet"]) == ""
+def test_did_you_mean():
+    assert did_you_mean("vit_smal", ["vit_small", "resnet"]) == " (nearest known: vit_small)"
+    assert did_you_mean("qqq", ["vit_small", "resnet"]) == ""
 
 
 def test_parse_leaves_the_default_alone():

@@ -107,13 +107,13 @@ def test_the_rate_of_a_run():
 
 def test_the_peak_within_the_warmup():
     """DINO's warm-up, numpy.linspace(0, peak, n): its last step has the peak already."""
-    optim = OptimConfig(lr=2.0, warmup="5st", min_lr=0.5, peak_in_warmup=True)
-    schedule = Schedule(RunConfig(length="15st"), optim, steps_per_epoch=3)
+    optim = OptimConfig(lr=2.0, warmup="5st", min_lr=0.5)
+    schedule = Schedule(RunConfig(length="15st"), optim, 3, peak_in_warmup=True)
     assert [schedule.lr(s) for s in range(6)] == pytest.approx([0, 0.5, 1.0, 1.5, 2.0, 2.0])
     assert schedule.lr(10) == pytest.approx(1.25)
-    one = Schedule(RunConfig(length="15st"), OptimConfig(warmup="1st", peak_in_warmup=True), 3)
+    one = Schedule(RunConfig(length="15st"), OptimConfig(warmup="1st"), 3, peak_in_warmup=True)
     assert one.lr(0) == 0
-    none = Schedule(RunConfig(length="15st"), OptimConfig(warmup="0st", peak_in_warmup=True), 3)
+    none = Schedule(RunConfig(length="15st"), OptimConfig(warmup="0st"), 3, peak_in_warmup=True)
     assert none.lr(0) == none.optim.peak_lr
 
 

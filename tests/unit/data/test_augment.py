@@ -149,14 +149,14 @@ def test_views_are_the_crops_that_were_asked_for():
     """By kind and count, all of different boxes, the same again for the same generator."""
     spec = ViewSpec((Crop((16, 16), count=2), Crop((8, 12), scale=(0.05, 0.2), count=3)))
     views = take_views(picture(40, 40), spec, random.Random(1))
-    assert [[tuple(c.shape) for c, _ in kind] for kind in views] == [
+    assert [[tuple(c.crop.shape) for c in kind] for kind in views] == [
         [(3, 16, 16)] * 2,
         [(3, 8, 12)] * 3,
     ]
     assert not torch.equal(views[0][0][0], views[0][1][0])
     again = take_views(picture(40, 40), spec, random.Random(1))
     for kind, same in zip(views, again, strict=True):
-        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(kind, same, strict=True))
+        assert all(torch.equal(a.crop, b.crop) for a, b in zip(kind, same, strict=True))
 
 
 def test_views_without_photometric_operations_draw_nothing_for_them():
@@ -165,7 +165,7 @@ def test_views_without_photometric_operations_draw_nothing_for_them():
     rng, again = random.Random(1), random.Random(1)
     views = take_views(image, ViewSpec(crops), rng)
     expected = [random_crop(image, c, again) for c in (crops[0], *crops)]
-    for (crop, drawn), same in zip([*views[0], *views[1]], expected, strict=True):
+    for (crop, drawn, _), same in zip([*views[0], *views[1]], expected, strict=True):
         assert torch.equal(crop, same)
         assert drawn == []
     assert rng.random() == again.random()
@@ -176,7 +176,7 @@ def test_photometric_parameters_are_drawn_after_their_crop():
     image, photometric = picture(40, 40), Photometric(jitter=0.5, blur=0.5)
     crop = Crop((8, 8), count=2, photometric=photometric)
     again = random.Random(1)
-    for taken, drawn in take_views(image, ViewSpec((crop,)), random.Random(1))[0]:
+    for taken, drawn, _ in take_views(image, ViewSpec((crop,)), random.Random(1))[0]:
         assert torch.equal(taken, random_crop(image, crop, again))
         assert drawn == photometric.draw(again)
 

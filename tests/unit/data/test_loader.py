@@ -70,6 +70,7 @@ def batches(
 def same(a: Batch, b: Batch) -> bool:
     pairs = [*zip(a.views.crops, b.views.crops, strict=True)]
     pairs += zip(a.views.photometric, b.views.photometric, strict=True)
+    pairs += zip(a.views.boxes, b.views.boxes, strict=True)
     pairs += [(a.views.keys, b.views.keys), (a.views.labels, b.views.labels)]
     return a.bad == b.bad and all(torch.equal(x, y) for x, y in pairs)
 
@@ -98,9 +99,10 @@ def test_crops_and_their_parameters_are_in_one_order():
     for i, index in enumerate((4, 0)):
         image = torch.from_numpy(source.read(index)[0]).permute(2, 0, 1)
         taken = take_views(image, SPEC, random.Random(fold(1, 2, index)))
-        for view, (crop, drawn) in enumerate(taken[1]):
+        for view, (crop, drawn, place) in enumerate(taken[1]):
             assert torch.equal(views.crops[1][view * 2 + i], crop)
             assert torch.equal(views.photometric[1][view * 2 + i], torch.tensor(drawn))
+            assert torch.equal(views.boxes[1][view * 2 + i], torch.tensor(place))
     assert len({tuple(row) for row in views.photometric[1].tolist()}) == 4
 
 

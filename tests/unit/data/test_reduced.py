@@ -120,8 +120,9 @@ def test_crops_are_those_of_the_whole_image(picture, reductions):
         ours = views_of(raw, 3, plain, key)
         whole = take_views(decode(raw, 3), plain, random.Random(key))
         for kind, same in zip(ours, whole, strict=True):
-            for (crop, drawn), (expected, theirs) in zip(kind, same, strict=True):
+            for (crop, drawn, place), (expected, theirs, box) in zip(kind, same, strict=True):
                 assert drawn == theirs
+                assert place == box
                 assert crop.dtype == torch.uint8
                 assert apart(crop, expected)[1] > 28  # the box may be a quarter of a pixel off
                 flips += apart(crop.flip(-1), expected)[1] < 28
@@ -135,8 +136,8 @@ def test_a_policy_draws_alike(picture, reductions):
     ours = views_of(raw, 3, SPEC, 5)
     whole = take_views(decode(raw, 3), SPEC, random.Random(5))
     assert reductions
-    drawn = [[d for _, d in kind] for kind in ours]
-    assert drawn == [[d for _, d in kind] for kind in whole]
+    drawn = [[d for _, *d in kind] for kind in ours]
+    assert drawn == [[d for _, *d in kind] for kind in whole]
     assert apart(ours[0][0][0], whole[0][0][0])[0] < 12
 
 
@@ -192,7 +193,7 @@ def test_uncommon_files_are_what_they_are_by_full_decoding(picture, reductions):
             ours = views_of(raw, channels, SPEC, 1)[1]
             whole = take_views(decode(raw, channels), SPEC, random.Random(1))[1]
             assert bool(reductions) == reducible
-            for (crop, _), (expected, _) in zip(ours, whole, strict=True):
+            for (crop, *_), (expected, *_) in zip(ours, whole, strict=True):
                 assert crop.shape == expected.shape == (channels, 32, 24)
                 assert apart(crop, expected)[1] > (28 if reducible else 99)
 
@@ -219,7 +220,7 @@ def test_a_header_of_another_size_ends_as_by_full_decoding(picture, options, siz
         with pytest.raises(BadImage):
             views_of(raw, 3, SPEC, 0)
         return
-    for (crop, _), (expected, _) in zip(views_of(raw, 3, SPEC, 0)[1], whole[1], strict=True):
+    for (crop, *_), (expected, *_) in zip(views_of(raw, 3, SPEC, 0)[1], whole[1], strict=True):
         assert apart(crop, expected)[1] > 24
 
 

@@ -13,8 +13,9 @@ from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig, UserErr
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
-from ssl_vit.methods.dino import DINO, DINOConfig, cross_entropy_of_views
+from ssl_vit.methods.dino import DINO, DINOConfig
 from ssl_vit.model.encoder import Encoder, choose_attention
+from ssl_vit.objectives.cross_entropy import cross_entropy_of_views
 from ssl_vit.objectives.ema import ema_update, move_where
 from ssl_vit.objectives.heads import ProjectionHead, PrototypeLayer
 from ssl_vit.training.loop import Trainer
@@ -97,7 +98,7 @@ def test_the_loss_divides_by_its_temperature_and_is_never_rounded():
 def test_local_crops_are_paired_with_their_own_image():
     """Crops come view by view; the loss of a batch is the mean of its images' losses."""
     method, views = dino().eval(), batch(4)
-    method.center.normal_()
+    method.objective.center.value.normal_()
     together = method(views, 0)["loss"]
     alone = []
     for i in range(4):
@@ -119,7 +120,7 @@ def test_any_number_of_local_crops(local):
 def test_gradients_reach_the_student_only():
     method = dino()
     method(batch(2), 0)["loss"].backward()
-    teacher = [*method.teacher.parameters(), *method.teacher_head.parameters()]
+    teacher = list(method.objective.teacher.parameters())
     assert all(p.grad is None and not p.requires_grad for p in teacher)
     assert method.encoder.vit.pos_embed.grad.abs().max() > 0
 
@@ -130,7 +131,7 @@ def test_gradients_reach_the_student_only():
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_head(depth):
     """Depth, the unit-length bottleneck, and rows of prototypes scaled to their gain."""
-    head = dino(dataclasses.replace(SMALL, head_depth=depth, norm_last_layer=False)).head
+    head = dino(dataclasses.replace(SMALL, head_depth=depth, norm_last_layer=False)).objective.head
     assert isinstance(head, ProjectionHead)
     assert sum(isinstance(m, nn.Linear) for m in head.mlp) == depth
     assert sum(isinstance(m, nn.GELU) for m in head.mlp) == depth - 1
@@ -190,8 +191,8 @@ def test_the_last_layers_product_is_as_precise_as_autocast_says(enabled):
 def test_fixed_gain_is_not_trained():
     for fixed in (True, False):
         method = dino(dataclasses.replace(SMALL, norm_last_layer=fixed))
-        assert method.head.last_layer.weight_g.requires_grad is not fixed
-        assert torch.equal(method.head.last_layer.weight_g, torch.ones(32, 1))
+        assert method.objective.head.last_layer.weight_g.requires_grad is not fixed
+        assert torch.equal(method.objective.head.last_layer.weight_g, torch.ones(32, 1))
 
 
 # --- initialisation -------------------------------------------------------------------------------
@@ -200,14 +201,14 @@ def test_fixed_gain_is_not_trained():
 def test_teacher_starts_as_the_student():
     method = dino()
     for teacher, student in (
-        (method.teacher, method.encoder),
-        (method.teacher_head, method.head),
+        (method.objective.teacher.encoder, method.encoder),
+        (method.objective.teacher.head, method.objective.head),
     ):
         ours, theirs = teacher.state_dict(), student.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
         assert ours[next(iter(ours))].data_ptr() != theirs[next(iter(ours))].data_ptr()
-    assert method.exported_encoder() is method.teacher
+    assert method.exported_encoder() is method.objective.teacher.encoder
 
 
 def test_initial_weights():
@@ -219,14 +220,16 @@ def test_initial_weights():
     assert vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
     assert vit.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert vit.blocks[0].mlp.fc1.bias.abs().max() == 0
-    assert method.head.mlp[0].bias.abs().max() == 0
-    assert method.head.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert method.objective.head.mlp[0].bias.abs().max() == 0
+    assert method.objective.head.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_drop_path_is_the_students_alone():
     method = dino(encoder=dataclasses.replace(ENCODER, drop_path=0.5)).train()
     images = torch.randn(16, 3, 16, 16)
-    torch.testing.assert_close(method.teacher(images).cls, method.teacher(images).cls)
+    torch.testing.assert_close(
+        method.objective.teacher.encoder(images).cls, method.objective.teacher.encoder(images).cls
+    )
     assert not torch.equal(method.encoder(images).cls, method.encoder(images).cls)
     assert method.exported_encoder().config.drop_path == 0
 
@@ -234,7 +237,7 @@ def test_drop_path_is_the_students_alone():
 def test_fixed_positions_stay_fixed():
     method = dino(encoder=dataclasses.replace(ENCODER, positions="sincos"))
     assert not method.encoder.vit.pos_embed.requires_grad
-    assert torch.equal(method.encoder.vit.pos_embed, method.teacher.vit.pos_embed)
+    assert torch.equal(method.encoder.vit.pos_embed, method.objective.teacher.encoder.vit.pos_embed)
     assert method.encoder.vit.pos_embed.abs().max() == 1
 
 
@@ -257,33 +260,33 @@ def test_teacher_temperature(warmup, steps, expected):
     )
     method = dino(config)
     method.set_length(100, 5)
-    assert [method.teacher_temp(s) for s in steps] == pytest.approx(expected)
+    assert [method.objective.teacher_temp(s) for s in steps] == pytest.approx(expected)
 
 
 def test_teacher_momentum():
     method = dino(dataclasses.replace(SMALL, momentum=0.9))
     method.set_length(100, 10)
-    assert method.teacher_momentum(0) == pytest.approx(0.9)
-    assert method.teacher_momentum(50) == pytest.approx(0.95)
-    assert method.teacher_momentum(100) == pytest.approx(1.0)
+    assert method.objective.teacher_momentum(0) == pytest.approx(0.9)
+    assert method.objective.teacher_momentum(50) == pytest.approx(0.95)
+    assert method.objective.teacher_momentum(100) == pytest.approx(1.0)
 
 
 def test_frozen_last_layer():
     """For its span the last layer stays, moments and decay included; the rest moves."""
     method = dino(dataclasses.replace(SMALL, freeze_last_layer="2st", norm_last_layer=False))
     run = trainer(method, weight_decay=0.5)
-    first = [p.detach().clone() for p in method.head.last_layer.parameters()]
+    first = [p.detach().clone() for p in method.objective.head.last_layer.parameters()]
     for step in range(3):
-        before = method.head.mlp[0].weight.detach().clone()
+        before = method.objective.head.mlp[0].weight.detach().clone()
         run.update([Batch(batch(4, seed=step))])
         run.step += 1
         same = [
             torch.equal(a, b)
-            for a, b in zip(first, method.head.last_layer.parameters(), strict=True)
+            for a, b in zip(first, method.objective.head.last_layer.parameters(), strict=True)
         ]
         assert same == [step < 2] * 2
-        assert not torch.equal(before, method.head.mlp[0].weight)
-    state = run.optimizer.state[method.head.last_layer.weight_v]
+        assert not torch.equal(before, method.objective.head.mlp[0].weight)
+    state = run.optimizer.state[method.objective.head.last_layer.weight_v]
     assert state["step"] == 1
 
 
@@ -294,17 +297,22 @@ def test_teacher_and_centre_move_after_the_update():
     """Teacher: the average with the student's *new* weights. Centre: with the mean output."""
     method = dino(dataclasses.replace(SMALL, momentum=0.75, center_momentum=0.6))
     run = trainer(method)
-    method.center.normal_()
-    center, views = method.center.clone(), batch(4)
-    before = [p.clone() for p in method.teacher.parameters()]
+    method.objective.center.value.normal_()
+    center, views = method.objective.center.value.clone(), batch(4)
+    before = [p.clone() for p in method.objective.teacher.encoder.parameters()]
     with torch.no_grad():
-        output = method.teacher_head(method.teacher(torch.cat(views.crops[:2])).cls)
+        output = method.objective.teacher.head(
+            method.objective.teacher.encoder(torch.cat(views.crops[:2])).cls
+        )
     run.update([Batch(views)])
     for old, teacher, student in zip(
-        before, method.teacher.parameters(), method.encoder.parameters(), strict=True
+        before,
+        method.objective.teacher.encoder.parameters(),
+        method.encoder.parameters(),
+        strict=True,
     ):
         torch.testing.assert_close(teacher, 0.75 * old + 0.25 * student)
-    torch.testing.assert_close(method.center, 0.6 * center + 0.4 * output.mean(0))
+    torch.testing.assert_close(method.objective.center.value, 0.6 * center + 0.4 * output.mean(0))
 
 
 def test_centre_is_that_of_all_parts():
@@ -325,11 +333,11 @@ def test_centre_is_that_of_all_parts():
     a = whole.update([Batch(views)])
     b = parts.update([Batch(h) for h in halves])
     torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(whole.task.center, parts.task.center)
+    torch.testing.assert_close(whole.task.objective.center.value, parts.task.objective.center.value)
     for p, q in zip(whole.trained, parts.trained, strict=True):
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
-    assert parts.task.outputs == []
+    assert parts.task.objective.center._seen == []
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -351,8 +359,8 @@ def test_nothing_moves_on_a_step_that_is_not_finite(broken):
     if broken == "gradient":
         hook.remove()
     assert run.update([Batch(batch(4, seed=2))])["skipped"] == 0
-    assert not torch.equal(before["center"], method.center)
-    assert torch.isfinite(method.center).all()
+    assert not torch.equal(before["objectives.dino.center.value"], method.objective.center.value)
+    assert torch.isfinite(method.objective.center.value).all()
 
 
 @pytest.mark.parametrize("moves", [True, False])
@@ -379,13 +387,13 @@ def test_moving_average(moves):
     [
         ({"prototypes": 0}, "--method.prototypes is 0"),
         ({"momentum": 1.5}, "--method.momentum is 1.5"),
-        ({"teacher_temp": 0.0}, "--method.teacher-temp is 0.0"),
+        ({"teacher_temp": 0.0}, "--method.teacher-temp is 0; it must be above 0"),
         ({"global_scale": (0.5, 0.4)}, "--method.global-scale is 0.5 0.4"),
         ({"local_crops": -1}, "--method.local-crops is -1"),
-        ({"blur": (1.0, 2.0, 0.0)}, "--method.blur is (1.0, 2.0, 0.0)"),
-        ({"blur_sigma": (0.0, 1.0)}, "--method.blur-sigma is 0.0 1.0"),
+        ({"blur": (1.0, 2.0, 0.0)}, "--method.blur is 1 2 0; it must lie in [0, 1]"),
+        ({"blur_sigma": (0.0, 1.0)}, "--method.blur-sigma is 0 1; it must be 0 < least <= most"),
         ({"freeze_last_layer": "1"}, "--method.freeze-last-layer is '1'"),
-        ({"global_size": (1, 2, 3)}, "--method.global-size is (1, 2, 3)"),
+        ({"global_size": (1, 2, 3)}, "--method.global-size is 1 2 3"),
     ],
 )
 def test_refused_options(change, said):
@@ -443,7 +451,7 @@ def test_health_numbers():
     target = logits.softmax(-1)
     student = torch.randn(5, 6, 32)
     loss = cross_entropy_of_views(target, student)
-    found = method._health(loss, target)
+    found = method.objective._health(loss, target)
     entropy = -(target * target.log()).sum(-1).mean()
     marginal = target.mean((0, 1))
     pairs = [
@@ -461,12 +469,12 @@ def test_health_numbers():
 
 def test_concerns():
     method = dino()
-    method.images = 64
+    method.objective.images = 64
     fine = {"teacher_entropy_share": 0.5, "prototypes_used": 20.0}
     assert method.concerns(fine) == {}
     assert list(method.concerns(fine | {"teacher_entropy_share": 0.999})) == ["uniform output"]
     assert list(method.concerns(fine | {"prototypes_used": 1.01})) == ["one prototype"]
-    method.images = 1
+    method.objective.images = 1
     assert method.concerns(fine | {"prototypes_used": 1.01}) == {}, "one image has one prototype"
 
 
@@ -483,4 +491,4 @@ def test_looking_does_not_move_the_centre():
     """Only outputs of training steps enter it."""
     method = dino().eval()
     method(batch(4), 0)
-    assert method.outputs == []
+    assert method.objective.center._seen == []

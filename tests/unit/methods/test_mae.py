@@ -45,6 +45,11 @@ def noise(model: MAE, views: Views) -> torch.Tensor:
     return uniform(views.keys, model.encoder.grid[0] * model.encoder.grid[1])
 
 
+def encode_visible(model: MAE, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The encoder's output for the patches that it sees."""
+    return model.encoder.encode(model.encoder.embed(x, order[:, : model.objective.n_visible]))
+
+
 # --- the loss -----------------------------------------------------------------------------------
 
 
@@ -57,8 +62,8 @@ def test_the_loss_is_the_loop_of_its_definition(ratio, channels, normalize):
     views = batch(model)
     x, drawn = views.crops[0].double(), noise(model, views)
     with torch.no_grad():
-        loss = model.loss(x, drawn)
-        prediction, mask = model.predict(x, drawn)
+        loss = model.objective.loss(model.encoder, x, drawn)
+        prediction, mask = model.objective.predict(model.encoder, x, drawn)
     visible = int(24 * (1 - ratio))
     total, count = 0.0, 0
     for image in range(3):
@@ -89,7 +94,7 @@ def test_the_loss_is_computed_in_float32_under_autocast():
     views = batch(model)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(views, 0)["loss"]
-        prediction, _ = model.predict(views.crops[0], noise(model, views))
+        prediction, _ = model.objective.predict(model.encoder, views.crops[0], noise(model, views))
     assert low.dtype == prediction.dtype == torch.float32
     with torch.no_grad():
         assert float(low) == pytest.approx(float(model(views, 0)["loss"]), rel=0.05)
@@ -100,17 +105,17 @@ def test_the_masked_patches_alone_are_the_target():
     model = make(normalize=False)
     views = batch(model)
     drawn = noise(model, views)
-    prediction, mask = model.predict(views.crops[0], drawn)
+    prediction, mask = model.objective.predict(model.encoder, views.crops[0], drawn)
     patches = model.encoder.patchify(views.crops[0])
     errors = (prediction - patches).square().mean(-1)
     expected = (errors * mask).sum() / mask.sum()
-    torch.testing.assert_close(model.loss(views.crops[0], drawn), expected)
+    torch.testing.assert_close(model.objective.loss(model.encoder, views.crops[0], drawn), expected)
     visible = model.encoder.patchify(views.crops[0]).gather(
-        1, drawn.argsort(1)[:, : model.n_visible, None].expand(-1, -1, patches.shape[-1])
+        1, drawn.argsort(1)[:, : model.objective.n_visible, None].expand(-1, -1, patches.shape[-1])
     )
     seen = []
-    model.target = lambda x: seen.append(x) or x
-    model.loss(views.crops[0], drawn)
+    model.objective.target = lambda x: seen.append(x) or x
+    model.objective.loss(model.encoder, views.crops[0], drawn)
     both = torch.cat([visible, seen[0]], dim=1).sort(1).values
     assert torch.equal(both, patches.sort(1).values)
 
@@ -119,12 +124,14 @@ def test_masked_pixels_do_not_reach_the_encoder():
     model = make()
     views = batch(model)
     order = noise(model, views).argsort(1)
-    hidden = torch.ones(3, 24, dtype=torch.bool).scatter(1, order[:, : model.n_visible], False)
+    hidden = torch.ones(3, 24, dtype=torch.bool).scatter(
+        1, order[:, : model.objective.n_visible], False
+    )
     pixels = hidden.view(3, 1, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     x = views.crops[0]
-    latent = model.encode_visible(x, order)
+    latent = encode_visible(model, x, order)
     assert latent.shape == (3, 1 + 6, 48)
-    assert torch.equal(model.encode_visible(torch.where(pixels, torch.nan, x), order), latent)
+    assert torch.equal(encode_visible(model, torch.where(pixels, torch.nan, x), order), latent)
 
 
 @pytest.mark.parametrize("registers", [0, 3])
@@ -135,17 +142,17 @@ def test_shuffled_decoding_is_restored_decoding(registers):
     order = noise(model, views).argsort(dim=1, stable=True)
     restore = order.argsort(1)
     prefix = 1 + registers
-    decoder = model.decoder
+    decoder = model.objective.decoder
     with torch.no_grad():
-        latent = model.encode_visible(views.crops[0], order)
+        latent = encode_visible(model, views.crops[0], order)
         x = decoder.embed(latent)
-        masks = decoder.mask_token.expand(3, 24 - model.n_visible, -1)
+        masks = decoder.mask_token.expand(3, 24 - model.objective.n_visible, -1)
         restored = take(torch.cat([x[:, prefix:], masks], 1), restore) + decoder.positions
         tokens = torch.cat([x[:, :prefix], restored], 1)
         for block in decoder.blocks:
             tokens = block(tokens)
         expected = decoder.predict(decoder.norm(tokens)[:, prefix:])
-        found, _ = model.predict(views.crops[0], noise(model, views))
+        found, _ = model.objective.predict(model.encoder, views.crops[0], noise(model, views))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -176,7 +183,7 @@ def test_masks_hide_an_exact_number_per_image(ratio):
         torch.zeros(200).long(),
     )
     with torch.no_grad():
-        _, mask = model.predict(views.crops[0], noise(model, views))
+        _, mask = model.objective.predict(model.encoder, views.crops[0], noise(model, views))
     hidden = 24 - int(24 * (1 - ratio))
     assert mask.sum(1).unique().tolist() == [hidden]
     assert len(mask.unique(dim=0)) > 20
@@ -210,8 +217,8 @@ def test_a_ratio_that_leaves_nothing_is_refused():
     for ratio in (0.97, 1e-17):
         with pytest.raises(UserError, match=r"of 24 patches it leaves (0|24) visible"):
             make(ratio)
-    assert make(0.95).n_visible == 1
-    assert make(0.01).n_visible == 23
+    assert make(0.95).objective.n_visible == 1
+    assert make(0.01).objective.n_visible == 23
 
 
 @pytest.mark.parametrize(
@@ -254,7 +261,7 @@ def test_initialisation_is_the_originals():
         assert (norm.weight == 1).all()
         assert (norm.bias == 0).all()
     vit = model.encoder.vit
-    for token in (vit.cls_token, vit.reg_token, model.decoder.mask_token):
+    for token in (vit.cls_token, vit.reg_token, model.objective.decoder.mask_token):
         # Within four standard errors of the deviation of so many numbers.
         assert float(token.detach().std()) == pytest.approx(
             0.02, rel=4 / math.sqrt(2 * token.numel())
@@ -333,7 +340,7 @@ def test_panels_show_what_they_say(normalize, channels, monkeypatch):
     original, masked, reconstruction = cells(picture, 3, (16, 24), zoom).swapaxes(0, 1)
     shown = raw[:, :3] if channels >= 3 else raw[:, :1].expand(-1, 3, -1, -1)
     assert np.array_equal(original, shown.permute(0, 2, 3, 1).numpy())
-    prediction, mask = model.predict(views.crops[0], noise(model, views))
+    prediction, mask = model.objective.predict(model.encoder, views.crops[0], noise(model, views))
     hidden = mask.view(3, 4, 6).repeat_interleave(4, 1).repeat_interleave(4, 2).bool().numpy()
     assert (masked[hidden] == 128).all()
     assert np.array_equal(masked[~hidden], original[~hidden])
@@ -342,7 +349,7 @@ def test_panels_show_what_they_say(normalize, channels, monkeypatch):
     if normalize:
         deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         prediction = prediction * deviation + patches.mean(-1, keepdim=True)
-    expected = scale.inverse(model._unpatchify(prediction.detach()))
+    expected = scale.inverse(model.encoder.unpatchify(prediction.detach(), model.encoder.grid))
     expected = figures.to_rgb(expected)
     assert np.abs(reconstruction[hidden].astype(int) - expected[hidden].astype(int)).max() <= 1
     # Its own row by row: the images differ, and so do the patches hidden in them.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -103,7 +104,7 @@ def test_embedding_is_timms_convolution(channels, arch):
     projection = encoder.vit.patch_embed.proj
     tokens = F.conv2d(x, projection.weight, projection.bias, stride=4).flatten(2).transpose(1, 2)
     expected = tokens + encoder.vit.pos_embed[:, 1:]
-    torch.testing.assert_close(encoder.embed(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.embed(x).values, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (24, 12)])
@@ -113,8 +114,11 @@ def test_embedding_some_patches_is_taking_them_from_all(size):
     x = images(encoder, size)
     n = size[0] * size[1] // 16
     keep = torch.stack([torch.randperm(n)[:5], torch.randperm(n)[:5]])
-    everything = encoder.embed(x)
-    kept = encoder.embed(x, keep)
+    everything = encoder.embed(x).values
+    tokens = encoder.embed(x, keep)
+    kept = tokens.values
+    assert torch.equal(tokens.places, keep)
+    assert tokens.grid == (size[0] // 4, size[1] // 4)
     assert kept.shape == (2, 5, 48)
     for image in range(2):
         for place, patch in enumerate(keep[image]):
@@ -127,12 +131,12 @@ def test_patches_that_are_not_kept_are_never_embedded():
     encoder = make()
     x = images(encoder)
     keep = torch.tensor([[3, 0, 7], [1, 2, 23]])
-    kept = encoder.embed(x, keep)
+    kept = encoder.embed(x, keep).values
     hidden = torch.ones(2, 24, dtype=torch.bool)
     hidden.scatter_(1, keep, False)
     pixels = hidden.view(2, 1, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     spoiled = torch.where(pixels, torch.nan, x)
-    assert torch.equal(encoder.embed(spoiled, keep), kept)
+    assert torch.equal(encoder.embed(spoiled, keep).values, kept)
     with FlopCounterMode(display=False) as flops:
         encoder.embed(x, keep)
     assert flops.get_total_flops() == 2 * (2 * 3) * 48 * (4 * 4 * 3)
@@ -358,7 +362,10 @@ def test_encode_does_not_see_the_order_of_patches():
     tokens = encoder.embed(images(encoder))
     order = torch.randperm(24)
     with torch.no_grad():
-        a, b = encoder.encode(tokens), encoder.encode(tokens[:, order])
+        a, b = (
+            encoder.encode(tokens),
+            encoder.encode(replace(tokens, values=tokens.values[:, order])),
+        )
     torch.testing.assert_close(a[:, 1:][:, order], b[:, 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(a[:, 0], b[:, 0], atol=1e-5, rtol=1e-5)
 

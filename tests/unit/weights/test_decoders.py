@@ -140,7 +140,7 @@ def test_official_options_in_the_file(tmp_path, normalized, wrapped):
     found = opened(saved({"model": official_state()[1], "args": args}, tmp_path))
     assert found.normalized is normalized
     assert found.mae.config.mask_ratio == 0.5
-    assert found.told_by == f"norm_pix_loss in the file's args is {normalized}"
+    assert found.known_from == f"norm_pix_loss in the file's args is {normalized}"
 
 
 def test_other_size(tmp_path):
@@ -235,7 +235,7 @@ def test_hugging_face_prediction(hugging_face, tmp_path, blocks):
     assert mask.equal(theirs.mask)
     assert theirs.logits.std() > 0.1
     assert (found.normalized, found.mae.config.mask_ratio) == (True, 0.5)
-    assert found.told_by == "norm_pix_loss in config.json is True"
+    assert found.known_from == "norm_pix_loss in config.json is True"
 
 
 def test_hugging_face_without_its_configuration(hugging_face, tmp_path):

@@ -232,7 +232,7 @@ def test_an_onnx_file_of_a_strangers_is_left_alone(tmp_path):
         with pytest.raises(UserError, match="no onnx export"):
             check_ready("onnx", out)
     (tmp_path / "new.onnx.data").write_bytes(b"a stranger's")
-    with pytest.raises(UserError, match=r"new\.onnx\.data, which is there"):
+    with pytest.raises(UserError, match=r"new\.onnx\.data, which exists"):
         check_ready("onnx", tmp_path / "new.onnx")
 
 

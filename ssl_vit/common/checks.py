@@ -1,0 +1,79 @@
+"""Option checks, written once: each names the option, the value given and what is allowed.
+
+``config`` is a frozen dataclass of options whose ``group`` (a ClassVar; empty: none) is the part of
+the option's name before the dot. A tuple is checked value by value. All raise ``UserError``.
+"""
+
+import math
+from typing import Any
+
+from ssl_vit.common.config import Length, check
+
+
+def flag(config: Any, option: str) -> str:
+    """The option as it is written on the command line: ``--method.mask-ratio``."""
+    group = getattr(config, "group", "")
+    return f"--{group}{'.' if group else ''}{option.replace('_', '-')}"
+
+
+def check_share(config: Any, *options: str) -> None:
+    """Shares and probabilities: in [0, 1]."""
+    for option in options:
+        _check(config, option, lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
+
+
+def check_inside(config: Any, *options: str) -> None:
+    """Shares of which neither nothing nor all makes sense: between 0 and 1."""
+    for option in options:
+        _check(config, option, lambda v: 0 < v < 1, "it must lie between 0 and 1")
+
+
+def check_least(config: Any, least: int, *options: str) -> None:
+    """Counts: ``least`` or more."""
+    for option in options:
+        _check(config, option, lambda v: v >= least, f"it must be {least} or more")
+
+
+def check_positive(config: Any, *options: str) -> None:
+    """Finite numbers above 0."""
+    for option in options:
+        _check(config, option, lambda v: 0 < v < math.inf, "it must be above 0")
+
+
+def check_not_negative(config: Any, *options: str) -> None:
+    """Finite numbers from 0 on."""
+    for option in options:
+        _check(config, option, lambda v: 0 <= v < math.inf, "it must be 0 or more")
+
+
+def check_range(config: Any, *options: str, most: float = 1.0) -> None:
+    """Ranges (least, most): above 0, in order, and at most ``most``."""
+    for option in options:
+        low, high = getattr(config, option)
+        allowed = "0 < least <= most" + (f" <= {most:g}" if most < math.inf else "")
+        fits = 0 < low <= high <= most and high < math.inf
+        check(fits, f"{flag(config, option)} is {low:g} {high:g}; it must be {allowed}")
+
+
+def check_size(config: Any, *options: str) -> None:
+    """Height and width in pixels, one number for both, or nothing."""
+    for option in options:
+        value = getattr(config, option)
+        shown = " ".join(map(str, value))
+        fits = len(value) <= 2 and all(side > 0 for side in value)
+        check(fits, f"{flag(config, option)} is {shown}; allowed: one number above 0, or two")
+
+
+def check_length(config: Any, *options: str, positive: bool = False) -> None:
+    """Spans of training: epochs as 10ep, or steps as 500st."""
+    for option in options:
+        value, name = getattr(config, option), flag(config, option)
+        span = Length.parse(value, name)
+        check(span.amount > 0 or not positive, f"{name} is {value!r}; it must be above 0")
+
+
+def _check(config: Any, option: str, allowed: Any, rule: str) -> None:
+    value = getattr(config, option)
+    values = value if isinstance(value, tuple) else (value,)
+    shown = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    check(all(allowed(v) for v in values), f"{flag(config, option)} is {shown}; {rule}")

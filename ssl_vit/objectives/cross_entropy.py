@@ -1,0 +1,60 @@
+"""Cross-entropy between the views of a teacher and those of a student (Caron et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def cross_entropy_of_views(
+    target: Float[Tensor, "g b k"], student: Float[Tensor, "v b k"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """Cross-entropy of every pair of different views; the student's first g are the teacher's.
+
+    ``target`` holds probabilities, which get no gradient; ``student`` logits, before they are
+    divided by their temperature. It equals::
+
+        logits = student / temperature
+        pairs = [(t, s) for t in range(g) for s in range(v) if s != t]
+        mean(-(target[t] * logits[s].log_softmax(-1)).sum(-1).mean() for t, s in pairs)
+
+    but visits each view once, and finds its gradient at the same time.
+    """
+    with torch.autocast(student.device.type, enabled=False):  # it would round a product
+        loss: Tensor = _CrossEntropy.apply(target, student, temperature)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """A view s is compared with w_s, the sum of all targets but its own, of total mass m_s: the
+    loss is the sum of -w_s log p_s over all, and its gradient by the logits m_s p_s - w_s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        target: Float[Tensor, "g b k"],
+        student: Float[Tensor, "v b k"],
+        temperature: float,
+    ) -> Float[Tensor, ""]:
+        g, v, batch = len(target), len(student), target.shape[1]
+        share = 1 / (batch * (g * v - g))
+        together = target.sum(0)
+        log_p = (student * (1 / temperature)).log_softmax(-1)
+        own = (target * log_p[:g]).sum()
+        loss = (own - (log_p.flatten(1) @ together.flatten()).sum()) * share
+        mass = log_p.new_full((v, 1, 1), g)
+        mass[:g] -= 1
+        grad = log_p.exp_().mul_(mass * (share / temperature))
+        grad.sub_(together, alpha=share / temperature)
+        grad[:g].add_(target, alpha=share / temperature)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[None, Tensor, None]:
+        return None, ctx.saved_tensors[0] * grad, None

@@ -113,10 +113,8 @@ class Row:
 
 
 def encoder(config: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Encoder of a run's options: architecture in short, image size and patch size.
-
-    For fine-tuning: the encoder that was given, and two empty strings.
-    """
+    """Encoder of a run's options: architecture in short, image size and patch size; of fine-tuning:
+    the encoder that was given, and two empty strings."""
     arch = str(config.get("encoder.arch", config.get("encoder", "?")))
     if "encoder.arch" not in config:
         return arch, "", ""
@@ -140,10 +138,8 @@ def score(run: Run) -> str:
 
 
 def scan_runs(folders: Iterable[str], known: Mapping[Path, Run]) -> list[Row]:
-    """Runs at and below folders, the newest first, each once.
-
-    ``known``: runs of the last scan by their folders; unchanged metrics are not read again.
-    """
+    """Runs at and below folders, the newest first, each once; ``known``: those of the last scan by
+    their folders, so that unchanged metrics are not read again."""
     tops = [Path(folder).expanduser() for folder in folders]
     found: dict[Path, Row] = {}
     for top in tops:

@@ -62,7 +62,7 @@ class OriginalMAE(Peer):
         self.begin(networks)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Each image is masked anew."""
+        """MAE loss; each image is masked anew."""
         images, n = views[0], self.networks.positions.shape[1] - 1
         return self.masked_loss(images, torch.rand(len(images), n, device=images.device))
 
@@ -134,7 +134,7 @@ class HuggingFaceMAE(Peer):
         self.begin(transformers.ViTMAEForPreTraining(config))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Each image is masked anew."""
+        """MAE loss; each image is masked anew."""
         loss: Tensor = self.networks(pixel_values=views[0]).loss
         return loss
 
@@ -182,7 +182,7 @@ class LightlyMAE(Peer):
         self.begin(nn.ModuleDict({"backbone": backbone, "decoder": decoder}))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Each image is masked anew."""
+        """MAE loss; each image is masked anew."""
         images, length = views[0], self.networks.backbone.sequence_length
         keep, masked = self.utils.random_token_mask(
             size=(len(images), length),

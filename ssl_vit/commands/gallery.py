@@ -118,6 +118,15 @@ class Scene:
         return module
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn picture, with the number of its images and the encoder."""
+
+    picture: np.ndarray
+    images: int
+    backbone: Backbone
+
+
 def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
     """Source of ``--images``: all of the files, or at most ``count`` images of one source.
 

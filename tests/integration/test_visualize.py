@@ -295,7 +295,7 @@ def test_the_feature_a_method_is_watched_by(room, monkeypatch, method, feature):
     asked = []
     command = ["neighbours", "--encoder", f"of-{method}", "--images", "photos/a.png"]
     monkeypatch.setattr(
-        "ssl_vit.visualize.neighbours_panel",
+        "ssl_vit.commands.neighbours.neighbours_panel",
         lambda *given: (asked.append(given[-1]), np.zeros((4, 4, 3), np.uint8))[1],
     )
     main([*command, "photos/b.png", "--k", "1", "--out", "f.png"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.together import together
-from tests.integration.conftest import KILLER, Door
+from tests.integration.conftest import KILLER, SCORED, Door
 
 # Sends a signal to itself at an update that a test chooses.
 STOPPER = """
@@ -110,7 +110,7 @@ def command_of(output: str) -> list[str]:
 def many(shared_door: Door) -> Door:
     """Runs of every fate, below ``runs``."""
     door = shared_door
-    done = door.pretrain("--run.out", "runs/done", "--run.probe-every", "12st")
+    done = door.pretrain("--run.out", "runs/done", *SCORED, "--run.probe-every", "12st")
     assert done.returncode == 0, done.stderr
     stop(door, "runs/mae/optim.lr=1e-3")
     kill(door, "runs/killed")

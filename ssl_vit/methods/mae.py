@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,17 +64,18 @@ class MAEConfig(MethodConfig):
         check_range(self, "crop_scale")
         check_share(self, "flip")
 
-    def visible(self, n: int) -> int:
-        """How many of ``n`` patches are seen.
+    def visible(self, n: int, asked: float = 0.0) -> int:
+        """How many of ``n`` patches are seen; ``asked``: with another ratio, of ``--mask-ratio``.
 
         Raises:
             UserError: none would be visible, or none masked.
         """
-        visible = int(n * (1 - self.mask_ratio))
+        ratio = asked or self.mask_ratio
+        visible = int(n * (1 - ratio))
         check(
             1 <= visible < n,
-            f"{flag(self, 'mask_ratio')} is {self.mask_ratio}; of {n} patches it leaves {visible} "
-            "visible, and at least 1 must be visible and 1 masked",
+            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {n} patches it "
+            f"leaves {visible} visible, and at least 1 must be visible and 1 masked",
         )
         return visible
 
@@ -181,8 +182,7 @@ class MAEObjective(Objective):
         """
         noise = self.noise(keys)
         n = noise.shape[1]
-        masked = replace(self.config, mask_ratio=mask_ratio) if mask_ratio else self.config
-        visible = masked.visible(n)
+        visible = self.config.visible(n, mask_ratio)
         prediction, mask = self.predict(encoder, images, noise, visible)
         hidden, patches = mask > 0, encoder.patchify(images)
         normalized, why = self._target(patches, prediction, hidden, target)

@@ -83,7 +83,7 @@ def test_same_weights(door, other):
     for name, value in one.items():
         torch.testing.assert_close(many[name], value, rtol=0, atol=5e-5, msg=name)
     exported = load_file(door.folder / other / "encoder.safetensors")
-    inner = "teacher" if "dino" in other else "encoder"
+    inner = "objectives.dino.teacher.encoder" if "dino" in other else "encoder"
     for name, value in exported.items():
         assert torch.equal(value, many[f"{inner}.vit.{name}"]), name
 

@@ -56,7 +56,7 @@ def test_the_teacher_is_exported(run):
     encoder = load_file(folder / "encoder.safetensors")
     assert encoder
     for name, value in encoder.items():
-        assert torch.equal(task[f"teacher.vit.{name}"], value)
+        assert torch.equal(task[f"objectives.dino.teacher.encoder.vit.{name}"], value)
     assert not torch.equal(task["encoder.vit.cls_token"], encoder["cls_token"])
     assert Image.open(folder / "attention.png").size[0] > 200
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.common.seeds import fold, uniform
+from ssl_vit.common.seeds import fold, fold_keys, uniform
 from ssl_vit.data.order import Order, permute
 
 MASK = (1 << 64) - 1
@@ -32,6 +32,13 @@ def test_fold_is_splitmix64():
     for value in (7, 0, 123456789):
         key = splitmix((key + value + 1) * 0x9E3779B97F4A7C15)
     assert fold(7, 0, 123456789) == key >> 1
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 99, 2**31, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1])
+def test_folding_many_keys_is_folding_each(value):
+    random = np.random.default_rng(0).integers(0, 2**63 - 1, 500, dtype=np.int64)
+    keys = torch.tensor([0, 1, 2**62, 2**63 - 1, *random.tolist()])
+    assert fold_keys(keys, value).tolist() == [fold(k, value) for k in keys.tolist()]
 
 
 def test_fold_gives_other_keys_for_other_values():

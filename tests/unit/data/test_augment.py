@@ -181,6 +181,26 @@ def test_photometric_parameters_are_drawn_after_their_crop():
         assert drawn == photometric.draw(again)
 
 
+@pytest.mark.parametrize("shape", [(40, 61), (7, 300), (32, 32)])
+@pytest.mark.parametrize("flip", [0.0, 1.0, 0.5])
+def test_a_crop_is_its_box_of_the_image(shape, flip):
+    """The box from its shares of the image's sides, resized, and mirrored where that is said."""
+    image, flips = picture(*shape), []
+    spec = ViewSpec((Crop((12, 9), (0.05, 0.9), flip=flip, count=8), Crop((6, 6), flip=flip)))
+    for kind in take_views(image, spec, random.Random(3)):
+        for crop, _, place in kind:
+            assert all(0 <= share <= 1 for share in place)
+            edges = [share * side for share, side in zip(place, [*shape, *shape], strict=False)]
+            top, left, height, width = map(round, edges)
+            np.testing.assert_allclose(edges, [top, left, height, width], atol=1e-9)
+            box = image[:, top : top + height, left : left + width]
+            expected = tvf.resize(box, list(crop.shape[1:]), BICUBIC, antialias=True)
+            assert place[4] in (0.0, 1.0)
+            flips.append(place[4])
+            assert torch.equal(crop, expected.flip(-1) if place[4] else expected)
+    assert set(flips) == ({flip} if flip in (0, 1) else {0.0, 1.0})
+
+
 # --- center_view --------------------------------------------------------------------------------
 
 

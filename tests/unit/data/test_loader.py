@@ -5,6 +5,7 @@ import logging
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 
 from ssl_vit.common.config import UserError
-from ssl_vit.common.seeds import fold
+from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Crop, ViewSpec, take_views
+from ssl_vit.data.augment import Crop, ViewSpec, resized, take_views
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.images import estimate_statistics
@@ -23,6 +24,7 @@ from ssl_vit.data.loader import (
     Batch,
     EvalImages,
     TrainImages,
+    draw_samples,
     eval_batches,
     train_batches,
 )
@@ -60,10 +62,17 @@ class MadeUp(Source):
 
 
 def batches(
-    source: Source, workers: int = 0, start: int = 0, stop: int = 6, accumulate: int = 1
+    source: Source,
+    workers: int = 0,
+    start: int = 0,
+    stop: int = 6,
+    accumulate: int = 1,
+    spec: ViewSpec = SPEC,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[Batch]:
-    images = TrainImages(source, SPEC, channels=3, seed=1)
-    order = Order(len(source), batch_size=8, seed=1, accumulate=accumulate)
+    images = TrainImages(source, spec, channels=3, seed=1)
+    order = Order(len(source), 8, 1, accumulate, rank, world)
     return list(train_batches(images, order, start, stop, workers, pin=False))
 
 
@@ -71,8 +80,18 @@ def same(a: Batch, b: Batch) -> bool:
     pairs = [*zip(a.views.crops, b.views.crops, strict=True)]
     pairs += zip(a.views.photometric, b.views.photometric, strict=True)
     pairs += zip(a.views.boxes, b.views.boxes, strict=True)
+    pairs += [(a.views.drawn[name], b.views.drawn[name]) for name in b.views.drawn]
     pairs += [(a.views.keys, b.views.keys), (a.views.labels, b.views.labels)]
-    return a.bad == b.bad and all(torch.equal(x, y) for x, y in pairs)
+    known = a.bad == b.bad and a.views.key == b.views.key
+    return known and all(torch.equal(x, y) for x, y in pairs)
+
+
+def masks(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What a method may draw for a sample: a mask, and an order."""
+    return {"mask": rng.random((3, 4)) < 0.6, "order": rng.permutation(12)}
+
+
+DRAWN = replace(SPEC, draw=masks)
 
 
 # --- the same batches ---------------------------------------------------------------------------
@@ -83,7 +102,7 @@ def same(a: Batch, b: Batch) -> bool:
 def test_batches_are_the_same_at_any_number_of_workers(workers):
     """Crops, keys, labels and what is bad; the epoch ends within these steps."""
     source = MadeUp(30, bad=(3, 17))
-    alone, helped = batches(source), batches(source, workers)
+    alone, helped = batches(source, spec=DRAWN), batches(source, workers, spec=DRAWN)
     assert len(alone) == len(helped) == 6
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 
@@ -104,6 +123,80 @@ def test_crops_and_their_parameters_are_in_one_order():
             assert torch.equal(views.photometric[1][view * 2 + i], torch.tensor(drawn))
             assert torch.equal(views.boxes[1][view * 2 + i], torch.tensor(place))
     assert len({tuple(row) for row in views.photometric[1].tolist()}) == 4
+
+
+# --- what a method draws ------------------------------------------------------------------------
+
+
+def test_what_is_drawn_is_stacked():
+    """Each sample's own, from a generator by its key alone; of the types that were drawn."""
+    keys = [fold(5), fold(6), fold(5)]
+    found = draw_samples(masks, keys)
+    assert {k: (tuple(v.shape), v.dtype) for k, v in found.items()} == {
+        "mask": ((3, 3, 4), torch.bool),
+        "order": ((3, 12), torch.int64),
+    }
+    for i, key in enumerate(keys):
+        for name, value in masks(generator(fold(key))).items():
+            assert np.array_equal(found[name][i].numpy(), value)
+    assert torch.equal(found["order"][0], found["order"][2])
+    assert not torch.equal(found["order"][0], found["order"][1])
+
+
+def test_what_is_drawn_arrives_with_its_samples():
+    """By ``Views.keys``, as an evaluation draws it; crops and keys are those without it."""
+    plain, drawn = (batches(MadeUp(30), spec=spec, stop=2) for spec in (SPEC, DRAWN))
+    for without, batch in zip(plain, drawn, strict=True):
+        assert without.views.drawn == {}
+        assert same(batch, without)
+        expected = draw_samples(masks, batch.views.keys.tolist())
+        assert list(batch.views.drawn) == list(expected)
+        assert all(torch.equal(batch.views.drawn[k], v) for k, v in expected.items())
+        assert len(batch.views.drawn["order"].unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_samples_draw_the_same_in_every_world(world):
+    """By sample, at any number of processes and of their workers; no two samples alike."""
+
+    def by_key(found: list[Batch]) -> dict[int, tuple]:
+        return {
+            key: (
+                v.drawn["mask"][i].tolist(),
+                v.drawn["order"][i].tolist(),
+                v.boxes[1][[i, i + len(v.keys)]].tolist(),
+            )
+            for v in (batch.views for batch in found)
+            for i, key in enumerate(v.keys.tolist())
+        }
+
+    source = MadeUp(30)
+    alone = by_key(batches(source, spec=DRAWN))
+    shared: dict[int, tuple] = {}
+    for rank in range(world):
+        workers = 3 if rank == 1 else 0
+        own = by_key(batches(source, workers, spec=DRAWN, rank=rank, world=world))
+        assert len(own) == 48 // world
+        shared |= own
+    assert len(alone) == 48
+    assert shared == alone
+
+
+def test_boxes_are_in_the_order_of_crops():
+    """View by view: the crop of a row is what its box holds of its image."""
+    source, spec = MadeUp(9), ViewSpec((Crop((4, 6), (0.3, 0.9), count=3),))
+    wanted = [(0, 5), (0, 2), (1, 5)]
+    views = TrainImages(source, spec, 3, seed=1).__getitems__(wanted).views
+    assert views.boxes[0].shape == (9, 5)
+    assert views.boxes[0].dtype == torch.float32
+    assert len(views.boxes[0].unique(dim=0)) == 9
+    for row, (place, crop) in enumerate(zip(views.boxes[0], views.crops[0], strict=True)):
+        image = torch.from_numpy(source.read(wanted[row % 3][1])[0]).permute(2, 0, 1)
+        sides = torch.tensor([*image.shape[1:], *image.shape[1:]])
+        top, left, height, width = (place[:4] * sides).round().int().tolist()
+        found = resized(image[:, top : top + height, left : left + width], (4, 6))
+        assert torch.equal(found.flip(-1) if place[4] else found, crop)
 
 
 def test_batches_do_not_depend_on_where_iteration_starts():

@@ -142,6 +142,61 @@ def test_patches_that_are_not_kept_are_never_embedded():
     assert flops.get_total_flops() == 2 * (2 * 3) * 48 * (4 * 4 * 3)
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "aimv2_large_patch14_224"])
+@pytest.mark.parametrize("size", [(16, 24), (24, 12)])
+@pytest.mark.parametrize("some", [False, True])
+def test_masked_patches_are_a_token_at_their_places(arch, size, some):
+    """Patch by patch: the token instead of the projection, and the position added to both."""
+    encoder = make(arch=arch, patch_size=4, image_size=(16, 24))
+    x, vit = images(encoder, size), encoder.vit
+    rows, cols = size[0] // 4, size[1] // 4
+    n = rows * cols
+    generator = torch.Generator().manual_seed(1)
+    masked = torch.rand(2, n, generator=generator) < 0.5
+    keep = torch.stack([torch.randperm(n, generator=generator)[:7] for _ in range(2)])
+    token = torch.randn(48, generator=generator)
+    position = encoder.positions((rows, cols))[1][0]
+    found = encoder.embed(x, keep if some else None, masked, token)
+    assert found.grid == (rows, cols)
+    assert found.places is (keep if some else None)
+    for image in range(2):
+        places = keep[image].tolist() if some else range(n)
+        assert found.values.shape[1] == len(places)
+        for at, place in enumerate(places):
+            top, left = 4 * (place // cols), 4 * (place % cols)
+            patch = x[image, None, :, top : top + 4, left : left + 4]
+            own = vit.patch_embed.norm(vit.patch_embed.proj(patch)[0, :, 0, 0])
+            expected = (token if masked[image, place] else own) + position[place]
+            torch.testing.assert_close(found.values[image, at], expected, atol=1e-5, rtol=1e-5)
+    assert masked.any()
+    assert not masked.all()
+
+
+def test_a_masked_patch_does_not_reach_the_encoder_and_its_token_learns():
+    encoder = make()
+    x = images(encoder)
+    masked = torch.zeros(2, 24, dtype=torch.bool)
+    masked[0, 5] = masked[1, 20] = True
+    pixels = masked.view(2, 1, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    token = torch.ones(48, requires_grad=True)
+    values = encoder.embed(x, None, masked, token).values
+    assert torch.equal(encoder.embed(x.masked_fill(pixels, 9), None, masked, token).values, values)
+    assert not torch.equal(encoder.embed(x.masked_fill(pixels, 9)).values, values)
+    values.sum().backward()
+    assert token.grad.tolist() == [2.0] * 48
+
+
+@pytest.mark.parametrize("size", [(16, 24), (24, 8), (4, 20)])
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_unpatchify_is_the_inverse_of_patchify(size, channels):
+    encoder = make(channels)
+    x = images(encoder, size)
+    patches = encoder.patchify(x)
+    assert patches.shape == (2, size[0] * size[1] // 16, 16 * channels)
+    assert encoder.grid_of(x) == (size[0] // 4, size[1] // 4)
+    assert torch.equal(encoder.unpatchify(patches, encoder.grid_of(x)), x)
+
+
 # --- the whole encoder --------------------------------------------------------------------------
 
 

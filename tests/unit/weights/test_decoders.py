@@ -12,17 +12,16 @@ from torch.nn import functional as F
 
 from ssl_vit.commands.pretraining import PretrainConfig
 from ssl_vit.commands.reconstruction import (
-    Autoencoder,
-    explained,
-    masks,
-    open_autoencoder,
+    mask_keys,
+    open_reconstruction,
     reconstruction_panel,
 )
 from ssl_vit.common.config import DataConfig, EncoderConfig, UserError
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.data.augment import Normalize
 from ssl_vit.evaluators.backbone import open_backbone
-from ssl_vit.methods.mae import MAE, MAEConfig, patch_statistics
+from ssl_vit.methods.mae import MAE, MAEConfig, MAEObjective
+from ssl_vit.objectives.masked_patches import explained_shares, patch_statistics
 from ssl_vit.weights.decoders import read_decoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.unit.foreign_weights import HALF, images, noisy, saved, vit
@@ -43,9 +42,14 @@ def noise(n=N):
     return torch.rand(2, n, generator=torch.Generator().manual_seed(3))
 
 
-def opened(name, ratio=0.0, size=None):
+def opened(name, size=None):
     backbone = open_backbone(str(name), 0)
-    return open_autoencoder(backbone, ratio, size or backbone.view.size)
+    return open_reconstruction(backbone, size or backbone.view.size)
+
+
+def predicted(mae, x, order_noise, ratio=0.0):
+    visible = mae.config.visible(order_noise.shape[1], ratio)
+    return mae.objective.predict(mae.encoder, x, order_noise, visible)
 
 
 # -- the official files
@@ -120,15 +124,15 @@ def test_official_prediction(tmp_path, caplog, ratio, visible):
     model, state = official_state()
     path = saved({"model": state}, tmp_path)
     caplog.set_level("INFO")
-    found = opened(path, ratio)
+    found = opened(path)
     with torch.inference_mode():
         expected = original_prediction(model, state, images(), noise(), visible)
-        prediction, mask = found.mae.predict(images(), noise())
+        prediction, mask = predicted(found, images(), noise(), ratio)
     torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
     assert mask.sum(1).tolist() == [N - visible] * 2
-    assert found.normalized is None
-    assert not found.mae.training
+    assert found.objective.target_known_from == ""
+    assert not found.training
     assert "decoder of MAE (official), 31 of 31 tensors" in caplog.text
 
 
@@ -138,22 +142,22 @@ def test_official_options_in_the_file(tmp_path, normalized, wrapped):
     options = {"norm_pix_loss": normalized, "mask_ratio": 0.5}
     args = argparse.Namespace(**options) if wrapped else options
     found = opened(saved({"model": official_state()[1], "args": args}, tmp_path))
-    assert found.normalized is normalized
-    assert found.mae.config.mask_ratio == 0.5
-    assert found.known_from == f"norm_pix_loss in the file's args is {normalized}"
+    assert found.config.normalize_target is normalized
+    assert found.config.mask_ratio == 0.5
+    assert found.objective.target_known_from == f"norm_pix_loss in the file's args is {normalized}"
 
 
 def test_other_size(tmp_path):
     """Positions of both halves are resampled; at twice the width there are twice the patches."""
     found = opened(saved({"model": official_state()[1]}, tmp_path), size=(32, 64))
-    assert found.mae.encoder.grid == (4, 8)
-    assert found.mae.decoder.positions.shape == (2 * N, WIDTH)
+    assert found.encoder.grid == (4, 8)
+    assert found.objective.decoder.positions.shape == (2 * N, WIDTH)
     with torch.inference_mode():
-        prediction, mask = found.mae.predict(images((32, 64)), noise(2 * N))
+        prediction, mask = predicted(found, images((32, 64)), noise(2 * N))
     assert prediction.isfinite().all()
     assert mask.sum(1).tolist() == [24, 24]
-    before = opened(saved({"model": official_state()[1]}, tmp_path)).mae.decoder.positions
-    corner = found.mae.decoder.positions.view(4, 8, -1)
+    before = opened(saved({"model": official_state()[1]}, tmp_path)).objective.decoder.positions
+    corner = found.objective.decoder.positions.view(4, 8, -1)
     assert (corner[:, :2].mean(1) - before.view(4, 4, -1)[:, 0]).abs().mean() < 0.1
 
 
@@ -230,12 +234,12 @@ def test_hugging_face_prediction(hugging_face, tmp_path, blocks):
     found = opened(folder)
     with torch.inference_mode():
         theirs = model(images(), noise=noise())
-        prediction, mask = found.mae.predict(images(), noise())
+        prediction, mask = predicted(found, images(), noise())
     torch.testing.assert_close(prediction, theirs.logits, atol=1e-5, rtol=1e-5)
     assert mask.equal(theirs.mask)
     assert theirs.logits.std() > 0.1
-    assert (found.normalized, found.mae.config.mask_ratio) == (True, 0.5)
-    assert found.known_from == "norm_pix_loss in config.json is True"
+    assert (found.config.normalize_target, found.config.mask_ratio) == (True, 0.5)
+    assert found.objective.target_known_from == "norm_pix_loss in config.json is True"
 
 
 def test_hugging_face_without_its_configuration(hugging_face, tmp_path):
@@ -250,7 +254,9 @@ def test_hugging_face_without_its_configuration(hugging_face, tmp_path):
         opened(copy)
     del config["norm_pix_loss"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert opened(copy).normalized is False  # as transformers takes it
+    found = opened(copy)
+    assert found.config.normalize_target is False  # as transformers takes it
+    assert found.objective.target_known_from
 
 
 # -- runs
@@ -282,13 +288,14 @@ def test_own_run(tmp_path, name):
     found = opened(tmp_path / name)
     x = images((16, 24), 5)
     with torch.inference_mode():
-        expected, mask = mae.predict(x, noise(6))
-        prediction, own_mask = found.mae.predict(x, noise(6))
+        expected, mask = mae.objective.predict(mae.encoder, x, noise(6))
+        prediction, own_mask = predicted(found, x, noise(6))
     torch.testing.assert_close(prediction, expected, atol=1e-6, rtol=1e-6)
     assert own_mask.equal(mask)
     assert mask.sum() == 6
-    assert found.normalized is False
-    assert found.mae.config == mae.config
+    assert found.config.normalize_target is False
+    assert found.objective.target_known_from == "normalize_target in its config.yaml"
+    assert found.config == mae.config
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
@@ -298,7 +305,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     torn.mkdir()
     (torn / "state.json").write_text((first / "state.json").read_text())
     found = opened(tmp_path)
-    assert found.mae.decoder.embed.weight.equal(mae.decoder.embed.weight)
+    assert found.objective.decoder.embed.weight.equal(mae.objective.decoder.embed.weight)
 
 
 def test_refusals_of_what_has_no_decoder(tmp_path):
@@ -326,28 +333,36 @@ def test_refusals_of_what_has_no_decoder(tmp_path):
         assert str(name) in str(refusal.value)
         assert "ViTMAEForPreTraining" in str(refusal.value)
         assert "\n" not in str(refusal.value)
+    found, x = opened(tmp_path / "run"), images((16, 24), 5)
+    normalize = Normalize((0.5,) * 5, (0.25,) * 5)
     with pytest.raises(UserError, match=r"--mask-ratio is 0\.9; of 6 patches it leaves 0 visible"):
-        opened(tmp_path / "run", 0.9)
+        found.reconstruct(x, mask_keys(2, 0), normalize, mask_ratio=0.9)
     assert read_decoder(official) is None
 
 
 # -- which target
 
 
-class Oracle(MAE):
+class OracleObjective(MAEObjective):
     """Predicts what its target would be, blurred: as a decoder that has learned half of it."""
 
-    def __init__(self, normalized):
-        super().__init__(MAEConfig(decoder_width=16, decoder_depth=1, decoder_heads=2), SMALL, 3)
-        self.normalized = normalized
+    normalized = False
 
-    def predict(self, x, order_noise):
-        mask = super().predict(x, order_noise)[1]
-        patches = self.encoder.patchify(x)
+    def predict(self, encoder, images, noise, visible=None):
+        mask = super().predict(encoder, images, noise, visible)[1]
+        patches = encoder.patchify(images)
         mean, std = patch_statistics(patches)
         if self.normalized:
             return 0.5 * (patches - mean) / std, mask
         return mean + 0.2 * (patches - mean), mask
+
+
+class Oracle(MAE):
+    def __init__(self, normalized):
+        super().__init__(MAEConfig(decoder_width=16, decoder_depth=1, decoder_heads=2), SMALL, 3)
+        self.add("mae", OracleObjective(self.config, self.encoder))
+        self.objective.normalized = normalized
+        self.target_known_from = ""
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -357,28 +372,29 @@ def test_the_target_that_explains_more(normalized, caplog):
     flat = torch.randn(4, 1, 2, 3, generator=generator).repeat_interleave(8, 2)
     x = flat.repeat_interleave(8, 3) + 0.3 * torch.randn(4, 3, 16, 24, generator=generator)
     mae = Oracle(normalized)
-    order = masks(4, 6, 0)
-    shares = explained(mae, x, order)
-    right, wrong = ("normalized", "pixels") if normalized else ("pixels", "normalized")
-    _, hidden = mae.predict(x, order)
+    order = mae.objective.noise(mask_keys(4, 0))
+    given, hidden = mae.objective.predict(mae.encoder, x, order)
     patches = mae.encoder.patchify(x)
+    shares = explained_shares(patches, given, hidden > 0)
+    right, wrong = ("normalized", "pixels") if normalized else ("pixels", "normalized")
     mean, std = patch_statistics(patches)
     wanted = ((patches - mean) / std if normalized else patches)[hidden > 0]
-    given = mae.predict(x, order)[0][hidden > 0]
-    loss, spread = (given - wanted).square().mean(), wanted.var(correction=0)
+    loss, spread = (given[hidden > 0] - wanted).square().mean(), wanted.var(correction=0)
     assert shares[right] == pytest.approx(float(1 - loss / spread), abs=1e-4)
     assert shares[right] > 0.5
     assert shares[wrong] < 0.1
     caplog.set_level("INFO")
-    found, display = Autoencoder(mae, None, ""), Normalize(*HALF)
-    decided = reconstruction_panel(found, x, display)
-    assert mae.config.normalize_target is normalized
+    display = Normalize(*HALF)
+    decided = reconstruction_panel(mae, x, display)
+    assert f"target: {'normalised patches' if normalized else 'raw pixels'}" in caplog.text
     assert "was decided by these images" in caplog.text
-    told = reconstruction_panel(found, x, display, right)
-    other = reconstruction_panel(found, x, display, wrong)
-    assert mae.config.normalize_target is not normalized
+    told = reconstruction_panel(mae, x, display, target=right)
+    caplog.clear()
+    other = reconstruction_panel(mae, x, display, target=wrong)
+    assert f"target: {'raw pixels' if normalized else 'normalised patches'}" in caplog.text
     top = slice(0, 16 + 4 * 100)
     assert (decided[top] == told[top]).all()
     assert (decided[top] != other[top]).any()
-    known = replace(found, normalized=not normalized, told_by="its file")
-    assert (reconstruction_panel(known, x, display)[top] == other[top]).all()
+    mae.config = replace(mae.config, normalize_target=not normalized)
+    mae.target_known_from = "its file"
+    assert (reconstruction_panel(mae, x, display)[top] == other[top]).all()

@@ -1,0 +1,90 @@
+"""Batches of views: moved whole, parts of them, and second draws from the same samples."""
+
+import pytest
+import torch
+
+from ssl_vit.common.seeds import fold, uniform
+from ssl_vit.common.task import Views
+
+
+def made(b: int = 3) -> Views:
+    keys = torch.tensor([fold(7, i) for i in range(b)])
+    return Views(
+        crops=[torch.rand(b, 1, 2, 2), torch.rand(2 * b, 1, 1, 1)],
+        keys=keys,
+        labels=torch.arange(b),
+        photometric=[torch.rand(b, 0), torch.rand(2 * b, 10)],
+        key=fold(*keys.tolist()),
+        drawn={"mask": torch.rand(b, 4), "a.mask": torch.rand(b, 5), "b.order": torch.rand(b, 6)},
+        boxes=[torch.rand(b, 5), torch.rand(2 * b, 5)],
+    )
+
+
+def tensors(views: Views) -> list[torch.Tensor]:
+    found = [*views.crops, views.keys, views.labels, *views.photometric]
+    return [*found, *views.drawn.values(), *views.boxes]
+
+
+@pytest.mark.parametrize("how", ["to", "pin_memory"])
+def test_everything_is_moved(how, monkeypatch):
+    """Each tensor, what was drawn and boxes among them, by its name and in its place."""
+    views, moved = made(), []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    other = views.to(torch.device("meta")) if how == "to" else views.pin_memory()
+    assert (other.key, list(other.drawn)) == (views.key, list(views.drawn))
+    assert len(tensors(other)) == len(tensors(views)) == 11
+    for a, b in zip(tensors(views), tensors(other), strict=True):
+        if how == "to":
+            assert b.device.type == "meta"
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        else:
+            assert a.data_ptr() != b.data_ptr() or not a.numel()
+            assert torch.equal(a, b)
+    assert how == "to" or len(moved) == 11
+
+
+def test_a_second_draw_is_independent_and_a_function_of_the_first():
+    """Other keys for each i, the same again; crops, labels and what was drawn stay."""
+    views = made(200)
+    draws = [views.redrawn(i) for i in range(3)]
+    for i, other in enumerate(draws):
+        again = views.redrawn(i)
+        assert torch.equal(other.keys, again.keys)
+        assert other.keys.tolist() == [fold(k, i) for k in views.keys.tolist()]
+        assert other.key == again.key == fold(views.key, i)
+        assert all(a is b for a, b in zip(other.crops, views.crops, strict=True))
+        assert (other.drawn, other.labels) == (views.drawn, views.labels)
+    numbers = [uniform(v.keys, 20).double() for v in (views, *draws)]
+    correlation = torch.corrcoef(torch.stack([n.flatten() for n in numbers]))
+    off = correlation - torch.eye(4)
+    assert off.abs().max() < 4 / (200 * 20) ** 0.5
+    assert len({v.key for v in (views, *draws)}) == 4
+    assert len(torch.cat([v.keys for v in (views, *draws)]).unique()) == 800
+
+
+def test_a_part_is_of_some_kinds_and_one_name():
+    views = made()
+    part = views.part(slice(1, 2), "a")
+    for name in ("crops", "photometric", "boxes"):
+        (found,) = getattr(part, name)
+        assert found is getattr(views, name)[1]
+    assert list(part.drawn) == ["mask"]
+    assert part.drawn["mask"] is views.drawn["a.mask"]
+    assert part.keys is views.keys
+    assert part.labels is views.labels
+    assert part.key == views.key
+    assert views.part(slice(0, 2), "none").drawn == {}
+
+
+def test_a_part_without_a_name_keeps_what_was_drawn():
+    views = made()
+    part = views.part(slice(0, 1))
+    assert part.drawn == views.drawn
+    assert len(part.crops) == 1
+    evaluated = Views(views.crops, views.keys, views.labels).part(slice(0, 1))
+    assert (evaluated.photometric, evaluated.boxes, evaluated.drawn) == ([], [], {})

@@ -130,7 +130,7 @@ class MAEObjective(Objective):
         order: Int64[Tensor, "b n"],
         visible: int,
         masked_only: bool = False,
-    ) -> Float[Tensor, "b k w"]:
+    ) -> Float[Tensor, "b k d"]:
         """Decoder tokens of all patches, or of the masked ones alone, in ``order``, of which the
         encoder sees the first ``visible``."""
         latent = encoder.encode(encoder.embed(images, order[:, :visible]))

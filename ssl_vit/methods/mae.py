@@ -74,8 +74,8 @@ class MAEConfig(MethodConfig):
         visible = int(n * (1 - ratio))
         check(
             1 <= visible < n,
-            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {n} patches it "
-            f"leaves {visible} visible, and at least 1 must be visible and 1 masked",
+            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {n} patches "
+            f"it leaves {visible} visible, and at least 1 must be visible and 1 masked",
         )
         return visible
 

@@ -13,7 +13,7 @@ from ssl_vit.commands.pretraining import PretrainConfig, Pretraining, build
 from ssl_vit.common.task import Views
 from ssl_vit.data.loader import Batch, TrainImages, train_batches
 from ssl_vit.methods.base import Method
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.training.checkpoint import complete
 from ssl_vit.training.metrics import read_rows
 from ssl_vit.training.shards import Parts
@@ -46,7 +46,7 @@ def arguments(name: str, *more: str) -> list[str]:
 @cache
 def options(name: str, *more: str) -> tuple[type[Method], PretrainConfig[Any]]:
     """The method's class and all options of a tiny run."""
-    return read_config(arguments(name, *more))[1:]
+    return parse_options(arguments(name, *more))[1:]
 
 
 def session(name: str, *more: str) -> Pretraining:

@@ -1,4 +1,4 @@
-"""A job on this machine, without Slurm: the same command in each of its tasks."""
+"""Local job, without Slurm: the same command in each of its tasks on this machine."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import time
 from collections.abc import Sequence
 
 from launch.job import STOPPED, STOPS, Relay, exit_status
+from ssl_vit.common.waiting import choose
 
-# How long the other tasks of one that failed have to end by themselves, in seconds.
+# Seconds that the other tasks have to exit by themselves after one has failed.
 _LAST_WORDS = 5.0
 
 
 def run_here(commands: Sequence[Sequence[str]], tasks: int) -> int:
-    """Run each command in ``tasks`` processes, one command after the other; the exit status.
+    """Local job: each command in ``tasks`` processes, one command after the other; the exit status.
 
-    That of the first task that failed, whose end ends the others; else ``STOPPED`` where a signal
-    stopped them, else 0. No command begins after one that did not finish, or after a signal.
-    Ctrl-C, SIGTERM and SIGUSR2 reach the tasks, which save.
+    The status is that of the first task that failed, whose end ends the others; else ``STOPPED`` if
+    a signal stopped them, else 0. No command starts after one that did not finish, or after a
+    signal. Ctrl-C, SIGTERM and SIGUSR2 are passed to the tasks, which save.
     """
-    # A terminal has sent Ctrl-C to the tasks too, and a second one would end them at once.
+    # A terminal sends Ctrl-C to the tasks too; passing it on as well would end them at once.
     passed = {number: number for number in STOPS} | {signal.SIGINT: signal.SIGTERM}
     status = 0
     with Relay(passed, late=True) as relay:
         for command in commands:
-            # It may have come in the last step of the run before, which then finished.
+            # A signal may have arrived in the last step of the previous run, which then finished.
             status = status or (STOPPED if relay.came else 0)
             if status:
                 break
@@ -38,21 +39,24 @@ def run_here(commands: Sequence[Sequence[str]], tasks: int) -> int:
                 print(shown(command), flush=True)
             status = _wait([relay.start(command, env) for env in _environments(tasks)])
     if status == STOPPED:
-        print("stopped, saved; start it again to go on", file=sys.stderr)
+        print("stopped and saved; run the same command again to resume", file=sys.stderr)
     return exit_status(status)
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command as a user would write it."""
+    """Command as a user would type it."""
     return shlex.join(["python", *command[1:]])
 
 
 def _environments(tasks: int) -> list[dict[str, str]]:
-    """What each task finds in its environment: torch.distributed's variables if there are more."""
+    """Environment of each task, with torch.distributed's variables if there is more than one."""
     env = dict(os.environ)
+    if tasks > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // tasks)))
+    # By the launcher, while it waits: tasks that start together would see each other at work.
+    choose(env, tasks)
     if tasks == 1:
         return [env]
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // tasks)))
     world = {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(tasks)]
@@ -60,12 +64,12 @@ def _environments(tasks: int) -> list[dict[str, str]]:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:
-    """A port that nobody has, below those that Linux gives to outgoing connections (from 32768)."""
+    """Unused port, below those that Linux gives to outgoing connections (from 32768)."""
     while True:
         port = random.SystemRandom().randrange(12_000, 32_000)
         with socket.socket() as probe:
@@ -74,7 +78,7 @@ def free_port() -> int:
 
 
 def _wait(tasks: list[subprocess.Popen[bytes]]) -> int:
-    """The status of the first that failed, else ``STOPPED`` if one has it, else 0."""
+    """Exit status of the first task that failed, else ``STOPPED`` if one has it, else 0."""
     failed, deadline = 0, 0.0
     while True:
         statuses = [task.poll() for task in tasks]

@@ -1,6 +1,6 @@
-"""What each task of a job does: run the door, see signals through, have the job queued again.
+"""Slurm task: run the command, pass signals on, requeue the job.
 
-Of the standard library alone, so that a task is ready for signals at once.
+It imports the standard library only, so that a task handles signals from its first moment.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-# A door's status after a signal: saved, and the same command goes on.
+# Exit status of a command that a signal stopped and that has saved: the same command resumes it.
 STOPPED = os.EX_TEMPFAIL
-# Slurm sends the first before it takes the machines away, the second before the time limit.
+# Slurm sends the first before preemption, the second before the time limit.
 STOPS = (signal.SIGTERM, signal.SIGUSR2)
-# How long the signal to one task may come after what it did to another.
+# Seconds by which a signal may reach one task later than another.
 _SPREAD = 1.0
-# What another task that failed leaves this one for its own last words.
+# Seconds that this task has to exit by itself after another has failed.
 _LAST_WORDS = 5.0
 
 
 class Relay:
-    """Signals to this process do not end it; they are remembered, and passed on to those it starts.
+    """Signal relay: signals do not end this process; they are recorded and sent to its children.
 
-    A process that it starts has the signals' usual effects, whatever they are here.
+    Signals have their usual effects in the children.
 
     Args:
-        passed: for each signal, which one is sent on.
-        late: also those that come when a process is under way. Slurm signals that one itself.
+        passed: for each signal, the signal to send to the children.
+        late: whether to send signals that arrive while a child is running. Under Slurm, children
+            get those from Slurm itself.
     """
 
     def __init__(self, passed: Mapping[signal.Signals, signal.Signals], late: bool) -> None:
@@ -49,7 +50,7 @@ class Relay:
     def start(
         self, command: Sequence[str], env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a process; a signal that came before reaches it too."""
+        """Start of a child process; earlier signals are sent to it too."""
         child = subprocess.Popen(command, env=env)
         self.children.append(child)
         for number in self.came:
@@ -60,7 +61,7 @@ class Relay:
         came = signal.Signals(number)
         self.came.append(came)
         for child in self.children if self.late else ():
-            child.send_signal(self.passed[came])  # to none that has ended
+            child.send_signal(self.passed[came])  # no effect on a child that has ended
 
     def __exit__(
         self,
@@ -74,94 +75,95 @@ class Relay:
 
 @dataclass(frozen=True)
 class Job:
-    """One task under Slurm, as submitit calls it.
+    """Slurm task, called by submitit.
 
-    submitit's own handlers act in the middle of a step and on the first task alone. Here the door
-    is a process of its own: its processes agree on a step, save, and leave with ``STOPPED``.
+    submitit's own signal handlers act in the middle of a step and in the first task only. Here the
+    command is a process of its own: all its processes agree on a step, save, and exit with
+    ``STOPPED``.
 
     Args:
-        command: the door and its arguments.
-        folder: where the job's files are, on a disk that all machines share.
+        command: the command and its arguments.
+        folder: folder of the job's files, on a disk that all machines share.
     """
 
     command: list[str]
     folder: Path
 
     def __call__(self) -> None:
-        """Run the door to its end.
+        """Run the command to its end.
 
         Raises:
-            SystemExit: with the door's status if it failed, with 0 if it can go on in a new start.
+            SystemExit: with the command's status if it failed, with 0 if the job is requeued.
         """
         with Relay({number: number for number in STOPS}, late=False) as relay:
             status = self._wait(relay)
             if status == 1 and not relay.came:
-                # Its peer was stopped, perhaps, and it lost it before the signal came here.
+                # Another process may have been stopped, and the signal is still to arrive here.
                 time.sleep(_SPREAD)
             killed = [number for number in STOPS if number == -status]
             if status == STOPPED or killed or (status == 1 and relay.came):
-                self._again([*relay.came, *killed], saved=status == STOPPED)
+                self._requeue([*relay.came, *killed], saved=status == STOPPED)
         if status:
             how = f"failed with status {status}" if status > 0 else f"was ended by signal {-status}"
             self._failure.write_text(f"task {_rank()} {how}\n")
-            _say(f"task {_rank()} {how}")
+            _log(f"task {_rank()} {how}")
             raise SystemExit(exit_status(status))
 
     def _wait(self, relay: Relay) -> int:
-        """The door's status. It is not waited for long once another task has failed."""
+        """Exit status of the command; it is killed soon after another task has failed."""
         door = relay.start(going_on(self.command) if _restarts() else self.command)
         while True:
             try:
                 return door.wait(timeout=_LAST_WORDS)
             except subprocess.TimeoutExpired:
-                # Slurm's own order to end comes as the same signal as that to save.
+                # Slurm uses one signal both to end a task and to let it save.
                 if relay.came and self._failure.exists():
                     door.kill()
 
     @property
     def _failure(self) -> Path:
-        """A file that is there when a task of this start of the job has failed."""
+        """Marker file: it exists if a task of this start of the job has failed."""
         return self.folder / f"{job_id()}_{_restarts()}_failed"
 
-    def _again(self, came: list[signal.Signals], saved: bool) -> NoReturn:
-        """Leave, and let the first task have the job queued again."""
+    def _requeue(self, came: list[signal.Signals], saved: bool) -> NoReturn:
+        """Exit; the first task requeues the job."""
         if _rank() != 0:
             raise SystemExit(0)
         if self._failure.exists():
-            _say(f"not queued again: {self._failure.read_text().strip()}")
+            _log(f"not requeued: {self._failure.read_text().strip()}")
             raise SystemExit(1)
         limited = signal.SIGUSR2 in came
-        # Once: it may have been told before it was ready. A door that never saves would come back
-        # for ever.
+        # Once only: the signal may have come before the command was ready, but one that never
+        # saves would be requeued forever.
         if limited and not saved and _restarts():
-            _say("not done at the time limit, and nothing was saved: give a longer --time")
+            _log("not finished at the time limit, and nothing was saved: give a longer --time")
             raise SystemExit(1)
-        # A job that was cancelled gets the same signal, and could be queued again.
+        # A cancelled job gets the same signal, and must not be requeued.
         if not limited and _state() in ("COMPLETING", "CANCELLED"):
-            _say("stopped; Slurm is ending the job itself (cancelled, or queued again by it)")
+            _log("stopped; Slurm ends the job itself (cancelled, or requeued by Slurm)")
             raise SystemExit(0)
         done = _ask("scontrol", "requeue", job_id())
-        if done.returncode > 0:  # below 0: ended together with the job, as it had asked for
-            _say(f"stopped, but not queued again: {done.stderr.strip()}")
+        if done.returncode > 0:  # below 0: scontrol was ended with the job, which it requeued
+            _log(f"stopped, but not requeued: {done.stderr.strip()}")
             raise SystemExit(STOPPED)
-        _say("stopped; the job is queued again")
+        _log("stopped; the job is requeued")
         raise SystemExit(0)
 
 
 def going_on(command: Sequence[str]) -> list[str]:
-    """A door's command for a later start of its job: ``--run.resume never`` was for the first."""
+    """Command for a later start of its job: ``--run.resume never`` applies to the first only."""
     asked = re.findall(r"--run\.resume[= ](\S+)", " ".join(command))
     return [*command, *(["--run.resume", "auto"] if asked[-1:] == ["never"] else [])]
 
 
 def job_id() -> str:
-    """The job as Slurm's commands name it. In an array the plain number may mean all of it."""
+    """Job id for Slurm's commands; in an array the plain number could mean the whole array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def exit_status(status: int) -> int:
-    """A process's status as a shell would say it: 128 and the signal's number if one ended it."""
+    """Exit status as in a shell: 128 plus the signal's number if a signal ended the process."""
     return status if status >= 0 else 128 - status
 
 
@@ -170,7 +172,7 @@ def _rank() -> int:
 
 
 def _restarts() -> int:
-    """How many starts of the job there were before this one."""
+    """Number of earlier starts of the job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -181,9 +183,9 @@ def _state() -> str:
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:  # Slurm's commands need not be there on the machines that compute
+    except OSError as error:  # compute nodes need not have Slurm's commands
         return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The launcher's own options."""
+"""Launcher options: resources, time limit, sbatch options and sweeps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ssl_vit.common.config import UserError, check
 
-# Slurm may send its signals so many seconds early (sbatch's --signal).
+# Seconds by which Slurm may send its signals early (sbatch's --signal).
 _EARLY = 60
-# Lists, so that each may be written more than once.
+# List options, which may be given more than once.
 _LISTS = ("--slurm", "--setup", "--sweep")
-# What --slurm may not say, and which option says it instead; empty: the launcher's alone.
+# Options that --slurm may not set, and the launcher's option to use instead; empty: there is none.
 _RESERVED = {
     "nodes": "--nodes",
     "ntasks-per-node": "--tasks-per-node",
@@ -28,40 +28,40 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Where and how a job runs. After ``--`` comes the door and its arguments."""
+    """Launcher options. After ``--`` follow the command and its arguments."""
 
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int = 0
     """GPUs on each machine."""
     tasks_per_node: int = 0
     """Processes on each machine. 0: one for each GPU, or one without GPUs."""
     cpus_per_task: int = 4
-    """Cores of each process; its loader workers share them."""
+    """Cores of each process, shared with its loader workers."""
     partition: str = ""
     """Slurm partition. Empty: the cluster's default."""
     time: str = "60"
-    """Time limit as Slurm writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS. A run
-    that needs longer is saved before it, queued again, and goes on."""
+    """Time limit in Slurm's formats: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS. A run
+    that needs longer is saved before the limit, requeued and resumed."""
     grace: int = 120
-    """Seconds before the time limit at which the run is told to save."""
+    """Seconds before the time limit at which the run is signalled to save."""
     folder: str = "slurm"
-    """Folder of logs and job files, on a disk that all machines share. Each launch makes a private
-    one inside it."""
+    """Folder of logs and job files, on a disk that all machines share. Each launch creates a
+    private folder inside it."""
     slurm: tuple[str, ...] = ()
     """Other options of sbatch: account=me qos=high exclusive ..."""
     setup: tuple[str, ...] = ()
     """Shell commands before the job, as 'module load cuda'."""
     sweep: tuple[str, ...] = ()
-    """A run for each value, as optim.lr=1e-4,3e-4; with several options for each combination. Each
-    writes to its own folder inside --run.out. An array job."""
+    """Sweep: one run for each value, as optim.lr=1e-4,3e-4; with several options, for each
+    combination. Each writes to its own folder inside --run.out. Submitted as an array job."""
     at_once: int = 0
-    """How many runs of a sweep may run at the same time. 0: all."""
+    """Maximum number of a sweep's runs at the same time. 0: all."""
     local: bool = False
-    """Run the same job here, without Slurm, and wait for it; what is Slurm's own is not used. A
-    sweep's runs follow each other."""
+    """Run the same job on this machine, without Slurm, and wait for it; Slurm's own options are
+    ignored. The runs of a sweep follow one another."""
     dry_run: bool = False
-    """Print the batch file and the commands; nothing is written or run, no Slurm is needed."""
+    """Print the batch file and the commands; nothing is written or run, and no Slurm is needed."""
 
     def __post_init__(self) -> None:
         least = {"nodes": 1, "cpus_per_task": 1, "grace": 1}
@@ -70,33 +70,33 @@ class LaunchConfig:
             value = getattr(self, option)
             check(value >= low, f"--{option.replace('_', '-')} is {value}; at least {low}")
         limit = seconds(self.time)
-        # Told to save as it starts, a job would be queued again for ever.
+        # A job that is signalled to save as it starts would be requeued forever.
         check(
             self.grace + _EARLY < limit,
-            f"--grace is {self.grace} s, and Slurm may be {_EARLY} s early; --time {self.time} is "
-            f"only {limit} s",
+            f"--grace is {self.grace} s, and Slurm may signal {_EARLY} s early; --time {self.time} "
+            f"is only {limit} s",
         )
-        check(not self.local or self.nodes == 1, f"--nodes is {self.nodes}; --local runs on 1")
+        check(not self.local or self.nodes == 1, f"--nodes is {self.nodes}; --local allows 1")
         slurm_options(self.slurm)
 
     @property
     def tasks(self) -> int:
-        """Processes on each machine."""
+        """Number of processes on each machine."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
 
 def seconds(time: str) -> int:
-    """A time in one of Slurm's formats: ``30`` (minutes), ``1:30:00``, ``2-12`` (days-hours) ...
+    """Seconds of a time in Slurm's formats: ``30`` (minutes), ``1:30:00``, ``2-12`` (days-hours).
 
     Raises:
-        UserError: another format, or no time at all.
+        UserError: another format, or a time of zero.
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::([0-5]\d?))?(?::([0-5]\d?))?", time, re.ASCII)
     total = 0
     if found:
         days, *parts = found.groups()
         given = [int(part) for part in parts if part is not None]
-        # Behind days come hours; alone, one or two numbers begin with minutes.
+        # After days, the first number is hours; without days, one or two begin with minutes.
         hours = given if days is not None or len(given) == 3 else [0, *given]
         hours += [0] * (3 - len(hours))
         total = int(days or 0) * 86400 + hours[0] * 3600 + hours[1] * 60 + hours[2]
@@ -108,10 +108,10 @@ def seconds(time: str) -> int:
 
 
 def slurm_options(given: Sequence[str]) -> dict[str, str | bool]:
-    """Options of sbatch: ``account=me`` -> ``{"account": "me"}``; a switch is true.
+    """sbatch options as a dictionary: ``account=me`` -> ``{"account": "me"}``; a switch is true.
 
     Raises:
-        UserError: what is no option, and what the launcher has an option for.
+        UserError: a malformed option, or one that the launcher has its own option for.
     """
     options: dict[str, str | bool] = {}
     for text in given:
@@ -124,16 +124,16 @@ def slurm_options(given: Sequence[str]) -> dict[str, str | bool]:
         if name in _RESERVED:
             hint = f"use {_RESERVED[name]}" if _RESERVED[name] else "the launcher sets it"
             raise UserError(f"--slurm is {text!r}; {hint}")
-        # As submitit writes them, so that one of its own is replaced.
+        # submitit's spelling, so that its own option of that name is replaced.
         options[name.replace("-", "_")] = value or True
     return options
 
 
-def together(flags: Sequence[str]) -> list[str]:
-    """All values of a list behind one mention of it; the parser would keep the last mention's.
+def merge_lists(flags: Sequence[str]) -> list[str]:
+    """Flags with repeated list options merged; the parser would keep the last one's values only.
 
     Raises:
-        UserError: a list without values.
+        UserError: a list option without values.
     """
     rest: list[str] = []
     lists: dict[str, list[str]] = {}

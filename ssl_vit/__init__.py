@@ -1,9 +1,13 @@
 """Self-supervised pretraining of Vision Transformers: MAE and DINO around one shared encoder.
 
-``ssl_vit.load_encoder(PATH)`` gives a pretrained encoder; ``python -m ssl_vit.pretrain`` makes one.
+``python -m ssl_vit.pretrain`` trains an encoder; ``ssl_vit.load_encoder(PATH)`` loads one.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from ssl_vit.common.waiting import set_waits
+
+set_waits()  # before anything here imports torch
 
 if TYPE_CHECKING:
     from ssl_vit.api import LoadedEncoder as LoadedEncoder
@@ -14,7 +18,7 @@ __all__ = ["LoadedEncoder", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
-    """Late, so that importing a part of the package imports no more than it needs."""
+    """Lazy import of the API, so that importing a part of the package loads no more than it."""
     if name in __all__:
         from ssl_vit import api
 

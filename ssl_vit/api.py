@@ -1,4 +1,4 @@
-"""For notebooks and scripts: an encoder with the preparation of its images, in one call."""
+"""Python API for notebooks and scripts: an encoder with its image preprocessing, in one call."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _AT_ONCE = 64
 
 
 class LoadedEncoder:
-    """A pretrained encoder, frozen, that takes images as they come.
+    """Loaded encoder: a frozen pretrained encoder together with its image preprocessing.
 
-    Images are paths, encoded bytes, ``PIL.Image``, arrays (H, W) or (H, W, C), tensors (C, H, W),
-    one or a sequence of them of any sizes; or a tensor (B, C, H, W). Tensors and arrays hold pixels
-    as a file would, not normalised ones: uint8, or float where a file would be deeper.
+    Images are paths, encoded bytes, ``PIL.Image``, arrays (H, W) or (H, W, C), tensors (C, H, W):
+    one, or a sequence of any sizes; or a tensor (B, C, H, W). Tensors and arrays hold pixel values
+    as in a file, not normalised: uint8, or float for images of more than 8 bits.
 
     Attributes:
-        name: as it was asked for.
-        module: the ``Encoder``, whose ``vit`` is a timm ``VisionTransformer``; in evaluation mode.
-        view: the size, channels and statistics that its images are brought to.
-        device: where it computes.
+        name: the name it was loaded by.
+        module: the ``Encoder`` in evaluation mode; its ``vit`` is a timm ``VisionTransformer``.
+        view: size, channels and statistics of the preprocessing.
+        device: the device of the encoder.
     """
 
     def __init__(self, name: str, module: Encoder, view: View, device: torch.device) -> None:
@@ -48,12 +48,12 @@ class LoadedEncoder:
         self._normalize = Normalize(view.mean, view.std).to(device)
 
     def transform(self, images: Images) -> Float[Tensor, "b c h w"]:
-        """Images as the encoder's input: central crop, resized bicubically, normalised.
+        """Preprocessed images: central crop, resized bicubically, normalised, on the device.
 
-        The same preparation as that of the evaluators; on the encoder's device.
+        The preprocessing is that of the evaluators.
 
         Raises:
-            UserError: an image that cannot be read, is no image, or has other channels.
+            UserError: an image cannot be read, is no image, or has other channels.
         """
         crops = [self._crop(image, i) for i, image in enumerate(_each(images))]
         check(bool(crops), "no image is given")
@@ -64,7 +64,7 @@ class LoadedEncoder:
         """Features of images, float32, on the encoder's device.
 
         ``cls`` (B, D) or None, ``patches`` (B, N, D) and their ``grid`` (rows, columns);
-        ``pool("mean")``, ``pool("cls")`` or ``pool("cls+mean")`` make one vector an image.
+        ``pool("mean")``, ``pool("cls")`` or ``pool("cls+mean")`` gives one vector per image.
 
         Raises:
             UserError: as :meth:`transform`.
@@ -75,9 +75,9 @@ class LoadedEncoder:
 
     @torch.inference_mode()
     def attention(self, images: Images) -> Float[Tensor, "b heads rows columns"]:
-        """Where [CLS] looks in the last block: each head's attention to the patches.
+        """Attention of [CLS] to the patches in the last block, for each head.
 
-        A head's numbers sum to one or less; the rest is what it gives to [CLS] and registers.
+        The values of a head sum to at most 1; the rest goes to [CLS] and registers.
 
         Raises:
             UserError: as :meth:`transform`; or the encoder has no [CLS].
@@ -103,17 +103,17 @@ class LoadedEncoder:
 def load_encoder(
     name: str | Path, size: int | tuple[int, int] | None = None, device: str = "auto"
 ) -> LoadedEncoder:
-    """A pretrained encoder from a run folder, or from any weight file that the evaluators take.
+    """Pretrained encoder from a run folder, or from any weight file that the evaluators accept.
 
     Args:
         name: a run folder; a file of ours, of the official MAE, DINO and DINOv2 releases or of
-            timm; a folder of Hugging Face; ``timm:NAME``; ``random:`` before any of them.
-        size: height and width that images are brought to, or one number for both, divisible by the
-            patch size; None: those the encoder is made for.
+            timm; a Hugging Face folder; ``timm:NAME``; ``random:`` before any of them.
+        size: height and width that images are resized to, or one number for both, divisible by the
+            patch size; None: those of the encoder.
         device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
-        UserError: no such thing, its weights do not fit, or it is no plain ViT.
+        UserError: no such encoder, its weights do not fit, or it is no plain ViT.
     """
     given = () if size is None else (size,) if isinstance(size, int) else tuple(size)
     backbone = open_backbone(str(name), seed=0, size=given)
@@ -124,7 +124,7 @@ def load_encoder(
 
 
 def _each(images: Images) -> Sequence[ImageLike]:
-    """One image as a sequence of one."""
+    """Sequence of images; a single image becomes a sequence of one."""
     if isinstance(images, Tensor):
         check(
             images.ndim in (2, 3, 4), f"a tensor of images has 2 to 4 dimensions, not {images.ndim}"
@@ -137,13 +137,13 @@ def _each(images: Images) -> Sequence[ImageLike]:
 
 
 def _parts(images: Images) -> list[Sequence[ImageLike]]:
-    """At most 64 images at a time, so that the network's own memory does not grow with them."""
+    """Parts of at most 64 images, which bounds the memory of the network."""
     every = _each(images)
     return [every[i : i + _AT_ONCE] for i in range(0, max(1, len(every)), _AT_ONCE)]
 
 
 def _raw(image: ImageLike) -> bytes | np.ndarray:
-    """What ``decode`` takes."""
+    """Input of ``decode``: encoded bytes or an array (H, W) or (H, W, C)."""
     if isinstance(image, Tensor):
         array = image.detach().cpu().numpy()
         return np.ascontiguousarray(array.transpose(1, 2, 0) if image.ndim == 3 else array)

@@ -1,4 +1,4 @@
-"""The measuring door: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale dino|mae``."""
+"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale dino|mae``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tyro.conf import Fixed, Suppress
 
-from ssl_vit.benchmarks.end_to_end import measure_feeding
+from ssl_vit.benchmarks.comparison import measure_training
+from ssl_vit.benchmarks.end_to_end import EndToEndComparison
 from ssl_vit.benchmarks.loader import measure_loader
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
-from ssl_vit.benchmarks.step import measure_steps
+from ssl_vit.benchmarks.step import StepComparison
 from ssl_vit.commands.cli import (
     find_recipe,
     layered,
@@ -38,9 +39,7 @@ from ssl_vit.training.parallel import resolve_device, resolve_precision
 M = TypeVar("M")
 Report = dict[str, Any]
 _PROG = "python -m ssl_vit.benchmark"
-# Options that have but one role here, by a shorter name.
-_SHORT = {"--data": "--data.train", "--device": "--run.device", "--precision": "--run.precision"}
-_LEAST = {"batch_size": 1, "repeats": 1, "warm_up": 0, "images": 1, "steps": 1}
+_LEAST = {"batch_size": 1, "repeats": 1, "warm_up": 0, "count": 1, "steps": 1}
 
 
 @dataclass(frozen=True)
@@ -61,94 +60,96 @@ class _Shared(PretrainConfig[M]):
 
 @dataclass(frozen=True)
 class LoaderConfig(_Shared[M]):
-    """Images that one core of the workers prepares in a second, for a method's crops. Of --run seed
-    matters alone, of --optim batch-size; --data is short for --data.train."""
+    """Loader benchmark: images per second that one core prepares, for a method's crops. Used are
+    --data, --encoder, --method, --run.seed and --optim.batch-size."""
 
-    images: int = 256
-    """At most this many images of --data, a seeded choice."""
+    count: int = 256
+    """At most this many images of --data.train, a seeded choice."""
     batch_size: int | None = None
     """Images prepared at once. None: --optim.batch-size. At most all images."""
     repeats: int = 3
     """Passes over the images, each with other crops."""
     against: str = "none"
-    """In turn with ours, one or more, separated by commas: original (the whole chain of the
-    reference in PIL and torchvision), lightly (of dino; its transform, in PIL too)."""
+    """Peers, measured in turn with ours; one or more, separated by commas: original (the reference
+    implementation's whole chain in PIL and torchvision), lightly (dino only; its transform, in PIL
+    too)."""
 
 
 @dataclass(frozen=True)
 class StepConfig(_Shared[M]):
-    """Images that a whole training step takes in a second: zero_grad, forward, backward, clipping,
-    AdamW, the teacher's move; on noise in the sizes of a method's crops. It counts operations,
-    measures the best rate of matrix products in the step's own shapes, and memory. Of --run seed,
-    device, precision (--device and --precision for short), compile and activation-checkpointing
-    matter, of --data channels."""
+    """Step benchmark: images per second of a whole training step (zero_grad, forward, backward,
+    clipping, AdamW, teacher update), on noise in the sizes of a method's crops; with its FLOPs, its
+    memory, and the best rate of matrix products of its own shapes. Used are --encoder, --method,
+    --optim, --data.channels and, of --run, seed, device, precision, compile and
+    activation-checkpointing."""
 
     batch_size: int = 8
-    """Images of one step; of noise, without photometric operations, which loader measures."""
+    """Images of one step: noise, without photometric operations, which loader measures."""
     repeats: int = 5
-    """Steps that are measured, and as many again for the parts of a step."""
+    """Timed steps, and as many again for the breakdown of a step."""
     warm_up: int = 3
-    """Steps before them that are not."""
+    """Untimed steps before them."""
     against: str = "none"
-    """In turn with ours, one or more, separated by commas, in the same sizes and precision, each in
-    a process of its own. mae: original (the reference's modules, built anew), huggingface
-    (ViTMAEForPreTraining), huggingface-fp32 (its default), lightly. dino: original, lightly (one
-    view after another, as its example does), lightly-grouped (views of one size together, as its
-    ImageNet benchmark does)."""
+    """Peers, measured in turn with ours in the same sizes and precision, each in its own process;
+    one or more, separated by commas. mae: original (the reference's modules, written from the
+    paper), huggingface (ViTMAEForPreTraining), huggingface-fp32 (its default), lightly. dino:
+    original, lightly (one view after another, as in its example), lightly-grouped (views of one
+    size together, as in its ImageNet benchmark)."""
 
 
 @dataclass(frozen=True)
 class EndToEndConfig(_Shared[M]):
-    """Images a second of training on real images: loader, transfer, device half and step. Of --run
-    seed, device, precision (--device and --precision for short), compile and
-    activation-checkpointing matter, of --data train (--data for short), channels and workers."""
+    """End-to-end benchmark: images per second of training on real images, with loader, transfer,
+    device half and step. Used are --encoder, --method, --optim, --data.train, --data.channels,
+    --data.workers and, of --run, seed, device, precision, compile and activation-checkpointing."""
 
-    images: int = 256
-    """At most this many images of --data, a seeded choice, taken again and again."""
+    count: int = 256
+    """At most this many images of --data.train, a seeded choice, used again and again."""
     batch_size: int = 8
     """Images of one step."""
     steps: int = 10
-    """Steps in a row that are timed together."""
+    """Consecutive steps of one repeat."""
     repeats: int = 3
-    """How many times they are."""
+    """Timed repeats."""
     warm_up: int = 1
-    """Steps before each of them that are not counted; those that use up what was prepared while the
-    other side was measured come on top."""
+    """Untimed steps before each repeat, in addition to those that use up the batches prepared while
+    the other side was measured."""
     against: str = "none"
-    """original: in turn with ours, the reference's step fed by its whole chain in PIL, in as many
-    workers."""
+    """Peer, measured in turn with ours: original (the reference implementation's step and its whole
+    chain in PIL, with as many workers)."""
 
 
 def loader_report(name: str, kind: type[Method], config: LoaderConfig[Any]) -> Report:
-    """Measure the loader; the report without its head."""
-    # What peers draw; ours does not depend on it.
+    """Loader report, without its head."""
+    # For the random numbers of peers; ours do not depend on it.
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     return measure_loader(config, crops_of(kind, config), statistics(config.data), name)
 
 
 def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> Report:
-    """Measure the step; the report without its head."""
-    return measure_steps(name, work_of(kind, config), partial(initial_method, kind, config), config)
+    """Step report, without its head."""
+    make = partial(initial_method, kind, config)
+    return measure_training(StepComparison(name, workload(kind, config), make, config))
 
 
 def end_to_end_report(name: str, kind: type[Method], config: EndToEndConfig[Any]) -> Report:
-    """Measure loader and step together; the report without its head."""
-    work, make = work_of(kind, config), partial(initial_method, kind, config)
-    return measure_feeding(name, work, make, config)
+    """End-to-end report, without its head."""
+    make = partial(initial_method, kind, config)
+    return measure_training(EndToEndComparison(name, workload(kind, config), make, config))
 
 
 def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
-    """The crops of a method for its encoder, of which only the sizes are made."""
+    """Crops of a method for its encoder; the encoder is built without weights."""
     with without_memory():
         encoder = Encoder(config.encoder, config.data.channels)
     return kind.view_spec(config.method, encoder)
 
 
-def work_of(kind: type[Method], config: Any) -> Work:
-    """What every side of a comparison does alike."""
+def workload(kind: type[Method], config: Any) -> Workload:
+    """Workload that all sides of a comparison share."""
     device = resolve_device(config.run.device)
-    return Work(
+    return Workload(
         encoder=config.encoder,
         channels=config.data.channels,
         method=config.method,
@@ -163,7 +164,7 @@ def work_of(kind: type[Method], config: Any) -> Work:
 
 
 def statistics(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Some mean and deviation of each channel; none is estimated, as no speed depends on them."""
+    """Mean and standard deviation of each channel; not estimated, as no speed depends on them."""
     if data.mean:
         return data.mean, data.std
     if data.channels == 3:
@@ -172,15 +173,15 @@ def statistics(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def show(tables: Callable[[Report], Iterator[TableOf]], report: Report) -> None:
-    """Print a report's tables."""
+    """Print the tables of a report."""
     for table in tables(report):
         show_table(table.title, table.rows, header=table.header)
 
 
 class Benchmark(NamedTuple):
-    """One thing that can be measured.
+    """Benchmark: its options, the function that measures, and the one that prints the report.
 
-    ``report``: takes the method's name, its class and the options; ``show`` prints the report.
+    ``report`` takes the method's name, its class and the options.
     """
 
     options: Any
@@ -197,7 +198,11 @@ _BENCHMARKS = {
 
 
 def check_out(out: str) -> None:
-    """Refuse a report's path that cannot be written, before anything is measured."""
+    """Check of the report's path, before anything is measured.
+
+    Raises:
+        UserError: no report can be written there.
+    """
     path = Path(out).expanduser()
     check(
         not out or (path.suffix == ".json" and not path.is_dir()),
@@ -206,14 +211,11 @@ def check_out(out: str) -> None:
     check(path.parent.is_dir(), f"--out is {out!r}; there is no folder {str(path.parent)!r}")
 
 
-def read_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
-    """What is measured, of which method, and the options: method < YAML < command line."""
+def parse_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
+    """Benchmark, method name and class, and the options: method < YAML < command line."""
     what = subcommand(argv, _PROG, "benchmark", list(_BENCHMARKS))
     name = subcommand(argv[1:], f"{_PROG} {what}", "method", method_names())
     configs, flags = split_config(argv[2:])
-    for i, flag in enumerate(flags):
-        option, equals, value = flag.partition("=")
-        flags[i] = _SHORT.get(option, option) + equals + value
     method, options = find_method(name), _BENCHMARKS[what].options
     default = default_options(options, method, data={"train": ""})
     files = [find_recipe(c) for c in configs]
@@ -223,8 +225,8 @@ def read_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
-    what, name, kind, config = read_options(argv)
+    """Benchmark command; returns the exit status."""
+    what, name, kind, config = parse_options(argv)
     benchmark = _BENCHMARKS[what]
     check_out(config.out)
     found = benchmark.report(name, kind, config)

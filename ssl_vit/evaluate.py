@@ -1,4 +1,4 @@
-"""The evaluation door: ``python -m ssl_vit.evaluate linear --encoder RUN_OR_FILE ...``."""
+"""Evaluation command: ``python -m ssl_vit.evaluate linear --encoder RUN_OR_FILE ...``."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _OTHERS = {"finetune": finetune.main, "compare": compare.main}
 
 
 def run(name: str, config: EvalConfig) -> Result:
-    """One evaluator on one encoder; deterministic for the options."""
+    """Evaluation of one encoder by one evaluator, a deterministic function of the options."""
     torch.manual_seed(config.seed)
     return _PROBES[name][1](config)
 
 
 def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str, Any]) -> None:
-    """The table of scores, each with its 95% interval."""
+    """Print the table of scores, each with its 95% interval."""
     metrics = list(scores[0].metrics)
     header = ("features", "setting", *metrics, f"95% of {metrics[0]}")
     rows = [
@@ -69,16 +69,20 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
         for s in scores
     ]
     judged = card.get("val", card["train"])["images"]
-    title = f"{name}: {config.encoder}, {judged:,} images judged"
-    title += f", {card['train']['images']:,} to learn from, in %"
+    title = f"{name}: {config.encoder}, in %, {judged:,} evaluation images"
+    title += f", {card['train']['images']:,} training images"
     show_table(title, rows, header=header)
 
 
 def again(path: str) -> int:
-    """Do what a result's card says once more, and compare; 0 if the numbers are the same."""
+    """Reproduction: evaluate again as a result's card says and compare; 0 if the scores are equal.
+
+    Raises:
+        UserError: the card cannot be used.
+    """
     card = read_card(path)
     name = card["evaluator"]
-    check(name in _PROBES, f"{path} is of {name!r}; again does {', '.join(_PROBES)}")
+    check(name in _PROBES, f"{path} is a card of {name!r}; again supports {', '.join(_PROBES)}")
     kind = _PROBES[name][0]
     flags = tree_flags(card["options"], known_keys(kind()), path)
     config = parse(kind(), flags, path, f"{_PROG} {name}")
@@ -88,12 +92,16 @@ def again(path: str) -> int:
         show(name, config, scores, now)
     check_same(path, card, now, scores)
     if main_process:
-        print(f"the same numbers as in {path}")
+        print(f"the scores are the same as in {path}")
     return 0
 
 
 def check_place(config: EvalConfig) -> None:
-    """Refuse, before the work, a place that the result cannot be written to after it."""
+    """Check, before the work, that the result can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
     place = Path(config.out or config.encoder.rpartition(":")[2]).expanduser()
     if config.out or place.exists():
         check(
@@ -108,13 +116,13 @@ def check_place(config: EvalConfig) -> None:
 
 
 def split_lists(flags: Sequence[str]) -> list[str]:
-    """``1,2,5`` written as one argument means three numbers."""
+    """Arguments with lists such as ``1,2,5`` split into single numbers."""
     lists = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)+")
     return [n for f in flags for n in (f.split(",") if lists.fullmatch(f) else [f])]
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
+    """Evaluation command; returns the exit status."""
     started = time.perf_counter()
     name = subcommand(argv, _PROG, "evaluator", [*_PROBES, *_OTHERS, "again"])
     if name in _OTHERS:

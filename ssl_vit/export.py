@@ -1,4 +1,4 @@
-"""The export door: ``python -m ssl_vit.export --encoder RUN --to timm|huggingface|onnx ...``."""
+"""Export command: ``python -m ssl_vit.export --encoder RUN --to timm|huggingface|onnx ...``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
-from ssl_vit.common.config import check, nearest
+from ssl_vit.common.config import check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.weights.exchange import ENCODER_FILE
 from ssl_vit.weights.official import open_weights
@@ -19,13 +19,13 @@ _PROG = "python -m ssl_vit.export"
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """An encoder as a file of another library, checked with that library before it is kept."""
+    """Export of an encoder to a file of another library, verified with that library."""
 
     config: str = ""
     """A YAML file of these options. The command line wins."""
     encoder: str = ""
-    """A run folder, an encoder file, or weights of others: an official file of MAE, DINO or DINOv2,
-    a Hugging Face folder, timm:NAME:FILE, timm:NAME."""
+    """A run folder, an encoder file, or other weights: an official file of MAE, DINO or DINOv2, a
+    Hugging Face folder, timm:NAME:FILE, timm:NAME."""
     to: str = ""
     """timm (a file for timm.create_model), huggingface (a folder for transformers.AutoModel), onnx,
     or safetensors (our own encoder file)."""
@@ -38,38 +38,38 @@ class ExportConfig:
         names = ", ".join(FORMATS)
         check(
             self.to in ("", *FORMATS),
-            f"--to is {self.to!r}; it must be one of {names}{nearest(self.to, FORMATS)}",
+            f"--to is {self.to!r}; it must be one of {names}{did_you_mean(self.to, FORMATS)}",
         )
         parent = Path(self.out).expanduser().absolute().parent
         check(parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(parent)!r}")
 
 
 def place_for(config: ExportConfig, encoder_file: Path) -> Path:
-    """Where the export goes.
+    """Path of the export.
 
     Raises:
-        UserError: something is there that must not be replaced, or a library is missing.
+        UserError: a file there must not be replaced, or a library is missing.
     """
     cached = config.encoder.startswith("timm:") and config.encoder.count(":") == 1
-    check(bool(config.out) or not cached, "--out is missing; beside timm's own file is its cache")
+    check(bool(config.out) or not cached, "--out is missing; timm's file is in a cache folder")
     beside = encoder_file.absolute().parent / "export" / FORMATS[config.to].name
     out = Path(config.out).expanduser() if config.out else beside
     same = out.exists() and out.samefile(encoder_file)
-    check(not same, f"--out is {str(out)!r}; that is the encoder it is made of")
+    check(not same, f"--out is {str(out)!r}, which is the encoder to export")
     a_runs_own = out.name == ENCODER_FILE and (out.parent / "config.yaml").exists()
-    check(not a_runs_own, f"--out is {str(out)!r}; that is the place of a run's own encoder")
+    check(not a_runs_own, f"--out is {str(out)!r}, which is the encoder file of a run")
     check_ready(config.to, out)
     return out
 
 
 def megabytes(path: Path) -> float:
-    """The size of a file, with the weights that ONNX may put beside it, or of a folder's files."""
+    """Size in MB of a file, including ONNX's external weights, or of all files of a folder."""
     files = path.rglob("*") if path.is_dir() else [path, path.with_name(f"{path.name}.data")]
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
+    """Export command; returns the exit status."""
     configs, flags = split_config(argv)
     files = [find_recipe(c) for c in configs]
     about = ExportConfig.__doc__ or ""
@@ -82,9 +82,9 @@ def main(argv: list[str]) -> int:
     out = place_for(config, opened.path)
     view = View(encoder.image_size, info.channels, info.mean, info.std)
     differences = export_encoder(encoder, info, config.to, out, view.crop_ratio)
-    said = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    errors = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     print(f"{config.to}: {out}, {megabytes(out):.1f} MB")
-    print(f"read back, features differ by at most: {said}")
+    print(f"read back, features differ by at most: {errors}")
     print(FORMATS[config.to].usage(out, info))
     return 0
 

@@ -1,4 +1,4 @@
-"""The pretraining door: ``python -m ssl_vit.pretrain mae [--config FILE] [--group.option ...]``."""
+"""Pretraining command: ``python -m ssl_vit.pretrain mae [--config FILE] [--group.option ...]``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ssl_vit.commands.pretraining import (
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card
-from ssl_vit.evaluators.watch import Table, Watch, read_table, write_table
+from ssl_vit.evaluators.watch import ScoreTable, Watch, read_scores, write_scores
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.records.run_folder import read_run
 from ssl_vit.training.session import slug
@@ -39,8 +39,8 @@ _PROG = "python -m ssl_vit.pretrain"
 _ABOUT = "Pretrain a Vision Transformer on images without labels."
 
 
-def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]]:
-    """The method's name and class, and the options: defaults < method < YAML < command line."""
+def parse_options(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]]:
+    """Method name and class, and the options: defaults < method < YAML < command line."""
     name = subcommand(argv, _PROG, "method", method_names())
     configs, flags = split_config(argv[1:])
     method = find_method(name)
@@ -63,7 +63,7 @@ def read_config(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]
 
 
 def show_results(session: Pretraining) -> dict[str, float]:
-    """The closing words: scores, where the files are, and what to try next; the scores."""
+    """Print the scores, the files of the run and what to try next; returns the scores."""
     watch, out, data = session.watch, session.out, session.config.data
     loss = read_run(out).latest("loss")
     outcome = {} if loss is None else {"final/loss": loss}
@@ -83,11 +83,13 @@ def show_results(session: Pretraining) -> dict[str, float]:
 
 
 def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
-    """The table of scores, measured once for an encoder file, then read from ``results.json``; the
-    trained encoder's."""
+    """Print the table of scores; returns those of the trained encoder.
+
+    They are measured once for each encoder file, and then read from ``results.json``.
+    """
     path, encoder_file = session.out / "results.json", session.out / ENCODER_FILE
     identity = sha256(encoder_file)
-    table = read_table(path, identity)
+    table = read_scores(path, identity)
     if table is None:
         table = measure(session, watch)
         encoder = {"file": str(encoder_file), "sha256": identity, **asdict(session.info())}
@@ -103,17 +105,17 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
             probe=asdict(LinearProtocol(seed=watch.seed)),
             precision=str(watch.precision).removeprefix("torch."),
         )
-        write_table(path, table, card)
+        write_scores(path, table, card)
     rows = [(n, f"{row['knn'].top1:.1f}", f"{row['linear'].top1:.1f}") for n, row in table.items()]
     k = table["raw pixels"]["knn"].setting
-    title = f"accuracy in %, {len(watch.val):,} held-out images, {len(watch.train):,} to learn from"
+    title = f"accuracy in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
     own = table[f"{session.name} encoder"]
     return {f"final/{evaluator}": score.top1 for evaluator, score in own.items()}
 
 
-def measure(session: Pretraining, watch: Watch) -> Table:
-    """Raw pixels, the untrained encoder and the trained one, under one protocol."""
+def measure(session: Pretraining, watch: Watch) -> ScoreTable:
+    """Scores of raw pixels, the untrained encoder and the trained one, under one protocol."""
     first = "initial encoder" if session.config.init.encoder else "random encoder"
     encoders = {first: session.untrained_encoder()}
     encoders[f"{session.name} encoder"] = session.task.exported_encoder()
@@ -125,8 +127,8 @@ def measure(session: Pretraining, watch: Watch) -> Table:
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
-    name, kind, config = read_config(argv)
+    """Pretraining command; returns the exit status."""
+    name, kind, config = parse_options(argv)
     session = build(name, kind, config)
     if config.dry_run:
         return preflight(session)

@@ -1,4 +1,4 @@
-"""The report door: ``python -m ssl_vit.report RUN [RUN ...] [--out FILE]``."""
+"""Report command: ``python -m ssl_vit.report RUN [RUN ...] [--out FILE]``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ssl_vit.records.run_folder import find_runs
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.report"
 _ABOUT = (
-    "What a run did, whether it is healthy, and what its features know: one HTML file that needs "
-    "nothing else. Several runs are put side by side."
+    "Report of a run in one self-contained HTML file: its course, its health, and the quality of "
+    "its features. Several runs are compared side by side."
 )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which runs, and where the page goes."""
+    """Report options: the runs, and the HTML file."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Run folders. Several are put side by side, at equal images seen."""
+    """Run folders. Several are compared at equal numbers of images seen."""
     out: str = ""
-    """HTML file. Empty: report.html in the run folder, or, for several, in the one they share."""
+    """HTML file. Empty: report.html in the run folder, or, for several, in their parent folder."""
     seed: int = 0
-    """For the maps of images."""
+    """Seed of the projections of images."""
 
     def __post_init__(self) -> None:
         out = Path(self.out).expanduser()
@@ -44,24 +44,24 @@ class ReportConfig:
 
 
 def find_folders(given: tuple[str, ...]) -> list[Path]:
-    """The run folders that were named, each a run.
+    """Run folders named on the command line.
 
     Raises:
-        UserError: none is named, one is not there, or holds no run; runs inside it are told.
+        UserError: none is named, or one does not exist or is no run; a run inside it is named.
     """
     check(bool(given), f"no run is named; usage: {_PROG} RUN [RUN ...]")
     folders = [Path(name).expanduser() for name in given]
-    check(len({f.resolve() for f in folders}) == len(folders), "a run is named twice")
+    check(len({f.resolve() for f in folders}) == len(folders), "RUN names the same run twice")
     for name, folder in zip(given, folders, strict=True):
         check(folder.is_dir(), f"RUN is {name!r}; there is no such folder")
         inside = find_runs(folder)
-        hint = f"; it holds runs, such as {inside[0]}" if inside else ""
+        hint = f"; it contains runs, such as {inside[0]}" if inside else ""
         check(folder in inside, f"RUN is {name!r}, which is no run{hint}")
     return folders
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """What the runs are called: by their folders, with as much of the path as tells them apart."""
+    """Display names of the runs: folder names, with as much of the path as makes them distinct."""
     whole = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-depth:]) for parts in whole]
@@ -71,7 +71,7 @@ def names_of(folders: list[Path]) -> list[str]:
 
 
 def default_file(folders: list[Path]) -> Path:
-    """Where the page goes if nothing is said."""
+    """HTML file if ``--out`` is not given."""
     if len(folders) == 1:
         return folders[0] / "report.html"
     parents = {folder.resolve().parent for folder in folders}
@@ -79,16 +79,16 @@ def default_file(folders: list[Path]) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
+    """Report command; returns the exit status."""
     config = parse(ReportConfig(), argv, COMMAND_LINE, _PROG, _ABOUT)
     folders = find_folders(config.runs)
     out = Path(config.out).expanduser() if config.out else default_file(folders)
-    # Late: what it takes to draw is not needed to refuse, or to help.
+    # Imported late: errors and --help need no plotting libraries.
     from ssl_vit.reporting.page import render
     from ssl_vit.reporting.story import read_story
 
     stories = [read_story(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
-    # Names of files may hold what UTF-8 cannot.
+    # File names may contain bytes that are not valid UTF-8.
     page = render(stories, config.seed).encode("utf-8", "replace").decode()
     write_text_atomically(out, page)
     for problem in (problem for story in stories for problem in story.problems):

@@ -1,4 +1,4 @@
-"""Runs at a glance: ``python -m ssl_vit.runs FOLDER [FOLDER ...] [--live] [--json]``."""
+"""Run overview command: ``python -m ssl_vit.runs FOLDER [FOLDER ...] [--live] [--json]``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ssl_vit.records.run_folder import Run, find_runs, read_run
 from ssl_vit.training.metrics import duration
 
 _PROG = "python -m ssl_vit.runs"
-_ABOUT = "How far runs are, what they score, and how to go on with them."
+_ABOUT = "Overview of runs: progress, scores, state, and the commands that resume them."
 _COLOURS = {
     "running": "cyan",
     "finished": "green",
@@ -41,31 +41,31 @@ Folders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """Which runs, and how they are shown."""
+    """Overview options: the runs, and the output format."""
 
     folders: Folders = ()
-    """Folders that hold runs, at any depth, or are one."""
+    """Run folders, or folders that contain runs at any depth."""
     live: bool = False
-    """Draw the table again whenever something has changed, until Ctrl-C."""
+    """Update the table whenever something has changed, until Ctrl-C."""
     every: float = 2.0
-    """Seconds between two looks at the runs, with --live."""
+    """Seconds between updates, with --live."""
     json: bool = False
-    """For programs: one JSON object a run, each on a line."""
+    """Print one JSON object per run, one a line, for programs."""
 
     def __post_init__(self) -> None:
         check(0 < self.every < 1e6, f"--every is {self.every:g}; seconds, above 0")
-        check(not (self.live and self.json), "--live draws a table, and --json none; give one")
+        check(not (self.live and self.json), "--live and --json exclude each other; give one")
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A run as the table has it: its name, and its cells of one or two lines."""
+class Row:
+    """Row of the overview: a run with its display name."""
 
     name: str
     run: Run
 
     def cells(self) -> list[str]:
-        """The cells of its row; a second line for what is read less often."""
+        """Cells of the row, of one or two lines."""
         run = self.run
         arch, size, patch = encoder(run.config)
         step = f"{run.step:,}" if run.total is None else f"{run.step:,}/{run.total:,}"
@@ -84,18 +84,18 @@ class Shown:
         ]
 
     def notes(self) -> list[str]:
-        """What is said below the table: why it does not run, how to go on, what is wrong."""
+        """Notes below the table: why the run does not run, how to resume it, what is wrong."""
         run = self.run
-        said = [f"{run.state}: {run.said}"] if run.said else []
+        lines = [f"{run.state}: {run.said}"] if run.said else []
         many = run.status.processes if run.status else 1
-        how = f"go on (it ran in {many} processes)" if many > 1 else "go on"
-        said += [f"{how}: {run.resume}"] if run.resume else []
+        how = f"resume (it ran in {many} processes)" if many > 1 else "resume"
+        lines += [f"{how}: {run.resume}"] if run.resume else []
         if run.state in ("running", "silent", "failed"):
-            said += [f"warning: {line}" for line in run.warnings]
-        return said + [f"problem: {line}" for line in run.problems]
+            lines += [f"warning: {line}" for line in run.warnings]
+        return lines + [f"problem: {line}" for line in run.problems]
 
     def record(self) -> dict[str, Any]:
-        """The same for programs."""
+        """JSON record of the run, for programs."""
         run = self.run
         arch, size, patch = encoder(run.config)
         names = ("method", "state", "said", "step", "total", "images_per_step", "steps_per_epoch")
@@ -113,8 +113,8 @@ class Shown:
 
 
 def encoder(config: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Of a run's options: the architecture in short, the size of images and of patches; for
-    fine-tuning, the encoder that was given, and nothing more."""
+    """Encoder of a run's options: architecture in short, image size and patch size; of fine-tuning:
+    the encoder that was given, and two empty strings."""
     arch = str(config.get("encoder.arch", config.get("encoder", "?")))
     if "encoder.arch" not in config:
         return arch, "", ""
@@ -130,90 +130,89 @@ def _number(value: float | None, kind: str) -> str:
 
 
 def score(run: Run) -> str:
-    """k-NN accuracy in percent; of fine-tuning, that of the classifier."""
+    """Score cell: k-NN accuracy in percent; of fine-tuning, the classifier's top-1 accuracy."""
     if run.knn:
         return f"{run.knn[1]:.1f}"
     top1 = run.latest("val_top1")
     return "" if top1 is None else f"{top1:.1f}\ntop-1"
 
 
-def look(folders: Iterable[str], known: Mapping[Path, Run]) -> list[Shown]:
-    """The runs at and below folders, the newest first, each once.
-
-    ``known``: as they were, by their folders; metrics that have not changed are not read again."""
+def scan_runs(folders: Iterable[str], known: Mapping[Path, Run]) -> list[Row]:
+    """Runs at and below folders, the newest first, each once; ``known``: those of the last scan by
+    their folders, so that unchanged metrics are not read again."""
     tops = [Path(folder).expanduser() for folder in folders]
-    found: dict[Path, Shown] = {}
+    found: dict[Path, Row] = {}
     for top in tops:
         for folder in find_runs(top):
             if folder.resolve() not in found:
                 inner = folder.relative_to(top)
                 name = str(inner if len(tops) == 1 and inner.parts else folder)
-                found[folder.resolve()] = Shown(name, read_run(folder, known.get(folder)))
-    return sorted(found.values(), key=lambda shown: shown.run.updated, reverse=True)
+                found[folder.resolve()] = Row(name, read_run(folder, known.get(folder)))
+    return sorted(found.values(), key=lambda row: row.run.updated, reverse=True)
 
 
-def table(runs: list[Shown]) -> Table:
-    """The runs, a row each; two lines of a cell keep it within 80 columns."""
+def table(rows: list[Row]) -> Table:
+    """Table of the runs; cells of two lines keep it within 80 columns."""
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("run", "method", "encoder"):
         drawn.add_column(name, overflow="fold", min_width=6)
     for name in ("step", "loss", "k-NN", "img/s\nleft"):
         drawn.add_column(name, justify="right", no_wrap=True)
     drawn.add_column("state", no_wrap=True)
-    for shown in runs:
-        *cells, state = shown.cells()
+    for row in rows:
+        *cells, state = row.cells()
         drawn.add_row(*map(Text, cells), Text(state, style=_COLOURS[state]))
     return drawn
 
 
-def heading(runs: list[Shown]) -> str:
-    """How many runs, and how they are."""
-    states = Counter(shown.run.state for shown in runs)
+def heading(rows: list[Row]) -> str:
+    """Heading: the number of runs, in all and in each state."""
+    states = Counter(row.run.state for row in rows)
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {counts}"
+    return f"{len(rows)} run{'s' * (len(rows) != 1)}: {counts}"
 
 
-def notes(runs: list[Shown]) -> list[Text]:
-    """What is said below the table, the run's name before its lines."""
+def notes(rows: list[Row]) -> list[Text]:
+    """Notes below the table, each run's under its name."""
     lines = []
-    for shown in runs:
-        if said := shown.notes():
-            lines += [Text(shown.name, style="bold")]
-            lines += [Text(f"  {line}", overflow="fold") for line in said]
+    for row in rows:
+        if own := row.notes():
+            lines += [Text(row.name, style="bold")]
+            lines += [Text(f"  {line}", overflow="fold") for line in own]
     return lines
 
 
-def show(console: Console, runs: list[Shown]) -> None:
-    """The table, and what is to be said of its runs; a command stays in one line, to be copied."""
-    console.print(heading(runs), highlight=False)
-    console.print(table(runs))
-    for line in notes(runs):
+def show(console: Console, rows: list[Row]) -> None:
+    """Print the table and the notes; a command stays on one line, to be copied."""
+    console.print(heading(rows), highlight=False)
+    console.print(table(rows))
+    for line in notes(rows):
         console.print(line, soft_wrap=True)
 
 
-def follow(console: Console, config: RunsConfig, runs: list[Shown]) -> None:
-    """Draw the table whenever something has changed, until Ctrl-C."""
+def follow(console: Console, config: RunsConfig, rows: list[Row]) -> None:
+    """Live view: update the table whenever something has changed, until Ctrl-C."""
     drawn = None
     try:
-        # Transient: what is left in the end is the whole table, of which this is what fits.
+        # Transient: the live view is cut to the terminal; the whole table is printed at the end.
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while True:
-                now = ([(s.cells(), s.notes()) for s in runs], console.size)
+                now = ([(row.cells(), row.notes()) for row in rows], console.size)
                 if now != drawn:
                     drawn = now
-                    frame = Group(Text(heading(runs)), table(runs), *notes(runs))
+                    frame = Group(Text(heading(rows)), table(rows), *notes(rows))
                     live.update(frame, refresh=True)
                 time.sleep(config.every)
-                runs = look(config.folders, {s.run.folder: s.run for s in runs})
+                rows = scan_runs(config.folders, {row.run.folder: row.run for row in rows})
     except KeyboardInterrupt:
-        show(console, runs)
+        show(console, rows)
 
 
-def read_config(argv: list[str]) -> RunsConfig:
-    """The options.
+def parse_options(argv: list[str]) -> RunsConfig:
+    """Options of the command line.
 
     Raises:
-        UserError: a mistake in them, or a folder that is not there.
+        UserError: a mistake in them, or a folder that does not exist.
     """
     flags: list[str] = []
     for flag, after in zip_longest(argv, argv[1:]):  # a folder may follow --live
@@ -224,25 +223,25 @@ def read_config(argv: list[str]) -> RunsConfig:
     for folder in config.folders:
         path = Path(folder).expanduser()
         what = "a file" if path.is_file() else "no such folder"
-        check(path.is_dir(), f"FOLDER is {folder!r}; {what}, give one that holds runs")
+        check(path.is_dir(), f"FOLDER is {folder!r}, {what}; give a folder that contains runs")
     return config
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
-    config = read_config(argv)
-    runs = look(config.folders, {})
-    check(bool(runs), f"no run in {' '.join(map(repr, config.folders))}, nor in a folder below")
+    """Run overview command; returns the exit status."""
+    config = parse_options(argv)
+    rows = scan_runs(config.folders, {})
+    check(bool(rows), f"no run in {' '.join(map(repr, config.folders))}, nor in a folder below")
     if config.json:
-        for shown in runs:
-            print(json.dumps(shown.record()))
+        for row in rows:
+            print(json.dumps(row.record()))
         return 0
     console = Console()
     if config.live:
-        check(console.is_terminal, "--live draws on a terminal; standard output is none")
-        follow(console, config, runs)
+        check(console.is_terminal, "--live needs a terminal; standard output is none")
+        follow(console, config, rows)
     else:
-        show(console, runs)
+        show(console, rows)
     return 0
 
 

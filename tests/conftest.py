@@ -15,6 +15,35 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("SSL_VIT_SHARED", ROOT.parent / "shared"))
+# Files that take minutes, the longest first: started last, one of them would run alone at the end.
+LONG = (
+    "slurm/test_slurm.py",
+    "distributed/test_faults.py",
+    "integration/test_report.py",
+    "distributed/test_two_processes.py",
+    "integration/test_finetune.py",
+    "integration/test_launch.py",
+    "integration/test_runs.py",
+    "integration/test_resume.py",
+    "integration/test_pretrain.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist would begin with the files that have most tests, which are not the longest."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process of tests more than there are cores: those of Slurm wait most of the time."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first."""
+    place = {ROOT / "tests" / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,9 @@ DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "runs", "re
 # Methods are found by name, and the digits come with scikit-learn: both are imported late.
 _LATE = ("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets")
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([*(f"ssl_vit.{door}" for door in DOORS), *_LATE, __name__])
+_FORKS.set_forkserver_preload(
+    [*(f"ssl_vit.{door}" for door in DOORS), *_LATE, "tests.warm", __name__]
+)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 

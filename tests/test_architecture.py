@@ -183,7 +183,7 @@ def test_nothing_loaded_can_execute(name):
         ("ssl_vit.model.encoder", "from ssl_vit.weights import exchange"),
         ("ssl_vit.data.order", "from ssl_vit.objectives import ema"),
         ("ssl_vit.records.status", "from ssl_vit.evaluators import knn"),
-        ("ssl_vit.methods.mae", "from ssl_vit.records.status import noted"),
+        ("ssl_vit.methods.mae", "from ssl_vit.records.status import recorded"),
         ("ssl_vit.benchmarks.step", "from ssl_vit.commands import cli"),
         ("ssl_vit.commands.cli", "import ssl_vit.api"),
         ("ssl_vit.common.config", "def late():\n    import ssl_vit.model.encoder"),

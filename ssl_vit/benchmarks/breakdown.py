@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, seen from outside the trainer."""
+"""Step breakdown: the time of each stage of a training step, measured from outside the trainer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ssl_vit.training.loop import Trainer
 WAITING, TRANSFER, DEVICE = "waiting for images", "transfer", "device augmentation"
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "clipping and optimizer"
 AFTER, REST = "teacher and centre", "the rest"
-PARTS = (WAITING, TRANSFER, DEVICE, FORWARD, BACKWARD, OPTIMIZER, AFTER, REST)
+STAGES = (WAITING, TRANSFER, DEVICE, FORWARD, BACKWARD, OPTIMIZER, AFTER, REST)
 
 
-class Laps:
-    """Seconds between borders, each given to the part that ends there.
+class StageTimer:
+    """Stage timer: seconds of each stage of a step, measured between synchronisation points.
 
-    The device finishes its work at each border: what would overlap is counted in turn, so that on a
-    GPU the sum is more than an undisturbed step takes.
+    The device is synchronised at the end of each stage. Work that would overlap is therefore timed
+    one after the other, and on a GPU the sum exceeds the time of an undisturbed step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,59 +36,59 @@ class Laps:
         self.steps: list[dict[str, float]] = []
 
     def begin(self) -> None:
-        """A new step."""
+        """Start of a step."""
         self.steps.append(defaultdict(float))
         wait(self.device)
         self.last = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """What went on since the last border was ``part``."""
+    def end(self, stage: str) -> None:
+        """End of a stage: the time since the last end is added to ``stage``."""
         wait(self.device)
         now = time.perf_counter()
-        self.steps[-1][part] += now - self.last
+        self.steps[-1][stage] += now - self.last
         self.last = now
 
     def medians(self) -> dict[str, float]:
-        """Median seconds of each part that was met, in order."""
-        met = {part for step in self.steps for part in step}
-        return {p: median(step[p] for step in self.steps) for p in PARTS if p in met}
+        """Median seconds of each stage that occurred, in the order of ``STAGES``."""
+        seen = {stage for step in self.steps for stage in step}
+        return {s: median(step[s] for step in self.steps) for s in STAGES if s in seen}
 
 
 def breakdown(
     trainer: Trainer, next_batch: Callable[[], Batch], steps: int, loads: bool
 ) -> dict[str, float]:
-    """Median seconds of each part of an optimizer step.
+    """Step breakdown: median seconds of each stage of an optimizer step.
 
-    ``loads``: whether batches are waited for, which then is a part.
+    ``loads``: whether ``next_batch`` waits for a loader; that wait is then a stage of its own.
     """
-    laps = Laps(trainer.parallel.device)
-    with _borders(trainer, laps):
+    timer = StageTimer(trainer.parallel.device)
+    with _hooked(trainer, timer):
         for _ in range(steps):
             trainer.task.train()
-            laps.begin()
+            timer.begin()
             batch = next_batch()
             if loads:
-                laps.lap(WAITING)
-            with _around(batch.views, "to", laps, TRANSFER):
+                timer.end(WAITING)
+            with _timed_method(batch.views, "to", timer, TRANSFER):
                 trainer.update([batch])
-            laps.lap(REST)
+            timer.end(REST)
             trainer.step += 1
-    return laps.medians()
+    return timer.medians()
 
 
 @contextmanager
-def _borders(trainer: Trainer, laps: Laps) -> Iterator[None]:
-    """Inside, the trainer's calls of what it is made of are borders of ``laps``."""
+def _hooked(trainer: Trainer, timer: StageTimer) -> Iterator[None]:
+    """Context: the trainer's calls of its modules and of the task's hooks end stages."""
     task = trainer.task
     with ExitStack() as stack:
-        for module, part in ((trainer.normalize, DEVICE), (trainer.model, FORWARD)):
-            begins = module.register_forward_pre_hook(lambda *_: laps.lap(REST))
-            ends = module.register_forward_hook(lambda *_, part=part: laps.lap(part))
+        for module, stage in ((trainer.normalize, DEVICE), (trainer.model, FORWARD)):
+            begins = module.register_forward_pre_hook(lambda *_: timer.end(REST))
+            ends = module.register_forward_hook(lambda *_, stage=stage: timer.end(stage))
             stack.callback(begins.remove)
             stack.callback(ends.remove)
-        stack.enter_context(_around(task, "before_update", laps, OPTIMIZER, before=BACKWARD))
+        stack.enter_context(_timed_method(task, "before_update", timer, OPTIMIZER, BACKWARD))
         after = AFTER if _acts_after(task) else REST
-        stack.enter_context(_around(task, "after_update", laps, after, before=OPTIMIZER))
+        stack.enter_context(_timed_method(task, "after_update", timer, after, OPTIMIZER))
         yield
 
 
@@ -102,17 +102,19 @@ def _acts_after(task: Task) -> bool:
 
 
 @contextmanager
-def _around(owner: Any, name: str, laps: Laps, during: str, before: str = REST) -> Iterator[None]:
-    """Inside, a method of one object is a part: what was until it begins is ``before``."""
+def _timed_method(
+    owner: Any, name: str, timer: StageTimer, stage: str, before: str = REST
+) -> Iterator[None]:
+    """Context: a method of one object is a stage; the time until its call belongs to ``before``."""
     method = getattr(owner, name)
 
-    def bordered(*args: Any, **kwargs: Any) -> Any:
-        laps.lap(before)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        timer.end(before)
         result = method(*args, **kwargs)
-        laps.lap(during)
+        timer.end(stage)
         return result
 
-    setattr(owner, name, bordered)
+    setattr(owner, name, timed)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""How others prepare the images of a batch, built anew to be measured beside ours.
+"""Reference augmentation chains: image preparation of other implementations, to compare with ours.
 
-The reference chain follows its description (Caron et al. 2021, section 3.2 and appendix; He et al.
-2022, appendix A.1), in the libraries its authors used: PIL and torchvision.
+The original chain is written from its description (Caron et al. 2021, section 3.2 and appendix; He
+et al. 2022, appendix A.1), with the libraries its authors used: PIL and torchvision.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class OriginalChain:
-    """Every crop of an image finished in the worker: PIL images through torchvision transforms.
+    """Original chain: all crops are finished in the worker, by torchvision on PIL images.
 
     Args:
         spec: the crops, with their probabilities and strengths.
-        channels: 3, or 1.
-        mean: of each channel, images scaled to 0..1.
-        std: likewise.
+        channels: 3 or 1.
+        mean: mean of each channel, images scaled to 0..1.
+        std: standard deviation of each channel, on the same scale.
 
     Raises:
         UserError: another number of channels.
@@ -55,7 +55,7 @@ class OriginalChain:
     def _views(
         self, spec: ViewSpec, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> Callable[[Image.Image], list[Tensor]]:
-        """What makes the crops of an image."""
+        """Function from an image to its crops."""
         last = [transforms.ToTensor(), transforms.Normalize(mean, std)]
         crops: list[Callable[[Image.Image], Tensor]] = []
         for crop in spec.crops:
@@ -63,7 +63,7 @@ class OriginalChain:
         return _Each(crops)
 
     def open(self, raw: bytes | bytearray | np.ndarray) -> Image.Image:
-        """The decoded image; an 8-bit array stands for itself.
+        """Decoded image; an 8-bit array is used as it is.
 
         Raises:
             OSError: not an image, or a damaged one.
@@ -73,16 +73,16 @@ class OriginalChain:
         return Image.open(io.BytesIO(raw)).convert(self.mode)
 
     def __call__(self, raw: bytes | bytearray | np.ndarray) -> list[Tensor]:
-        """The crops (C, h, w) of one image, float, normalised, in the order of the spec."""
+        """Crops (C, h, w) of one image: float, normalised, in the order of the spec."""
         return self.views(self.open(raw))
 
     def batch(self, raws: Sequence[bytes | bytearray | np.ndarray]) -> list[Tensor]:
-        """The batch a worker hands over: for each crop (B, C, h, w)."""
+        """Batch as a worker returns it: one tensor (B, C, h, w) for each crop."""
         return [torch.stack(same) for same in zip(*map(self, raws), strict=True)]
 
 
 class LightlyChain(OriginalChain):
-    """lightly's transform for DINO, in these sizes and with these probabilities.
+    """lightly chain: its DINO transform, with our crop sizes and probabilities.
 
     Raises:
         UserError: crops that it cannot make, another number of channels, or lightly is missing.
@@ -125,7 +125,7 @@ class LightlyChain(OriginalChain):
 
 @dataclass(frozen=True)
 class _Each:
-    """All crops of an image."""
+    """Crop list: all crops of one image."""
 
     crops: list[Callable[[Image.Image], Tensor]]
 
@@ -134,7 +134,7 @@ class _Each:
 
 
 def _operations(crop: Crop) -> list[Any]:
-    """What is done to one crop, on PIL images."""
+    """Transforms of one crop, on PIL images."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return [
         transforms.RandomResizedCrop(crop.size, crop.scale, crop.ratio, interpolation=bicubic),
@@ -155,7 +155,7 @@ def _colours(p: Photometric) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Blur:
-    """By a radius drawn uniformly."""
+    """Gaussian blur with a radius drawn uniformly from ``radii``."""
 
     radii: tuple[float, float]
 
@@ -165,7 +165,7 @@ class _Blur:
 
 @dataclass(frozen=True)
 class _Sometimes:
-    """``change`` with this probability."""
+    """Random application: ``change`` with this probability."""
 
     probability: float
     change: Callable[[Image.Image], Image.Image]

@@ -1,4 +1,4 @@
-"""What a training step takes, counted and not taken: its tensors have shapes and no memory."""
+"""Step cost: FLOPs and memory of a training step, counted on fake tensors without running it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes of activations: ``per_image`` of a batch, and ``fixed`` ones (weights in bfloat16)."""
+class ActivationBytes:
+    """Activation memory in bytes: ``per_image``, and ``fixed`` (weights cast to bfloat16)."""
 
     per_image: int
     fixed: int
@@ -36,24 +36,24 @@ class Kept:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes.
+    """Step cost.
 
-    ``flops``: of an image, forward and backward. ``kept``: what autograd keeps for the backward
-    pass. ``recomputed``: what is left of that with activation checkpointing; what the largest block
-    then computes again is part of it.
+    ``flops``: per image, forward and backward. ``kept``: activations that autograd keeps for the
+    backward pass. ``recomputed``: activations kept with activation checkpointing, including those
+    of the largest block while it is recomputed.
     """
 
     flops: int
-    kept: Kept
-    recomputed: Kept
+    kept: ActivationBytes
+    recomputed: ActivationBytes
 
 
 @dataclass(frozen=True)
-class State:
-    """Bytes that a process holds whatever the batch.
+class StateBytes:
+    """Training state in bytes, per process and independent of the batch size.
 
     ``weights``: parameters and buffers, trained or not. ``gradients`` and AdamW's ``moments``: of
-    the trained ones. ``gathered``: of sharded ones what is put together for the whole step.
+    the trained parameters. ``gathered``: sharded parameters that stay gathered for the whole step.
     """
 
     weights: int
@@ -63,19 +63,19 @@ class State:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.moments + self.gathered
 
 
 def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
-    """Count a step of a task in bfloat16, by its own forward and backward pass without numbers.
+    """Step cost of a task in bfloat16, from its own forward and backward pass on fake tensors.
 
-    The task, best built under ``without_memory()``, is of no use after it. Counted is what a GPU
-    runs: attention is fused, and keeps its inputs, its output and one number for each row. A
-    multiplication and an addition are two FLOPs. Of attention the products of its definition are
-    counted, whatever a kernel computes again, and nothing that checkpointing computes again.
-    Memory follows from batches of 2 and of 3 images, from where on it grows evenly; temporary
-    buffers of single operations come on top.
+    The task, best built under ``without_memory()``, cannot be used afterwards. The count is that of
+    a GPU: attention is fused, and keeps its inputs, its output and one number for each row. A
+    multiplication and an addition are two FLOPs. Attention counts the products of its definition;
+    recomputation, by kernels or by checkpointing, is not counted. Memory is extrapolated from
+    batches of 2 and 3 images, from which on it grows linearly; temporary buffers of single
+    operations are not included.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _no_reading(task):
         task.to_empty(device=_CPU)
@@ -85,10 +85,10 @@ def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
         three = _step(task, spec, channels, 3)
         checkpoint_activations(task)
         less, more = (_step(task, spec, channels, images) for images in (2, 3))
-    blocks = [_line(*block) for block in zip(two.blocks, three.blocks, strict=True)]
-    left, largest = _line(less.kept, more.kept), max(blocks, key=lambda block: block.per_image)
-    recomputed = Kept(left.per_image + largest.per_image, left.fixed + largest.fixed)
-    return StepCost(counter.get_total_flops() // 2, _line(two.kept, three.kept), recomputed)
+    blocks = [_linear(*block) for block in zip(two.blocks, three.blocks, strict=True)]
+    left, largest = _linear(less.kept, more.kept), max(blocks, key=lambda block: block.per_image)
+    recomputed = ActivationBytes(left.per_image + largest.per_image, left.fixed + largest.fixed)
+    return StepCost(counter.get_total_flops() // 2, _linear(two.kept, three.kept), recomputed)
 
 
 @contextmanager
@@ -109,35 +109,35 @@ def _no_reading(task: Task) -> Iterator[None]:
         ) from None
 
 
-def _line(two: int, three: int) -> Kept:
-    """From what 2 and what 3 images take."""
-    return Kept(per_image=three - two, fixed=3 * two - 2 * three)
+def _linear(two: int, three: int) -> ActivationBytes:
+    """Linear model of memory through the bytes of 2 and of 3 images."""
+    return ActivationBytes(per_image=three - two, fixed=3 * two - 2 * three)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Bytes kept, and those that each call of a transformer block added."""
+class _StepBytes:
+    """Activation memory of one step in bytes: in total, and added by each transformer block."""
 
     kept: int
     blocks: list[int]
 
 
-def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _Step:
+def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _StepBytes:
     crops = [torch.empty(images * c.count, channels, *c.size) for c in spec.crops]
     keys, labels = (torch.empty(images, dtype=torch.int64) for _ in range(2))
     drawn = draw_samples(spec.draw, range(images)) if spec.draw else {}
     views = Views(crops, keys, labels, drawn=drawn)
-    kept = _OfBlocks(task)
+    kept = _BlockBytes(task)
     task.train()
     with kept.watch(), kept.watch_blocks(task):
         with autocast(_CPU, torch.bfloat16):
             loss = task(views, 0)["loss"]
         loss.backward()
-    return _Step(kept.most, kept.of_blocks)
+    return _StepBytes(kept.most, kept.of_blocks)
 
 
-class _OfBlocks(KeptBytes):
-    """What each call of a transformer block adds, too."""
+class _BlockBytes(KeptBytes):
+    """Activation memory that also records the bytes each transformer block adds."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -146,7 +146,7 @@ class _OfBlocks(KeptBytes):
 
     @contextmanager
     def watch_blocks(self, module: nn.Module) -> Iterator[None]:
-        """A context in which it looks at every transformer block of a module."""
+        """Context in which the calls of all transformer blocks of a module are recorded."""
         blocks = [part for part in module.modules() if isinstance(part, Block)]
         handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
         handles += [block.register_forward_hook(self._leave) for block in blocks]
@@ -164,20 +164,20 @@ class _OfBlocks(KeptBytes):
         return sum(held.storage.nbytes() for held in self._held.values())
 
 
-def state_of(task: Task) -> State:
-    """What a process holds of a task that is not sharded, on any device."""
+def state_of(task: Task) -> StateBytes:
+    """Training state of a task that is not sharded, on any device."""
     parameters = list(task.parameters())
     trained = _bytes(p for p in parameters if p.requires_grad)
-    return State(_bytes(parameters) + _bytes(task.buffers()), trained, 2 * trained)
+    return StateBytes(_bytes(parameters) + _bytes(task.buffers()), trained, 2 * trained)
 
 
-def sharded_state(task: Task, processes: int) -> State:
-    """What the process that has most holds of a task sharded over ``processes`` (FSDP2).
+def sharded_state(task: Task, processes: int) -> StateBytes:
+    """Training state of a task sharded over ``processes`` (FSDP2), in the process with the most.
 
     Each parameter is divided by rows, rounded up; buffers are whole. Gathered for the whole step,
-    as ``Parallel.shard`` does it: all but attention and MLP of the blocks before the last of each
-    sequence, its gradients, and its trained matrices in bfloat16 once more. The one or two blocks
-    that are gathered while they compute come on top.
+    as ``Parallel.shard`` does it: all parameters except attention and MLP of the blocks before the
+    last of each sequence, their gradients, and a bfloat16 copy of their trained matrices. The one
+    or two blocks that are gathered while they compute are not included.
     """
     parameters = list(task.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -185,7 +185,7 @@ def sharded_state(task: Task, processes: int) -> State:
     gathered = _gathered(task)
     moving = [p for p in gathered if p.requires_grad]
     halves = _bytes(p for p in moving if p.ndim > 1) // 2
-    return State(
+    return StateBytes(
         weights=_bytes(parameters, processes) + _bytes(task.buffers()),
         gradients=own,
         moments=2 * own,
@@ -194,7 +194,7 @@ def sharded_state(task: Task, processes: int) -> State:
 
 
 def _gathered(task: Task) -> list[nn.Parameter]:
-    """The parameters that FSDP2 holds whole through a step."""
+    """Parameters that FSDP2 keeps gathered for the whole step."""
     apart: set[int] = set()
     for sequence in task.modules():
         blocks = [child for child in sequence.children() if isinstance(child, Block)]
@@ -205,7 +205,7 @@ def _gathered(task: Task) -> list[nn.Parameter]:
 
 
 def _bytes(tensors: Iterable[Tensor], processes: int = 1) -> int:
-    """Bytes of tensors; of the rows of each that the first of several processes has."""
+    """Bytes of tensors; with several processes, of the rows that the first one holds."""
     return sum(
         (-(-len(t) // processes) * (t.numel() // len(t)) if processes > 1 else t.numel())
         * t.element_size()
@@ -213,7 +213,7 @@ def _bytes(tensors: Iterable[Tensor], processes: int = 1) -> int:
     )
 
 
-def largest_batch(room: float, state: State, kept: Kept) -> int:
-    """Images at once for which state and activations take at most ``room`` bytes; 0: none."""
-    fixed = 0 if state.gathered else kept.fixed  # gathered ones have their weights in bfloat16
+def largest_batch(room: float, state: StateBytes, kept: ActivationBytes) -> int:
+    """Largest batch (images) whose state and activations fit into ``room`` bytes; 0: none fits."""
+    fixed = 0 if state.gathered else kept.fixed  # the gathered state has the bfloat16 weights
     return max(0, int((room - state.total - fixed) // kept.per_image))

@@ -1,4 +1,4 @@
-"""Images that one core prepares in a second: our two halves, and the chains of others, in turn."""
+"""Loader benchmark: images per second that one core prepares, ours and peers' chains in turn."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 def some_images(
     config: Any, spec: ViewSpec, statistics: Statistics, names: list[str], method: str
 ) -> tuple[Source, int, dict[str, OriginalChain]]:
-    """At most ``config.images`` images that all sides can open, how many others there were among
-    them, and the chains that ``names`` means.
+    """Benchmark images: at most ``config.count`` of ``--data.train``, a seeded choice.
+
+    Returns:
+        those that all sides can open, the number of the others, and the named peers' chains.
 
     Raises:
-        UserError: no source, nothing in it that can be read, or images that chains do not read.
+        UserError: no source, no readable image, or images that a chain does not support.
     """
     data = config.data
-    check(bool(data.train), "--data is missing; it names images, as folder:PATH")
+    check(bool(data.train), "--data.train is missing; it names images, as folder:PATH")
     source = open_source(data.train)
     deep = bool(names) and is_deep(source, data.channels)
     check(
@@ -49,17 +51,17 @@ def some_images(
     chains = {n: known[n](spec, data.channels, *statistics) for n in names}
     opens: list[Callable[[Any], object]] = [lambda raw: decode(raw, data.channels)]
     opens += [chain.open for chain in chains.values()]
-    chosen, bad = readable(bounded(source, config.images, config.run.seed), opens)
+    chosen, bad = readable(bounded(source, config.count, config.run.seed), opens)
     return chosen, bad, chains
 
 
 def measure_loader(
     config: Any, spec: ViewSpec, statistics: Statistics, method: str
 ) -> dict[str, Any]:
-    """The report, for JSON; ``config`` holds the options of the door.
+    """Loader report, for JSON; ``config`` holds the options of the benchmark.
 
     Raises:
-        UserError: as ``some_images``, or a peer that there is not.
+        UserError: as ``some_images``, or no such peer.
     """
     data, seed = config.data, config.run.seed
     names = peer_names(config.against, peers_of(method, "CHAINS"), f"loader {method}")
@@ -89,13 +91,13 @@ def measure_loader(
 
 
 def readable(source: Source, opens: list[Callable[[Any], object]]) -> tuple[Source, int]:
-    """The images that all of ``opens`` can open, and how many others there were.
+    """Readable images: those that all of ``opens`` can open, and the number of the others.
 
-    Each side would otherwise meet a bad image in its own way. It also brings the files into memory,
-    so that no repeat pays for the disk.
+    Sides handle unreadable images differently, so none is measured. Reading them also brings the
+    files into the page cache, so that no repeat includes disk time.
 
     Raises:
-        UserError: no image is left.
+        UserError: no image is readable.
     """
     good, reason = [], ""
     for i in range(len(source)):
@@ -115,7 +117,7 @@ def readable(source: Source, opens: list[Callable[[Any], object]]) -> tuple[Sour
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes on one core inside, as in a worker process."""
+    """One thread for torch inside the context, as in a worker process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -131,10 +133,10 @@ def time_loader(
     batch_size: int,
     repeats: int,
 ) -> dict[str, Speed]:
-    """Pass over all images ``repeats`` times, with other crops each time, on one thread.
+    """Loader speeds from ``repeats`` passes over all images, with new crops each time, one thread.
 
-    The workers' half, the device's half on the CPU, both in turn, and each whole chain. The first
-    batch of all sides is made once before, and not counted.
+    Measured are the workers' half, the device's half on the CPU, both together, and each peer's
+    whole chain. The first batch of every side is made once before, untimed.
     """
     n = len(images.source)
     parts = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
@@ -155,7 +157,7 @@ def time_loader(
 def _ours(
     images: TrainImages, normalize: Normalize, parts: list[range], epoch: int
 ) -> tuple[float, float]:
-    """Seconds of the workers' half and of the device's."""
+    """Seconds of the workers' half and of the device's half."""
     cropping = finishing = 0.0
     for part in parts:
         started = time.perf_counter()

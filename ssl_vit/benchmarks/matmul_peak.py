@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices of the shapes that a training step multiplies."""
+"""Matmul peak: the rate at which a device multiplies matrices of the shapes of a training step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.benchmarks.speed import wait
 
-_SECONDS = 0.05  # that one shape is timed for
-_MOST = 12  # shapes, those with the largest share of the step's operations
+_SECONDS = 0.05  # timing of one shape
+_MOST = 12  # number of shapes, those with the largest shares of the step's FLOPs
 _FIRST = {"mm": 0, "bmm": 0, "addmm": 1, "_addmm_activation": 1, "baddbmm": 1}
 
 Shape = tuple[int, int, int, int]
-"""(b, m, k, n): b products of (m, k) by (k, n)."""
+"""Matmul shape (b, m, k, n): b products of (m, k) by (k, n)."""
 
 
-class Products(TorchDispatchMode):
-    """Inside, the shapes of all matrix products are noted, forward and backward.
+class MatmulShapes(TorchDispatchMode):
+    """Matmul shapes: a context that records all matrix products, forward and backward.
 
-    ``shapes``: how often each was multiplied.
+    ``shapes``: number of products of each shape.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Products(TorchDispatchMode):
 
 
 def flops(shape: Shape) -> int:
-    """Operations of one product: a multiplication and an addition are two."""
+    """FLOPs of one product; a multiplication and an addition are two."""
     b, m, k, n = shape
     return 2 * b * m * k * n
 
@@ -54,11 +54,12 @@ def flops(shape: Shape) -> int:
 def matmul_peak(
     shapes: Counter[Shape], device: torch.device, precision: torch.dtype
 ) -> dict[str, Any]:
-    """The best rate of a step's own linear layers, and that of each shape, in FLOP/s.
+    """Matmul peak: the best rate of the step's own linear layers and that of each shape, in FLOP/s.
 
-    Not that of one square product: libraries are far slower at some shapes than at others, and a
-    model's are not square. Of the shapes with the largest shares, batched ones (attention) left
-    out, each is timed as a linear layer computes it forward: (m, k) by the transpose of (n, k).
+    Not the rate of a square product: libraries are far slower at some shapes than at others, and a
+    model's shapes are not square. The shapes with the largest shares, without batched products
+    (attention), are each timed as the forward pass of a linear layer: (m, k) by the transpose of
+    (n, k).
     """
     counted = {s: flops(s) * n for s, n in shapes.items()}
     linear = sorted((s for s in counted if s[0] == 1), key=lambda s: -counted[s])[:_MOST]
@@ -75,7 +76,7 @@ def matmul_peak(
 
 
 def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Of two peaks measured alike the higher one: machines are only ever slowed down."""
+    """Higher of two measured peaks; disturbances can only lower a measurement."""
     return max(first, second, key=lambda peak: peak["flops_per_second"] or 0.0)
 
 

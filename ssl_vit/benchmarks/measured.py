@@ -1,4 +1,4 @@
-"""A report of speeds: what was measured, where, with what, and when."""
+"""Benchmark record: throughput, crops, hardware, versions and date of a measurement."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _PACKAGES = ("torch", "torchvision", "timm", "pillow", "lightly", "transformers"
 
 @dataclass
 class Speed:
-    """Seconds of each repeat, all of which handled this many images."""
+    """Speed: seconds of each repeat; every repeat processes the same number of images."""
 
     images: int
     seconds: list[float] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
-        """Images per second, by the median repeat."""
+        """Images per second in the median repeat."""
         return self.images / median(self.seconds)
 
     def card(self) -> dict[str, Any]:
-        """For JSON: the median, and every repeat."""
+        """JSON entries: the median and every repeat."""
         rates = [round(self.images / s, 3) for s in self.seconds]
         return {
             "images_per_second": round(self.rate, 3),
@@ -49,12 +49,12 @@ def describe(spec: ViewSpec) -> list[dict[str, Any]]:
 
 
 def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
-    """Where and with what something was measured, and when; None where the system does not tell."""
+    """Machine card: date, hardware and versions of a measurement; None: unknown to the system."""
     versions = {"ssl_vit": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # of the optional ones
+        except PackageNotFoundError:  # an optional package
             continue
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,12 +72,12 @@ def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
-    """Of the device that was measured, if it is one of CUDA."""
+    """GPU entries of the machine card; None for other devices."""
     if device.type != "cuda":
         return dict.fromkeys(("gpu", "gpu_memory_bytes", "cuda", "driver"))
     properties = torch.cuda.get_device_properties(device)
-    told = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)?", told.read_text()) if told.is_file() else None
+    driver = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text()) if driver.is_file() else None
     return {
         "gpu": properties.name,
         "gpu_memory_bytes": properties.total_memory,
@@ -87,7 +87,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _memory() -> int | None:
-    """Bytes of the machine."""
+    """Main memory of the machine in bytes."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -95,7 +95,7 @@ def _memory() -> int | None:
 
 
 def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, as Linux has it; elsewhere what Python knows."""
+    """Processor name, from Linux's cpuinfo or else from Python's platform module."""
     if info.is_file():
         for line in info.read_text().splitlines():
             key, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Our training step as one side of a comparison, with what is asked of it alone."""
+"""Our training step as a side of a comparison, with its matrix products and breakdown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from statistics import mean
 from torch import Tensor
 
 from ssl_vit.benchmarks.breakdown import breakdown
-from ssl_vit.benchmarks.matmul_peak import Products, Shape
-from ssl_vit.benchmarks.side import Side, Work
+from ssl_vit.benchmarks.matmul_peak import MatmulShapes, Shape
+from ssl_vit.benchmarks.side import Side, Workload
 from ssl_vit.benchmarks.speed import random_batch, trainer_midway, worker_batch
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.task import Task
@@ -19,18 +19,18 @@ from ssl_vit.model.block import recomputing_nothing
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.training.footprint import measure_step
 
-_COUNTED = 3  # steps that differ in what stochastic depth drops
+_COUNTED = 3  # steps to average FLOPs over; stochastic depth drops other samples in each
 
 
 class OurStep(Side):
-    """What the loop does between two batches.
+    """Our step: everything the training loop does between two batches.
 
     Args:
-        make: the method with its first weights.
-        run: compiled or not, and the like.
+        make: builds the method with its initial weights.
+        run: compilation, activation checkpointing and the like.
     """
 
-    def __init__(self, work: Work, make: Callable[[], Task], run: RunConfig) -> None:
+    def __init__(self, work: Workload, make: Callable[[], Task], run: RunConfig) -> None:
         super().__init__(work)
         normalize = Normalize(*work.statistics)
         self.trainer = trainer_midway(
@@ -39,32 +39,32 @@ class OurStep(Side):
         self.batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
 
     def step(self) -> Tensor:
-        """The loss, which stays on the device."""
+        """One optimizer step; returns the loss, on the device."""
         self.trainer.task.train()
         loss = self.trainer.update([self.batch])["loss"]
         self.trainer.step += 1
         return loss
 
     def parameters(self) -> int:
-        """Weights of all networks, those that are not trained too."""
+        """Number of parameters of all networks, trained or not."""
         return parameter_count(self.trainer.task)
 
     def flops(self) -> float:
-        """As of any side: without what stochastic depth spares, the mean of some steps, and without
-        what activation checkpointing computes again."""
+        """FLOPs of a step: the mean of some steps, as stochastic depth drops some of the work;
+        recomputation by activation checkpointing is not counted."""
         with recomputing_nothing(self.trainer.task):
-            if self.trainer.run.compile:  # compiled blocks spare nothing
+            if self.trainer.run.compile:  # compiled blocks drop no work
                 return float(measure_step(self.trainer, [self.batch])[0])
             return mean(super(OurStep, self).flops() for _ in range(_COUNTED))
 
     def products(self) -> Counter[Shape]:
-        """The matrix products of a step that drops nothing, and how often each is computed."""
-        with Products() as products:
+        """Matrix products of a step without stochastic depth: the number of each shape."""
+        with MatmulShapes() as products:
             measure_step(self.trainer, [self.batch])
         return products.shapes
 
     def breakdown(self, steps: int) -> dict[str, float]:
-        """Median seconds of each part of a step, photometric operations included."""
+        """Median seconds of each stage of a step, photometric operations included."""
         work = self.work
         batch = worker_batch(work.spec, work.batch_size, work.channels, work.seed)
         return breakdown(self.trainer, lambda: batch, steps, loads=False)

@@ -1,4 +1,4 @@
-"""A side of a comparison in a process of its own, as it comes and with memory of its own."""
+"""Own process: one side of a comparison in a separate process, with default settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ssl_vit.common.config import RunFailed, UserError
 
 
 class OwnProcess:
-    """What ``build(*arguments)`` makes, in a new process; ``ask`` calls a method of it there.
+    """Own process: the object that ``build(*arguments)`` makes, in a new process.
 
-    How the C library keeps memory, which ours sets, belongs to the whole process: a peer in ours
-    would be faster, by half, than its users see it. And the most memory that a process held is told
-    of a whole process. The new one has as many threads as this. While one side works the others
-    wait. Leaving the context ends it; it may have processes of its own, as loaders do.
+    ``ask`` calls a method of the object there. Ours changes how the C library keeps memory, which
+    holds for a whole process: a peer in the same process would be faster, by half, than its users
+    see it. Peak memory, too, is known only of a whole process. The new process has as many threads
+    as this one. While one side works the others wait. Leaving the context ends the process; it may
+    have child processes, such as loader workers.
 
     Raises:
-        UserError, RunFailed: what ``build`` or a method raised there; RunFailed also where the
-            process ended.
+        UserError, RunFailed: raised there by ``build`` or a method; RunFailed also when the process
+            ended.
     """
 
     def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
@@ -48,7 +49,7 @@ class OwnProcess:
         self.end()
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """The value of the method ``name`` of what was built."""
+        """Result of calling the method ``name`` of the object."""
         try:
             self.pipe.send((name, arguments))
         except OSError:
@@ -56,7 +57,7 @@ class OwnProcess:
         return self._answer()
 
     def end(self) -> None:
-        """Let it leave; one that does not is killed."""
+        """End of the process; it is killed if it does not exit within seconds."""
         self.pipe.close()
         self.process.join(5)
         if self.process.is_alive():
@@ -76,10 +77,10 @@ class OwnProcess:
 def _serve(
     pipe: Connection, settings: tuple[int, str], build: Callable[..., Any], arguments: Any
 ) -> None:
-    """Answer (None, value) to each request, or (the error's name, its text) and end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end is interrupted, and then gone
+    """Server loop: reply (None, value) to each request, or (error name, error text) and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and closes the pipe
     torch.set_num_threads(settings[0])
-    # Else the workers of loaders here would be started as this process was, one library at a time.
+    # Otherwise loader workers would be spawned too, and import every library again.
     multiprocessing.set_start_method(settings[1], force=True)
     try:
         made = build(*arguments)
@@ -88,12 +89,12 @@ def _serve(
             name, given = request
             pipe.send((None, getattr(made, name)(*given)))
     except Exception as error:
-        with suppress(OSError):  # the other end is gone
+        with suppress(OSError):  # the parent is gone
             pipe.send((type(error).__name__, str(error) or type(error).__name__))
 
 
 def _next(pipe: Connection) -> tuple[str, tuple[Any, ...]] | None:
-    """The next request; None where the other end is gone."""
+    """Next request; None when the parent is gone."""
     try:
         request: tuple[str, tuple[Any, ...]] = pipe.recv()
     except (EOFError, OSError):

@@ -1,4 +1,4 @@
-"""What others do with the same images and sizes: which of them there are for which method."""
+"""Peers: training steps of other implementations, with the same images and sizes as ours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.benchmarks.side import Side, Work
+from ssl_vit.benchmarks.side import Side, Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 from ssl_vit.training.parallel import autocast
@@ -29,35 +29,36 @@ def peers_of(method: str, what: str) -> dict[str, Any]:
 
 
 def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
-    """The names in ``--against``, separated by commas, each once.
+    """Peer names in ``--against``, separated by commas, without repetition.
 
     Args:
-        where: what is measured, of which method, for the error.
+        where: benchmark and method, for the error.
 
     Raises:
         UserError: a name that is not allowed.
     """
     names = [name.strip() for name in against.split(",")]
-    known = ", ".join(allowed) or "nothing yet"
+    known = ", ".join(allowed) or "none"
     for name in names:
         check(
             name in allowed or names in ([NONE], [""]),
-            f"--against names {name!r}; for {where} there is {known}{nearest(name, allowed)}",
+            f"--against is {name!r}; allowed for {where}: {known}{did_you_mean(name, allowed)}",
         )
     return [] if names in ([NONE], [""]) else list(dict.fromkeys(names))
 
 
 class Peer(Side):
-    """A step made of others' modules, as they come; AdamW fused, for all weights alike.
+    """Peer: a training step of another implementation's unmodified modules.
 
-    A subclass makes its networks in ``__init__``, ends with ``begin``, and says what the loss is.
+    The optimizer is fused AdamW with the same options for all weights. A subclass builds its
+    networks in ``__init__``, calls ``begin`` at the end, and defines ``loss``.
     """
 
     networks: Any
     trained: list[nn.Parameter]
 
     def begin(self, networks: nn.Module) -> None:
-        """Take networks, trained where they require gradients, and the batch."""
+        """Setup of the networks, trained where they require gradients, the optimizer, the batch."""
         work = self.work
         self.networks = networks.to(work.device).train()
         self.trained = [p for p in self.networks.parameters() if p.requires_grad]
@@ -68,17 +69,17 @@ class Peer(Side):
         self.views = single_views(batch, work.spec, Normalize(*work.statistics).to(work.device))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Of views (B, C, h, w), normalised, crops of the first kind first."""
+        """Loss of normalised views (B, C, h, w), crops of the first kind first."""
         raise NotImplementedError
 
     def clip(self) -> None:
-        """Called with gradients in place."""
+        """Gradient clipping, after the backward pass."""
 
     def move_teacher(self) -> None:
-        """Called after the optimizer."""
+        """Teacher update, after the optimizer step."""
 
     def learn(self, views: list[Tensor]) -> Tensor:
-        """One optimizer step; the loss, which stays on the device."""
+        """One optimizer step on given views; returns the loss, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.work.device, self.work.precision):
             loss = self.loss(views)
@@ -89,19 +90,19 @@ class Peer(Side):
         return loss.detach()
 
     def step(self) -> Tensor:
-        """On the batch of noise."""
+        """One optimizer step on the batch of noise; returns the loss."""
         return self.learn(self.views)
 
     def parameters(self) -> int:
-        """Weights of all networks, those that are not trained too."""
+        """Number of parameters of all networks, trained or not."""
         return sum(p.numel() for p in self.networks.parameters())
 
 
 def library(peer: str, name: str, *parts: str) -> list[Any]:
-    """Modules of an optional library.
+    """Modules of an optional library that a peer needs.
 
     Raises:
-        UserError: it is not installed, or lacks them.
+        UserError: the library is not installed, or lacks them.
     """
     try:
         return [import_module(f"{name}.{part}" if part else name) for part in parts]
@@ -111,17 +112,17 @@ def library(peer: str, name: str, *parts: str) -> list[Any]:
         ) from None
 
 
-def timm_vit(work: Work, **more: Any) -> Any:
-    """timm's network for the encoder, with its own default attention."""
+def timm_vit(work: Workload, **more: Any) -> Any:
+    """timm ViT of the encoder's architecture, with timm's default attention."""
     kwargs = timm_kwargs(work.encoder, work.channels)
     return timm.create_model(work.encoder.arch, num_classes=0, **kwargs, **more)
 
 
-def check_plain(work: Work, who: str, square: bool = True) -> Encoder:
-    """The encoder in its sizes, without weights, if another's modules can be the same.
+def check_plain(work: Workload, who: str, square: bool = True) -> Encoder:
+    """Encoder without weights, checked to be an architecture that the peer supports.
 
     Raises:
-        UserError: they cannot.
+        UserError: the peer does not support it.
     """
     with without_memory():
         encoder = Encoder(work.encoder, work.channels)
@@ -132,5 +133,5 @@ def check_plain(work: Work, who: str, square: bool = True) -> Encoder:
         "images that are not square": square and len(set(encoder.image_size)) > 1,
     }
     for what, there in obstacles.items():
-        check(not there, f"--against {who}: the encoder has {what}, which {who} does not know")
+        check(not there, f"--against {who}: the encoder has {what}, which {who} does not support")
     return encoder

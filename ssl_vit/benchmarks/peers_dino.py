@@ -1,6 +1,6 @@
-"""DINO's training step in the modules of others.
+"""DINO peers: the DINO training step of other implementations.
 
-The original's is built anew from its description (Caron et al. 2021, section 3 and algorithm 1).
+The original step is written from its description (Caron et al. 2021, section 3 and algorithm 1).
 """
 
 from __future__ import annotations
@@ -16,40 +16,41 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ssl_vit.benchmarks.chains import LightlyChain, OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.config import check
 
 _PARTS = ("models.modules", "models.utils", "loss")
 
 
 class _TeacherAndStudent(Peer):
-    """Networks of both: a ViT that takes any image size, whose [CLS] goes into a head."""
+    """Teacher and student: each a ViT for any image size, with a head on [CLS]."""
 
     def begin_both(self, networks: list[nn.Module]) -> None:
-        """Take student and teacher; the teacher starts as the student, and is not trained."""
+        """Setup of student and teacher; the teacher starts as a copy and is not trained."""
         student, teacher = networks
         teacher.load_state_dict(student.state_dict(), strict=True)
         teacher.requires_grad_(False)
         self.begin(nn.ModuleDict({"student": student, "teacher": teacher}))
 
     def vit(self, drop_path: float) -> Any:
-        """One network's, in its default attention."""
+        """ViT of one network, with timm's default attention."""
         return timm_vit(self.work, drop_path_rate=drop_path, dynamic_img_size=True)
 
     @property
     def drop_paths(self) -> tuple[float, float]:
-        """Stochastic depth of student and teacher."""
+        """Stochastic depth rates of student and teacher."""
         return self.work.encoder.drop_path, 0.0
 
 
 class OriginalDINO(_TeacherAndStudent):
-    """Crops of one resolution go through the ViT together, and all through the head; the loss is
-    taken pair by pair, gradients are clipped and the teacher moved parameter by parameter.
+    """Original DINO step.
 
-    Attention is plain matrix products, in every block for all tokens.
+    Crops of one resolution go through the ViT together, all crops through the head together. The
+    loss is computed pair by pair; gradients are clipped and the teacher is updated parameter by
+    parameter. Attention is plain matrix products, in every block for all tokens.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         super().__init__(work)
         check_plain(work, "original", square=False)
         self.center = torch.zeros(1, work.method.prototypes, device=work.device)
@@ -69,33 +70,33 @@ class OriginalDINO(_TeacherAndStudent):
         return nn.ModuleDict({"vit": vit, "mlp": nn.Sequential(*layers), "last": last})
 
     @staticmethod
-    def _answer(network: Any, kinds: list[Tensor]) -> Tensor:
+    def _logits(network: Any, kinds: list[Tensor]) -> Tensor:
         features = torch.cat([network.vit(crops) for crops in kinds])
         return network.last(F.normalize(network.mlp(features), dim=-1))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Of all pairs of different views, one after another."""
+        """Cross-entropy of all pairs of different views, one pair after another."""
         method = self.work.method
         kinds = [torch.cat(views[:2]), *([torch.cat(views[2:])] if views[2:] else [])]
         with torch.no_grad():
-            said = self._answer(self.networks.teacher, kinds[:1])
-        answers = (self._answer(self.networks.student, kinds) / method.student_temp).chunk(
+            teacher = self._logits(self.networks.teacher, kinds[:1])
+        student = (self._logits(self.networks.student, kinds) / method.student_temp).chunk(
             len(views)
         )
-        targets = ((said - self.center) / method.teacher_temp).softmax(-1).chunk(2)
-        total, pairs = torch.zeros((), device=said.device), 0
+        targets = ((teacher - self.center) / method.teacher_temp).softmax(-1).chunk(2)
+        total, pairs = torch.zeros((), device=teacher.device), 0
         for i, target in enumerate(targets):
-            for v, answer in enumerate(answers):
+            for v, logits in enumerate(student):
                 if v != i:
-                    total = total + (-target * answer.log_softmax(-1)).sum(-1).mean()
+                    total = total + (-target * logits.log_softmax(-1)).sum(-1).mean()
                     pairs += 1
-        mean = said.mean(0, keepdim=True)
+        mean = teacher.mean(0, keepdim=True)
         share = method.center_momentum
         self.center = self.center * share + mean * (1 - share)
         return total / pairs
 
     def clip(self) -> None:
-        """Each parameter by its own norm."""
+        """Gradient clipping of each parameter by its own norm."""
         limit = self.work.optim.clip
         for parameter in self.trained if limit > 0 else []:
             if parameter.grad is not None:
@@ -105,25 +106,27 @@ class OriginalDINO(_TeacherAndStudent):
 
     @torch.no_grad()
     def move_teacher(self) -> None:
-        """One parameter after another."""
+        """EMA update, one parameter after another."""
         keep, net = self.work.method.momentum, self.networks
         for old, new in zip(net.teacher.parameters(), net.student.parameters(), strict=True):
             old.mul_(keep).add_((1 - keep) * new)
 
 
 class LightlyDINO(_TeacherAndStudent):
-    """lightly's modules around its wrapper of a timm ViT, one view after another, as in its
-    example. Gradients are clipped by their global norm where ours are clipped at all."""
+    """lightly DINO step: its modules around a timm ViT, one view after another, as in its example.
+
+    Gradients are clipped by their global norm if ours are clipped at all.
+    """
 
     grouped = False
 
     @staticmethod
     def load() -> None:
-        """lightly."""
+        """Import of lightly."""
         warnings.filterwarnings("ignore", category=FutureWarning)
         library("lightly", "lightly", *_PARTS)
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         super().__init__(work)
         self.modules, self.utils, loss = library("lightly", "lightly", *_PARTS)
         method = work.method
@@ -141,7 +144,7 @@ class LightlyDINO(_TeacherAndStudent):
 
     def _network(self, drop_path: float) -> nn.Module:
         method, vit = self.work.method, self.vit(drop_path)
-        # Its default for positions fixes them; DINO learns them.
+        # lightly's default position embedding is fixed; DINO's is learned.
         learned = self.work.encoder.positions == "learned"
         backbone = self.modules.MaskedVisionTransformerTIMM(
             vit, pos_embed_initialization="skip" if learned else "sincos"
@@ -157,33 +160,33 @@ class LightlyDINO(_TeacherAndStudent):
         return nn.Sequential(backbone, head)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """The teacher sees the two global crops, the student all."""
+        """lightly's DINO loss: the teacher sees the two global crops, the student all crops."""
         student, teacher = self.networks.student, self.networks.teacher
         if self.grouped:
             kinds = [torch.cat(views[:2]), *([torch.cat(views[2:])] if views[2:] else [])]
             with torch.no_grad():
-                said = list(teacher(kinds[0]).chunk(2))
-            answers = list(torch.cat([student(k) for k in kinds]).chunk(len(views)))
+                targets = list(teacher(kinds[0]).chunk(2))
+            logits = list(torch.cat([student(k) for k in kinds]).chunk(len(views)))
         else:
             with torch.no_grad():
-                said = [teacher(view) for view in views[:2]]
-            answers = [student(view) for view in views]
-        loss: Tensor = self.criterion(said, answers, teacher_temp=self.work.method.teacher_temp)
+                targets = [teacher(view) for view in views[:2]]
+            logits = [student(view) for view in views]
+        loss: Tensor = self.criterion(targets, logits, teacher_temp=self.work.method.teacher_temp)
         return loss
 
     def clip(self) -> None:
-        """By the global norm."""
+        """Gradient clipping by the global norm."""
         if self.work.optim.clip > 0:
             torch.nn.utils.clip_grad_norm_(self.trained, self.work.optim.clip)
 
     def move_teacher(self) -> None:
-        """By its own function."""
+        """EMA update by lightly's own function."""
         net = self.networks
         self.utils.update_momentum(net.student, net.teacher, m=self.work.method.momentum)
 
 
 class LightlyGroupedDINO(LightlyDINO):
-    """Crops of one size together, as in lightly's own ImageNet benchmark."""
+    """lightly DINO step with crops of one size together, as in lightly's ImageNet benchmark."""
 
     grouped = True
 

@@ -1,6 +1,6 @@
-"""MAE's training step in the modules of others.
+"""MAE peers: the MAE training step of other implementations.
 
-The original's is built anew from its description (He et al. 2022, sections 3 and 4, appendix A.1).
+The original step is written from its description (He et al. 2022, sections 3 and 4, appendix A.1).
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from torch import Tensor, nn
 
 from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.config import check
 from ssl_vit.model.encoder import sincos_positions, take
 
 
 class OriginalMAE(Peer):
-    """All patches are embedded by a convolution and those to keep gathered; the decoder sees them
-    in order, and predicts every one; the loss is masked. Attention is plain matrix products."""
+    """Original MAE step.
 
-    def __init__(self, work: Work) -> None:
+    A convolution embeds all patches, and the visible ones are gathered. The decoder gets all
+    patches in order and predicts every one; the loss is masked. Attention is plain matrix products.
+    """
+
+    def __init__(self, work: Workload) -> None:
         super().__init__(work)
         encoder, method = check_plain(work, "original", square=False), work.method
         vit = timm_vit(work, drop_path_rate=work.encoder.drop_path)
@@ -59,12 +62,12 @@ class OriginalMAE(Peer):
         self.begin(networks)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Each image is masked anew."""
+        """MAE loss; each image is masked anew."""
         images, n = views[0], self.networks.positions.shape[1] - 1
         return self.masked_loss(images, torch.rand(len(images), n, device=images.device))
 
     def masked_loss(self, images: Tensor, noise: Float[Tensor, "b n"]) -> Float[Tensor, ""]:
-        """The patches of the smallest noise are kept; the error is averaged over the others."""
+        """MAE loss, averaged over masked patches; those of the smallest noise are visible."""
         net: Any = self.networks
         order = noise.argsort(1)
         restore = order.argsort(1)
@@ -98,20 +101,20 @@ class OriginalMAE(Peer):
 
 
 class HuggingFaceMAE(Peer):
-    """``ViTMAEForPreTraining`` of transformers; its output is the loss."""
+    """Hugging Face MAE step: ``ViTMAEForPreTraining`` of transformers, which returns the loss."""
 
     @staticmethod
     def load() -> None:
-        """transformers."""
+        """Import of transformers."""
         library("huggingface", "transformers", "models.vit_mae.modeling_vit_mae")
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         super().__init__(work)
         (transformers,) = library("huggingface", "transformers", "")
         encoder = check_plain(work, "huggingface")
         block, method = encoder.vit.blocks[0], work.method
         plain = isinstance(block.ls1, nn.Identity) and work.encoder.drop_path == 0
-        check(plain, "--against huggingface: it has no layer scale and no stochastic depth")
+        check(plain, "--against huggingface does not support layer scale or stochastic depth")
         config = transformers.ViTMAEConfig(
             hidden_size=encoder.width,
             num_hidden_layers=len(encoder.vit.blocks),
@@ -131,41 +134,41 @@ class HuggingFaceMAE(Peer):
         self.begin(transformers.ViTMAEForPreTraining(config))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Each image is masked anew."""
+        """MAE loss; each image is masked anew."""
         loss: Tensor = self.networks(pixel_values=views[0]).loss
         return loss
 
 
 class HuggingFaceMAEFloat32(HuggingFaceMAE):
-    """The same without autocast, its default."""
+    """Hugging Face MAE step without autocast, the library's default."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         super().__init__(replace(work, precision=torch.float32))
 
 
 class LightlyMAE(Peer):
-    """lightly's modules put together as in its example of MAE; it predicts masked patches alone."""
+    """lightly MAE step: its modules as in its example of MAE; only masked patches are predicted."""
 
     @staticmethod
     def load() -> None:
-        """lightly."""
+        """Import of lightly."""
         warnings.filterwarnings("ignore", category=FutureWarning)
         library("lightly", "lightly", "models.modules", "models.utils")
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         super().__init__(work)
         modules, self.utils = library("lightly", "lightly", "models.modules", "models.utils")
         encoder, method = check_plain(work, "lightly"), work.method
         check(
             hasattr(modules, "MAEDecoderTIMM"),
-            "--against lightly needs MAEDecoderTIMM, which lightly 1.7 has no more; install 1.6",
+            "--against lightly needs MAEDecoderTIMM, which lightly 1.7 has removed; install 1.6",
         )
         vit = timm_vit(work, drop_path_rate=work.encoder.drop_path)
         fixed = work.encoder.positions == "sincos"
         backbone = modules.MaskedVisionTransformerTIMM(
             vit, pos_embed_initialization="sincos" if fixed else "skip"
         )
-        backbone.mask_token.requires_grad_(False)  # masked patches are left out of it
+        backbone.mask_token.requires_grad_(False)  # unused: the encoder gets visible patches only
         decoder = modules.MAEDecoderTIMM(
             num_patches=vit.patch_embed.num_patches,
             patch_size=encoder.patch_size,
@@ -179,7 +182,7 @@ class LightlyMAE(Peer):
         self.begin(nn.ModuleDict({"backbone": backbone, "decoder": decoder}))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Each image is masked anew."""
+        """MAE loss; each image is masked anew."""
         images, length = views[0], self.networks.backbone.sequence_length
         keep, masked = self.utils.random_token_mask(
             size=(len(images), length),
@@ -189,7 +192,7 @@ class LightlyMAE(Peer):
         return self.masked_loss(images, keep, masked)
 
     def masked_loss(self, images: Tensor, keep: Tensor, masked: Tensor) -> Float[Tensor, ""]:
-        """``keep`` and ``masked`` are places in the sequence, [CLS] being 0."""
+        """MAE loss; ``keep`` and ``masked`` are positions in the sequence, [CLS] at 0."""
         utils, net = self.utils, self.networks
         length = net.backbone.sequence_length
         x = net.decoder.embed(net.backbone.encode(images=images, idx_keep=keep))

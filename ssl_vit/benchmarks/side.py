@@ -1,4 +1,4 @@
-"""One side of a comparison: a training step that is taken again and again, and what it costs."""
+"""Side: one implementation of a training step in a comparison, with its time, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every side does alike: networks of these sizes, on crops of noise of these sizes.
+class Workload:
+    """Workload that all sides share: network sizes, crop sizes, batch size, device, precision.
 
-    ``method``: the options of the method (a ``MAEConfig`` ...). ``statistics``: mean and deviation
-    of each channel.
+    ``method``: the options of the method (a ``MAEConfig`` ...). ``statistics``: mean and standard
+    deviation of each channel.
     """
 
     encoder: EncoderConfig
@@ -42,9 +42,9 @@ class Work:
 
 
 class PeakMemory:
-    """Bytes that this process takes at most, above what it held when this was made.
+    """Peak memory of this process in bytes, above the memory in use when this object was made.
 
-    On CUDA of the allocator's memory; elsewhere resident ones, which Linux alone tells.
+    On CUDA: memory of the allocator. Elsewhere: resident memory, known on Linux only.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,14 +52,14 @@ class PeakMemory:
         self.before = self._read("VmRSS", torch.cuda.memory_allocated)
 
     def begin(self) -> None:
-        """Forget the peak so far; see proc_pid_clear_refs(5)."""
+        """Reset of the peak; see proc_pid_clear_refs(5)."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
             _CLEAR.write_text("5")
 
     def most(self) -> int | None:
-        """The peak since ``begin``; None where the system does not tell."""
+        """Peak in bytes since ``begin``; None: unknown on this system."""
         peak = self._read("VmHWM", torch.cuda.max_memory_allocated)
         return None if peak is None or self.before is None else peak - self.before
 
@@ -72,27 +72,27 @@ class PeakMemory:
 
 
 class Side:
-    """A training step of somebody's, in the process where it is."""
+    """Side: one implementation of a training step, in the current process."""
 
     memory: PeakMemory
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Workload) -> None:
         self.work = work
 
     @staticmethod
     def load() -> None:
-        """Import the libraries that it is made of.
+        """Import of the libraries that this side needs.
 
         Raises:
             UserError: one is not installed.
         """
 
     @classmethod
-    def build(cls: type[S], work: Work, *more: Any) -> S:
-        """Made for ``work``, its memory being counted from here; libraries aside.
+    def build(cls: type[S], work: Workload, *more: Any) -> S:
+        """Side for a workload; its memory is counted from here, without imported libraries.
 
         Raises:
-            UserError: it cannot be had in these sizes.
+            UserError: the side does not support these sizes.
         """
         cls.load()
         random.seed(work.seed)
@@ -103,27 +103,28 @@ class Side:
         return side
 
     def step(self) -> Tensor:
-        """One whole optimizer step; its loss, which stays on the device."""
+        """One whole optimizer step; returns the loss, on the device."""
         raise NotImplementedError
 
     def parameters(self) -> int:
-        """Weights of all its networks, trained or not."""
+        """Number of parameters of all networks, trained or not."""
         raise NotImplementedError
 
     def precision(self) -> torch.dtype:
-        """What it computes in."""
+        """Precision of the computation."""
         return self.work.precision
 
-    def timed(self) -> tuple[float, float]:
-        """Seconds of a step, and its loss."""
+    def timed(self, steps: int) -> tuple[float, float, float]:
+        """Seconds of consecutive steps, seconds of them spent waiting for images (0), last loss."""
         wait(self.work.device)
         started = time.perf_counter()
-        loss = self.step()
+        for _ in range(steps):
+            loss = self.step()
         wait(self.work.device)
-        return time.perf_counter() - started, float(loss)
+        return time.perf_counter() - started, 0.0, float(loss)
 
     def flops(self) -> float:
-        """Floating-point operations of a step: matrix products, convolutions and attention.
+        """FLOPs of a step: matrix products, convolutions and attention.
 
         A multiplication and an addition are two.
         """
@@ -132,9 +133,9 @@ class Side:
         return float(counter.get_total_flops())
 
     def watch_memory(self) -> None:
-        """Look at the peak of memory from here."""
+        """Start of the peak memory measurement."""
         self.memory.begin()
 
     def peak_memory(self) -> int | None:
-        """Bytes at most since ``watch_memory``, above those held before there was a network."""
+        """Peak memory in bytes since ``watch_memory``, above that before there were networks."""
         return self.memory.most()

@@ -1,4 +1,4 @@
-"""What is measured of a step: noise in the sizes of crops, a trainer in the middle of its way."""
+"""Benchmark inputs: batches of noise in crop sizes, and a trainer in the middle of its schedule."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ssl_vit.data.loader import Batch, TrainImages, draw_samples
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, reuse_memory
-from ssl_vit.training.session import prepare
+from ssl_vit.training.session import prepare_task
 
-# A step is measured in the middle of a run of this length: nothing warms up or is frozen there.
+# Schedule of the measured step, in whose middle there is no warm-up and nothing is frozen.
 _EPOCHS, _STEPS_PER_EPOCH = 100, 1000
 
 
 def random_batch(spec: ViewSpec, batch: int, channels: int, seed: int) -> Batch:
-    """A batch as workers hand it over, of noise, without photometric operations."""
+    """Noise batch as workers return it, without photometric operations."""
     generator = torch.Generator().manual_seed(seed)
     crops = [
         torch.randint(
@@ -37,7 +37,7 @@ def random_batch(spec: ViewSpec, batch: int, channels: int, seed: int) -> Batch:
 
 
 class Noise(Source):
-    """Images of noise, 256 pixels each way."""
+    """Noise source: images of noise, 256 x 256 pixels."""
 
     spec, classes, labels = "noise", None, None
 
@@ -49,23 +49,23 @@ class Noise(Source):
         return self.images
 
     def read(self, i: int) -> tuple[np.ndarray, int | None]:
-        """Always the same pixels for the same ``i``."""
+        """Noise image ``i``, a function of the seed and ``i``."""
         pixels = np.random.default_rng((self.seed, i)).integers(0, 256, self.shape, dtype=np.uint8)
         return pixels, None
 
     def name(self, i: int) -> str:
-        """Of one image."""
+        """Name of image ``i``."""
         return f"noise {i}"
 
 
 def worker_batch(spec: ViewSpec, batch: int, channels: int, seed: int) -> Batch:
-    """A batch of noise as workers make it of images, with all that they draw for the device."""
+    """Noise batch through the workers' half, with the photometric parameters drawn there."""
     images = TrainImages(Noise(batch, channels, seed), spec, channels, seed)
     return images.__getitems__([(0, i) for i in range(batch)])
 
 
 def single_views(batch: Batch, spec: ViewSpec, normalize: Normalize) -> list[Tensor]:
-    """The same batch for a peer: every view (B, C, h, w) apart, normalised, on the device."""
+    """Views of a batch for a peer: a tensor (B, C, h, w) for each, normalised, on the device."""
     views = normalize(batch.views.to(normalize.mean.device)).crops
     return [v for crops, c in zip(views, spec.crops, strict=True) for v in crops.chunk(c.count)]
 
@@ -78,10 +78,10 @@ def trainer_midway(
     device: torch.device,
     precision: torch.dtype,
 ) -> Trainer:
-    """What pretraining would run, alone on ``device``, in the middle of its way."""
+    """Trainer as in pretraining, in one process on ``device``, in the middle of its schedule."""
     reuse_memory(device)
     alone = Parallel(0, 1, device)
-    prepare(task, run, alone)
+    prepare_task(task, run, alone)
     run = replace(run, length=f"{_EPOCHS}ep")
     schedule = Schedule(run, optim, _STEPS_PER_EPOCH, task.peak_in_warmup)
     trainer = Trainer(task, run, optim, schedule, normalize.to(device), alone, precision)
@@ -90,7 +90,7 @@ def trainer_midway(
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Device synchronisation: return once all queued work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

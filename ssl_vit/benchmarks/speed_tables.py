@@ -1,4 +1,4 @@
-"""A report of speeds as tables for people."""
+"""Benchmark tables: a benchmark report as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class TableOf(NamedTuple):
-    """What a table shows; its first column names the rows."""
+    """Table: title, header and rows; the first column names the rows."""
 
     title: str
     header: tuple[str, ...]
@@ -15,7 +15,7 @@ class TableOf(NamedTuple):
 
 
 def loader_tables(report: dict[str, Any]) -> Iterator[TableOf]:
-    """Images per second of each side, and ours over each peer's."""
+    """Loader tables: images per second of each side, and ratios of ours to each peer's."""
     rows: list[tuple[str, ...]] = []
     for name, found in report["results"].items():
         rows.append((name, *_rate(found)))
@@ -25,7 +25,7 @@ def loader_tables(report: dict[str, Any]) -> Iterator[TableOf]:
 
 
 def step_tables(report: dict[str, Any]) -> Iterator[TableOf]:
-    """Each side's speed, operations, share of the machine's peak and memory; where ours goes."""
+    """Step tables: speed, FLOPs, share of the peak and memory of each side; our step breakdown."""
     header = ("", "images/s", "range", "ours is", "GFLOP/img", "of peak")
     rows: list[tuple[str, ...]] = []
     for name, found in report["results"].items():
@@ -35,17 +35,17 @@ def step_tables(report: dict[str, Any]) -> Iterator[TableOf]:
         rows.append((name, *_rate(found), faster, cost, share, memory, larger))
     title = f"{_title(report)}\n{_peak(report['matmul_peak'])}"
     yield TableOf(title, (*header, "memory", "ours is"), rows)
-    yield _parts(report["breakdown"], "where a step of ours goes, photometric operations included")
+    yield _parts(report["breakdown"], "breakdown of our step, photometric operations included")
 
 
 def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
-    """Each side's speed, and of what it is made; where ours goes."""
+    """End-to-end tables: speed of each side, of its loader and step alone; our step breakdown."""
     header = (
         "",
         "images/s",
         "range",
         "ours is",
-        "s a step",
+        "s/step",
         "waiting",
         "loader",
         "step",
@@ -57,9 +57,9 @@ def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
         row = (f"{found['seconds_of_a_step']:.3g}", _share(found["share_waiting_for_images"]))
         faster = _ours(report["ratios"], name)
         rows.append((name, *_rate(found), faster, *row, *map(_number, alone), found["bound"]))
-    workers = f"{report['sizes']['workers']} workers; loader and step: each alone, images/s"
+    workers = f"{report['sizes']['workers']} workers; loader, step: images/s of each alone"
     yield TableOf(f"{_title(report)}\n{workers}", header, rows)
-    yield _parts(report["breakdown"], "where a step of ours goes")
+    yield _parts(report["breakdown"], "breakdown of our step")
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -73,10 +73,10 @@ def _title(report: dict[str, Any]) -> str:
 
 def _peak(peak: dict[str, Any]) -> str:
     if peak["flops_per_second"] is None:
-        return "no matrix product to compare with"
+        return "peak: not measured, the step has no matrix product"
     m, k, n = peak["shape"]
     rate = f"{peak['flops_per_second'] / 1e12:.3g} TFLOP/s"
-    return f"peak: {rate}, the best of the step's own linear layers, ({m}, {k}) x ({k}, {n})"
+    return f"peak: {rate}, the step's fastest linear layer, ({m}, {k}) x ({k}, {n})"
 
 
 def _parts(breakdown: dict[str, Any], title: str) -> TableOf:
@@ -97,7 +97,7 @@ def _number(rate: float) -> str:
 
 
 def _ours(ratios: dict[str, float | None], name: str) -> str:
-    """Ours over that of this name; nothing for ours itself."""
+    """Ratio of ours to this side; empty for ours itself."""
     key = f"ours / {name}"
     return _times(ratios[key]) if key in ratios else ""
 

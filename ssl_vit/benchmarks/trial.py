@@ -1,4 +1,4 @@
-"""A run tried out before it begins: what a step takes of memory and time, what the loader gives."""
+"""Trial of a run before it begins: memory and time of a step, throughput of the loader."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LOADER_SECONDS, _STEP_SECONDS, _MOST_STEPS = 2.0, 1.0, 100
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Images per second of all processes.
+class Throughput:
+    """Throughput of all processes, in images per second.
 
-    ``loader``: what their loaders deliver when nothing is trained. ``step``: what the steps take
-    when no image is waited for. ``run``: what comes of both. ``bound``: which of them decides it.
+    ``loader``: the loaders alone, without training. ``step``: the steps alone, without waiting for
+    images. ``run``: both together. ``bound``: the name of what limits ``run``.
     """
 
     loader: float
@@ -37,13 +37,13 @@ class Pace:
 
 @dataclass(frozen=True)
 class Found:
-    """What a trial measured, of the process that has least or is slowest.
+    """Trial results, of the process with the least memory or speed.
 
-    ``flops``: of an image, forward and backward. ``available``: bytes, with those that the process
-    holds already. ``per_image``: bytes of activations. ``per_crop``: bytes that one crop of the
-    most numerous kind adds, for all images that go through at once; 0: unknown. ``fits``: whether
-    whole steps could be taken. ``pace``: of those. ``peak``: the most bytes that a CUDA device had
-    in use meanwhile. ``finite``: whether all their losses and gradients were.
+    ``flops``: per image, forward and backward. ``available``: free bytes, including those that the
+    process holds already. ``per_image``: bytes of activations. ``per_crop``: bytes that one crop of
+    the most numerous kind adds, for all images of a part; 0: unknown. ``fits``: whether whole
+    steps fit into memory. ``pace``: throughput of whole steps; None: not measured. ``peak``: peak
+    memory of a CUDA device in bytes. ``finite``: whether all losses and gradients were finite.
     """
 
     flops: float
@@ -52,19 +52,19 @@ class Found:
     per_image: float
     per_crop: float = 0.0
     fits: bool = True
-    pace: Pace | None = None
+    pace: Throughput | None = None
     peak: float = 0.0
     finite: bool = True
 
 
 def try_out(session: Session) -> Found:
-    """Memory and operations, from steps of a few images; speed, from whole ones, if those fit.
+    """Trial: memory and FLOPs from steps of a few images; speed from whole steps, if they fit.
 
-    The weights move, and are of no use after it. All processes must call it.
+    The weights change, so the session cannot be trained afterwards. All processes must call it.
 
     Raises:
-        RunFailed: not even a few images fit into memory; with several processes, a whole step does
-            not fit into that of this one.
+        RunFailed: not even a few images fit into memory; or, with several processes, a whole step
+            does not fit into the memory of this one.
         UserError: too many images are unreadable.
     """
     try:
@@ -78,14 +78,14 @@ def try_out(session: Session) -> Found:
     try:
         return _take(session, found, steps, workers, delivered)
     except torch.OutOfMemoryError:
-        # The others may be waiting for this process: it has to leave.
+        # Other processes may be waiting for this one: it has to exit.
         if session.parallel.world > 1:
             raise RunFailed("a whole step does not fit into the device's memory") from None
         return replace(found, fits=False)
 
 
 def _probe(session: Session, spec: ViewSpec | None = None) -> Found:
-    """From steps of two and of three images, from where on memory grows evenly."""
+    """Trial results from steps of 2 and 3 images, from which on memory grows linearly."""
     trainer, size = session.trainer, session.part_size
     images, (epoch, indices) = _images(session, spec), session.order.part(0, 0)
     flops, kept = 0.0, list[float]()
@@ -102,12 +102,12 @@ def _probe(session: Session, spec: ViewSpec | None = None) -> Found:
 
 
 def _largest(values: list[float]) -> list[float]:
-    """Each value's largest over all processes."""
+    """Maximum of each value over all processes."""
     return gather_rows(torch.tensor([values], dtype=torch.float64)).amax(0).tolist()
 
 
 def _one_crop(session: Session, found: Found) -> float:
-    """Bytes that one crop of the most numerous kind adds, in a whole part of the batch."""
+    """Bytes that one crop of the most numerous kind adds, for a whole part of the batch."""
     crops = list(session.views.crops)
     most = max(range(len(crops)), key=lambda i: crops[i].count)
     count = crops[most].count
@@ -124,9 +124,9 @@ def _images(session: Session, spec: ViewSpec | None = None) -> TrainImages:
 
 
 def _deliver(session: Session, workers: int) -> tuple[list[list[Batch]], float]:
-    """The batches of two steps, and the images per second that this process's loader delivers.
+    """Batches of two steps, and the throughput of this process's loader in images per second.
 
-    After every worker's first batch whole rounds are timed, one batch of each, for some seconds.
+    After the first batch of every worker, whole rounds of one batch each are timed for seconds.
     """
     pin, parts = session.parallel.device.type == "cuda", session.config.optim.accumulate
     endless = 1 << 40
@@ -155,7 +155,7 @@ def _next(batches: Iterator[Batch], bad: BadImages) -> Batch:
 def _take(
     session: Session, found: Found, steps: list[list[Batch]], workers: int, delivered: float
 ) -> Found:
-    """Whole steps: one to warm up, which says how many others there is time for."""
+    """Trial results with whole steps: one to warm up, whose time decides the number of others."""
     device, world = session.parallel.device, session.parallel.world
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -166,13 +166,13 @@ def _take(
     slowest, skipped, peak, least = _largest([seconds, skipped, peak, -delivered])
     step = session.order.batch_size / world / slowest
     busy = torch.get_num_threads() if device.type == "cpu" else 0
-    pace = pace_of(-least, step, workers, busy, own_cores())
-    whole = Pace(world * pace.loader, world * pace.step, world * pace.run, pace.bound)
+    own = combined_throughput(-least, step, workers, busy, own_cores())
+    whole = Throughput(world * own.loader, world * own.step, world * own.run, own.bound)
     return replace(found, pace=whole, peak=peak, finite=not skipped)
 
 
 def _seconds(session: Session, steps: list[list[Batch]], count: int) -> tuple[float, float]:
-    """Seconds of each of ``count`` steps, and how many of them were not finite."""
+    """Mean seconds of ``count`` steps, and how many of them were not finite."""
     trainer, device = session.trainer, session.parallel.device
     skipped = torch.zeros((), device=device)
     wait(device)
@@ -184,20 +184,23 @@ def _seconds(session: Session, steps: list[list[Batch]], count: int) -> tuple[fl
     return (time.perf_counter() - started) / count, float(skipped)
 
 
-def pace_of(loader: float, step: float, workers: int, busy: int, own: int) -> Pace:
-    """The pace of a run, from that of its loader and of its steps, each measured alone.
+def combined_throughput(
+    loader: float, step: float, workers: int, busy: int, own: int
+) -> Throughput:
+    """Throughput of a run, from that of its loader and of its steps, each measured alone.
 
-    Without workers one waits for the other. With them the slower one decides, unless the steps run
-    on ``busy`` threads of the same ``own`` cores as the workers: then an image also costs the core
-    seconds of both.
+    Without workers, loading and computing alternate. With workers the slower of the two decides,
+    unless the steps run on ``busy`` threads of the same ``own`` cores as the workers: then an image
+    also costs the core seconds of both.
     """
     if not workers:
-        return Pace(loader, step, 1 / (1 / loader + 1 / step), "loading and computing in turn")
-    paces = {"the step": step, "the loader": loader}
+        alternating = 1 / (1 / loader + 1 / step)
+        return Throughput(loader, step, alternating, "loading and computing in turn")
+    limits = {"the step": step, "the loader": loader}
     if busy:
         work = min(workers, own) / loader + min(busy, own) / step
-        paces["the cores, which loader and step share"] = own / work
-    run = min(paces.values())
-    # What is named has to be worth it: one of the two alone, if that says nearly the same.
-    bound = next(name for name, pace in paces.items() if pace <= 1.1 * run)
-    return Pace(loader, step, run, bound)
+        limits["the cores, which loader and step share"] = own / work
+    run = min(limits.values())
+    # The step or the loader is named if it alone limits the run nearly as much.
+    bound = next(name for name, rate in limits.items() if rate <= 1.1 * run)
+    return Throughput(loader, step, run, bound)

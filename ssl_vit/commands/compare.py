@@ -1,4 +1,4 @@
-"""Several encoders under the same evaluators: one table, as text, CSV and a chart."""
+"""Encoder comparison: several encoders under the same evaluators, as a table, CSV and chart."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ _EVALUATORS = ("knn", "linear", "logreg", "finetune")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Several encoders, the same evaluators and images; one table, CSV and chart."""
+    """Comparison of several encoders by the same evaluators and images: a table, CSV and chart."""
 
     config: str = ""
     """A YAML file of these options. The command line wins."""
     data: EvalData = field(default_factory=EvalData)
     encoders: tuple[str, ...] = ()
-    """As --encoder of the other evaluators, each with a name if NAME= stands before it."""
+    """Encoders as for --encoder of the other evaluators, each optionally named as NAME=ENCODER."""
     evaluators: tuple[Literal["knn", "linear", "logreg", "finetune"], ...] = ("knn", "linear")
     """knn: k = 20, with the pooling that is best by leave-one-out on 5,000 training images.
-    linear: the fast protocol. logreg: logistic regression. finetune: by --recipe."""
+    linear: the fast protocol. logreg: logistic regression. finetune: with --recipe."""
     recipe: str = ""
-    """A YAML file of options for finetune, or a recipe by name. Encoders with random weights are
-    trained from scratch by it."""
+    """A YAML file of options for finetune, or a recipe by name. It trains encoders with random
+    weights from scratch."""
     size: tuple[int, ...] = ()
     """As for the other evaluators."""
     out: str = "compare"
     """Folder for the table (compare.csv, compare.png), all cards (compare.json) and fine-tuning
-    runs, which go on where they were stopped."""
+    runs, which are resumed if they were stopped."""
     seed: int = 0
     """As for the other evaluators."""
     device: str = "auto"
@@ -64,7 +64,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One score of one encoder by one evaluator, its card, and the time it took."""
+    """Cell of the table: score of one encoder by one evaluator, its card and its time."""
 
     score: Score
     card: dict[str, Any]
@@ -75,7 +75,7 @@ Table = dict[str, dict[str, Cell]]
 
 
 def named(encoders: tuple[str, ...]) -> dict[str, str]:
-    """The encoders by the name each has in the table.
+    """Encoders by their names in the table.
 
     Raises:
         UserError: two have the same name.
@@ -90,7 +90,7 @@ def named(encoders: tuple[str, ...]) -> dict[str, str]:
 
 
 def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -> Result | None:
-    """One encoder by one evaluator; None where that has no meaning."""
+    """Result of one encoder by one evaluator; None if the evaluator does not apply to it."""
     keys = ("data", "size", "seed", "device", "precision")
     shared: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"encoder": encoder}
     if evaluator == "knn":
@@ -104,13 +104,13 @@ def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -
         return None
     options = tuning_options(config, encoder, folder)
     if finetune.main(options):
-        raise RunFailed(f"{folder}: fine-tuning was stopped; the same command goes on with it")
+        raise RunFailed(f"{folder}: fine-tuning was stopped; the same command resumes it")
     card = json.loads((folder / finetune.CARD_FILE).read_text())
     return [Score(**score) for score in card.pop("scores")], card, folder / finetune.CARD_FILE
 
 
 def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[str]:
-    """What ``finetune`` is given."""
+    """Command line options of ``finetune`` for one encoder."""
     options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
     options += ["--tune.image-size", *map(str, config.size)] if config.size else []
@@ -119,7 +119,7 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
 
 
 def fill(config: CompareConfig) -> Table:
-    """The whole table, row by row."""
+    """Table of all encoders and evaluators, measured row by row."""
     table: Table = {}
     for name, encoder in named(config.encoders).items():
         row: dict[str, Cell] = {}
@@ -138,7 +138,7 @@ def fill(config: CompareConfig) -> Table:
 
 
 def shown(cell: Cell | None) -> str:
-    """A score with half the width of its 95% interval."""
+    """Cell text: score with half the width of its 95% interval."""
     if cell is None:
         return "-"
     low, high = cell.score.interval
@@ -146,7 +146,7 @@ def shown(cell: Cell | None) -> str:
 
 
 def write(config: CompareConfig, table: Table) -> list[Path]:
-    """The table as CSV and PNG, with all cards as JSON; each whole or not at all."""
+    """Write the table as CSV and PNG and all cards as JSON, each atomically; returns the paths."""
     out = Path(config.out).expanduser()
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -187,12 +187,12 @@ def main(argv: list[str]) -> int:
     encoders = named(config.encoders)
     out = Path(config.out).expanduser()
     if out.is_file():
-        raise UserError(f"--out is {config.out!r}, a file; a folder is needed")
-    if "finetune" in config.evaluators:  # a mistake in the recipe should not wait for the rest
+        raise UserError(f"--out is {config.out!r}, a file; give a folder")
+    if "finetune" in config.evaluators:  # checks the recipe before the other evaluators run
         first = next((e for e in encoders.values() if not e.startswith("pixels:")), None)
-        check(first is not None, "--encoders has raw pixels alone, which cannot be fine-tuned")
+        check(first is not None, "--encoders has raw pixels only, which cannot be fine-tuned")
         assert first is not None
-        finetune.read_config(tuning_options(config, first, Path(config.out)))
+        finetune.parse_options(tuning_options(config, first, Path(config.out)))
     out.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     table = fill(config)
     if rank_and_world()[0]:

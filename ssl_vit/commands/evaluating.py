@@ -1,4 +1,4 @@
-"""An evaluation put together from its options: encoder, labelled images, cached features, card."""
+"""Evaluation setup from the options: encoder, labelled images, cached features, protocol card."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ log = logging.getLogger("ssl_vit")
 
 @dataclass(frozen=True)
 class EvalData:
-    """Labelled images to learn from, and to be judged on."""
+    """Labelled images for training and evaluation."""
 
     train: str = ""
-    """Labelled images, named as for pretraining: folder:PATH, tar:..., torchvision:..., hf:..."""
+    """Training images with labels, named as for pretraining: folder:PATH, tar:..., torchvision:...,
+    hf:..."""
     val: str = ""
-    """Labelled images that the score is measured on; nothing is chosen by them."""
+    """Validation images with labels, for the score only; no setting is chosen on them."""
     held_out: str = ""
-    """Labelled images that settings are chosen on. Empty: a seeded tenth of the training images."""
+    """Held-out images with labels, to choose settings. Empty: a seeded tenth of the training
+    images."""
     labels: str = ""
-    """CSV file of labels for images that have none of their own: the first column is the image's
+    """CSV file of labels for images without labels of their own: the first column is the image's
     name; one more column holds its class, several hold 1 or 0 for labels that do not exclude each
     other (blank: unknown)."""
     workers: int = -1
@@ -53,30 +55,31 @@ class EvalData:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What every evaluator needs."""
+    """Options of every evaluator."""
 
     config: str = ""
     """A YAML file of these options. The command line wins."""
     data: EvalData = field(default_factory=EvalData)
     encoder: str = ""
     """A run folder; a weight file: ours, official MAE, DINO or DINOv2, Hugging Face, timm;
-    timm:NAME (timm's own weights) or timm:NAME:FILE. random: before one of them: the same
-    architecture with random weights. pixels: before it: no encoder, the images that it would see,
-    at most 32 x 32."""
+    timm:NAME (timm's own weights) or timm:NAME:FILE. With the prefix random: the same architecture
+    with random weights. With the prefix pixels: no encoder, but its input images, at most
+    32 x 32."""
     size: tuple[int, ...] = ()
-    """Height and width in pixels, or one number for both, that images are brought to; positions
-    are resampled. Empty: the size the encoder is made for."""
+    """Height and width in pixels, or one number for both, that images are resized to; positions
+    are resampled. Empty: the image size of the encoder."""
     out: str = ""
     """JSON file for the scores and their protocol. Empty: knn.json, linear.json (the fast
     protocol), linear-mae.json ... beside the encoder."""
     seed: int = 0
-    """For a random encoder, the probe's weights, batches and held-out split, and the bootstrap."""
+    """Seed of a random encoder, of the probe's weights, batches and held-out split, and of the
+    bootstrap."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16, fp32 or auto, as in pretraining. Features are kept, and heads trained, in fp32."""
     batch_size: int = 256
-    """Images that go through the encoder at once."""
+    """Images per forward pass of the encoder."""
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; at least 1")
@@ -84,14 +87,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class FeatureConfig(EvalConfig):
-    """What evaluators of whole images need beside it."""
+    """Options of evaluators of whole images."""
 
     features: tuple[str, ...] = ()
-    """Of cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, joined), pooled, pixels.
-    Empty: those the evaluator is made for."""
+    """Features: cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, concatenated),
+    pooled, pixels. Empty: the evaluator's default."""
     cache: bool = True
-    """Keep features (in $SSL_VIT_CACHE or ~/.cache/ssl_vit), found again by what is in the weights
-    and the images."""
+    """Cache features (in $SSL_VIT_CACHE or ~/.cache/ssl_vit), by the content of the weights and the
+    images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,25 +102,25 @@ class FeatureConfig(EvalConfig):
         check(not strange, f"--features has {strange}; allowed: {', '.join(FEATURES)}")
 
 
-# Up to this many bytes all features of an encoder are made at once, for the next evaluator too.
+# Up to this many bytes, all features of an encoder are extracted, also those for other evaluators.
 _ALL_PARTS = 2 << 30
 
 
 class Evaluation:
-    """One encoder and the images it is judged on; features are made when first asked for.
+    """Evaluation: one encoder and its labelled images; features are extracted on first use.
 
-    ``names`` are the features to judge: those asked for, or all that the encoder gives.
+    ``names``: the features to evaluate: those of ``--features``, or all that the encoder has.
     """
 
     def __init__(self, config: FeatureConfig, needs_val: bool = True, plain: bool = False) -> None:
-        """Open everything; nothing is written.
+        """Open the images and the encoder; nothing is written.
 
         Args:
-            needs_val: whether a validation set must be given.
-            plain: where no feature is asked for, take those that are not several joined.
+            needs_val: whether a validation set is required.
+            plain: without ``--features``, use those that are not concatenations.
 
         Raises:
-            UserError: something is missing, has no labels, or does not fit together.
+            UserError: an option is missing, images have no labels, or options contradict.
         """
         check(bool(config.encoder), "--encoder is missing")
         check(bool(config.data.train), "--data.train is missing")
@@ -139,32 +142,32 @@ class Evaluation:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The classes' names, or the labels'; where one set has more, all of them."""
+        """Names of the classes or labels, of the set that has most."""
         known = [s.classes for s in self.sources.values() if s.classes is not None]
         return max(known, key=len, default=None)
 
     def _named(self, plain: bool) -> tuple[str, ...]:
-        """The features asked for, or all that this encoder gives.
+        """Features of ``--features``, or all that this encoder has.
 
         Raises:
-            UserError: the encoder does not give one that was asked for.
+            UserError: the encoder lacks one of ``--features``.
         """
         asked, given = self.config.features, self.backbone.features
         strange = [f for f in asked if f not in given]
         check(
             not strange,
-            f"--features has {strange}; {self.config.encoder} gives {', '.join(given)}",
+            f"--features has {strange}; {self.config.encoder} has {', '.join(given)}",
         )
         return asked or (self.backbone.poolings if plain else given)
 
     def features(self, split: str) -> FeatureSet:
-        """All features of ``train``, ``val`` or ``held_out``: from the cache, or made now."""
+        """Features of ``train``, ``val`` or ``held_out``, from the cache or extracted now."""
         if split not in self._features:
             self._features[split] = self.extract(self.sources[split], self.content(split))
         return self._features[split]
 
     def extract(self, source: Source, content: str = "") -> FeatureSet:
-        """All features of a source, whose ``content_sha256`` may be known already."""
+        """Features of a source; ``content``: its ``content_sha256`` if known already."""
         config, backbone = self.config, self.backbone
         parts = parts_of(backbone.features)
         width = backbone.module.width if isinstance(backbone.module, Encoder) else 0
@@ -190,19 +193,19 @@ class Evaluation:
         return cached(about, make, self.parallel.main, self.parallel.any)
 
     def content(self, split: str) -> str:
-        """The identity of a split's images."""
+        """Content hash of a split's images."""
         if split not in self._content:
             self._content[split] = content_sha256(self.sources[split])
         return self._content[split]
 
     def card(self, evaluator: str, **rest: Any) -> dict[str, Any]:
-        """The protocol of what was done so far."""
+        """Protocol card of the evaluation."""
         splits = {
             name: split_card(source, self._features.get(name), self.content(name))
             for name, source in self.sources.items()
         }
         if "val" in splits and self.content("val") == self.content("train"):
-            log.warning("--data.val is --data.train: the score says nothing of other images")
+            log.warning("--data.val and --data.train are the same images: the score is no test")
         return protocol_card(
             evaluator,
             self.backbone.identity,
@@ -216,12 +219,12 @@ class Evaluation:
         )
 
     def out(self, evaluator: str) -> Path:
-        """Where the result goes."""
+        """Path of the result file."""
         return result_file(self.config.out, self.backbone, f"{evaluator}.json")
 
 
 def open_labelled(data: EvalData) -> dict[str, Source]:
-    """The sources of an evaluation: ``train``, and what there is of ``val`` and ``held_out``.
+    """Labelled sources of an evaluation: ``train``, and ``val`` and ``held_out`` if given.
 
     Raises:
         UserError: one has no labels, or their classes differ.

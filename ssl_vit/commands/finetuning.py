@@ -1,4 +1,4 @@
-"""Fine-tuning: ``python -m ssl_vit.evaluate finetune --encoder RUN --data.train ...``."""
+"""Fine-tuning command: ``python -m ssl_vit.evaluate finetune --encoder RUN --data.train ...``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ssl_vit.evaluators.classifier import (
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, recipe
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
-from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, judge
+from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted, slug
@@ -41,11 +41,11 @@ _PROG = "python -m ssl_vit.evaluate finetune"
 CARD_FILE = "finetune.json"
 
 
-def read_config(argv: list[str]) -> tuple[FinetuneConfig, Start]:
-    """The options (defaults < the encoder's recipe < YAML < command line), and the encoder.
+def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
+    """Options (defaults < the encoder's recipe < YAML < command line), and the opened encoder.
 
     Raises:
-        UserError: a mistake in them, or an encoder that cannot be opened.
+        UserError: a mistake in the options, or the encoder cannot be opened.
     """
     configs, flags = split_config(argv)
     files = [find_recipe(c) for c in configs]
@@ -55,7 +55,7 @@ def read_config(argv: list[str]) -> tuple[FinetuneConfig, Start]:
         return layered(default, files, flags, _PROG, about, FinetuneConfig)
 
     try:
-        first = read(FinetuneConfig())  # the recipe depends on the encoder that is named here
+        first = read(FinetuneConfig())  # the default recipe depends on the encoder
         start = open_start(first.encoder, first.scratch, first.data.channels, first.run.seed)
     except UserError as error:
         raise UserError(str(error).replace("--encoder.", "--scratch.")) from None
@@ -73,17 +73,17 @@ def read_config(argv: list[str]) -> tuple[FinetuneConfig, Start]:
 
 
 def default_folder(config: FinetuneConfig, start: Start) -> Path:
-    """Inside the run that made the encoder; for other encoders by the name of the images."""
+    """Default run folder: inside the encoder's run; for other encoders named after the images."""
     if start.folder is None:
         return Path(f"runs/finetune-{slug(config.data.train)}")
     return start.folder / ("finetune" if start.pretrained else "random-finetune")
 
 
 def count_classes(images: Images) -> int:
-    """Classes of the training images.
+    """Number of classes of the training images.
 
     Raises:
-        UserError: labels are missing, there is but one class, nothing is held out, or the
+        UserError: labels are missing, there is only one class, no image is held out, or the
             validation set has a class that the training set lacks.
     """
     check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
@@ -94,14 +94,14 @@ def count_classes(images: Images) -> int:
 
 
 def labels_of(source: Source) -> FeatureSet:
-    """The labels of all images, none of which is read."""
+    """Labels of all images, without reading an image."""
     if source.labels is None:
         raise UserError(f"{source.spec} has no labels, one for each image; fine-tuning needs them")
     return FeatureSet({}, torch.from_numpy(source.labels), 0, torch.arange(len(source)))
 
 
 class Finetuning(Session):
-    """A classifier learning from an encoder's weights, or from scratch."""
+    """Fine-tuning run: a classifier trained from an encoder's weights, or from scratch."""
 
     task: FineTune
 
@@ -125,7 +125,7 @@ class Finetuning(Session):
         self.machine = Machine(self.parallel.device, precision, workers)
 
     def about_model(self) -> dict[str, Any]:
-        """What the model file says beside how timm builds it."""
+        """Metadata of the model file, besides timm's arguments."""
         names, images = self.images.train.classes, self.images
         return {
             "mean": images.mean,
@@ -138,7 +138,7 @@ class Finetuning(Session):
         }
 
     def export(self, whole: Task) -> Callable[[], object]:
-        """Take the judged network as it is now; what is returned writes its file."""
+        """Snapshot of the evaluated network; the returned function writes its file."""
         assert isinstance(whole, FineTune)
         path, call, config = self.out / MODEL_FILE, self.made.call, self.made.encoder
         images, step = self.images, self.trainer.step
@@ -146,14 +146,14 @@ class Finetuning(Session):
         if config is not None:
             channels = self.config.data.channels
             info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
-        return classifier_writer(path, whole.judged, call, self.about_model(), info)
+        return classifier_writer(path, whole.evaluated, call, self.about_model(), info)
 
     def exported_step(self) -> int | None:
-        """The step of the model file."""
+        """Step of the model file; None: there is no file."""
         return saved_step(self.out / MODEL_FILE)
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
-        """Accuracy on held-out images."""
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
+        """Evaluation during training: accuracy on held-out images."""
         assert isinstance(whole, FineTune)
         run = self.config.run
         guesses, found = self.guess(whole, bounded(self.images.val, run.probe_images, run.seed))
@@ -161,8 +161,8 @@ class Finetuning(Session):
         log.write(step, tops, "probe")
 
     def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
-        """The judged network's best classes, (n, at most 5) best first, for the readable images."""
-        network = task.judged
+        """Predicted classes (n, at most 5), best first, and features, of the readable images."""
+        network = task.evaluated
         ready(network, self.parallel.device)
 
         def embed(images: Tensor) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class Finetuning(Session):
         return logits.topk(min(5, self.classes), dim=1).indices, found
 
     def card(self, found: FeatureSet) -> dict[str, Any]:
-        """The protocol of the score."""
+        """Protocol card of the score."""
         train, val, path = self.images.train, self.images.val, self.out / MODEL_FILE
         return protocol_card(
             "finetune",
@@ -190,7 +190,7 @@ class Finetuning(Session):
         )
 
     def about(self) -> list[tuple[str, str]]:
-        """Rows of the plan on the network and its recipe."""
+        """Plan rows on the network and its recipe."""
         tune, made = self.config.tune, self.made
         size = "x".join(map(str, made.size))
         pooling = f", {tune.pooling} pooling" if self.start.depth else ""
@@ -209,15 +209,15 @@ class Finetuning(Session):
 
 
 def show_results(session: Finetuning) -> dict[str, float]:
-    """The closing words: the score of the last weights, and where the files are; the score."""
+    """Print the score of the final weights and the files of the run; returns the score."""
     guesses, found = session.guess(session.task, session.images.val)
     weights = "average" if session.config.tune.ema else "last"
     prediction = Prediction("logits", f"{weights} weights", guesses, {})
     names, seed = session.images.train.classes, session.config.run.seed
-    score = judge(prediction, found.labels, names, seed)
+    score = score_predictions(prediction, found.labels, names, seed)
     write_card(session.out / CARD_FILE, session.card(found), [score])
     n, m = len(guesses), len(session.images.train)
-    title = f"finetune: {session.config.encoder}, {n:,} images judged, {m:,} to learn from"
+    title = f"finetune: {session.config.encoder}, {n:,} evaluation and {m:,} training images"
     low, high = score.interval
     row = (score.setting, f"{score.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{score.top5:.2f}")
     show_table(f"{title}, accuracy in %", [row], header=("weights", "top-1", "95%", "top-5"))
@@ -228,7 +228,7 @@ def show_results(session: Finetuning) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    """The door; returns the exit status."""
-    config, start = read_config(argv)
+    """Fine-tuning command; returns the exit status."""
+    config, start = parse_options(argv)
     session = Finetuning(config, start)
     return carry_out(session, session.about(), show_results, _PROG)

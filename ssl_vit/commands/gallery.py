@@ -1,4 +1,4 @@
-"""What all pictures of the picture door share: options, images, the encoder on its device."""
+"""Picture setup of the visualization command: options, images, the encoder on its device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import ready
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.pictures.thumbnails import shown
+from ssl_vit.pictures.thumbnails import as_rgb
 from ssl_vit.training.parallel import resolve_device
 
 log = logging.getLogger("ssl_vit")
@@ -31,25 +31,26 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """What every picture is told."""
+    """Options of every picture."""
 
     config: str = ""
     """A YAML file of these options. The command line wins."""
     encoder: str = ""
-    """A run folder or a weight file of any kind that evaluate takes. random: before it: the same
-    architecture with random weights."""
+    """A run folder or a weight file of any kind that evaluate accepts. With the prefix random: the
+    same architecture with random weights."""
     images: tuple[str, ...] = ()
-    """Image files, or one source named as for pretraining: digits:val, folder:PATH, tar:..."""
+    """Images to show: image files, or one source named as for --data.train of the other commands:
+    digits:val, folder:PATH, tar:..."""
     count: int = 8
-    """How many images of a source are shown, a seeded choice. Files are all shown."""
+    """At most this many images of a source are shown, a seeded choice. Files are all shown."""
     size: tuple[int, ...] = ()
-    """Height and width in pixels, or one number for both, that images are brought to; divisible
-    by the patch size. Positions are resampled. Empty: the size the encoder is made for."""
+    """Height and width in pixels, or one number for both, that images are resized to; divisible
+    by the patch size. Positions are resampled. Empty: the image size of the encoder."""
     out: str = ""
     """PNG file. Empty: a file named after the picture, as attention-images.png, in the run folder
     or beside the encoder file."""
     seed: int = 0
-    """For the choice of images, masks, and the random encoder."""
+    """Seed of the choice of images, of masks, and of a random encoder."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -69,7 +70,7 @@ class PictureConfig:
 
 
 class Files(Source):
-    """Image files by their paths, unlabelled."""
+    """File source: image files by their paths, unlabelled."""
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self.spec, self.paths = " ".join(paths), [Path(p).expanduser() for p in paths]
@@ -89,7 +90,7 @@ class Files(Source):
 
 @dataclass(frozen=True)
 class Scene:
-    """Images, and the encoder that is to see them, not yet on its device."""
+    """Scene: images and the opened encoder, not yet on its device."""
 
     source: Source
     backbone: Backbone
@@ -97,11 +98,11 @@ class Scene:
 
     @property
     def view(self) -> View:
-        """How the images are prepared."""
+        """View: size and statistics of the image preprocessing."""
         return self.backbone.view
 
     def plain_vit(self, picture: str) -> Encoder:
-        """The encoder on its device, if it is a plain ViT.
+        """Encoder on its device, if it is a plain ViT.
 
         Raises:
             UserError: it is not, and ``picture`` needs one.
@@ -109,19 +110,28 @@ class Scene:
         module = self.backbone.module
         check(
             isinstance(module, Encoder),
-            f"--encoder is {self.backbone.name!r}; {picture} shows a plain ViT's tokens, which "
-            "this has not; neighbours shows any encoder",
+            f"--encoder is {self.backbone.name!r}, which is no plain ViT; {picture} shows a plain "
+            "ViT's tokens, neighbours supports any encoder",
         )
         assert isinstance(module, Encoder)
         ready(module, self.device)
         return module
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn picture, with the number of its images and the encoder."""
+
+    picture: np.ndarray
+    images: int
+    backbone: Backbone
+
+
 def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
-    """An ``--images`` argument: all of the files, or at most ``count`` images of one source.
+    """Source of ``--images``: all of the files, or at most ``count`` images of one source.
 
     Raises:
-        UserError: nothing given, no such file, or no such source.
+        UserError: nothing is given, or no such file or source exists.
     """
     check(bool(given), "--images is missing; give image files, or one source such as folder:PATH")
     missing = [p for p in given if not Path(p).expanduser().is_file()]
@@ -137,10 +147,10 @@ def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
 
 
 def prepare(config: PictureConfig, most: int) -> Scene:
-    """The images, at most ``most`` of a source, and the encoder of a picture's options.
+    """Scene of a picture's options, with at most ``most`` images of a source.
 
     Raises:
-        UserError: any of them is missing or cannot be had.
+        UserError: the images or the encoder are missing or cannot be opened.
     """
     check(bool(config.encoder), "--encoder is missing")
     source = find_images(config.images, most, config.seed)
@@ -149,13 +159,13 @@ def prepare(config: PictureConfig, most: int) -> Scene:
 
 
 def read_images(source: Source, view: View) -> Tensor:
-    """The images (b, c, h, w), prepared as for evaluation but not normalised.
+    """Images (b, c, h, w), cropped as for evaluation but not normalised.
 
-    An unreadable image of a source is named in the log and left out; a file that was asked for
-    by name is not.
+    An unreadable image of a source is logged and left out; an unreadable file named by the user is
+    an error.
 
     Raises:
-        UserError: such a file, or all of a source, cannot be read.
+        UserError: such a file, or every image of a source, cannot be read.
     """
     images = EvalImages(source, view.size, view.crop_ratio, view.channels)
     batch = images.__getitems__(range(len(source)))
@@ -170,14 +180,14 @@ def read_images(source: Source, view: View) -> Tensor:
 def normalized(
     images: Tensor, view: View, device: torch.device
 ) -> tuple[Float[Tensor, "b c h w"], UInt8[np.ndarray, "b h w 3"]]:
-    """Images as read: as an encoder gets them, on the device, and as they are shown.
+    """Normalised images on the device, and the same images for display.
 
-    The tensor is new: ``images`` stay as they are.
+    ``images`` are not modified.
     """
     made = Normalize(view.mean, view.std).to(device).images(images.clone().to(device))
-    return made, shown(images, view)
+    return made, as_rgb(images, view)
 
 
 def in_parts(images: Tensor) -> tuple[Tensor, ...]:
-    """A batch of images as parts that any device has the memory for."""
+    """Parts of a batch, small enough for the memory of any device."""
     return images.split(_BATCH)

@@ -1,4 +1,4 @@
-"""A preflight: what a pretraining run needs, how long it takes and what looks wrong, beforehand."""
+"""Preflight: what a pretraining run needs, how long it takes and what looks wrong, beforehand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from ssl_vit.benchmarks.trial import Found, Pace, try_out
+from ssl_vit.benchmarks.trial import Found, Throughput, try_out
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig
@@ -19,6 +19,7 @@ from ssl_vit.methods.base import Setting
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import loader_workers, own_cores
 from ssl_vit.training.resume import check_same_run, starting_point
+from ssl_vit.training.shared_cores import SharedCores
 
 # Enlarged more than this, in height and width, an image fills its crop with interpolated pixels.
 _ENLARGED = 2.0
@@ -28,7 +29,7 @@ _TOO_LOW, _TOO_HIGH, _HIGHEST = 1 / 10, 8.0, 3e-3
 
 
 def preflight(session: Pretraining) -> int:
-    """Try the run out, show what it takes and what looks wrong; the exit status.
+    """Preflight: try the run out, show what it needs and what looks wrong; the exit status.
 
     Nothing is written. All processes must call it.
 
@@ -37,19 +38,22 @@ def preflight(session: Pretraining) -> int:
         RunFailed: not even a few images fit into memory.
     """
     done, begins = where_it_begins(session)
+    cores = SharedCores(session.parallel.device)
+    cores.look()
     found = try_out(session)
+    cores.look(least=0.0)
     if session.parallel.main:
         title = f"{session.name}, dry run: nothing is written to {session.out}"
         show_table(title, [*session.plan(session.about()), ("begins", begins)])
-        show_table("what it takes", needs(session, found, done))
+        show_table("what it takes", [*needs(session, found, done), *on_cores(cores)])
         show_table("memory of a process", list(memory_rows(session, found)))
-        for line in advice(session, found) or ["nothing looks wrong"]:
+        for line in [*advice(session, found), *on_waits(cores)] or ["nothing looks wrong"]:
             print(line)
     return 0
 
 
 def where_it_begins(session: Pretraining) -> tuple[int, str]:
-    """The number of steps done before, and the words for it."""
+    """Start of the run: the number of steps done before, and its description."""
     start = starting_point(session.config.run, session.out)
     if start is None:
         return 0, "anew"
@@ -81,6 +85,22 @@ def needs(session: Pretraining, found: Found, done: int) -> list[tuple[str, str]
         ("bound by", f"{pace.bound}: {rate(pace.run)}"),
         ("time to finish", f"{time}the encoder come on top"),
     ]
+
+
+def on_cores(cores: SharedCores) -> Iterator[tuple[str, str]]:
+    """A row on cores that others had meanwhile."""
+    if cores.shared:
+        yield "shared", f"other work had {cores.described}: all this is the speed beside it"
+
+
+def on_waits(cores: SharedCores) -> Iterator[str]:
+    """What is wrong with waits that spin on such cores."""
+    if cores.shared and cores.spinning:
+        yield (
+            f"warning: other work has {cores.described}, and threads that wait for others spin, "
+            "which may slow a run several times: begin it while that work runs, and waits are "
+            "chosen for it, or set OMP_WAIT_POLICY=PASSIVE"
+        )
 
 
 def memory_rows(session: Pretraining, found: Found) -> Iterator[tuple[str, str]]:
@@ -116,7 +136,7 @@ def long_duration(seconds: float) -> str:
 
 
 def advice(session: Pretraining, found: Found) -> list[str]:
-    """What looks wrong, with remedies, one line each."""
+    """Advice: what looks wrong, with remedies, one line each."""
     optim, memory = session.config.optim, found.memory
     setting = Setting(
         images=session.order.n,
@@ -204,7 +224,7 @@ def _on_images(session: Pretraining) -> Iterator[str]:
         )
 
 
-def _on_pace(session: Pretraining, pace: Pace) -> Iterator[str]:
+def _on_pace(session: Pretraining, pace: Throughput) -> Iterator[str]:
     device = session.parallel.device
     workers = loader_workers(session.config.data.workers, device)
     if not workers and pace.run < 0.9 * pace.step:

@@ -1,4 +1,4 @@
-"""What the doors that train share, and a pretraining run put together from its options."""
+"""Training commands: running a session from start to results; pretraining setup from options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ssl_vit.commands.cli import GO_ON, show_table
+from ssl_vit.commands.cli import RESUMABLE, show_table
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
 from ssl_vit.common.task import Task
 from ssl_vit.data.images import Images, open_images
@@ -21,7 +21,7 @@ from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.records.status import by_signal, noted
+from ssl_vit.records.status import by_signal, recorded
 from ssl_vit.training.metrics import RunLog, duration, note_outcome
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.session import Session, counted, prepare_folder, train
@@ -45,27 +45,27 @@ def carry_out(
     results: Callable[[S], dict[str, float]],
     command: str,
 ) -> int:
-    """Begin or resume, say what will run, train, and show what came of it; the exit status.
+    """Training run: begin or resume, print the plan, train, print the results; the exit status.
 
-    It is the same in every process: 0; stopped and saved, 130 by Ctrl-C and ``GO_ON`` by another
-    signal.
+    It is the same in every process: 0 when finished; when stopped and saved, 130 by Ctrl-C and
+    ``RESUMABLE`` by another signal.
 
     Args:
-        about: rows of the plan on what is trained.
-        results: the closing words, said by the main process; it returns the scores by name.
-        command: the door, to which ``--config FILE`` is added to go on after a stop.
+        about: plan rows on what is trained.
+        results: prints the results in the main process and returns the scores by name.
+        command: the command; with ``--config FILE`` it resumes a stopped run.
     """
     started = time.perf_counter()
     prepare_folder(session)
     if session.parallel.main:
         show_table(f"{session.name}: {session.out}", session.plan(about))
-    with noted(session, command) as note:
+    with recorded(session, command) as note:
         stopped = train(session) if session.trainer.step < session.trainer.schedule.total else 0
         if stopped:
             note("stopped", by_signal(stopped))
             again = f"{command} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
-            log.info("stopped at step %d, saved; go on with: %s", session.trainer.step, again)
-            return 130 if stopped == signal.SIGINT else GO_ON
+            log.info("stopped at step %d, saved; resume with: %s", session.trainer.step, again)
+            return 130 if stopped == signal.SIGINT else RESUMABLE
         session.task = session.trainer.whole()
         if session.parallel.main:
             outcome = results(session)
@@ -73,21 +73,21 @@ def carry_out(
                 note_outcome(session.out, session.trainer.step, session.options(), outcome)
             note("finished")
             log.info("done in %s", duration(time.perf_counter() - started))
-    session.parallel.any(False)  # all leave together: a launcher may end those that are left
+    session.parallel.any(False)  # processes exit together: a launcher may kill those that remain
     return 0
 
 
 @dataclass(frozen=True)
 class PretrainConfig(Generic[M]):
-    """All options of a pretraining run."""
+    """Options of a pretraining run."""
 
     method: M
     config: str = ""
     """A YAML file of options, or a recipe by its name in configs/. The command line wins. Without
     this and --data.train: the method's recipe for the digits inside scikit-learn."""
     dry_run: bool = False
-    """Build everything, take two steps, and say what the run needs: memory, time, what looks wrong.
-    Nothing is written."""
+    """Build everything, take some steps, and print what the run needs (memory, time) and what looks
+    wrong. Nothing is written."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -96,9 +96,9 @@ class PretrainConfig(Generic[M]):
 
 
 def default_options(options: Any, method: type[Method], **groups: dict[str, Any]) -> Any:
-    """``options`` (a ``PretrainConfig``) as a method has them, before YAML and command line.
+    """Default options (``options`` is a ``PretrainConfig``) of a method, before YAML and flags.
 
-    ``groups`` holds a door's own values of shared options; those of the method win.
+    ``groups``: a command's own defaults of shared options; those of the method take precedence.
     """
     kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": OptimConfig}
     given = groups | method.defaults
@@ -107,12 +107,12 @@ def default_options(options: Any, method: type[Method], **groups: dict[str, Any]
 
 
 class Pretraining(Session):
-    """A method learning its encoder, which is exported and looked at."""
+    """Pretraining run: a method training its encoder, which is exported and monitored."""
 
     task: Method
 
     def info(self) -> EncoderInfo:
-        """What the encoder file says of itself, now."""
+        """Metadata of the encoder file, now."""
         encoder = self.task.exported_encoder()
         return EncoderInfo(
             config=encoder.config,
@@ -124,27 +124,27 @@ class Pretraining(Session):
         )
 
     def export(self, whole: Task) -> Callable[[], object]:
-        """Take the encoder as it is now; what is returned writes its file."""
+        """Snapshot of the encoder; the returned function writes its file."""
         assert isinstance(whole, Method)
         return encoder_writer(self.out / ENCODER_FILE, whole.exported_encoder(), self.info())
 
     def exported_step(self) -> int | None:
-        """The step of the encoder file."""
+        """Step of the encoder file; None: there is no file."""
         file = self.out / ENCODER_FILE
         return read_info(file).step if file.is_file() else None
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
-        """Health, k-NN and pictures."""
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
+        """Evaluation during training: health, k-NN, pictures and the feature projection."""
         assert isinstance(whole, Method)
         watch, encoder = self.watch, whole.exported_encoder()
-        numbers, held_out = watch.look(encoder)
+        numbers, held_out = watch.probe(encoder)
         log.write(step, numbers, "probe")
         for name, picture in watch.paint(whole.panels, encoder, held_out).items():
             log.picture(step, name, picture)
         log.projection(step, *watch.projection(held_out))
 
     def about(self) -> list[tuple[str, str]]:
-        """Rows of the plan on the encoder."""
+        """Plan rows on the encoder."""
         encoder = self.task.exported_encoder()
         size = "x".join(map(str, encoder.image_size))
         return [
@@ -153,14 +153,14 @@ class Pretraining(Session):
         ]
 
     def untrained_encoder(self) -> Encoder:
-        """The encoder as it was before the first step."""
-        kind = type(self.trainer.blank)  # that of a sharded task is FSDP's
+        """Encoder with its weights before the first step."""
+        kind = type(self.trainer.blank)  # the type of a sharded task is changed by FSDP
         assert issubclass(kind, Method)
         return initial_method(kind, self.config).exported_encoder()
 
     @functools.cached_property
     def watch(self) -> Watch:
-        """How the encoder is looked at: bounded numbers of training and held-out images."""
+        """Monitor of the encoder, on bounded numbers of training and held-out images."""
         run, images = self.config.run, self.images
         encoder = self.task.exported_encoder()
         view = View(encoder.image_size, encoder.channels, images.mean, images.std)
@@ -172,7 +172,7 @@ class Pretraining(Session):
             precision=self.trainer.precision,
             workers=self.config.data.workers,
             seed=run.seed,
-            # Without held-out images each would find itself among its neighbours.
+            # Without held-out images, each image would be its own nearest neighbour.
             labelled=images.held_out
             and images.train.labels is not None
             and images.val.labels is not None,
@@ -181,10 +181,10 @@ class Pretraining(Session):
 
 
 def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
-    """The method with its first weights, a function of the options, the seed and ``init.encoder``.
+    """Method with its initial weights, a function of the options, the seed and ``init.encoder``.
 
     Raises:
-        UserError: the weights to begin with cannot be had, or do not match.
+        UserError: the weights of ``init.encoder`` cannot be opened, or do not match.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -196,12 +196,12 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         if own.config.positions == given.encoder.config.positions == "sincos":
             state = {**state, "pos_embed": own.vit.pos_embed}  # a formula, for any size
         method.begin_with(state, f"--init.encoder {config.init.encoder}")
-        log.info("beginning with %s: %s, %s", given.path, given.format, given.report)
+        log.info("initial weights from %s: %s, %s", given.path, given.format, given.report)
     return method
 
 
 def with_weights(default: PretrainConfig[Any], name: str) -> PretrainConfig[Any]:
-    """Options as an encoder to begin with has them: architecture, channels and statistics.
+    """Default options for initial weights: the encoder's architecture, channels and statistics.
 
     Raises:
         UserError: no such encoder.
@@ -213,10 +213,10 @@ def with_weights(default: PretrainConfig[Any], name: str) -> PretrainConfig[Any]
 
 
 def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretraining:
-    """Put a pretraining run together; nothing is written yet.
+    """Pretraining run built from its options; nothing is written yet.
 
     Raises:
-        UserError: options that do not fit together, or images that are not there.
+        UserError: options contradict each other, or images do not exist.
     """
     method = initial_method(kind, config)
     images: Images = open_images(config.data, config.run.seed)

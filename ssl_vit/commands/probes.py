@@ -1,4 +1,4 @@
-"""The evaluators as doors run them: from options to scores, with the card that says how."""
+"""Probe commands: k-NN, linear and segmentation evaluation, from options to scores and card."""
 
 from __future__ import annotations
 
@@ -26,31 +26,30 @@ from ssl_vit.evaluators.lowshot import over_seeds, subsets
 from ssl_vit.evaluators.online import online_probe, source_targets
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
-from ssl_vit.evaluators.scores import Prediction, Score, check_labels, judge
-from ssl_vit.evaluators.segment import SegmentConfig as SegmentOptions
-from ssl_vit.evaluators.segment import segment as segment_probe
+from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_predictions
+from ssl_vit.evaluators.segment import SegmentOptions, segment_probe
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
-_LOOK_AT = 5000
+_CHOICE_IMAGES = 5000
 Result = tuple[list[Score], dict[str, Any], Path]
-"""Scores, the card, and the file both are written to."""
+"""Result: scores, protocol card, and the file both are written to."""
 
 
 @dataclass(frozen=True)
 class KnnConfig(FeatureConfig):
-    """Weighted k-NN by cosine similarity; leave-one-out without --data.val."""
+    """k-NN evaluation, weighted by cosine similarity; leave-one-out without --data.val."""
 
     k: tuple[int, ...] = KS
-    """Numbers of neighbours; those above the number of training images are left out."""
+    """Numbers of neighbours; those above the number of training images are skipped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.k) and min(self.k) >= 1, f"--k is {self.k}; numbers of at least 1")
-        check(not self.data.held_out, "--data.held-out is not for knn, which chooses nothing")
+        check(not self.data.held_out, "--data.held-out is not for knn, which chooses no setting")
 
 
 def knn(config: KnnConfig) -> Result:
-    """k-NN scores of every feature and every k."""
+    """k-NN scores for every feature and every k."""
     evaluation = Evaluation(config, needs_val=False, plain=True)
     train = evaluation.features("train")
     val = evaluation.features("val") if "val" in evaluation.sources else None
@@ -67,20 +66,20 @@ class LinearConfig(FeatureConfig):
     """Linear probe on frozen features, by a published protocol or the fast one."""
 
     protocol: Literal["fast", "dinov2", "mae", "dino", "logreg"] = "fast"
-    """fast: DINOv2's grid of learning rates and features on features cached once, in minutes.
-    dinov2, mae, dino: as published, with augmented images, in hours. logreg: logistic regression
-    on cached features. What is chosen is chosen without --data.val."""
+    """fast: DINOv2's grid of learning rates and features on cached features, in minutes. dinov2,
+    mae, dino: as published, with augmented images, in hours. logreg: logistic regression on cached
+    features. Settings are chosen without --data.val."""
     epochs: int = 0
     """Passes over the training images. 0: the protocol's own."""
     probe_batch: int = 0
-    """Images of one update of the probe. 0: the protocol's own."""
+    """Batch size (images) of the probe's optimizer steps. 0: the protocol's own."""
     per_class: tuple[int, ...] = ()
-    """Low-shot: learn from this many images of each class, for each number given. For fast and
+    """Low-shot: train on this many images of each class, for each number given. For fast and
     logreg."""
     fraction: tuple[float, ...] = ()
-    """Low-shot: learn from this share of the images, for each number given."""
+    """Low-shot: train on this share of the images, for each number given."""
     repeats: int = 5
-    """Low-shot: means over this many choices of the images."""
+    """Low-shot: mean over this many random choices of the images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,16 +99,16 @@ class LinearConfig(FeatureConfig):
             check(not self.probe_batch, "--probe-batch is not for logreg")
         chooses = self.protocol not in ("mae", "dino") or len(self.features) > 1
         there = f"--data.held-out is not for --protocol {self.protocol} with one feature"
-        check(chooses or not self.data.held_out, f"{there}: it chooses nothing")
+        check(chooses or not self.data.held_out, f"{there}: it chooses no setting")
 
     @property
     def amounts(self) -> list[tuple[int | None, float | None]]:
-        """The low-shot amounts asked for: so many a class, or a share."""
+        """Low-shot amounts: (images per class, None) or (None, share of the images)."""
         return [(n, None) for n in self.per_class] + [(None, share) for share in self.fraction]
 
 
 def linear(config: LinearConfig) -> Result:
-    """Scores of a linear probe: one, or one for each low-shot amount."""
+    """Linear probe scores: one, or one for each low-shot amount."""
     evaluation = Evaluation(config)
     if "held_out" in evaluation.sources:
         source_targets(evaluation.sources["held_out"], "the held-out set")
@@ -133,7 +132,7 @@ def linear(config: LinearConfig) -> Result:
 
 
 def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
-    """Scores of a published protocol, whose head sees augmented images."""
+    """Linear probe scores by a published protocol, which trains on augmented images."""
     train = by.sources["train"]
     val = by.features("val")
     known = FeatureSet({}, source_targets(train), 0, torch.arange(len(train)))
@@ -144,7 +143,7 @@ def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
 
 
 def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> list[Score]:
-    """Scores of a protocol on cached features, from all training images or from few."""
+    """Linear probe scores by a protocol on cached features, from all training images or few."""
     config, device = by.config, by.device
     assert isinstance(config, LinearConfig)
     train, val = by.features("train"), by.features("val")
@@ -171,7 +170,7 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
 
 @dataclass(frozen=True)
 class SegmentConfig(SegmentOptions, EvalConfig):
-    """Linear segmentation probe on patch tokens, for folders of images and masks.
+    """Segmentation probe: a linear head on patch tokens, for folders of images and masks.
 
     --data.train and --data.val are pairs:FOLDER (with images/ and masks/ in
     it) or pairs:IMAGES:MASKS, files of the same stems; a mask's pixel is the
@@ -187,7 +186,7 @@ class SegmentConfig(SegmentOptions, EvalConfig):
 
 
 def segment(config: SegmentConfig) -> Result:
-    """Mean IoU of a linear head on patch tokens."""
+    """Segmentation scores: mean IoU of a linear head on patch tokens."""
     started = time.perf_counter()
     data, seed = config.data, config.seed
     for option, spec in (("train", data.train), ("val", data.val)):
@@ -220,21 +219,21 @@ def segment(config: SegmentConfig) -> Result:
 
 
 def judged(found: Sequence[Prediction], truth: torch.Tensor, by: Evaluation) -> list[Score]:
-    """Each prediction against the truth."""
-    return [judge(p, truth, by.classes, by.config.seed) for p in found]
+    """Scores of predictions against the true labels."""
+    return [score_predictions(p, truth, by.classes, by.config.seed) for p in found]
 
 
 def best_pooling(evaluation: Evaluation) -> str:
-    """The plain feature with the best leave-one-out k-NN (k = 20) on 5,000 training images.
+    """Best pooling by leave-one-out k-NN (k = 20) on 5,000 training images.
 
-    So that the choice between [CLS] and the mean patch needs no validation image.
+    The choice between [CLS] and the mean patch thus needs no validation image.
     """
     poolings = evaluation.backbone.poolings
     if len(poolings) == 1:
         return poolings[0]
     train = evaluation.features("train")
-    picks = np.arange(min(_LOOK_AT, len(train.index)), dtype=np.int64)
-    rows = permute(picks, len(train.index), fold(evaluation.config.seed, _LOOK_AT))
+    picks = np.arange(min(_CHOICE_IMAGES, len(train.index)), dtype=np.int64)
+    rows = permute(picks, len(train.index), fold(evaluation.config.seed, _CHOICE_IMAGES))
     some = train.take(torch.from_numpy(rows))
     found = knn_predictions(some, None, (20,), poolings, evaluation.device)
     scores = judged(found, some.labels, evaluation)

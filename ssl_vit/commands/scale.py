@@ -1,4 +1,4 @@
-"""What pretraining costs by size of encoder and image, counted; how long it takes, predicted."""
+"""Scale estimate: FLOPs and memory of pretraining by encoder and image size, and predicted time."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _USED = 0.9
 
 @dataclass(frozen=True)
 class ScaleConfig(PretrainConfig[M]):
-    """Work and memory of a step by size of encoder and image, counted without a device; the time of
-    whole runs, predicted. Stochastic depth is left out of it: it saves some of the work."""
+    """Scale estimate: FLOPs and memory of a step by encoder and image size, counted without a
+    device, and the predicted time of whole runs. Stochastic depth, which saves some of the FLOPs,
+    is not counted."""
 
     config: str = ""
     """A YAML file of options, or a recipe by its name in configs/. The command line wins."""
@@ -38,17 +39,19 @@ class ScaleConfig(PretrainConfig[M]):
     )
     """Encoders by timm's names, each at its own or at --encoder.image-size."""
     image_sizes: tuple[int, ...] = (224, 384, 512)
-    """Sides of images in pixels, rounded down to whole patches, for --encoder.arch."""
+    """Side lengths of images in pixels, rounded down to whole patches, for --encoder.arch."""
     devices: tuple[int, ...] = (8, 64)
     """Numbers of devices to predict for."""
     peak: float = 989.0
-    """TFLOP/s of a device in bfloat16, without sparsity: 989 of an H200 (NVIDIA's data sheet)."""
+    """Peak TFLOP/s of a device in bfloat16, without sparsity: 989 for an H200 (NVIDIA's data
+    sheet)."""
     share: float = 0.5
     """Share of that peak that the steps reach. An assumption, not a measurement: what a ViT-L
     should reach; small encoders reach less. benchmark step measures yours."""
     memory: float = 139.0
-    """GiB of memory of a device: 139 of an H200. A tenth of it is left for temporary buffers."""
-    images: int = 1_281_167
+    """Memory of a device in GiB: 139 for an H200. A tenth of it is reserved for temporary
+    buffers."""
+    count: int = 1_281_167
     """Images of an epoch: those of ImageNet-1k."""
     out: str = ""
     """JSON file for the report. Empty: none."""
@@ -56,7 +59,7 @@ class ScaleConfig(PretrainConfig[M]):
     def __post_init__(self) -> None:
         for option in ("archs", "devices"):
             check(bool(getattr(self, option)), f"--{option} is empty; give one or more")
-        for option in ("devices", "image_sizes", "images"):
+        for option in ("devices", "image_sizes", "count"):
             value, flag = getattr(self, option), f"--{option.replace('_', '-')}"
             values = value if isinstance(value, tuple) else (value,)
             check(all(v >= 1 for v in values), f"{flag} is {_words(values)}; at least 1")
@@ -66,7 +69,7 @@ class ScaleConfig(PretrainConfig[M]):
         check(0 < self.share <= 1, f"--share is {self.share:g}; it lies above 0 and up to 1")
         check(
             self.run.precision != "fp32",
-            "--run.precision is fp32; scale is for bf16, and so are --peak and --share",
+            "--run.precision is fp32; scale supports bf16 only, as do --peak and --share",
         )
 
 
@@ -75,10 +78,10 @@ def _words(values: tuple[int, ...]) -> str:
 
 
 def scale_report(name: str, kind: type[Method], config: ScaleConfig[Any]) -> dict[str, Any]:
-    """Count all that is asked for, in a minute or two; the report without its head.
+    """Scale report, without its head; it takes a minute or two.
 
-    Rows of ``sizes`` and ``resolutions`` are those of the options, ``recipes`` of the method's own
-    for ImageNet, each with its own length. ``hours`` are predictions.
+    The rows of ``sizes`` and ``resolutions`` are those of the options, the rows of ``recipes`` the
+    method's own recipes for ImageNet, each with its own length. ``hours`` are predictions.
 
     Raises:
         UserError: an encoder or image size that cannot be built.
@@ -87,7 +90,7 @@ def scale_report(name: str, kind: type[Method], config: ScaleConfig[Any]) -> dic
     for option in ("width", "depth", "heads"):
         value = getattr(own, option)
         check(
-            not value, f"--encoder.{option} is {value}; scale is for whole architectures: --archs"
+            not value, f"--encoder.{option} is {value}; scale supports whole architectures: --archs"
         )
     sizes = [replace(config, encoder=replace(own, arch=arch)) for arch in config.archs]
     with without_memory():
@@ -100,17 +103,22 @@ def scale_report(name: str, kind: type[Method], config: ScaleConfig[Any]) -> dic
         "resolutions": [_row(kind, c, own.arch) for c in larger],
         "recipes": [_row(kind, c, recipe) for recipe, c in _recipes(name, kind, config)],
     }
-    assumed = {k: getattr(config, k) for k in ("peak", "share", "memory", "images", "devices")}
-    return {"assumed": assumed | {"memory_used": _USED}, **found}
+    assumed = _assumed(config)
+    assumed |= {"images": assumed.pop("count"), "memory_used": _USED}
+    return {"assumed": assumed, **found}
+
+
+def _assumed(config: ScaleConfig[Any]) -> dict[str, Any]:
+    """Assumptions of the predictions: the options that describe devices and images."""
+    return {k: getattr(config, k) for k in ("peak", "share", "memory", "count", "devices")}
 
 
 def _recipes(
     name: str, kind: type[Method], config: ScaleConfig[Any]
 ) -> list[tuple[str, ScaleConfig[Any]]]:
-    """The method's recipes for ImageNet, under the same assumptions."""
+    """Recipes of the method for ImageNet, under the same assumptions."""
     default = default_options(ScaleConfig, kind)
-    assumed = {k: getattr(config, k) for k in ("peak", "share", "memory", "images", "devices")}
-    read = ScaleConfig[kind.Config]  # type: ignore[name-defined]
+    assumed, read = _assumed(config), ScaleConfig[kind.Config]  # type: ignore[name-defined]
     return [
         (recipe, replace(layered(default, [file], [], "", "", read), **assumed))
         for recipe, file in recipes().items()
@@ -119,12 +127,12 @@ def _recipes(
 
 
 def _row(kind: type[Method], config: ScaleConfig[Any], label: str) -> dict[str, Any]:
-    """All about one encoder and image size; ``hours`` by number of devices."""
+    """Row of one encoder and image size; ``hours`` by number of devices."""
     encoder = replace(config.encoder, drop_path=0.0)
     channels, devices = config.data.channels, config.devices
     row = _count(kind, config.method, encoder, channels, devices, config.memory)  # type: ignore[arg-type]
     span = Length.parse(config.run.length, "--run.length")
-    seen = span.amount * (config.images if span.unit == "ep" else config.optim.batch_size)
+    seen = span.amount * (config.count if span.unit == "ep" else config.optim.batch_size)
     flops = seen * row["flop_per_image"]
     rate = config.peak * 1e12 * config.share
     hours = {str(n): flops / (n * rate) / 3600 for n in devices}
@@ -140,7 +148,7 @@ def _count(
     devices: tuple[int, ...],
     memory: float,
 ) -> dict[str, Any]:
-    """What does not depend on the length of the run. Bytes, but for ``memory`` in GiB."""
+    """Row entries that do not depend on the length; in bytes, while ``memory`` is in GiB."""
     log.info("counting %s", encoder.arch)
     with without_memory():
         task = kind(method, encoder, channels)
@@ -163,18 +171,18 @@ def _count(
 
 
 def show_scale(report: dict[str, Any]) -> None:
-    """The tables: work and time by encoder, memory by encoder, by image size, and of recipes."""
+    """Print the tables: FLOPs and time by encoder, memory by encoder, by image size, of recipes."""
     assumed, sizes, larger = report["assumed"], report["sizes"], report["resolutions"]
     using = f"{assumed['share']:.0%} of {assumed['peak']:g} TFLOP/s a device"
     predicted = [f"hours on {n}" for n in assumed["devices"]]
     held = ("MiB/image", "recomputed", f"batch in {assumed['memory']:g} GiB", "recomputed")
     show_table(
-        f"work, {_crops(sizes[0])} px; prediction for {sizes[0]['length']}: {using}",
+        f"FLOPs, {_crops(sizes[0])} px; prediction for {sizes[0]['length']}: {using}",
         [(_short(r), *_weights(r), _work(r), *_hours(r)) for r in sizes],
         ("", "trained", "with fixed", "GFLOP/image", *predicted),
     )
     show_table(
-        "memory of a process in bf16: GiB whatever the batch; activations; the largest batch",
+        "memory of a process in bf16: state in GiB; activations; largest batch",
         [(_short(r), *_states(r), *_held(r)) for r in sizes],
         ("", "alone", *[f"FSDP {n}" for n in assumed["devices"]], *held),
     )
@@ -188,7 +196,7 @@ def show_scale(report: dict[str, Any]) -> None:
         show_table(
             f"recipes for ImageNet; prediction: {using}",
             [(r["name"], r["length"], *_all_work(r), *_hours(r)) for r in report["recipes"]],
-            ("", "length", "GFLOP/image", "FLOP in all", *predicted),
+            ("", "length", "GFLOP/image", "total FLOP", *predicted),
         )
 
 
@@ -197,7 +205,7 @@ def _short(row: dict[str, Any]) -> str:
 
 
 def _crops(row: dict[str, Any]) -> str:
-    """``2 x 224 + 8 x 96``, as ``1 x 224x192`` where they are not square."""
+    """Crops in short: ``2 x 224 + 8 x 96``, or ``1 x 224x192`` if they are not square."""
     counts = Counter[str]()
     for crop in row["crops"]:
         counts["x".join(map(str, dict.fromkeys(crop["size"])))] += crop["count"]
@@ -225,6 +233,6 @@ def _states(row: dict[str, Any]) -> list[str]:
 
 
 def _held(row: dict[str, Any]) -> list[str]:
-    """Activations and the largest batch, of a process alone."""
+    """Cells on activations and the largest batch, of a single process."""
     kept = [f"{kept['per_image'] / 2**20:,.1f}" for kept in row["activations"].values()]
     return [*kept, *(f"{batch['1']:,}" for batch in row["largest_batch"].values())]

@@ -11,7 +11,7 @@ from ssl_vit.common.config import Length, check
 
 
 def flag(config: Any, option: str) -> str:
-    """The option as it is written on the command line: ``--method.mask-ratio``."""
+    """Option as written on the command line: ``--method.mask-ratio``."""
     group = getattr(config, "group", "")
     return f"--{group}{'.' if group else ''}{option.replace('_', '-')}"
 
@@ -20,6 +20,12 @@ def check_share(config: Any, *options: str) -> None:
     """Shares and probabilities: in [0, 1]."""
     for option in options:
         _check(config, option, lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
+
+
+def check_inside(config: Any, *options: str) -> None:
+    """Shares of which neither nothing nor all makes sense: between 0 and 1."""
+    for option in options:
+        _check(config, option, lambda v: 0 < v < 1, "it must lie between 0 and 1")
 
 
 def check_least(config: Any, least: int, *options: str) -> None:

@@ -1,4 +1,4 @@
-"""The shared options, each stated once, and how a user's mistake is said."""
+"""Options shared by all commands, each stated once, and user errors."""
 
 import difflib
 import math
@@ -9,9 +9,9 @@ from typing import Literal
 
 
 class UserError(ValueError):
-    """A user's mistake, in one line: what was given, what is allowed, where it came from.
+    """User error, in one line: what was given, what is allowed, where it came from.
 
-    ``everywhere``: every process raises the same, so that one of them need speak.
+    ``everywhere``: raised by every process, so that only one needs to report it.
     """
 
     def __init__(self, message: str, everywhere: bool = False) -> None:
@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):  # noqa: N818
-    """A run cannot go on, through no mistake in its options; its last checkpoint is whole.
+    """Run failure: a run cannot continue, not by a user error; its last checkpoint is complete.
 
     ``everywhere``: as for :class:`UserError`.
     """
@@ -36,35 +36,35 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (nearest: x, y)`` for an unknown ``name``, or an empty string when nothing is near."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint for an unknown ``name``: `` (nearest known: x, y)``; an empty string if none is near."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" (nearest known: {', '.join(close)})" if close else ""
 
 
 @dataclass(frozen=True)
 class Length:
-    """A span of training: ``800ep`` (epochs, or parts of them) or ``5000st`` (optimizer steps)."""
+    """Length of training: ``800ep`` (epochs, or parts of them) or ``5000st`` (optimizer steps)."""
 
     amount: float
     unit: Literal["ep", "st"]
 
     @classmethod
     def parse(cls, text: str, option: str) -> "Length":
-        """Read ``text``; ``option`` names it in the error."""
+        """Parse ``text``; ``option`` names it in the error."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st)", text.strip())
         if not found:
             raise UserError(f"{option} is {text!r}; allowed: epochs as 10ep, or steps as 500st")
         return cls(float(found[1]), "ep" if found[2] == "ep" else "st")
 
     def steps(self, steps_per_epoch: int) -> int:
-        """The same span in optimizer steps, rounded."""
+        """Length in optimizer steps, rounded."""
         return round(self.amount * (steps_per_epoch if self.unit == "ep" else 1))
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives, how long it is, how it is saved and looked at."""
+    """Run folder, length, checkpoints and probing of a run."""
 
     out: str = ""
     """Run folder. Empty: runs/<method>-<data>, or for fine-tuning inside the encoder's run."""
@@ -83,30 +83,30 @@ class RunConfig:
     """How several processes share the work. ddp: each holds the whole network. fsdp: each holds its
     part of weights and moments, gathered block by block (FSDP2): for networks too big for ddp."""
     activation_checkpointing: bool = False
-    """Compute each block's activations again in the backward pass: less memory, a third more work,
+    """Recompute each block's activations in the backward pass: less memory, a third more compute,
     the same numbers."""
     timeout: float = 60.0
-    """Minutes that a process waits for another before it gives up. One that hangs is named, with
-    its stack, before that."""
+    """Minutes that a process waits for another before the run fails. A hung process is reported,
+    with its stack, before that."""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in the run folder. never: start anew (a run that
-    is there is moved aside, not deleted). PATH: where the run folder has no checkpoint yet, start
+    """auto: resume from the newest complete checkpoint in the run folder. never: start anew (an
+    existing run is renamed, not deleted). PATH: where the run folder has no checkpoint yet, start
     from that checkpoint folder."""
     save_every: str = "1ep"
     """Write a checkpoint this often, as 1ep or 500st; one is always written at the end."""
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
     keep_every: str = ""
-    """Keep for good the checkpoints of every so many steps, as 100ep or 5000st. Empty: none."""
+    """Interval of checkpoints that are kept permanently, as 100ep or 5000st. Empty: none."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl and TensorBoard; each holds means over the interval."""
+    """Steps between rows of metrics.jsonl and TensorBoard, which are means over the interval."""
     probe_every: str = "10ep"
-    """Look at the encoder this often (health, k-NN, pictures), as 10ep or 500st."""
+    """Probe the encoder this often (collapse, k-NN, pictures), as 10ep or 500st."""
     probe_images: int = 10000
-    """At most this many training images, and as many held-out ones, are used to look at it."""
+    """At most this many training images, and as many held-out ones, are used to probe it."""
     max_nonfinite: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped);
-    looked at every --run.log-every steps."""
+    checked every --run.log-every steps."""
 
     def __post_init__(self) -> None:
         for option in ("length", "save_every", "probe_every"):
@@ -126,13 +126,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are read."""
+    """Images and how they are read."""
 
     train: str = "digits:train"
-    """Images to learn from: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
+    """Training images: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
     tar:PATH-{000000..000146}.tar, torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]."""
     val: str = ""
-    """Held-out images, named alike. Empty: --data.holdout images of the training set."""
+    """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500
     """Without --data.val, this many training images (at most a tenth) are held out."""
     channels: int = 3
@@ -148,7 +148,7 @@ class DataConfig:
     """Loader processes for each training process. -1: one for each core it has (when it trains on
     the CPU itself, for every second one), at most 16."""
     max_bad: float = 0.05
-    """Stop when more than this share of the images turns out unreadable."""
+    """Stop when more than this share of the images is unreadable."""
 
     def __post_init__(self) -> None:
         check(self.channels >= 1, f"--data.channels is {self.channels}; it must be at least 1")
@@ -167,7 +167,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The Vision Transformer: an architecture of timm, and what to change of it (0: nothing)."""
+    """Vision Transformer: a timm architecture, and changes to it (0: none)."""
 
     arch: str = "vit_small_patch16_224"
     """A plain ViT of timm by name: vit_tiny_patch16_224 ... vit_huge_patch14_224."""
@@ -211,7 +211,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Which weights the encoder begins with."""
+    """Initial weights of the encoder."""
 
     encoder: str = ""
     """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
@@ -232,7 +232,7 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate itself; replaces base_lr and its scaling."""
     min_lr: float = 0.0
-    """Where the cosine ends."""
+    """Final learning rate of the cosine."""
     warmup: str = "10ep"
     """Linear warm-up from 0, as 10ep or 500st."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -240,14 +240,14 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay, on weight matrices only (not on biases and other vectors)."""
     weight_decay_end: float | None = None
-    """Where weight decay ends, moving there on half a cosine. None: it is constant."""
+    """Final weight decay, reached by half a cosine. None: constant."""
     clip: float = 0.0
     """Largest gradient norm. 0: no clipping."""
     clip_by: Literal["global", "parameter"] = "global"
     """Clip the norm over all parameters together, or each parameter's own."""
     spike: float = 0.0
     """Skip a step whose loss is more than this many standard deviations above its running mean.
-    0: never; 6 catches what wrecks a run and little else."""
+    0: never; 6 catches steps that would ruin a run and few others."""
 
     def __post_init__(self) -> None:
         for option in ("batch_size", "accumulate"):
@@ -266,5 +266,5 @@ class OptimConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The resolved learning rate: ``lr``, or ``base_lr * batch_size / 256``."""
+        """Peak learning rate: ``lr``, or ``base_lr * batch_size / 256``."""
         return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256

@@ -1,4 +1,4 @@
-"""What code that knows of one device may ask of all processes; alone it does nothing."""
+"""Collectives for single-device code; without a process group they do nothing."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its rows of a sharded one, in the same memory; else all.
+    """Local part of a tensor: this process's rows of a sharded one, in the same memory; else all.
 
     Gradients do not flow through it.
     """
@@ -16,7 +16,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) alone."""
+    """Rank of this process and world size; (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -29,7 +29,7 @@ def share(n: int) -> range:
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean of ``value`` over all processes (itself when there is one). Not differentiable."""
+    """Mean of ``value`` over all processes (itself if there is one). Not differentiable."""
     world = rank_and_world()[1]
     if world == 1:
         return value
@@ -39,10 +39,10 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All processes' rows (n, ...) one after the other, in rank order; the same on every process.
+    """Gather rows (n, ...) of all processes, concatenated in rank order, on every process.
 
-    ``n`` may differ, even be 0; the other dimensions and the type must not. Itself when alone. Not
-    differentiable.
+    ``n`` may differ, even be 0; the other dimensions and the dtype must not. Itself for a single
+    process. Not differentiable.
     """
     world = rank_and_world()[1]
     if world == 1:
@@ -52,7 +52,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     counts = [torch.empty_like(count) for _ in range(world)]
     dist.all_gather(counts, count)
     sizes = [int(c) for c in counts]
-    # A collective moves equal shapes only.
+    # Collectives need equal shapes.
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(world)]
@@ -61,7 +61,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_texts(text: str) -> list[str]:
-    """Every process's text, in rank order, on all of them. All must call it."""
+    """Gather a text of every process, in rank order, on all of them. All must call it."""
     if rank_and_world()[1] == 1:
         return [text]
     own = torch.tensor(list(text.encode()), dtype=torch.uint8)

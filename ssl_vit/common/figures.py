@@ -1,5 +1,7 @@
-"""Pictures for people: batches of images as one captioned uint8 array."""
+"""Figures: batches of images as one captioned uint8 array."""
 
+import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from ssl_vit.common.files import write_atomically
 
 _GAP = 4
 _TEXT = 16
-# Chosen in CIE LCh: lightness 2 to 97 in even steps, hue from violet to yellow, and as much chroma
-# as a screen can show.
+# Chosen in CIE LCh: lightness 2 to 97 in even steps, hue from violet to yellow, maximum chroma in
+# sRGB.
 _HEAT = np.array(
     [
         (6, 7, 12),
@@ -29,7 +31,7 @@ _HEAT = np.array(
 
 
 def to_rgb(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w 3"]:
-    """Images in 0..1 as RGB: 3 channels as they are, fewer as gray, of more the first three."""
+    """Convert images in 0..1 to RGB: 3 channels as they are, fewer as gray, of more the first 3."""
     channels = images.shape[1]
     chosen = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     scaled = (chosen.float().clamp(0, 1) * 255).round().byte()
@@ -39,16 +41,16 @@ def to_rgb(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w 3"]:
 def enlarged(
     images: UInt8[np.ndarray, "b h w 3"], least: int = 96
 ) -> UInt8[np.ndarray, "b height width 3"]:
-    """Images smaller than ``least`` pixels, enlarged by a whole factor, pixels kept square."""
+    """Enlarge images smaller than ``least`` pixels by an integer factor, by nearest neighbour."""
     zoom = max(1, -(-least // min(images.shape[1:3])))
     return images.repeat(zoom, 1).repeat(zoom, 2)
 
 
 def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
-    """Values in 0..1 as colours from black over violet and orange to pale yellow.
+    """Heat map: values in 0..1 as colours from black over violet and orange to pale yellow.
 
-    The colours' lightness (CIE L*) rises evenly, so that they are ordered for every eye, in gray
-    print as well.
+    Lightness (CIE L*) rises evenly, so that the order is visible with any colour vision, and in
+    gray print.
     """
     stops = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(values, stops, _HEAT[:, c]) for c in range(3)]
@@ -58,49 +60,81 @@ def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
 def picture_rows(
     columns: dict[str, UInt8[np.ndarray, "b h w 3"]], caption: str, least: int = 96, wrap: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """One row an image, one titled column an entry, the caption below.
+    """Picture table: a row per image, a titled column per entry, the caption below.
 
-    Images smaller than ``least`` pixels are enlarged by a whole factor, pixels kept square. More
-    than ``wrap`` columns (0: any number) continue on further lines, of about equal length.
+    Images smaller than ``least`` pixels are enlarged by an integer factor. More than
+    ``wrap`` columns (0: any number) continue on further lines, of about equal length. A title
+    wider than its images wraps.
     """
     batches = {title: enlarged(images, least) for title, images in columns.items()}
     n, h, w = next(iter(batches.values())).shape[:3]
     lines = -(-len(batches) // wrap) if wrap else 1
     across = -(-len(batches) // lines)
-    # Titles head the sheet; where an image has several lines they differ, and head each.
-    between = _TEXT if lines > 1 else 0
+    font = ImageFont.load_default(size=_TEXT - 4)
+    # Titles wrap above their columns, which are as wide as the longest word needs, within reason.
+    words = [_width(word, font) for title in batches for word in title.split()]
+    wide = min(2 * w, max([w, *words]))
+    titles = [_wrap(title, wide, font) for title in batches]
+    head = _TEXT * max(map(len, titles))
+    # Titles are at the top; if an image has several lines, above each of them.
+    between = head if lines > 1 else 0
     line_height = h + _GAP + between
     row_height = lines * line_height + (2 * _GAP if lines > 1 else 0)
-    bottom = _TEXT + n * row_height - between
-    font = ImageFont.load_default(size=_TEXT - 4)
-    text = _wrap(caption, across * (w + _GAP) - 2 * _GAP, font)
-    size = (across * (w + _GAP) + _GAP, bottom + _TEXT * len(text) + _GAP)
+    bottom = head + n * row_height - between
+    text = _wrap(caption, across * (wide + _GAP) - _GAP, font)
+    size = (across * (wide + _GAP) + _GAP, bottom + _TEXT * len(text) + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (title, images) in enumerate(batches.items()):
-        x, line = _GAP + i % across * (w + _GAP), i // across
+    for i, (title, images) in enumerate(zip(titles, batches.values(), strict=True)):
+        x, line = _GAP + i % across * (wide + _GAP), i // across
         for row in range(n):
-            y = _TEXT + row * row_height + line * line_height
+            y = head + row * row_height + line * line_height
             if between or row == 0:
-                draw.text((x, y - _TEXT), title, fill="black", font=font)
+                _write(draw, (x, y - _TEXT * len(title)), title, font)
             sheet.paste(Image.fromarray(images[row]), (x, y))
-    for i, words in enumerate(text):
-        draw.text((_GAP, bottom + i * _TEXT), words, fill="black", font=font)
+    _write(draw, (_GAP, bottom), text, font)
     return np.asarray(sheet)
 
 
 def save_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Write a picture, whole or not at all."""
+    """Write a picture as PNG, atomically."""
     write_atomically(path, partial(Image.fromarray(picture).save, format="PNG"))
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The text as lines that are no wider than ``width`` pixels where words allow it."""
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: list[str], font: _Font
+) -> None:
+    """Lines of text, one below the other, from ``place`` on."""
+    for i, words in enumerate(lines):
+        draw.text((place[0], place[1] + i * _TEXT), words, fill="black", font=font)
+
+
+def _width(text: str, font: _Font) -> int:
+    """Pixels that a text takes."""
+    return math.ceil(font.getbbox(text)[2])
+
+
+def _wrap(text: str, width: int, font: _Font) -> list[str]:
+    """The text as lines of at most ``width`` pixels; a longer word, as a path, is cut in parts."""
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getbbox(longer)[2] > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+        for part in _parts(word, width, font):
+            longer = f"{lines[-1]} {part}".strip()
+            if lines[-1] and _width(longer, font) > width:
+                lines.append(part)
+            else:
+                lines[-1] = longer
     return lines
+
+
+def _parts(word: str, width: int, font: _Font) -> Iterator[str]:
+    """A word in parts of at most ``width`` pixels, if it is wider."""
+    while len(word) > 1 and _width(word, font) > width:
+        fits = [n for n in range(1, len(word)) if _width(word[:n], font) <= width]
+        cut = max(fits, default=1)
+        yield word[:cut]
+        word = word[cut:]
+    yield word

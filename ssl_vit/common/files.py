@@ -1,19 +1,22 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+"""Atomic file writing: under a temporary name, synced, then renamed."""
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+    """Write a file atomically: ``write`` fills a temporary file, which is renamed to ``path``.
 
-    A process killed at any moment leaves the old file, or none; never half a one.
+    A process killed at any moment leaves the old file or none, never a partial one.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
+        share_as_usual(temporary)
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -23,18 +26,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """The same for a text."""
+    """Write a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for a folder that does not exist yet: ``write`` fills it, then it gets its name."""
+    """Write a new folder atomically: ``write`` fills a temporary one, which is then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
         for file in temporary.iterdir():
+            share_as_usual(file)
             sync(file)
         sync(temporary)
         os.rename(temporary, path)
@@ -44,8 +48,29 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     sync(path.parent)
 
 
+def share_as_usual(path: Path) -> None:
+    """Give a file the mode that any new file has there, as the umask or the folder says.
+
+    safetensors (0.8) writes files that only their owner may read, whatever the umask: a run on a
+    shared disk would be closed to colleagues. A folder is left as it is.
+    """
+    if path.is_dir():
+        return
+    # To ask for the umask is to set it, for all threads; a new file tells it, and its folder's ACL.
+    probe = path.with_name(f"{path.name}.mode")
+    probe.unlink(missing_ok=True)
+    probe.touch()
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(PermissionError):  # a disk that keeps modes of its own
+            path.chmod(mode)
+
+
 def sync(path: Path) -> None:
-    """Ask the disk to hold what was written to a file or folder."""
+    """Sync a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,5 +82,5 @@ def sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $SSL_VIT_CACHE, else ~/.cache/ssl_vit."""
+    """Cache folder for reproducible files: $SSL_VIT_CACHE, else ~/.cache/ssl_vit."""
     return Path(os.environ.get("SSL_VIT_CACHE") or "~/.cache/ssl_vit").expanduser()

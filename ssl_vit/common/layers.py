@@ -1,4 +1,4 @@
-"""Options from YAML files and the command line, by one parser; and back to YAML."""
+"""Option layers: from YAML files and the command line, by one parser, and back to YAML."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
-# What a call is asked for once, and no option of the run that it leaves behind.
+# Options of a single call, which are not saved in the run's config.
 _OF_THE_CALL = ("config", "dry_run")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    """Flatten nested mappings, keys joined by dots: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -30,17 +30,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """Every option of a config object, as ``group.option``, and its value."""
+    """Values of all options of a config object, as ``group.option``."""
     return flatten(dataclasses.asdict(config))
 
 
 def known_keys(config: Any) -> list[str]:
-    """All option names of a config object that a YAML file may hold, as ``group.option``."""
+    """Keys of a config object allowed in a YAML file, as ``group.option``."""
     return [key for key in _values(config) if key not in _OF_THE_CALL]
 
 
 def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
-    """The options of a YAML file as command-line flags; unknown keys are refused by name."""
+    """Command-line flags for the options of a YAML file; unknown keys are refused by name."""
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -50,18 +50,18 @@ def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
 
 
 def tree_flags(tree: dict[str, Any], known: Sequence[str], where: str) -> list[str]:
-    """Groups of options as command-line flags; unknown keys are refused, naming ``where``."""
+    """Command-line flags for groups of options; unknown keys are refused, naming ``where``."""
     flags = []
     for key, value in flatten(tree).items():
         name = key.replace("-", "_")
-        check(name in known, f"{where}: unknown key {key!r}{nearest(name, known)}")
+        check(name in known, f"{where}: unknown key {key!r}{did_you_mean(name, known)}")
         values = value if isinstance(value, list) else [value]
         flags += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
     return flags
 
 
 def to_yaml(config: Any) -> str:
-    """A config object as YAML that reads back to an equal one."""
+    """YAML text of a config object, which reads back to an equal one."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -74,20 +74,20 @@ def to_yaml(config: Any) -> str:
 
 
 def as_written(config: Any) -> dict[str, Any]:
-    """Every option as ``config.yaml`` has it, ``group.option``."""
+    """All options as in ``config.yaml``, by ``group.option``."""
     return flatten(yaml.safe_load(to_yaml(config)))
 
 
 def parse(
     default: T, flags: Sequence[str], where: str, prog: str, about: str = "", kind: object = None
 ) -> T:
-    """``default`` changed by command-line ``flags``; a mistake names ``where`` it was made.
+    """Parse command-line ``flags`` into a copy of ``default``; errors name ``where`` they are from.
 
-    ``kind`` is the type of ``default`` where that is a generic one. On the command line a bool may
+    ``kind`` is the type of ``default`` if that is generic. On the command line a bool may
     stand alone: ``--flag`` is ``--flag True``.
 
     Raises:
-        UserError: unknown option (the nearest is named) or a value that is not allowed.
+        UserError: unknown option (with the nearest known one) or a value that is not allowed.
         SystemExit: after ``--help``.
     """
     if {"-h", "--help"} & set(flags):
@@ -103,12 +103,12 @@ def parse(
     if unknown:
         known = [f"--{key.replace('_', '-')}" for key in _values(default)]
         name = unknown[0].split("=")[0]
-        raise UserError(f"{where}: unknown option {unknown[0]!r}{nearest(name, known)}")
+        raise UserError(f"{where}: unknown option {unknown[0]!r}{did_you_mean(name, known)}")
     return config
 
 
 def _switches(default: Any, flags: Sequence[str]) -> list[str]:
-    """``flags`` with True after every bool option that no value follows."""
+    """Add True after every bool option without a value."""
     bools = {key for key, value in _values(default).items() if isinstance(value, bool)}
     spelled: list[str] = []
     for flag, after in zip_longest(flags, flags[1:], fillvalue="--"):
@@ -122,7 +122,7 @@ def _switches(default: Any, flags: Sequence[str]) -> list[str]:
 def _run_tyro(
     default: T, flags: list[str], prog: str, about: str, kind: object
 ) -> tuple[T, list[str]]:
-    """tyro with every option written ``--name value``, so that YAML needs no special case."""
+    """Run tyro with every option written ``--name value``, so that YAML needs no special case."""
     return tyro.cli(  # type: ignore[call-overload]
         kind or type(default),
         default=default,
@@ -135,7 +135,7 @@ def _run_tyro(
 
 
 def _first_paragraph(box: str) -> str:
-    """The message inside tyro's framed error, on one line: from the title's rule to the next."""
+    """Message in tyro's framed error, on one line: from the title's rule to the next."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
     ends = [i for i, line in enumerate(lines) if "─" in line or not line.strip("-")]
     start, stop = [*ends, len(lines), len(lines)][:2]

@@ -4,7 +4,7 @@ import math
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int, peak: float, end: float = 0.0) -> float:
-    """Linear from 0 to ``peak`` over ``warmup`` steps, then half a cosine down to ``end``.
+    """Warm-up, linear from 0 to ``peak`` in ``warmup`` steps; then half a cosine to ``end``.
 
     The learning-rate schedule of MAE (He et al. 2022, appendix A.1), evaluated per step.
     """

@@ -1,7 +1,7 @@
-"""Randomness as a function: keys folded from (seed, step, sample), uniform numbers by key.
+"""Seeds: keys folded from (seed, step, sample), and uniform numbers by key.
 
-Nothing here has state, so nothing random is ever saved: the same key gives the same numbers on any
-device, in any process, at any worker count.
+Stateless, so no random state is ever saved: the same key gives the same numbers on any device, in
+any process, with any number of workers.
 """
 
 import random
@@ -19,7 +19,7 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def fold(*values: int) -> int:
-    """One 63-bit key from several integers; the order of the integers matters.
+    """Fold several integers, in order, into one 63-bit key.
 
     Each value goes through the finaliser of SplitMix64 (Steele et al. 2014, section 5).
     """
@@ -49,7 +49,7 @@ def generator(key: int) -> np.random.Generator:
 
 
 def uniform(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
-    """``n`` numbers in [0, 1) for each key: 24 random bits each, equal on every device."""
+    """Uniform numbers in [0, 1), ``n`` for each key: 24 random bits, equal on every device."""
     counter = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
     z = keys[:, None] + counter * _signed(_GOLDEN)
     z = (z ^ _shift(z, 30)) * _signed(_MIX[0])
@@ -59,9 +59,9 @@ def uniform(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Python's and numpy's global generators as a function of ``key``; as they were before, after.
+    """Context manager: seed Python's and numpy's global generators by ``key``, then restore them.
 
-    For libraries that draw from them and take no generator.
+    For libraries that use them and take no generator.
     """
     before = random.getstate(), np.random.get_state()
     random.seed(key)
@@ -74,10 +74,10 @@ def seeded(key: int) -> Iterator[None]:
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the signed integer torch wants; products wrap as unsigned ones do."""
+    """Signed integer of a 64-bit pattern, for torch; products wrap like unsigned ones."""
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's own keeps the sign."""
+    """Logical right shift: torch's own keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""What every image source is, parts of one, and the names of very many images."""
+"""Image sources: the common interface, subsets, held-out splits, and compact name lists."""
 
 from array import array
 from collections.abc import Iterable
@@ -11,15 +11,15 @@ Item = tuple[bytes | bytearray | np.ndarray, int | None]
 
 
 class Source:
-    """A map-style collection of images, read by index.
+    """Image source: a map-style collection of images, read by index.
 
-    Picklable, and cheap to share by fork: what grows with the number of images is held in arrays,
-    since a Python object per image would be copied into each worker as its count is touched.
+    Picklable, and cheap to share by fork: data that grow with the number of images are arrays, as a
+    Python object per image would be copied into each worker when its reference count changes.
 
     Attributes:
-        spec: the string the user gave.
+        spec: the string given by the user.
         classes: class names, None when unlabelled.
-        labels: int64 (n,), known without reading an image; None when unlabelled.
+        labels: int64 (n,), available without reading images; None when unlabelled.
         targets: float32 (n, L), where an image may have several of L labels: 1, 0, NaN for unknown;
             ``classes`` are then their names, and ``labels`` is None.
     """
@@ -41,7 +41,7 @@ class Source:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """Return what to call image i in the log."""
+        """Return the name of image i for the log."""
         raise NotImplementedError
 
     def label(self, i: int) -> int | None:
@@ -50,11 +50,11 @@ class Source:
 
 
 class Subset(Source):
-    """Some images of another source: those at `indices`, int (n,), in that order."""
+    """Subset of a source: its images at `indices`, int (n,), in that order."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         indices = np.asarray(indices, dtype=np.int64)
-        if isinstance(source, Subset):  # one look-up, however often it was split
+        if isinstance(source, Subset):  # a single look-up, however often it was split
             indices = source.indices[indices]
             source = source.source
         self.source: Source = source
@@ -74,9 +74,9 @@ class Subset(Source):
 
 
 def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset]:
-    """Split into (train, held out): `count` images drawn by `seed`, at most a tenth of all.
+    """Split a source into (train, held out): `count` images by `seed`, at most a tenth of all.
 
-    Both keep the order of the source. With fewer than 10 images nothing is held out.
+    Both keep the order of the source. With fewer than 10 images none is held out.
     """
     if count < 0:
         raise ValueError(f"count must not be negative, is {count}")
@@ -89,9 +89,9 @@ def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset
 
 
 def check_classes(train: Source, val: Source) -> None:
-    """Refuse two labelled sources whose class numbers mean different classes.
+    """Check that two labelled sources have the same classes.
 
-    One may have more classes than the other, if they come last.
+    One may have additional classes at the end.
 
     Raises:
         UserError: the first class that differs is named.
@@ -107,14 +107,14 @@ def check_classes(train: Source, val: Source) -> None:
 
 
 class Names:
-    """A list of byte strings as one buffer, uint8, and where each ends, int64."""
+    """Name list: byte strings in one uint8 buffer, with int64 end offsets."""
 
     def __init__(self, buffer: np.ndarray, ends: np.ndarray):
         self.buffer, self.ends = buffer, ends
 
     @classmethod
     def of(cls, names: Iterable[bytes]) -> "Names":
-        """Pack the names; they may be an iterator, and are not kept."""
+        """Pack names, given as any iterable."""
         buffer = bytearray()
         ends = array("q")  # not a list: a Python integer per name takes four times the memory
         for name in names:
@@ -124,7 +124,7 @@ class Names:
 
     @classmethod
     def joined(cls, parts: list["Names"]) -> "Names":
-        """Return the lists one after the other."""
+        """Concatenate lists."""
         starts = np.cumsum([0] + [len(part.buffer) for part in parts])
         ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
         return cls(np.concatenate([part.buffer for part in parts]), np.concatenate(ends))

@@ -1,4 +1,4 @@
-"""Encoded bytes or arrays into image tensors; whatever goes wrong is a `BadImage`.
+"""Image decoding: encoded bytes or arrays to tensors; any failure raises `BadImage`.
 
 Values: 8-bit images stay uint8. Unsigned 16-bit images become float32 in [0, 1] by division by
 65535, so that they keep their depth; 12-bit data in a 16-bit file then lies in [0, 1/16], which
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-MAX_PIXELS = 178_956_970  # what Pillow, too, refuses as a decompression bomb
-# Named, because Pillow's full list holds EPS, which runs Ghostscript on what it is given.
+MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
+# Listed, because Pillow's full list contains EPS, which runs Ghostscript on the file.
 _PIL_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-# Pillow warns of half as many, without saying of which image.
+# Pillow warns at half as many, without naming the image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.init()  # Pillow knows the formats only once its plugins are loaded
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -27,15 +27,15 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, 
 
 
 class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
-    """An image that cannot be read or decoded; the message is the reason."""
+    """Unreadable image: it cannot be read or decoded; the message is the reason."""
 
 
 def decode(raw: bytes | bytearray | np.ndarray, channels: int) -> torch.Tensor:
-    """Return the image as (channels, H, W), uint8, or float32 for deeper data.
+    """Decode an image to (channels, H, W), uint8, or float32 for deeper data.
 
     With 3 channels gray is repeated, and alpha, palette and CMYK become RGB. With 1 channel RGB
     becomes luminance. Any other count must be the image's own; an array may be (H, W), (H, W, C)
-    or (C, H, W), and where both of the latter fit, (H, W, C) wins. The tensor owns its memory.
+    or (C, H, W); if both of the latter fit, (H, W, C) is used. The tensor owns its memory.
 
     Raises:
         BadImage: truncated, corrupt, empty, too large, not an image, or another channel count.
@@ -47,12 +47,12 @@ def decode(raw: bytes | bytearray | np.ndarray, channels: int) -> torch.Tensor:
         return torch.from_numpy(_to_chw(_to_number(array), channels))
     except BadImage:
         raise
-    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, zlib.error
+    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, zlib.error
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def _read(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tensor:
-    """Decode by the file's first bytes; names and extensions play no part."""
+    """Decode by the file's first bytes, independent of its name and extension."""
     if not raw:
         raise BadImage("is empty (0 bytes)")
     if raw[:2] == b"\xff\xd8":
@@ -78,13 +78,13 @@ def _read_jpeg(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tens
     except RuntimeError as error:
         if "truncated" in str(error):
             raise BadImage("truncated JPEG") from error
-        return _read_pil(raw, channels)  # Pillow reads a few that torchvision does not
+        return _read_pil(raw, channels)  # Pillow reads some that torchvision does not
 
 
 def jpeg_size(raw: bytes | bytearray) -> tuple[int, int] | None:
-    """Height and width from a JPEG's frame header; None where there is none to be found.
+    """JPEG size: height and width from the frame header; None if not found.
 
-    torchvision allocates whatever the header asks for, so it is looked at first.
+    torchvision allocates any size in the header, so it is checked first.
     """
     at = 2
     while at + 9 <= len(raw) and raw[at] == 0xFF:
@@ -105,10 +105,10 @@ def _check_pixels(pixels: int) -> None:
 
 
 def _read_deep_png(raw: bytes | bytearray, channels: int) -> np.ndarray:
-    """A 16-bit colour PNG at full depth, of which Pillow returns the high bytes only.
+    """Read a 16-bit colour PNG at full depth; Pillow alone returns only the high bytes.
 
-    Asked for the other byte order it returns the low ones. torchvision would read both at once,
-    but its PNG decoder (0.29) brings down the process on some damaged files.
+    With the other byte order it returns the low ones. torchvision would read both at once, but its
+    PNG decoder (0.29) crashes the process on some damaged files.
     """
     halves = []
     for order in ("B", "L"):
@@ -125,12 +125,12 @@ def _read_pil(raw: bytes | bytearray, channels: int) -> np.ndarray:
     with Image.open(io.BytesIO(raw), formats=_PIL_FORMATS) as image:
         image.load()
         if image.mode == "I" and image.format in ("PNG", "PPM"):
-            return np.asarray(image).astype(np.uint16)  # a 16-bit file; TIFF alone has 32-bit ones
+            return np.asarray(image).astype(np.uint16)  # a 16-bit file; only TIFF has 32-bit ones
         return np.array(_to_mode(image, channels))
 
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image in the colour mode whose array has the wanted channels, where there is one."""
+    """Convert an image to the colour mode with the wanted channels, where there is one."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return image
     if image.mode in ("P", "PA"):  # through RGBA, as transparency may be in the palette
@@ -164,9 +164,9 @@ def _read_tiff(raw: bytes | bytearray, channels: int) -> np.ndarray:
 
 
 def _check_tiff_page(page: Any, size: int) -> None:
-    """Refuse a page whose strips or tiles are not all in the file, before any is decoded.
+    """Check that all strips or tiles of a page are in the file, before decoding.
 
-    tifffile notices most of this itself, but may search for seconds.
+    tifffile detects most of this itself, but may search for seconds.
     """
     if len(page.dataoffsets) < int(np.prod(page.chunked)):
         raise BadImage("truncated TIFF: parts of it are not listed")
@@ -176,7 +176,7 @@ def _check_tiff_page(page: Any, size: int) -> None:
 
 
 def _pil_keeps(page: Any) -> bool:
-    """Whether Pillow returns this page with its full depth and all of its channels."""
+    """Whether Pillow returns this page with full depth and all channels."""
     if page.planarconfig == 2 and page.samplesperpixel > 1:
         return False
     samples, alpha = page.samplesperpixel, tuple(page.extrasamples) in ((1,), (2,))
@@ -187,7 +187,7 @@ def _pil_keeps(page: Any) -> bool:
 
 
 def _to_number(array: np.ndarray) -> np.ndarray:
-    """uint8 or float32, by the rules in the module's docstring."""
+    """Convert to uint8 or float32 by the rules in the module's docstring."""
     if array.size == 0:
         raise BadImage(f"is empty: an array of shape {array.shape}")
     if array.dtype == np.uint8:
@@ -198,7 +198,7 @@ def _to_number(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) / np.float32(65535)
     if array.dtype.kind not in "iuf":
         raise BadImage(f"holds {array.dtype} values, not numbers")
-    with np.errstate(over="ignore"):  # float64 beyond float32 turns infinite, and is refused below
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, refused below
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise BadImage("holds values that are not finite")
@@ -206,11 +206,11 @@ def _to_number(array: np.ndarray) -> np.ndarray:
 
 
 def _to_chw(array: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W) as a new contiguous (channels, H, W)."""
+    """Convert (H, W), (H, W, C) or (C, H, W) to a new contiguous (channels, H, W)."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:
-        raise BadImage(f"has shape {array.shape}, which is no image")
+        raise BadImage(f"has shape {array.shape}, which is not an image")
     for count in (channels, *{1: (3,), 3: (1,)}.get(channels, ())):
         hwc = _channels_last(array, count)
         if hwc is None:

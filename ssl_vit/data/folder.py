@@ -1,4 +1,4 @@
-"""Images as files in folders."""
+"""Folder source: images as files in folders."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
 
 
 class FolderSource(Source):
-    """Image files below `root`; `files` are their paths within it."""
+    """Folder source: image files below `root`; `files` are their relative paths."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ def open_folder(spec: str, path: str) -> FolderSource:
     """Open `folder:PATH`: each top-level sub-folder is a class, at any depth below it.
 
     A sub-folder without images keeps its class number, so that parts of one data set agree.
-    Images directly in PATH mean that the sub-folders are no classes: all are then unlabelled.
+    If there are images directly in PATH, sub-folders are not classes: all are unlabelled.
 
     Raises:
-        UserError: PATH is no readable folder, or holds no image.
+        UserError: PATH is not a readable folder, or contains no images.
     """
     root = _root(spec, path)
     top_images, folders = _list(spec, root)
@@ -96,9 +96,9 @@ def _identity(folder: bytes) -> tuple[int, int]:
 
 
 def _list(spec: str, folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """Names of the images and of the sub-folders in a folder, each sorted by their bytes.
+    """List the images and the sub-folders of a folder, each sorted by bytes.
 
-    A link that leads nowhere but is named as an image is listed: reading it says what is wrong.
+    A broken link named like an image is listed: reading it reports the reason.
     """
     images: list[bytes] = []
     folders: list[bytes] = []
@@ -121,9 +121,9 @@ def _list(spec: str, folder: bytes) -> tuple[list[bytes], list[bytes]]:
 def _walk(
     spec: str, root: bytes, inside: bytes, above: tuple[tuple[int, int], ...]
 ) -> Iterator[bytes]:
-    """Paths of images within `root`, below `inside`: a folder's own first, then its sub-folders'.
+    """Walk the images within `root`, below `inside`: a folder's own first, then its sub-folders'.
 
-    `above` identifies the folders passed through, so that a link back to one of them ends there.
+    `above` identifies the parent folders, so that links back to one of them are not followed.
     """
     folder = os.path.join(root, inside)
     here = _identity(folder)

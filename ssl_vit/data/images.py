@@ -1,4 +1,4 @@
-"""The images of a run: what is learned from, what is held out, and how a pixel becomes a number."""
+"""Images of a run: training and held-out sources, and pixel statistics."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from ssl_vit.data.sources import Source, check_classes, open_source, split_holdo
 
 @dataclass
 class Images:
-    """The images of a run: sources, and how a pixel becomes a number."""
+    """Images of a run: training and held-out sources, and pixel statistics."""
 
     train: Source
     val: Source
     mean: tuple[float, ...]
     std: tuple[float, ...]
     deep: bool
-    """More than 8 bits a channel, so in no fixed range."""
+    """More than 8 bits per channel, so values have no fixed range."""
 
     @property
     def held_out(self) -> bool:
-        """Whether ``val`` is apart from ``train``; where nothing is held out they are the same."""
+        """Whether ``val`` is separate from ``train``; if nothing is held out they are the same."""
         return self.val is not self.train
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells a changed training set, as JSON gives it back."""
+        """Fingerprint that detects a changed training set, JSON-serialisable."""
         return {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
 
 
 def open_images(data: DataConfig, seed: int) -> Images:
-    """Open the sources, hold some out, look at an image's channels, and settle the statistics.
+    """Open the sources of a run, split off held-out images, check channels, get statistics.
 
     Raises:
-        UserError: sources that are not there, or do not fit the options or each other.
+        UserError: sources that do not exist, or do not match the options or each other.
     """
     train = open_source(data.train)
     if data.val:
@@ -60,10 +60,10 @@ def open_images(data: DataConfig, seed: int) -> Images:
 
 
 def is_deep(source: Source, channels: int) -> bool:
-    """Whether the first image that can be read has more than 8 bits a channel.
+    """Whether the first readable image has more than 8 bits per channel.
 
     Raises:
-        UserError: it has not the channels asked for, or none of the first hundred can be read.
+        UserError: it has other channels than asked for, or none of the first hundred is readable.
     """
     reason = ""
     for i in range(min(100, len(source))):
@@ -77,10 +77,10 @@ def is_deep(source: Source, channels: int) -> bool:
 def estimate_statistics(
     source: Source, channels: int, seed: int, count: int = 2000
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over the pixels of ``count`` random images.
+    """Estimate the mean and standard deviation of each channel on ``count`` random images.
 
-    Images weigh equally, whatever their size; uint8 images are scaled to 0..1. Unreadable images
-    are left out.
+    Images weigh equally, independent of size; uint8 images are scaled to 0..1. Unreadable images
+    are skipped.
 
     Raises:
         UserError: no image could be read, or a channel is constant.

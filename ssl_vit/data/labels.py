@@ -1,4 +1,4 @@
-"""Labels from a CSV file, for images of any source."""
+"""CSV labels for the images of any source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.folder import EXTENSIONS
 
@@ -21,7 +21,7 @@ _OUTCOMES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, **dict.fromkeys(_UNKNOW
 
 
 class Labelled(Source):
-    """The images of another source with other labels: one class each, or several labels."""
+    """Labelled source: a source with labels from a CSV file, one class or several labels."""
 
     def __init__(self, source: Source, spec: str, classes: tuple[str, ...], values: np.ndarray):
         self.source, self.spec, self.classes = source, spec, classes
@@ -49,24 +49,24 @@ def labelled_by(
     classes: Sequence[str] | None = None,
     columns: Sequence[str] = (),
 ) -> Labelled:
-    """The images of ``source`` with the labels that a CSV file has for them.
+    """Label the images of ``source`` by a CSV file.
 
     The file is UTF-8, separated by commas, semicolons or tabs, with a header. Its first column is
-    the image's name: any end of the source's own name for it that starts after a slash (so the file
-    name, or the path within a folder), or a tar sample's key; an image's extension may be missing
-    on either side. Lines of other images are left alone, so one file may serve several sources.
+    the image's name: any suffix of the source's name for it that starts after a slash (so the file
+    name, or the path within a folder), or a tar sample's key; the image extension may be missing on
+    either side. Lines of other images are ignored, so one file may serve several sources.
 
-    One further column holds one class an image, a name or a number; several hold 1 or 0 for labels
-    that do not exclude each other. Blank or -1 is unknown.
+    One further column contains one class per image, a name or a number; several contain 1 or 0 for
+    independent labels. Blank or -1 is unknown.
 
     Args:
-        classes: the classes, in order, or the columns; as of a source labelled before. None: all
-            that the whole file has, numbers sorted as such, names by their letters.
-        columns: of the further columns these alone.
+        classes: the classes, in order, or the columns; as of a source labelled before. None: all in
+            the file, numbers sorted numerically, names alphabetically.
+        columns: use only these of the further columns.
 
     Raises:
-        UserError: the file cannot be read; an image has no line or more than one, or a line more
-            than one image; a value is not allowed.
+        UserError: the file cannot be read; an image matches no line or several, or a line several
+            images; a value is not allowed.
     """
     table = read_table(path)
     wanted = list(columns) or table.columns
@@ -87,7 +87,7 @@ def labelled_by(
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file: the columns' names after the first, and its rows with their line numbers."""
+    """CSV table: column names after the first, and rows with their line numbers."""
 
     path: Path
     columns: list[str]
@@ -96,7 +96,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV file whole, and check its shape.
+    """Read a whole CSV file, and check its shape.
 
     Raises:
         UserError: it cannot be read, or a row has another number of cells than the header.
@@ -129,7 +129,7 @@ def read_table(path: Path) -> Table:
 def _numbers(
     table: Table, cells: list[str], classes: Sequence[str] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class numbers, int64 (n,), -1 where unknown, and the classes."""
+    """Class numbers, int64 (n,), -1 where unknown, and class names."""
     if classes is None:
         found = set(cells) - set(_UNKNOWN)
         check(bool(found), f"{table.path} holds no label: {table.columns[0]} is always blank")
@@ -140,13 +140,13 @@ def _numbers(
     number = {name: i for i, name in enumerate(classes)} | dict.fromkeys(_UNKNOWN, -1)
     for cell, line in zip(cells, table.lines, strict=True):
         if cell not in number:
-            hint = nearest(cell, classes)
+            hint = did_you_mean(cell, classes)
             raise UserError(f"{table.path}, line {line}: {cell!r} is none of the classes{hint}")
     return np.array([number[cell] for cell in cells], dtype=np.int64), tuple(classes)
 
 
 def _outcomes(table: Table, columns: list[str], cells: list[list[str]]) -> np.ndarray:
-    """Labels that do not exclude each other, float32 (n, L): 1, 0, or NaN for unknown."""
+    """Outcomes of independent labels, float32 (n, L): 1, 0, or NaN for unknown."""
     for row, line in zip(cells, table.lines, strict=True):
         for cell, name in zip(row, columns, strict=True):
             if cell not in _OUTCOMES:
@@ -156,7 +156,7 @@ def _outcomes(table: Table, columns: list[str], cells: list[list[str]]) -> np.nd
 
 
 def _rows_of(source: Source, table: Table) -> np.ndarray:
-    """The row of each image, int64 (n,)."""
+    """Match images to rows: the row of each image, int64 (n,)."""
     names = [row[0].strip().removeprefix("./") for row in table.rows]
     exact, bare = _places(names), _places([_bare(name) for name in names])
     depths = sorted({name.count("/") + 1 for name in names}, reverse=True)
@@ -184,7 +184,7 @@ def _rows_of(source: Source, table: Table) -> np.ndarray:
 
 
 def _places(names: list[str]) -> dict[str, list[int]]:
-    """Where each name stands."""
+    """Index of names: the positions of each."""
     places: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         places.setdefault(name, []).append(i)
@@ -194,8 +194,8 @@ def _places(names: list[str]) -> dict[str, list[int]]:
 def _find(
     name: str, depths: list[int], exact: dict[str, list[int]], bare: dict[str, list[int]]
 ) -> list[int]:
-    """The rows that name an image: by the longest end of its name, first with its extension."""
-    # A tar sample is "SHARD.tar:KEY"; other names have no such part, and stay whole.
+    """Find the rows of an image: by the longest suffix of its name, first with its extension."""
+    # A tar sample is "SHARD.tar:KEY"; other names are kept whole.
     pieces, key = name.split("/"), name.rpartition(".tar:")[2].split("/")
     ends = ["/".join(whole[-depth:]) for depth in depths for whole in (pieces, key)]
     for end in ends:
@@ -205,6 +205,6 @@ def _find(
 
 
 def _bare(name: str) -> str:
-    """A name without an image's extension; other dots belong to the name."""
+    """Name without an image extension; other dots belong to the name."""
     stem, extension = os.path.splitext(name)
     return stem if extension[1:].lower() in EXTENSIONS else name

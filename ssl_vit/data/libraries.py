@@ -1,4 +1,4 @@
-"""Data sets that other libraries keep: torchvision's and Hugging Face's."""
+"""Library sources: data sets of torchvision and Hugging Face."""
 
 import contextlib
 import inspect
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_vit.common.config import UserError, nearest
+from ssl_vit.common.config import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
 
-# Where torchvision's data sets keep their labels, the most usual first.
+# Attributes in which torchvision's data sets have their labels, the most common first.
 _LABELS = ("targets", "labels", "_labels", "_samples", "samples")
 _ALIASES = {"test": ("test", "val"), "val": ("val", "valid", "test")}
 
 
 class TorchvisionSource(Source):
-    """A data set of torchvision; images come as arrays."""
+    """torchvision source: a data set of torchvision; images are arrays."""
 
     def __init__(self, spec: str, dataset: Any):
         self.spec, self.dataset = spec, dataset
@@ -35,7 +35,7 @@ class TorchvisionSource(Source):
             if isinstance(image, Image.Image) and image.mode in ("1", "P", "PA", "LA", "CMYK"):
                 image = image.convert("L" if image.mode == "1" else "RGB")
             return np.asarray(image), self.label(i)
-        except Exception as error:  # what a data set's own reading raises depends on its format
+        except Exception as error:  # data sets raise all kinds, depending on their format
             raise BadImage(f"{type(error).__name__}: {error}") from error
 
     def name(self, i: int) -> str:
@@ -80,7 +80,7 @@ def _torchvision_class(spec: str, name: str) -> Any:
     ]
     if name not in known:
         same = [other for other in known if other.lower() == name.lower()]
-        hint = f" (nearest known: {same[0]})" if same else nearest(name, known)
+        hint = f" (nearest known: {same[0]})" if same else did_you_mean(name, known)
         raise UserError(f"{spec!r}: torchvision has no data set {name!r}{hint}")
     return getattr(datasets, name)
 
@@ -95,7 +95,7 @@ def _root_and_split(place: str) -> tuple[str, str]:
 def _construct(
     spec: str, kind: Any, options: dict[str, object], split: str, parameters: Any
 ) -> Any:
-    """Make the data set, whichever way it names its splits."""
+    """Construct the data set, by the way it names its splits."""
     variants: list[dict[str, object]] = [{}]
     if "train" in parameters:
         if split not in ("", "train", "val", "test"):
@@ -109,7 +109,7 @@ def _construct(
     for variant in variants:
         try:
             return kind(**options, **variant)
-        except ValueError as error:  # how torchvision refuses the name of a split
+        except ValueError as error:  # torchvision raises it for an unknown split
             refused = refused or error
         except (OSError, RuntimeError, ImportError) as error:
             raise UserError(_missing(spec, kind.__name__, options, variant, error)) from error
@@ -128,7 +128,7 @@ def _missing(
 
 
 def _torchvision_labels(dataset: Any) -> np.ndarray | None:
-    """One class number per image, from the data set's lists; None where it keeps none."""
+    """Class number of each image, from the data set's lists; None where there is none."""
     for attribute in _LABELS:
         values = getattr(dataset, attribute, None)
         if values is None or len(values) != len(dataset):
@@ -145,7 +145,7 @@ def _torchvision_labels(dataset: Any) -> np.ndarray | None:
 
 
 def _complete(labels: np.ndarray) -> np.ndarray | None:
-    """The labels as int64; None where one is missing, which is marked by a negative number."""
+    """Labels as int64; None where one is missing (marked by a negative number)."""
     return None if labels.min() < 0 else labels.astype(np.int64)
 
 
@@ -157,7 +157,7 @@ def _class_names(labels: np.ndarray, names: Any) -> tuple[str, ...]:
 
 
 class HuggingFaceSource(Source):
-    """A data set of Hugging Face's `datasets`; images come as they are encoded."""
+    """Hugging Face source: a data set of `datasets`; images are encoded bytes."""
 
     def __init__(self, spec: str, dataset: Any, image_column: str, label_column: str | None):
         self.spec, self.column = spec, image_column
@@ -206,7 +206,7 @@ def open_hf(spec: str, rest: str) -> HuggingFaceSource:
         dataset = _load_hf(datasets, spec, name, split)
     except UserError:
         raise
-    except Exception as error:  # its own kinds, pyarrow's and those of the network
+    except Exception as error:  # errors of datasets, pyarrow and the network
         raise UserError(f"{spec!r}: {' '.join(str(error).split())}") from error
     columns = dataset.features.items()
     images = [column for column, feature in columns if isinstance(feature, datasets.Image)]

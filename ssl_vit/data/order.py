@@ -1,6 +1,6 @@
-"""Which sample when: a keyed permutation, evaluated for each position alone.
+"""Sample order: a keyed permutation, evaluated separately for each position.
 
-No shuffled list exists, so an epoch over a billion images costs nothing to start or to resume.
+There is no shuffled list, so an epoch over a billion images costs nothing to start or to resume.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from jaxtyping import Int64
 from ssl_vit.common.seeds import fold
 
 _ROUNDS = 6
-# An order of so many images is small enough to be kept.
+# Orders of at most this many images are cached.
 _SMALL = 1 << 16
 
 
 def permute(positions: Int64[np.ndarray, " k"], n: int, key: int) -> Int64[np.ndarray, " k"]:
-    """Where a permutation of ``range(n)``, chosen by ``key``, sends each position.
+    """Permute positions by a permutation of ``range(n)`` chosen by ``key``.
 
     A Feistel network over the next even power of two, walked until it lands inside ``range(n)``
     (cycle walking; Black and Rogaway 2002, section 3): at most 4 steps on average.
@@ -38,7 +38,7 @@ def permute(positions: Int64[np.ndarray, " k"], n: int, key: int) -> Int64[np.nd
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Avalanche of 64-bit integers (the finaliser of SplitMix64)."""
+    """Mix 64-bit integers (the finaliser of SplitMix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -46,7 +46,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Order:
-    """The batches of a run, as a function of (seed, step).
+    """Batch order of a run, a function of (seed, step).
 
     Attributes:
         n: images in the training set.
@@ -66,14 +66,14 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch."""
+        """Complete batches in an epoch."""
         return self.n // self.batch_size
 
     def part(self, step: int, part: int) -> tuple[int, Int64[np.ndarray, " k"]]:
-        """(epoch, image indices) of this process' ``part``-th share of a step.
+        """Indices of this process' ``part``-th part of a step: (epoch, image indices).
 
-        The shares of all processes and parts together are the step's global batch, whatever the
-        number of either.
+        The parts of all processes together are the step's global batch, independent of the number
+        of processes and parts.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         size = self.batch_size // (self.world * self.accumulate)
@@ -86,5 +86,5 @@ class Order:
 
 @lru_cache(maxsize=2)
 def _whole_epoch(n: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
-    """All of an epoch's order at once, for few images: it costs as much as a batch of it."""
+    """Order of a whole epoch, for few images: it costs as much as that of one batch."""
     return permute(np.arange(n, dtype=np.int64), n, fold(seed, epoch))

@@ -1,4 +1,4 @@
-"""Images with a mask each: files of the same name in two folders; a mask's pixels are classes."""
+"""Image and mask pairs: files of the same name in two folders; mask pixels are class numbers."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from ssl_vit.data.loader import Batch, EvalImages, stack
 
 CLASSES_FILE = "classes.txt"
 _FORM = "pairs:IMAGES_FOLDER:MASKS_FOLDER, or pairs:ROOT with ROOT/images and ROOT/masks"
-# Modes whose numbers are the file's own; P is a palette, of which the indices are taken.
+# Modes in which Pillow returns the file's values; of P, a palette, the indices are used.
 _MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
 _LARGEST = 65535
 
 
 class Pairs(Source):
-    """Images, and for each a mask of its size; a mask's path is its image's but for the ending."""
+    """Pairs source: images with masks of equal size; their paths differ only in the extension."""
 
     def __init__(
         self, images: FolderSource, masks: FolderSource, couples: np.ndarray, spec: str
     ) -> None:
-        """``couples``: (n, 2) places in ``images`` and ``masks``."""
+        """``couples``: (n, 2) indices into ``images`` and ``masks``."""
         self.spec, self.images, self.masks, self.couples = spec, images, masks, couples
         self.classes = read_classes(os.fsdecode(masks.root))
 
@@ -51,11 +51,11 @@ class Pairs(Source):
         return self.images.name(int(self.couples[i, 0]))
 
     def read_mask(self, i: int) -> Integer[Tensor, "h w"]:
-        """The classes of image i's pixels.
+        """Read the mask of image i: the class of each pixel.
 
         Raises:
             BadImage: the file cannot be read or decoded.
-            UserError: it is an image of another kind, that holds no classes.
+            UserError: the image format cannot contain classes.
         """
         place = int(self.couples[i, 1])
         raw = self.masks.read(place)[0]
@@ -63,17 +63,17 @@ class Pairs(Source):
         return decode_mask(raw, self.masks.name(place))
 
     def take(self, rows: Tensor) -> Pairs:
-        """These pairs, in this order."""
+        """Subset of these pairs, in this order."""
         return Pairs(self.images, self.masks, self.couples[rows.numpy()], self.spec)
 
 
 def open_pairs(spec: str) -> Pairs:
     """Open ``pairs:IMAGES:MASKS`` or ``pairs:ROOT``; files at any depth, in the images' order.
 
-    Class names, one a line, may be in ``classes.txt``, in the masks' folder or the one above it.
+    Class names, one per line, may be in ``classes.txt``, in the masks' folder or its parent.
 
     Raises:
-        UserError: not of this form, no such folder, or an image or a mask is without its other.
+        UserError: not of this form, no such folder, or an image or a mask has no counterpart.
     """
     scheme, _, rest = spec.partition(":")
     parts = rest.split(":")
@@ -89,13 +89,13 @@ def open_pairs(spec: str) -> Pairs:
 
 
 def _by_stem(source: FolderSource) -> dict[bytes, int]:
-    """Places of files by path without ending."""
+    """Indices of files by path without extension."""
     places: dict[bytes, int] = {}
     for i in range(len(source)):
         other = places.setdefault(os.path.splitext(source.files[i])[0], i)
         if other != i:
             names = f"{source.name(other)} and {source.name(i)}"
-            raise UserError(f"{source.spec!r}: {names} differ in their ending only; keep one")
+            raise UserError(f"{source.spec!r}: {names} differ only in their extension; keep one")
     return places
 
 
@@ -105,13 +105,13 @@ def _all_there(
     alone = [place for stem, place in ours.items() if stem not in theirs]
     if alone:
         raise UserError(
-            f"{spec!r} has {len(alone)} {what} of the same path but for the ending; the first: "
+            f"{spec!r} has {len(alone)} {what} of the same path without extension; the first: "
             f"{source.name(alone[0])}"
         )
 
 
 def read_classes(folder: str) -> tuple[str, ...] | None:
-    """The names in ``classes.txt``, in the folder or the one above it; None without the file.
+    """Read class names from ``classes.txt``, in the folder or its parent; None without the file.
 
     Raises:
         UserError: it cannot be read, is empty, or has a blank line or a name twice.
@@ -124,13 +124,13 @@ def read_classes(folder: str) -> tuple[str, ...] | None:
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{file}: cannot be read as text: {error}") from None
             fine = bool(names) and all(names) and len(set(names)) == len(names)
-            check(fine, f"{file}: must have a class name on every line, each another")
+            check(fine, f"{file}: must have a class name on every line, all different")
             return names
     return None
 
 
 def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
-    """A PNG or TIFF file's own numbers, uint8 or int32; of a palette image its indices.
+    """Decode a mask: the values of a PNG or TIFF file, uint8 or int32; of a palette, its indices.
 
     Raises:
         BadImage: truncated, corrupt or too large.
@@ -144,7 +144,7 @@ def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
         with Image.open(io.BytesIO(raw), formats=("PNG", "TIFF")) as image:
             mode, scale = image.mode, _scale(image, raw)
             array = np.asarray(image) if mode in _MODES and scale else None
-    except Exception as error:  # decoders raise nearly anything
+    except Exception as error:  # decoders raise all kinds
         raise BadImage(f"mask {name}: {type(error).__name__}: {error}") from error
     if array is None:
         kind = f"has the mode {mode}" if scale else "counts from white"
@@ -159,9 +159,9 @@ def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
 
 
 def _scale(image: Image.Image, raw: bytes) -> int:
-    """What Pillow multiplied the file's numbers by; 0 where it turned them round.
+    """Scale by which Pillow multiplied the file's values; 0 where it inverted them.
 
-    Gray of 2 and 4 bits is stretched to 0..255.
+    Gray of 2 and 4 bits is scaled to 0..255.
     """
     tags: Any = getattr(image, "tag_v2", None)
     if tags is not None:
@@ -174,7 +174,7 @@ def _scale(image: Image.Image, raw: bytes) -> int:
 
 
 def nearest_mask(mask: Integer[Tensor, "h w"], size: tuple[int, int]) -> Integer[Tensor, "r s"]:
-    """The mask at another size: each new pixel has the class at its centre."""
+    """Resize a mask by nearest neighbour: each new pixel has the class at its centre."""
     rows, columns = (
         ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
         for new, old in zip(size, mask.shape, strict=True)
@@ -184,19 +184,19 @@ def nearest_mask(mask: Integer[Tensor, "h w"], size: tuple[int, int]) -> Integer
 
 @dataclass
 class PairBatch(Batch):
-    """Views of images, and the masks of the same, each (h, w) of its own size."""
+    """Batch of pairs: views of images, and their masks, each (h, w) of its own size."""
 
     masks: list[Tensor] = field(default_factory=list)
 
     def pin_memory(self) -> PairBatch:
-        """The views in page-locked memory; masks are not copied to a GPU as they are."""
+        """Pin the views in page-locked memory; masks are not copied to a GPU directly."""
         return PairBatch(self.views.pin_memory(), self.bad, self.masks)
 
 
 class PairImages(EvalImages):
-    """Every whole image, its sides scaled each on its own to ``size``, and its mask as it is.
+    """Pair loader: whole images, each side resized to ``size``, with their original masks.
 
-    Nothing is cropped, so that every pixel of a mask is seen by the encoder.
+    Nothing is cropped, so that the encoder sees every pixel of a mask.
     """
 
     source: Pairs
@@ -205,7 +205,7 @@ class PairImages(EvalImages):
         super().__init__(pairs, size, 1.0, channels)
 
     def __getitems__(self, indices: Sequence[int]) -> PairBatch:
-        """The batch of these pairs; unreadable ones are left out and reported.
+        """Batch of these pairs; unreadable ones are skipped and reported.
 
         Raises:
             UserError: an image and its mask differ in size.
@@ -234,7 +234,7 @@ class PairImages(EvalImages):
 
 
 def whole_view(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The whole of a (C, H, W) image at another size, bicubically, antialiased; uint8 stays so."""
+    """Resize a whole (C, H, W) image, bicubically, antialiased; uint8 stays uint8."""
     if tuple(image.shape[1:]) == size:
         return image
     bicubic = v2.InterpolationMode.BICUBIC

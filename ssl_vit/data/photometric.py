@@ -1,4 +1,4 @@
-"""DINO's photometric augmentation: workers draw its parameters, the device applies them."""
+"""Photometric augmentation of DINO: workers draw its parameters, the device applies them."""
 
 import itertools
 import random
@@ -13,19 +13,19 @@ from torch import Tensor
 from ssl_vit.common.config import check
 
 WIDTH = 10
-"""Parameters of one crop, as ``Photometric.draw`` lists them."""
+"""Number of parameters of one crop, as listed by ``Photometric.draw``."""
 
-# Where in the order brightness, contrast, saturation and hue stand.
+# Possible orders of brightness, contrast, saturation and hue.
 _ORDERS = list(itertools.permutations(range(4)))
-# Rec. 601 luma, as torchvision and PIL have it.
+# Rec. 601 luma, as in torchvision and PIL.
 _LUMA = (0.2989, 0.587, 0.114)
-# Numbers that a CPU's second-level cache holds beside a few copies of them.
+# Number of values of which a few copies fit in a CPU's second-level cache.
 _IN_CACHE = 2**17
 
 
 @dataclass(frozen=True)
 class Photometric:
-    """Probabilities and strengths of DINO's operations on a crop's values, in this order.
+    """Photometric options: probabilities and strengths of DINO's operations, in this order.
 
     ``jitter``: probability of colour jitter, of the strengths ``brightness``, ``contrast``,
     ``saturation`` (factors uniform in 1 - strength .. 1 + strength, at least 0) and ``hue`` (shift
@@ -65,12 +65,12 @@ class Photometric:
         )
 
     def draw(self, rng: random.Random) -> list[float]:
-        """The ``WIDTH`` parameters of one crop.
+        """Draw the ``WIDTH`` parameters of one crop.
 
         Factors of brightness, contrast, saturation (1: none); hue shift in turns (0: none); how
         many places after hue each of the three comes (negative: before); grayscale (1 or 0); sigma
-        of the blur in pixels (0: none); solarise (1 or 0). However the options are set, the
-        generator moves on equally far.
+        of the blur in pixels (0: none); solarise (1 or 0). The number of draws from the generator
+        does not depend on the options.
         """
         jitter = rng.random() < self.jitter
         place = _ORDERS[int(rng.random() * len(_ORDERS))]
@@ -86,7 +86,7 @@ class Photometric:
 
 
 def left_out(spec: Photometric, channels: int, bounded: bool) -> list[str]:
-    """Operations ``spec`` asks for which images of so many channels cannot have.
+    """Operations in ``spec`` that are impossible for this number of channels.
 
     Colour needs three channels; solarise needs a known range (``bounded``: 8-bit images).
     """
@@ -102,13 +102,13 @@ def left_out(spec: Photometric, channels: int, bounded: bool) -> list[str]:
 def photometric(
     images: Float[Tensor, "b c h w"], parameters: Float[Tensor, "b p"], bounded: bool
 ) -> Float[Tensor, "b c h w"]:
-    """Images with the drawn operations applied: jitter, grayscale, blur, solarise.
+    """Apply the drawn operations to images: jitter, grayscale, blur, solarise.
 
     ``images``: values in 0..1 if ``bounded``, which keeps them there (to rounding), else of any
     range (then there is no solarise); three channels are RGB, any other number has neither
     saturation, hue nor grayscale, and contrast about each channel's own mean. The tensor may be
     overwritten. ``parameters``: a row of ``Photometric.draw`` for each image. Operations are
-    defined as those of torchvision on float images. Nothing here waits for the device.
+    defined as those of torchvision on float images. There is no host synchronization.
     """
     rgb = images.shape[1] == 3
     away = 1 - parameters[:, :3]
@@ -133,7 +133,7 @@ def _where(
     change: Callable[..., Tensor],
     *per_sample: Tensor,
 ) -> Float[Tensor, "b c h w"]:
-    """``images`` with those of the mask changed; ``change`` takes their rows of ``per_sample``."""
+    """Apply ``change`` to the masked images; it takes their rows of ``per_sample``."""
     way = _subset if images.device.type == "cpu" else _masked
     return way(mask, images, change, *per_sample)
 
@@ -141,17 +141,17 @@ def _where(
 def _masked(
     mask: Tensor, images: Tensor, change: Callable[..., Tensor], *per_sample: Tensor
 ) -> Tensor:
-    """Changes all and keeps what was wanted: the host never learns how many."""
+    """Change all images and select the masked ones: needs no host synchronization."""
     return torch.where(mask[:, None, None, None], change(images, *per_sample), images)
 
 
 def _subset(
     mask: Tensor, images: Tensor, change: Callable[..., Tensor], *per_sample: Tensor
 ) -> Tensor:
-    """Changes only what is wanted, in place, by as many images at once as fit into a cache."""
+    """Change only the masked images, in place, in chunks that fit into the cache."""
     at_once = max(1, _IN_CACHE // images[0].numel())
     for some in mask.nonzero().flatten().split(at_once):
-        # Several times faster than images[some], for reading and for writing.
+        # Several times faster than images[some], both reading and writing.
         changed = change(images.index_select(0, some), *(p[some] for p in per_sample))
         images.index_copy_(0, some, changed)
     return images
@@ -160,14 +160,14 @@ def _subset(
 def _mix_some(
     images: Float[Tensor, "b c h w"], weights: Float[Tensor, "b 3"], bounded: bool
 ) -> Float[Tensor, "b c h w"]:
-    """Those images mixed of which any weight is not zero."""
+    """Mix the images that have any non-zero weight."""
     return _where((weights != 0).any(1), images, lambda x, w: _mix(x, w, bounded), weights)
 
 
 def _mix(
     images: Float[Tensor, "b c h w"], weights: Float[Tensor, "b 3"], bounded: bool
 ) -> Float[Tensor, "b c h w"]:
-    """Each image mixed with black, with its mean, with its own gray version, by these weights.
+    """Mix each image with black, its mean, and its gray version, by these weights.
 
     These are brightness, contrast and saturation, each with the weight 1 - factor; and grayscale.
     """
@@ -186,7 +186,7 @@ def _mix(
 def _shift_hue(
     images: Float[Tensor, "b 3 h w"], turns: Float[Tensor, " b"]
 ) -> Float[Tensor, "b 3 h w"]:
-    """The same value and saturation (those of HSV), the hue further by so many turns.
+    """Shift the hue by ``turns``, keeping value and saturation (of HSV).
 
     With M the largest and m the smallest of a pixel's r, g, b, its hue H in sixths of a turn has
     |H| = (M - r + g + b - 2 m) / (M - m), from 0 at red to 3 opposite, and the sign of g - b. A
@@ -198,7 +198,7 @@ def _shift_hue(
     most, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     span = most - least
     hue = (most - r).add_(g).add_(b).sub_(least, alpha=2)
-    # Gray has a span of zero, which will be multiplied by whatever hue it is given here.
+    # Gray has a span of zero, which will multiply its arbitrary hue.
     hue.div_(span.clamp(min=torch.finfo(span.dtype).tiny)).copysign_(g - b)
     hue.add_(turns[:, None, None, None] * 6)
     farthest = torch.arange(3, 8, 2, device=images.device, dtype=images.dtype)
@@ -208,7 +208,7 @@ def _shift_hue(
 
 
 def _blur(images: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-    """A Gaussian blur of ``sigma`` pixels; beyond its edges the image is reflected."""
+    """Gaussian blur of ``sigma`` pixels, with reflection padding."""
     height, width = images.shape[2:]
     down = _blur_matrix(height, sigma)
     right = down if width == height else _blur_matrix(width, sigma)
@@ -217,16 +217,16 @@ def _blur(images: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"]) -> Float
 
 
 def _blur_matrix(n: int, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b {n} {n}"]:
-    """The matrix that blurs ``n`` pixels of a line; the kernel reaches n - 1 pixels each way."""
+    """Blur matrix for a line of ``n`` pixels; the kernel reaches n - 1 pixels each way."""
     apart = torch.arange(1 - n, n, device=sigma.device, dtype=sigma.dtype)
     kernel = torch.exp(-0.5 * (apart / sigma.clamp(min=0.01)[:, None]) ** 2)
-    # So little is nothing in float32, and denormal numbers would slow the products on CPUs.
+    # Negligible in float32, and denormal numbers would slow down the products on CPUs.
     kernel = F.threshold(kernel, 1e-12, 0.0)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    # Row k holds the kernel from its k-th weight on; it is centred on pixel n - 1 - k.
+    # Row k has the kernel from its k-th weight on; it is centred on pixel n - 1 - k.
     shifted = F.pad(kernel, (0, n - 1)).unfold(1, n, 1)
     matrix = shifted[:, :n].flip(1)
-    # Beyond either end the line is seen mirrored, without its last pixel once more.
+    # Beyond either end the line is reflected, without repeating the last pixel.
     before = shifted[:, n - 1 :]
     matrix[:, :, 1:] += before[:, :, 1:]
     matrix[:, :, :-1] += before.flip(1, 2)[:, :, :-1]
@@ -234,6 +234,6 @@ def _blur_matrix(n: int, sigma: Float[Tensor, " b"]) -> Float[Tensor, "b {n} {n}
 
 
 def _solarize(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Values of at least 128/255 inverted."""
-    # On CPUs torch.where is several times slower than this.
+    """Solarise: invert values of at least 128/255."""
+    # On CPUs torch.where is several times slower.
     return torch.addcmul(images, images.clone().ge_(128 / 255), 1 - 2 * images)

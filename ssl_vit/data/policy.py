@@ -1,4 +1,4 @@
-"""Automatic augmentation in the workers: timm's RandAugment on 8-bit crops."""
+"""RandAugment in the workers: timm's, on 8-bit crops."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NOTATION = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)[\d.]+|-t\w*)*")
 
 @dataclass(frozen=True)
 class Policy:
-    """RandAugment (Cubuk et al. 2020) as timm has it.
+    """RandAugment policy (Cubuk et al. 2020), timm's implementation.
 
     ``text``: in timm's notation, ``rand-m9-mstd0.5-inc1``: magnitude 9 of 10 with a standard
-    deviation of .5, operations that grow with it. ``mean``: of the data set, a value for each
-    channel, images scaled to 0..1; it fills what is moved out of sight.
+    deviation of .5, operations that grow with it. ``mean``: of the data set, by channel, images
+    scaled to 0..1; it fills uncovered areas.
 
     Raises:
-        UserError: ``text`` is none of timm's.
+        UserError: ``text`` is not in timm's notation.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         message = f"RandAugment is {self.text!r}; allowed: timm's notation, rand-m9-mstd0.5-inc1"
-        # timm passes over what it does not know.
+        # timm ignores unknown parts.
         check(_NOTATION.fullmatch(self.text) is not None, message)
         try:
             _transform(self.text, self.mean, 1)
@@ -46,11 +46,11 @@ class Policy:
 
     @staticmethod
     def applies(image: Tensor) -> bool:
-        """Whether it can be done to a (C, H, W) image: to 8-bit ones of 1 or 3 channels."""
+        """Whether it applies to a (C, H, W) image: 8-bit, of 1 or 3 channels."""
         return image.dtype == torch.uint8 and image.shape[0] in (1, 3)
 
     def __call__(self, image: UInt8[Tensor, "c h w"], key: int) -> UInt8[Tensor, "c h w"]:
-        """Such an image changed; which operations, and how strong, follows from ``key``."""
+        """Augment an image; operations and strengths follow from ``key``."""
         gray = image.shape[0] == 1
         pixels = image[0] if gray else image.permute(1, 2, 0)
         transform = _transform(self.text, self.mean, min(image.shape[1:]))
@@ -62,7 +62,7 @@ class Policy:
 
 @cache
 def _transform(text: str, mean: tuple[float, ...], side: int) -> RandAugment:
-    """The parameters are those of timm's ``create_transform`` for crops of ``side`` pixels."""
+    """RandAugment with the parameters of timm's ``create_transform`` for ``side`` pixels."""
     parameters = {
         "translate_const": int(side * 0.45),
         "img_mean": tuple(min(255, round(255 * value)) for value in mean),
@@ -76,5 +76,5 @@ def _transform(text: str, mean: tuple[float, ...], side: int) -> RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
-    """timm asks for 0 bits at full magnitude. Pillow 13 refuses; before, the image became black."""
+    """Posterise; timm uses 0 bits at full magnitude, which Pillow 13 refuses (before: black)."""
     return posterize(image, bits, **rest) if bits else Image.new(image.mode, image.size)

@@ -1,8 +1,8 @@
-"""Crops of an encoded image, from no more of its pixels than they need.
+"""Reduced decoding: crops of a JPEG decoded at a fraction of its size.
 
-A JPEG keeps blocks of 8 x 8 pixels by their frequencies, and libjpeg can make a half, a quarter or
-an eighth of each side of an image straight from the low ones. Where every crop of an image is much
-larger than what is made of it, this is faithful: with at least ``GAP`` pixels left for one of the
+A JPEG stores blocks of 8 x 8 pixels by their frequencies, and libjpeg can decode a half, a quarter
+or an eighth of each side directly from the low ones. Where every crop of an image is much larger
+than its output, this is accurate: with at least ``GAP`` pixels left for one of the
 crop, all values differ from those by full decoding by less than a gray level on average (signal to
 noise: over 43 dB), and the edges of a crop's box move by at most a quarter of the crop's pixels.
 """
@@ -19,19 +19,18 @@ from ssl_vit.data.augment import Cut, DrawnCrop, ViewSpec, cut_views, draw_views
 from ssl_vit.data.decode import MAX_PIXELS, decode, jpeg_size
 
 GAP = 2
-"""Pixels of the reduced image, at least, for one of a crop, each way. Pillow's thumbnails have
-the same."""
-# Half of each side is decoded hardly faster; it is resizing many crops that then takes less time.
+"""Minimum pixels of the reduced image per output pixel and direction, as in Pillow's thumbnails."""
+# Half size decodes hardly faster; the gain is in resizing many crops.
 _SEEN_OFTEN = 2
-_SMALL = 1 << 18  # of so few pixels a reduced image is decoded no faster
+_SMALL = 1 << 18  # below this many pixels reduced decoding is not faster
 
 
 def views_of(
     raw: bytes | bytearray | np.ndarray, channels: int, spec: ViewSpec, key: int
 ) -> list[list[DrawnCrop]]:
-    """For each kind of crop its crops of one image; all that is drawn follows from ``key``.
+    """Crops of one image, by kind of crop; all random numbers follow from ``key``.
 
-    The boxes are those of the whole image, however much of it is decoded.
+    The boxes are those of the whole image, independent of the reduction.
 
     Raises:
         BadImage: the image cannot be decoded.
@@ -43,7 +42,7 @@ def views_of(
 def _reduced_views(
     raw: bytes | bytearray, channels: int, spec: ViewSpec, key: int
 ) -> list[list[DrawnCrop]] | None:
-    """The crops from a reduced image; None where none is faithful, or would be had sooner."""
+    """Crops from a reduced image; None where that is inaccurate or not faster."""
     size = jpeg_size(raw) if raw[:2] == b"\xff\xd8" and channels in (1, 3) else None
     if size is None or not _worth_a_look(*size, spec):
         return None
@@ -59,14 +58,14 @@ def _reduced_views(
 
 
 def _worth_a_look(height: int, width: int, spec: ViewSpec) -> bool:
-    """Whether crops of so large an image may be, before they are drawn; for most it ends here."""
+    """Whether reduction is possible for this image size, before crops are drawn."""
     return _SMALL < height * width <= MAX_PIXELS and all(
         height >= 2 * GAP * crop.size[0] and width >= 2 * GAP * crop.size[1] for crop in spec.crops
     )
 
 
 def reduction(spec: ViewSpec, drawn: list[list[Cut]]) -> int:
-    """The largest of 1, 2, 4, 8 by which an image may be reduced for these crops."""
+    """Reduction factor, the largest of 1, 2, 4, 8 that these crops allow."""
     room = min(
         min(cut.box[2] / crop.size[0], cut.box[3] / crop.size[1])
         for crop, cuts in zip(spec.crops, drawn, strict=True)
@@ -78,10 +77,10 @@ def reduction(spec: ViewSpec, drawn: list[list[Cut]]) -> int:
 def decode_reduced(
     raw: bytes | bytearray, channels: int, size: tuple[int, int], by: int
 ) -> Tensor | None:
-    """A JPEG of this (height, width) as uint8 (channels, H, W), each side divided and rounded up.
+    """Decode a JPEG of this (height, width) to uint8 (channels, H, W), sides divided, rounded up.
 
-    ``channels``: 1 or 3. ``by``: 2, 4 or 8. None where only ``decode`` can tell what the image is,
-    or what is wrong with it.
+    ``channels``: 1 or 3. ``by``: 2, 4 or 8. None where ``decode`` is needed, also for damaged
+    images.
     """
     height, width = size
     mode = "L" if channels == 1 else "RGB"
@@ -93,13 +92,13 @@ def decode_reduced(
             if image.size != (-(-width // by), -(-height // by)):
                 return None
             pixels = np.array(image.convert(mode))
-    except Exception:  # decoders raise nearly anything
+    except Exception:  # decoders raise all kinds
         return None
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
 def _shrunk(cut: Cut, by: int) -> Cut:
-    """The same crop of the reduced image, its edges at the nearest whole pixels."""
+    """Crop box in the reduced image, edges rounded to whole pixels."""
     top, left, height, width = cut.box
     up, at = round(top / by), round(left / by)
     down, right = round((top + height) / by), round((left + width) / by)

@@ -1,16 +1,16 @@
-"""Where images come from: one string names a source of any kind."""
+"""Source opening: one string names a source of any kind."""
 
 import importlib
 from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError, nearest
+from ssl_vit.common.config import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
 
 __all__ = ["Source", "Subset", "check_classes", "open_source", "split_holdout"]
 
-# Imported when asked for, so that no source pays for another's libraries.
+# Imported on demand, so that no source needs another's libraries.
 _OPENERS = {
     "digits": ("ssl_vit.data.sources", "open_digits"),
     "folder": ("ssl_vit.data.folder", "open_folder"),
@@ -26,17 +26,17 @@ _FORMS = (
 
 
 def open_source(spec: str) -> Source:
-    """Open the images that `spec` names.
+    """Open the source that `spec` names.
 
     - `digits`, `digits:train`, `digits:val`: scikit-learn's 8x8 digits; all, 80 %, the other 20 %.
     - `folder:PATH`: class sub-folders, or images directly in PATH, which are then unlabelled.
-    - `flat:PATH`: the images at any depth, unlabelled; sub-folders are no classes.
+    - `flat:PATH`: the images at any depth, unlabelled; sub-folders are not classes.
     - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, wildcards, or one file.
     - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
     - `hf:NAME_OR_PATH[:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
 
     Raises:
-        UserError: `spec` names nothing that can be opened; the message says what to give.
+        UserError: `spec` cannot be opened; the message lists the allowed forms.
     """
     scheme, _, rest = spec.partition(":")
     if scheme not in _OPENERS:
@@ -56,11 +56,11 @@ def _hint(spec: str, scheme: str) -> str:
         return f" (did you mean 'folder:{spec}'?)"
     if path.is_file() and ".tar" in path.name:
         return f" (did you mean 'tar:{spec}'?)"
-    return nearest(scheme.lower(), _OPENERS)
+    return did_you_mean(scheme.lower(), _OPENERS)
 
 
 class DigitsSource(Source):
-    """scikit-learn's handwritten digits: arrays (8, 8), uint8; `numbers` are theirs there."""
+    """Digits source: scikit-learn's handwritten digits, (8, 8) uint8; `numbers` are its indices."""
 
     def __init__(self, spec: str, images: np.ndarray, labels: np.ndarray, numbers: np.ndarray):
         self.spec, self.classes = spec, tuple(str(digit) for digit in range(10))

@@ -1,4 +1,4 @@
-"""WebDataset shards (tar files), read at random through an index of what lies where."""
+"""Tar source: WebDataset shards, read at random through an index of member offsets."""
 
 import os
 import re
@@ -14,16 +14,16 @@ from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.tar_index import INDEX_SUFFIX, ShardIndex, load_index
 
-_MAX_OPEN = 64  # shards held open per process, far below the usual limit of 1024 files
+_MAX_OPEN = 64  # open shards per process, far below the usual limit of 1024 files
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class TarSource(Source):
-    """The samples of several shards, one after the other.
+    """Tar source: the samples of several shards, concatenated.
 
     Attributes:
         shards: the paths of the shards.
-        starts: int64 (shards + 1,); shard s holds the samples from starts[s] to before starts[s+1].
+        starts: int64 (shards + 1,); shard s has the samples from starts[s] to before starts[s+1].
     """
 
     def __init__(self, spec: str, shards: list[str], indexes: list[ShardIndex]):
@@ -61,7 +61,7 @@ class TarSource(Source):
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
     def _open(self, shard: int) -> "_OpenFile":
-        """The open file of a shard; the one used longest ago is let go when there are many."""
+        """Open file of a shard; the least recently used one is closed when there are too many."""
         file = self._files.pop(shard, None) or _OpenFile(self.shards[shard])
         self._files[shard] = file
         while len(self._files) > _MAX_OPEN:
@@ -69,27 +69,27 @@ class TarSource(Source):
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        # Descriptors mean nothing in another process. One forked shares them, which is safe:
-        # pread moves no position.
+        # Descriptors are invalid in another process. A forked one shares them, which is safe: pread
+        # does not move the position.
         return {**self.__dict__, "_files": OrderedDict()}
 
 
 class _OpenFile:
-    """A file descriptor, closed with the last reference to it: never during another's read."""
+    """Open file: a descriptor, closed with its last reference, so never during a read."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor") and os is not None:  # it is where the interpreter ends
+        if hasattr(self, "descriptor") and os is not None:  # None at interpreter exit
             os.close(self.descriptor)
 
 
 def open_tar(spec: str, pattern: str) -> TarSource:
-    """Open the shards a pattern names: `{000000..000146}` ranges, wildcards, or one file.
+    """Open the shards of a pattern: `{000000..000146}` ranges, wildcards, or one file.
 
     Raises:
-        UserError: a shard is missing, compressed or damaged, or there is no image in any.
+        UserError: a shard is missing, compressed or damaged, or there are no images.
     """
     shards = find_shards(spec, pattern)
     source = TarSource(spec, shards, [load_index(Path(shard)) for shard in shards])
@@ -114,7 +114,7 @@ def find_shards(spec: str, pattern: str) -> list[str]:
 
 
 def _expand(spec: str, pattern: str) -> list[str]:
-    """Write out each `{first..last}`, with as many digits as `first` has."""
+    """Expand each `{first..last}`, with as many digits as `first` has."""
     pieces = _RANGE.split(pattern)  # text, first, last, text, first, last, ..., text
     ranges: list[list[str]] = []
     for first, last in zip(pieces[1::3], pieces[2::3], strict=True):

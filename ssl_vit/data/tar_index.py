@@ -1,7 +1,7 @@
-"""What lies where in a WebDataset shard, found once and kept in a small file.
+"""Tar index: offsets of the samples of a WebDataset shard, cached in a small file.
 
-The index is NAME.tar.ssl_vit.npz beside the shard or, where that folder is read-only, in
-$SSL_VIT_CACHE or ~/.cache/ssl_vit. It holds for a shard of the same size and modification time.
+The index is NAME.tar.ssl_vit.npz next to the shard or, if that folder is read-only, in
+$SSL_VIT_CACHE or ~/.cache/ssl_vit. It is valid for a shard of the same size and modification time.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one shard: int64 (n,) each, in bytes from its start; label -1 for none."""
+    """Shard index: int64 (n,) each, offsets in bytes from the start; label -1 for none."""
 
     offsets: np.ndarray
     sizes: np.ndarray
@@ -38,10 +38,10 @@ class ShardIndex:
 
 
 def load_index(shard: Path) -> ShardIndex:
-    """Return the kept index of a shard, or make and keep one.
+    """Load the index of a shard, or create and save it.
 
     Raises:
-        UserError: the shard is missing, compressed, truncated, or no tar file.
+        UserError: the shard is missing, compressed, truncated, or not a tar file.
     """
     try:
         with open(shard, "rb") as file:
@@ -57,13 +57,13 @@ def load_index(shard: Path) -> ShardIndex:
     except OSError as error:
         raise UserError(f"cannot read the shard {shard}: {error.strerror or error}") from error
     if not any(_save(place, index, stamp) for place in places):
-        _log.warning("%s: no place to keep its index, which is made anew each time", shard)
+        _log.warning("%s: its index cannot be saved, and is rebuilt each time", shard)
     return index
 
 
 def _places(shard: Path) -> list[Path]:
-    """Where the index may be, the first choice first."""
-    real = os.path.realpath(shard)  # a relative path or a link must not share another's index
+    """Possible paths of the index, by preference."""
+    real = os.path.realpath(shard)  # relative paths and links must not share another shard's index
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
     cache = cache_folder()
     beside = shard.with_name(shard.name + INDEX_SUFFIX)
@@ -71,7 +71,7 @@ def _places(shard: Path) -> list[Path]:
 
 
 def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
-    """The index kept at a place; None where it is absent, out of date or damaged."""
+    """Load an index file; None where it is absent, out of date or damaged."""
     try:
         with np.load(place, allow_pickle=False) as file:
             if not np.array_equal(file["stamp"], stamp):
@@ -81,19 +81,19 @@ def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
             index = ShardIndex(offsets, sizes, labels, Names(file["key_buffer"], key_ends))
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged zip file raises nearly anything
-        _log.warning("%s is damaged and made anew: %s", place, error)
+    except Exception as error:  # damaged zip files raise all kinds
+        _log.warning("%s is damaged and will be rebuilt: %s", place, error)
         return None
     return index
 
 
 def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:
-    """Keep the index, whole or not at all; False where it cannot be written."""
+    """Save the index atomically; False where it cannot be written."""
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")  # several ranks may write
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.parent.stat().st_mode & 0o222:
-            return False  # marked read-only: root could write there all the same
+            return False  # marked read-only, though root could write there
         with open(temporary, "xb") as file:
             np.savez(
                 file,
@@ -113,7 +113,7 @@ def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:
 
 
 def _scan(shard: Path, descriptor: int, size: int) -> ShardIndex:
-    """Go through the headers of a shard. A sample is all members with the same key."""
+    """Scan the headers of a shard. A sample is all members with the same key."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     for member in _members(shard, descriptor, size):
@@ -134,10 +134,10 @@ def _scan(shard: Path, descriptor: int, size: int) -> ShardIndex:
 
 
 def _members(shard: Path, descriptor: int, size: int) -> Iterator[tarfile.TarInfo]:
-    """The regular files in a shard that is whole: up to its end mark, a block of zeros.
+    """Regular files of a complete shard: up to its end mark, a block of zeros.
 
-    tarfile takes a shard that was cut between two members, or has a damaged header, for one that
-    ends there; the mark tells.
+    tarfile accepts a shard that was cut between two members, or has a damaged header, as one that
+    ends there; the mark detects it.
     """
     try:
         with tarfile.open(shard, "r:") as archive:

@@ -1,4 +1,4 @@
-"""How images are prepared for a frozen encoder, and shown."""
+"""Evaluation view: how images are prepared for a frozen encoder, and displayed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssl_vit.data.augment import Normalize
 
 @dataclass(frozen=True)
 class View:
-    """How images are prepared for an encoder: size in pixels, channels, crop, statistics."""
+    """Evaluation view of an encoder: size in pixels, channels, crop, statistics."""
 
     size: tuple[int, int]
     channels: int
@@ -21,17 +21,17 @@ class View:
 
     @property
     def crop_ratio(self) -> float:
-        """Share of the short side the central crop covers: 224/256, the custom on ImageNet.
+        """Crop ratio: share of the short side that the central crop covers, 224/256 as on ImageNet.
 
-        Encoders of less than 112 pixels see the whole image: theirs are small pictures already.
+        Encoders below 112 pixels use the whole image, as theirs are small already.
         """
         return 0.875 if min(self.size) >= 112 else 1.0
 
     def display(self, images: Tensor) -> Normalize:
-        """How to show such images: its ``inverse`` takes normalised ones to 0..1.
+        """Display normalisation: its ``inverse`` maps normalised images to 0..1.
 
-        8-bit images get their own values back. Of deeper ones any range is possible: shown is the
-        mean +- 2.5 standard deviations.
+        8-bit images get their own values back. Deeper ones may have any range: the mean +- 2.5
+        standard deviations is displayed.
         """
         if images.dtype == torch.uint8:
             return Normalize(self.mean, self.std)

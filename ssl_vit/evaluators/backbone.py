@@ -1,4 +1,4 @@
-"""Any frozen encoder as evaluators see it: its features, and how images are prepared for it."""
+"""Backbone: a frozen encoder of any origin, with its features and its image preparation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import FEATURES, Embed, pixels, pooled
 from ssl_vit.model.encoder import Encoder, without_memory
@@ -26,10 +26,10 @@ log = logging.getLogger("ssl_vit")
 
 @dataclass(frozen=True)
 class Backbone:
-    """An encoder, or what stands for one, with all that an evaluator must know of it.
+    """Backbone: an encoder (or raw pixels) with all that an evaluator needs to know of it.
 
-    ``module`` is None for raw pixels; ``info`` for networks that are no plain ViT; ``features`` are
-    the names it gives (keys of ``FEATURES``), ``folder`` is where results go by default.
+    ``module`` is None for raw pixels; ``info`` is None for networks other than plain ViTs;
+    ``features`` are the available ones (keys of ``FEATURES``), ``folder`` the default for results.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Backbone:
     info: EncoderInfo | None = None
 
     def embed(self, parts: tuple[str, ...]) -> Embed:
-        """Images as these parts; each (b, D)."""
+        """Embedding function: images to these feature parts, each (b, D)."""
         if self.module is None:
             return pixels
         if isinstance(self.module, Encoder):
@@ -53,17 +53,17 @@ class Backbone:
 
     @property
     def poolings(self) -> tuple[str, ...]:
-        """The plain features, without those made of several."""
+        """Plain features, of one part each."""
         return tuple(f for f in self.features if len(FEATURES[f]) == 1)
 
     @property
     def network(self) -> dict[str, Any]:
-        """What features depend on and weights do not tell: the number of heads, epsilons."""
+        """Architecture settings that weights do not determine: the number of heads, epsilons."""
         return asdict(self.info.config) if self.info else {"arch": self.identity["arch"]}
 
     @property
     def label(self) -> str:
-        """A short name for files: ``random-mae-digits`` for ``random:runs/mae-digits``."""
+        """Short name for files: ``random-mae-digits`` for ``random:runs/mae-digits``."""
         kind = self.name.partition(":")[0] + "-"
         kind = kind if kind in ("random-", "pixels-") else ""
         name = self.name.rpartition(":")[2]
@@ -74,31 +74,31 @@ class Backbone:
 
     @property
     def prefix(self) -> str:
-        """What results of this encoder begin with, in their folder: nothing in its own run's."""
+        """Prefix of this encoder's result files; empty in its own run folder."""
         own = self.name.partition(":")[0] not in ("random", "pixels", "timm")
         whole = self.identity.get("file", "").endswith(ENCODER_FILE)
         return "" if own and whole else f"{self.label}-"
 
 
 def result_file(given: str, backbone: Backbone, name: str) -> Path:
-    """Where a result goes: as asked, or beside the encoder."""
+    """Path of a result: as given, or next to the encoder."""
     if given:
         return Path(given).expanduser()
     return backbone.folder / f"{backbone.prefix}{name}"
 
 
 def open_backbone(name: str, seed: int, size: tuple[int, ...] = ()) -> Backbone:
-    """An ``--encoder`` argument.
+    """Open the backbone that an ``--encoder`` argument names.
 
-    A run folder, a weight file of any format that ``open_weights`` knows, ``timm:NAME``; before any
-    of them ``random:`` means the same architecture with random weights, a function of ``seed``,
-    and ``pixels:`` no encoder, the images that it would see.
+    A run folder, a weight file of any format that ``open_weights`` knows, ``timm:NAME``; with the
+    prefix ``random:``, the same architecture with random weights, a function of ``seed``; with
+    ``pixels:``, no encoder but the images it would be given.
 
     Args:
         size: height and width of the images in pixels, or one number; empty: the encoder's own.
 
     Raises:
-        UserError: no such thing, or its weights do not fit.
+        UserError: it does not exist, or its weights do not fit.
     """
     check(bool(name), "--encoder is missing")
     kind, _, rest = name.partition(":")
@@ -135,7 +135,7 @@ def _features(module: Encoder | None) -> tuple[str, ...]:
 
 
 def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> tuple[int, int]:
-    """The images' height and width: as asked, or as the encoder was made for."""
+    """Image height and width: as asked, or those of the encoder."""
     check(len(size) <= 2 and all(s > 0 for s in size), f"--size is {size}; one number or two")
     if module is None:
         with without_memory():
@@ -151,17 +151,17 @@ def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> t
 
 
 def _is_plain(architecture: str) -> bool:
-    """Whether a timm model is a ViT that our encoder can be; others are taken as they are."""
+    """Whether a timm model is a plain ViT, to open as an ``Encoder``; others are used unchanged."""
     names = timm.list_models()
     base = architecture.partition(".")[0]
-    check(base in names, f"timm knows no model {architecture!r}{nearest(base, names)}")
+    check(base in names, f"timm knows no model {architecture!r}{did_you_mean(base, names)}")
     return base in timm.list_models(module="vision_transformer")
 
 
 def _timm_backbone(
     name: str, architecture: str, random: bool, seed: int, size: tuple[int, ...]
 ) -> Backbone:
-    """A network of timm that is no plain ViT, by its pooled feature."""
+    """Backbone of a timm network that is no plain ViT, with its pooled feature."""
     model_name, _, file = architecture.partition(":")
     module = timm_model(model_name, file, random, seed, size)
     wanted: Any = module.pretrained_cfg
@@ -182,10 +182,10 @@ def _timm_backbone(
 
 
 def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, ...]) -> nn.Module:
-    """A timm network without its classifier: random weights, those of a file, or timm's own.
+    """Timm network without its classifier: with random weights, those of a file, or timm's own.
 
     Raises:
-        UserError: the weights cannot be had, or do not fit.
+        UserError: the weights cannot be loaded, or do not fit.
     """
     path = Path(file).expanduser()
     check(not file or path.is_file(), f"--encoder is 'timm:{name}:{file}'; no such file")
@@ -193,7 +193,7 @@ def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, .
     sizes: list[dict[str, Any]] = (
         [{"img_size": size if len(size) == 2 else size[0]}, {}] if size else [{}]
     )
-    for extra in sizes:  # only some networks are made for one size, and take it
+    for extra in sizes:  # only some networks take an image size
         try:
             with torch.random.fork_rng(devices=[]), tensors_only():
                 torch.manual_seed(seed)
@@ -206,14 +206,14 @@ def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, .
         except TypeError as error:
             if not extra:
                 raise UserError(f"timm's {name}: {error}") from None
-        except Exception as error:  # the hub's, the file's or the state's: many kinds
+        except Exception as error:  # of the hub, the file or the state: many kinds
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the weights of timm's {name} cannot be had: {reason}") from None
+            raise UserError(f"the weights of timm's {name} cannot be loaded: {reason}") from None
     raise AssertionError("not reached")
 
 
 def _load(module: Any, path: Path) -> None:
-    """All weights of a timm network from a file in timm's names; a classifier is left out."""
+    """Load all weights of a timm network from a file with timm's names, without a classifier."""
     state, own = unwrapped(read_content(path), str(path))[1], module.state_dict()
     classifier = module.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -231,12 +231,12 @@ def _whole(module: nn.Module) -> Embed:
 
 
 def file_identity(path: Path | None) -> dict[str, Any]:
-    """The file that weights came from, and the SHA-256 of its bytes."""
+    """Identity of a weight file: its path and the SHA-256 of its bytes."""
     return {"file": str(path), "sha256": sha256(path)} if path else {}
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """The identity of weights wherever they came from: of all names, shapes and values."""
+    """SHA-256 of all weights' names, dtypes, shapes and values, independent of the file format."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

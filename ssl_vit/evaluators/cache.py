@@ -1,4 +1,4 @@
-"""Features kept between calls, found again by content: the same weights, images and preparation."""
+"""Feature cache: features kept on disk, keyed by weights, images and preparation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.weights.exchange import read_safetensors
 
 log = logging.getLogger("ssl_vit")
-# Up to this many images every byte is read; of more, as many, evenly spread.
+# Up to this many images all are read; of larger sets this many, evenly spread.
 _ALL_UP_TO = 100_000
 _LARGEST_CACHE = 50 << 30
 
 
 def content_sha256(source: Source) -> str:
-    """The identity of a source by what is in it: image bytes and labels, whatever it is called.
+    """SHA-256 of the content of a source, independent of its name: image bytes and labels.
 
-    Of more than 100,000 images that many, evenly spread, are read; of all, the labels.
+    Of more than 100,000 images that many, evenly spread, are read; labels are read of all.
     """
     n = len(source)
     digest = hashlib.sha256(str(n).encode())
@@ -54,16 +54,16 @@ def cached(
     write: bool,
     anywhere: Callable[[bool], bool] = bool,
 ) -> FeatureSet:
-    """The features that ``about`` describes completely: from the cache, or made and kept there.
+    """Features described completely by ``about``: from the cache, or computed and stored there.
 
-    Its "source" is for the log alone: what a source is called changes no feature. A disk that is
-    full or read-only costs a line in the log, not the features. The least recently used files go
-    beyond 50 GiB.
+    Its "source" is for the log only: the name of a source changes no feature. On a full or
+    read-only disk a warning is logged and the features are returned all the same. Beyond 50 GiB
+    the least recently used files are deleted.
 
     Args:
-        write: whether this process is the one that keeps them.
-        anywhere: whether a flag is true in any process. Features that one of them lacks (each
-            machine may have a cache of its own) are made by all, who do that together.
+        write: whether this process is the one that stores them.
+        anywhere: whether a flag is true in any process. Features missing in one of them (each
+            machine may have its own cache) are computed by all processes together.
     """
     parts = {key: value for key, value in about.items() if key != "source"}
     text = json.dumps(parts | {"version": __version__}, sort_keys=True, default=str)
@@ -72,7 +72,7 @@ def cached(
     found = _kept(path)
     if not anywhere(found is None):
         assert found is not None
-        log.info("features of %s: from the cache", about["source"])
+        log.info("features of %s: read from the cache", about["source"])
         return found
     made = make()
     if write:
@@ -81,7 +81,7 @@ def cached(
 
 
 def _kept(path: Path) -> FeatureSet | None:
-    """What the cache holds there, if anything whole."""
+    """Features in a cache file; None if missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -89,7 +89,7 @@ def _kept(path: Path) -> FeatureSet | None:
         labels, index = found.pop("labels"), found.pop("index")
         kept = FeatureSet(found, labels, int(metadata["unreadable"]), index)
     except (UserError, OSError, KeyError) as error:
-        log.warning("%s is damaged, and made anew: %s", path, error)
+        log.warning("%s is damaged and will be recomputed: %s", path, error)
         return None
     with contextlib.suppress(OSError):  # a cache may be read-only
         path.touch()
@@ -108,10 +108,10 @@ def _keep(path: Path, made: FeatureSet) -> None:
         while kept and total > _LARGEST_CACHE and kept[0] != path:
             total -= kept[0].stat().st_size
             kept.pop(0).unlink()
-    except Exception as error:  # safetensors has errors of its own for a full disk
-        log.warning("the features are not kept in %s: %s", path.parent, error)
+    except Exception as error:  # safetensors raises its own errors for a full disk
+        log.warning("the features are not cached in %s: %s", path.parent, error)
 
 
 def labels_sha256(labels: torch.Tensor) -> str:
-    """The identity of labels, in order."""
+    """SHA-256 of labels, in order."""
     return hashlib.sha256(labels.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""An encoder made into a classifier: a network that plain timm builds, its weights, its file."""
+"""Classifier: an encoder with a classification head, as a timm network, and its weight file."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ from ssl_vit.weights.exchange import (
 
 MODEL_FILE = "model.safetensors"
 _POOLS = {"mean": "avg", "cls": "token"}
-# What has no weight decay, and the rate of the lowest layer, whatever the version of timm says.
+# Parameters without weight decay and with the lowest layer's rate, in any version of timm.
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
 
 
 @dataclass(frozen=True)
 class Start:
-    """What fine-tuning starts from.
+    """Initialization of fine-tuning: an encoder and how its images are prepared.
 
     ``module``: an :class:`Encoder`, or a network of timm without its classifier, ``arch`` then
-    being its name. ``pretrained``: whether its weights are worth keeping. ``mean``, ``std``: of the
-    images it was trained on, empty where that is for the new ones to say. ``folder``: of the run
-    that made it.
+    being its name. ``pretrained``: whether its weights are trained. ``mean``, ``std``: of its
+    training images, empty where those of the new images are used. ``folder``: of its run.
     """
 
     module: nn.Module
@@ -56,17 +55,17 @@ class Start:
 
     @property
     def depth(self) -> int | None:
-        """Transformer blocks of a plain ViT; None for other networks."""
+        """Number of transformer blocks of a plain ViT; None for other networks."""
         return len(self.module.vit.blocks) if isinstance(self.module, Encoder) else None
 
 
 def open_start(name: str, scratch: EncoderConfig, channels: int, seed: int) -> Start:
-    """An ``--encoder`` argument as what fine-tuning starts from.
+    """Open an ``--encoder`` argument as the initialization of fine-tuning.
 
-    ``none`` is the architecture ``scratch`` with random weights for images of so many channels.
+    ``none``: the architecture ``scratch`` with random weights, for ``channels`` image channels.
 
     Raises:
-        UserError: no such encoder, or none that can be trained.
+        UserError: no such encoder, or it cannot be trained.
     """
     check(
         bool(name),
@@ -98,9 +97,9 @@ def open_start(name: str, scratch: EncoderConfig, channels: int, seed: int) -> S
 
 @dataclass(frozen=True)
 class TimmCall:
-    """The call of timm that builds a network: all that plain timm needs beside the weights.
+    """Timm call that builds a network: all that plain timm needs besides the weights.
 
-    ``norm_eps``: the epsilon of every LayerNorm, for which timm has no argument; 0: as it is.
+    ``norm_eps``: epsilon of every LayerNorm, for which timm has no argument; 0: timm's default.
     """
 
     arch: str
@@ -108,7 +107,7 @@ class TimmCall:
     norm_eps: float = 0.0
 
     def build(self, drop_path: float, seed: int) -> Any:
-        """The network, its weights random by ``seed``.
+        """Build the network, with random weights by ``seed``.
 
         Raises:
             UserError: timm's network does not take these arguments.
@@ -130,9 +129,9 @@ class TimmCall:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network, the call that builds it, the size of its images, and what of it is not new.
+    """Classifier: a network, the timm call that builds it, its image size, its loaded tensors.
 
-    ``encoder``: what comes before the classifier as an :class:`Encoder`; None for other networks.
+    ``encoder``: config of the :class:`Encoder` before the head; None for other networks.
     """
 
     network: Any
@@ -145,11 +144,11 @@ class Classifier:
 def classifier(
     start: Start, classes: int, pooling: str, size: tuple[int, ...], drop_path: float, seed: int
 ) -> Classifier:
-    """A network of timm with the weights of ``start`` and a new classifier.
+    """Build a timm network with the weights of ``start`` and a new classification head.
 
-    Of a plain ViT: with ``mean`` of the patch tokens the encoder's final norm is left out and a new
-    one follows the pooling; with ``cls`` it is kept (He et al. 2022, appendix A.1, and its code).
-    Everything else is loaded, or refused. Pretrained or not, positions are trained.
+    Plain ViT: with ``mean`` of the patch tokens the encoder's final norm is dropped and a new one
+    follows the pooling; with ``cls`` it is kept (He et al. 2022, appendix A.1, and its code).
+    All other weights must match. Position embeddings are trained.
 
     Args:
         size: height and width of the images in pixels, or one number; empty: as ``start`` has.
@@ -178,7 +177,7 @@ def classifier(
 
 
 def _encoder_config(module: nn.Module, pooling: str, size: tuple[int, ...]) -> EncoderConfig | None:
-    """A plain ViT as it will be when it is trained: every position is, and nothing is dropped."""
+    """Config of a fine-tuned plain ViT: learned positions, no stochastic depth."""
     if not isinstance(module, Encoder):
         return None
     old = module.config
@@ -194,7 +193,7 @@ def _encoder_config(module: nn.Module, pooling: str, size: tuple[int, ...]) -> E
 def _of_encoder(
     encoder: Encoder, classes: int, pooling: str, size: tuple[int, ...]
 ) -> tuple[TimmCall, dict[str, Tensor], tuple[str, ...]]:
-    """The call, the encoder's tensors for it, and the names of those that will be new."""
+    """Timm call, the encoder's tensors for it, and name prefixes of the new tensors."""
     patch, vit = encoder.patch_size, encoder.vit
     check(
         all(s > 0 and s % patch == 0 for s in size),
@@ -220,10 +219,10 @@ def _of_encoder(
 def _of_network(
     start: Start, classes: int, size: tuple[int, ...]
 ) -> tuple[TimmCall, dict[str, Tensor], tuple[str, ...]]:
-    """The same for another network of timm, which pools as it is used to."""
+    """Timm call, tensors and new name prefixes of a network other than a plain ViT."""
     kwargs: dict[str, Any] = {"num_classes": classes}
     module: Any = start.module
-    if size and hasattr(module, "set_input_size"):  # made for one size, and can be for another
+    if size and hasattr(module, "set_input_size"):  # of a fixed but adjustable image size
         module.set_input_size(img_size=(size[0], size[-1]))
         kwargs["img_size"] = [size[0], size[-1]]
     heads = module.pretrained_cfg["classifier"]
@@ -232,7 +231,7 @@ def _of_network(
 
 
 def start_head(network: Any, seed: int) -> None:
-    """The classifier's first weights: truncated normal, sigma 2e-5; biases 0 (He et al. 2022)."""
+    """Initialize the head: truncated normal, sigma 2e-5; biases 0 (He et al. 2022)."""
     heads, generator = network.get_classifier(), torch.Generator().manual_seed(seed)
     for head in heads if isinstance(heads, tuple) else (heads,):
         nn.init.trunc_normal_(head.weight, std=2e-5, generator=generator)
@@ -240,11 +239,11 @@ def start_head(network: Any, seed: int) -> None:
 
 
 def layer_scales(network: Any, decay: float) -> dict[str, float]:
-    """What the learning rate of each trained parameter is multiplied by: ``decay^(L + 1 - i)``.
+    """Layer-wise learning-rate decay: the factor of each trained parameter, ``decay^(L + 1 - i)``.
 
     Layer 0 holds what comes before the blocks, block i is layer i + 1, and the final norm and the
-    classifier are layer L + 1 (Bao et al. 2022, as He et al. 2022 use it). Other networks than ViTs
-    have the layers that timm says.
+    classifier are layer L + 1 (Bao et al. 2022, as used by He et al. 2022). Networks other than
+    ViTs have timm's layers.
     """
     groups = param_groups_layer_decay(network, layer_decay=decay)
     scales = {p: group["lr_scale"] for group in groups for p in group["params"]}
@@ -253,14 +252,14 @@ def layer_scales(network: Any, decay: float) -> dict[str, float]:
     def scale(name: str, by_timm: float) -> float:
         if name.startswith(_TOKENS):
             return lowest
-        # timm puts the final norm of a ViT into the layer of its last block.
+        # timm assigns the final norm of a ViT to the layer of its last block.
         return 1.0 if name.startswith("norm.") else by_timm
 
     return {n: scale(n, scales[p]) for n, p in network.named_parameters() if p in scales}
 
 
 def undecayed(network: Any) -> frozenset[str]:
-    """Names of the parameters that have no weight decay though they are no vectors."""
+    """Names of parameters without weight decay that are not vectors."""
     by_timm = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
     return frozenset(by_timm) | frozenset(_TOKENS)
 
@@ -272,7 +271,7 @@ def classifier_writer(
     about: dict[str, Any],
     info: EncoderInfo | None = None,
 ) -> Callable[[], None]:
-    """Copy a network's weights as they are now; what is returned writes them when it is called.
+    """Copy a network's weights; returns a function that writes them to a file.
 
     The file has timm's keys, classifier included, and is written whole or not at all. Its metadata
     have one key, ``ssl_vit``: JSON with ``timm`` (``arch`` and ``kwargs`` of the call that builds
@@ -288,7 +287,7 @@ def classifier_writer(
 
 
 def saved_step(path: Path) -> int | None:
-    """The step that a classifier's file was written at; None where there is no such file."""
+    """Step at which a classifier file was written; None where there is no such file."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Frozen features of whole datasets, with what a score must know of how they were made."""
+"""Feature extraction: frozen features of whole data sets, with how they were computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Embed = Callable[[Float[Tensor, "b c h w"]], dict[str, Tensor]]
 _PIXELS = 32
 
 
-# A feature is some parts side by side. ``cls-2`` is [CLS] after the last block but one.
+# A feature is a concatenation of parts. ``cls-2`` is [CLS] after the last block but one.
 _LAST_FOUR = ("cls-4", "cls-3", "cls-2", "cls")
 FEATURES = {
     "cls": ("cls",),
@@ -40,17 +40,17 @@ FEATURES = {
 
 
 def parts_of(features: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts that these features (keys of ``FEATURES``) are made of, each once."""
+    """Parts that these features (keys of ``FEATURES``) consist of, each once."""
     return tuple(dict.fromkeys(part for name in features for part in FEATURES[name]))
 
 
 @dataclass
 class FeatureSet:
-    """Frozen features of the readable images of a source.
+    """Feature set: frozen features of the readable images of a source.
 
     ``parts``: by name, (n, D) float32. ``labels``: (n,) classes, -1 where unknown; or (n, L) float
-    for L labels that do not exclude each other, 1, 0, or NaN where unknown. ``index``: (n,) the
-    images' places in their source. ``unreadable``: how many images are left out.
+    for L independent labels, 1, 0, or NaN where unknown. ``index``: (n,) the images' indices in
+    their source. ``unreadable``: how many images are left out.
     """
 
     parts: dict[str, Tensor]
@@ -59,31 +59,31 @@ class FeatureSet:
     index: Int64[Tensor, " n"]
 
     def feature(self, name: str) -> Float[Tensor, "n d"]:
-        """A feature (a key of ``FEATURES``): its parts side by side."""
+        """Feature by name (a key of ``FEATURES``): its parts concatenated."""
         parts = [self.parts[part] for part in FEATURES[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def has(self, name: str) -> bool:
-        """Whether all parts of a feature are here."""
+        """Whether all parts of a feature are available."""
         return all(part in self.parts for part in FEATURES[name])
 
     def take(self, rows: Int64[Tensor, " k"]) -> FeatureSet:
-        """These rows, in this order."""
+        """Subset of these rows, in this order."""
         parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}
         labels, index = self.labels[rows.to(self.labels.device)], self.index[rows.cpu()]
         return FeatureSet(parts, labels, self.unreadable, index)
 
     def to(self, device: torch.device) -> FeatureSet:
-        """The same set on a device."""
+        """Copy on a device."""
         moved = {name: part.to(device) for name, part in self.parts.items()}
         return FeatureSet(moved, self.labels.to(device), self.unreadable, self.index)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how images go through an encoder.
+    """Machine settings of feature extraction: device, precision, workers, batch size.
 
-    ``at_once``: the most images that a process' encoder sees at a time.
+    ``at_once``: the largest batch in a process.
     """
 
     device: torch.device
@@ -92,16 +92,16 @@ class Machine:
     at_once: int = 256
 
     def card(self) -> dict[str, str]:
-        """What a protocol card says of it."""
+        """Device and precision for the protocol card."""
         precision = str(self.precision).removeprefix("torch.")
         return {"device": str(self.device), "precision": precision}
 
 
 def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
-    """An encoder as features by pooling: ``cls`` where it has one, and ``mean`` of patches.
+    """Pooled features of an encoder: ``cls`` where it has one, and ``mean`` of the patches.
 
-    With more than one of its last ``blocks``, [CLS] after each: ``cls-2`` is that of the last but
-    one.
+    With ``blocks`` above 1, also [CLS] after each of the last ones: ``cls-2`` is that of the last
+    but one.
     """
 
     def embed(images: Tensor) -> dict[str, Tensor]:
@@ -116,14 +116,14 @@ def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
 
 
 def pixels(images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
-    """The images themselves as features, averaged down to at most 32 x 32 pixels."""
+    """Raw pixels as features, averaged down to at most 32 x 32 pixels."""
     size = (min(_PIXELS, images.shape[2]), min(_PIXELS, images.shape[3]))
     return {"pixels": F.adaptive_avg_pool2d(images, size).flatten(1)}
 
 
 @torch.inference_mode()
 def extract(embed: Embed, source: Source, view: View, machine: Machine) -> FeatureSet:
-    """Features of every readable image of ``source``, in its order.
+    """Extract features of every readable image of ``source``, in its order.
 
     Raises:
         UserError: no image could be read.
@@ -145,7 +145,7 @@ def extract(embed: Embed, source: Source, view: View, machine: Machine) -> Featu
         labels.append(batch.views.labels)
         places.append(batch.views.keys)
     for reason in list(bad.values())[:5]:
-        log.warning("unreadable image left out: %s", reason)
+        log.warning("unreadable image skipped: %s", reason)
     if not labels:
         raise UserError(f"no image of {source.spec} can be read: {next(iter(bad.values()), '')}")
     parts = {name: torch.cat(rows) for name, rows in found.items()}
@@ -154,10 +154,10 @@ def extract(embed: Embed, source: Source, view: View, machine: Machine) -> Featu
 
 
 def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -> FeatureSet:
-    """The same by all processes together: each takes a part, and all get the whole.
+    """Extract features with all processes: each takes a part, and all get the whole set.
 
     Raises:
-        UserError: there are fewer images than processes, or none of a part can be read.
+        UserError: there are fewer images than processes, or no image of a part can be read.
     """
     world = rank_and_world()[1]
     if world == 1:
@@ -173,11 +173,11 @@ def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -
 
 
 def targets_of(source: Source, index: Tensor, labels: Tensor) -> Tensor:
-    """What the images at ``index`` are: their classes, or several labels each."""
+    """Targets of the images at ``index``: their classes, or several labels each."""
     return labels if source.targets is None else torch.from_numpy(source.targets)[index]
 
 
 def ready(module: nn.Module, device: torch.device) -> None:
-    """Put an encoder on a device, in evaluation mode, with the attention that is fast there."""
+    """Prepare an encoder: on a device, in evaluation mode, with the fast attention there."""
     module.to(device).eval()
     choose_attention(module, device)

@@ -1,4 +1,4 @@
-"""Fine-tuning (He et al. 2022, appendix A.1): a classifier of images as a task of the loop."""
+"""Fine-tuning (He et al. 2022, appendix A.1): image classification as a task of the loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ssl_vit.objectives.ema import ema_update
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How an encoder becomes a classifier; where the default depends on it, the option says so."""
+    """Fine-tuning options; where the default depends on the encoder, the option says so."""
 
     pooling: Literal["mean", "cls"] = "mean"
     """What is classified: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
@@ -51,7 +51,7 @@ class TuneConfig:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, as 0.9999: it is judged and saved. 0: none."""
+    """Decay of a moving average of the weights, as 0.9999: that is evaluated and saved. 0: none."""
 
     def __post_init__(self) -> None:
         for option in ("drop_path", "smoothing", "ema"):
@@ -75,11 +75,11 @@ class TuneConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs."""
+        """Whether images of a batch are mixed in pairs (mixup or cutmix)."""
         return self.mixup > 0 or self.cutmix > 0
 
     def views(self, size: tuple[int, int], mean: tuple[float, ...]) -> ViewSpec:
-        """The crop of an image, ``size`` (height, width); ``mean`` of the data set, by channel."""
+        """Views: one crop of ``size`` (height, width); ``mean`` of the data set, by channel."""
         policy = None if self.randaugment == "none" else Policy(self.randaugment, mean)
         return ViewSpec((Crop(size, scale=self.crop_scale, flip=self.flip, policy=policy),))
 
@@ -113,7 +113,7 @@ class FinetuneConfig:
 
 
 def recipe(pretrained: bool, depth: int | None, channels: int = 3) -> FinetuneConfig:
-    """The options as published for such a network, before YAML and command line.
+    """Published options for a network, before YAML and command line.
 
     Pretrained: He et al. 2022, appendix A.1, table 9, by the number of blocks (12: B, 24: L, 32: H;
     None, a network that is no plain ViT: as 12). From scratch: Touvron et al. 2021, table 9.
@@ -138,12 +138,12 @@ def recipe(pretrained: bool, depth: int | None, channels: int = 3) -> FinetuneCo
 
 
 class FineTune(Task):
-    """A network that learns classes from augmented, mixed images.
+    """Fine-tuning task: classification of augmented, mixed images.
 
     Augmentation on the device is timm's: erasing, then mixup or cutmix (one of the two for a batch,
-    each with probability one half). Their draws follow from the key of the images that are here
-    together, a process' part of a batch, so mixing depends on how a batch is split; only the noise
-    that fills what is erased is torch's, which follows from the step and the process.
+    each with probability one half). It is seeded from the keys of the images in a process' part of
+    a batch, so mixing depends on how a batch is split; only the noise that fills erased rectangles
+    is torch's, seeded from the step and the process.
     """
 
     def __init__(self, network: nn.Module, config: TuneConfig, classes: int) -> None:
@@ -160,12 +160,12 @@ class FineTune(Task):
         self._mixing = mixing if config.mixes else None
 
     @property
-    def judged(self) -> nn.Module:
-        """The network that is judged and saved: the average, where there is one."""
+    def evaluated(self) -> nn.Module:
+        """Network that is evaluated and saved: the moving average, where there is one."""
         return self.network if self.average is None else self.average
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
-        """Cross-entropy in float32, against mixed labels; unmixed, the accuracy (0..1) as well."""
+        """Cross-entropy in float32, against mixed labels; without mixing also accuracy (0..1)."""
         images, labels, mixed = views.crops[0], views.labels, None
         if self.training and self._before is None:
             self._before = [buffer.clone() for buffer in self.network.buffers()]
@@ -181,9 +181,9 @@ class FineTune(Task):
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
-        """Move the average; running statistics (of BatchNorm) are copied.
+        """Update the moving average of the weights; buffers (BatchNorm statistics) are copied.
 
-        Those are moved by the forward pass already: where the step was skipped, back.
+        The forward pass has already updated the buffers: after a skipped step they are restored.
         """
         for now, kept in zip(self.network.buffers(), self._before or (), strict=False):
             now.copy_(torch.where(finite, now, kept))
@@ -195,17 +195,17 @@ class FineTune(Task):
                 old.copy_(new)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """All but vectors, positions and tokens, and what timm says of the network."""
+        """Weight decay of all but vectors, positions, tokens, and timm's own exceptions."""
         inner = name.removeprefix("network.")
         return super().decays(name, parameter) and inner not in self._undecayed
 
     def lr_scale(self, name: str) -> float:
-        """Layer-wise decay of the rate (:func:`layer_scales`)."""
+        """Layer-wise learning-rate decay (:func:`layer_scales`)."""
         return self._scales[name.removeprefix("network.")]
 
 
 def erase(images: Tensor, probability: float) -> Tensor:
-    """Random erasing (Zhong et al. 2020) of normalised images (B, C, H, W), in place: each with
-    this probability, a rectangle of 2 to 33 % of it, filled with normal noise."""
+    """Random erasing (Zhong et al. 2020) of normalised images (B, C, H, W), in place: with this
+    probability, a rectangle of 2 to 33 % of an image is filled with normal noise."""
     erasing = RandomErasing(probability, mode="pixel", device=images.device)
     return erasing(images)

@@ -1,4 +1,4 @@
-"""95% intervals of metrics by the percentile bootstrap over images (Efron 1979)."""
+"""Confidence intervals: 95 % of a metric, by the percentile bootstrap over images (Efron 1979)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _RANKED_RESAMPLES = 200
 
 
 def _random(seed: int) -> np.random.RandomState:
-    # RandomState, because its stream is frozen: a newer numpy must not move an interval.
+    # RandomState, because its stream is frozen: a newer numpy must not change an interval.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
 def accuracy_interval(correct: Bool[np.ndarray, " q"], seed: int) -> tuple[float, float]:
-    """Of the share of correct guesses, in percent.
+    """Interval of the accuracy, in percent.
 
-    Correctness is yes or no, so a resample's count of yes is binomial: drawn at once, not image by
-    image.
+    Correctness is binary, so the number of correct images in a resample is binomial: it is drawn
+    directly, not image by image.
     """
     n = len(correct)
     counts = _random(seed).binomial(n, correct.mean(), _RESAMPLES)
@@ -32,10 +32,10 @@ def accuracy_interval(correct: Bool[np.ndarray, " q"], seed: int) -> tuple[float
 def mean_precision_interval(
     scores: Float[np.ndarray, "q l"], truth: Float[np.ndarray, "q l"], seed: int
 ) -> tuple[float, float]:
-    """Of the mean over labels of the average precision, in percent; truth is 1, 0, or NaN.
+    """Interval of the mean average precision over labels, in percent; truth is 1, 0, or NaN.
 
-    Images are drawn again, with all their labels. A label that a resample has of one kind only is
-    left out of that one's mean. Each label is sorted once; a resample is a count for each image.
+    Images are resampled with all their labels. A label with one outcome only in a resample is left
+    out of its mean. Each label is sorted once; a resample is a count for each image.
     """
     n = len(scores)
     ranked = [Ranking.of(s, t) for s, t in zip(scores.T, truth.T, strict=True)]
@@ -51,11 +51,11 @@ def mean_precision_interval(
 
 @dataclass
 class Ranking:
-    """The images whose label is known, best score first, ready for many weightings of them.
+    """Ranking of the images whose label is known, best score first, reused for many resamples.
 
-    ``order``: which images. ``hits``: places in that order of those that have the label. ``ends``:
-    for each hit, the last place of an equal score; ``last_hits``: how many hits, less one, up to
-    there.
+    ``order``: image indices. ``hits``: positions in that order of images that have the label.
+    ``ends``: for each hit, the last position of an equal score; ``last_hits``: the number of hits
+    up to there, less one.
     """
 
     order: np.ndarray
@@ -65,7 +65,7 @@ class Ranking:
 
     @classmethod
     def of(cls, scores: Float[np.ndarray, " q"], truth: Float[np.ndarray, " q"]) -> Ranking:
-        """Sort once."""
+        """Sort the images by score."""
         known = np.flatnonzero(~np.isnan(truth))
         order = known[np.argsort(-scores[known], kind="stable")]
         falling = -scores[order]
@@ -74,7 +74,7 @@ class Ranking:
         return cls(order, hits, ends, np.searchsorted(hits, ends, side="right") - 1)
 
     def average_precision(self, counts: np.ndarray) -> float | None:
-        """The mean over hits of the precision at their score, each image as often as ``counts``.
+        """Average precision: mean over hits of the precision at their score, by ``counts``.
 
         None where all images are hits, or none is.
         """
@@ -83,6 +83,6 @@ class Ranking:
         total = int(hit.sum())
         if total in (0, int(seen[-1])):
             return None
-        # A hit that was not drawn may stand before all others: 0 of 0, with weight 0.
+        # A hit that was not drawn may come before all others: 0 of 0, with weight 0.
         precision = hit.cumsum()[self.last_hits] / np.maximum(seen[self.ends], 1)
         return float((hit * precision).sum() / total)

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, section 3.4)."""
+"""k-NN: weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, 3.4)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def knn_predictions(
     temperature: float = 0.07,
     shared: bool = True,
 ) -> list[Prediction]:
-    """k-NN for each feature and each k that the training set can fill.
+    """k-NN predictions for each feature and each k up to the size of the training set.
 
-    ``val`` None: leave-one-out, each training image by all others; by its place, so that a copy of
-    it elsewhere in the set is a neighbour like any other. ``shared``: all processes call this, each
-    with the same sets; each takes a part of the queries, and all get the whole result.
+    ``val`` None: leave-one-out, each training image by all others; excluded by its index, so that a
+    copy of it in the set is a neighbour like any other. ``shared``: all processes call this with
+    the same sets; each takes a part of the queries, and all get the whole result.
 
     Raises:
         UserError: training labels are missing, or every k is too large.
@@ -65,21 +65,21 @@ def knn_classify(
     temperature: float = 0.07,
     first: int | None = None,
 ) -> dict[int, Tensor]:
-    """What each query is, by votes of its k nearest; for every k, from one pass over the bank.
+    """Classify queries by votes of their k nearest neighbours; all k in one pass over the bank.
 
     Similarity is the cosine s; each neighbour votes with weight exp(s / temperature). A k above
     the number of neighbours means all. Memory does not grow with the number of images: bank and
-    queries may lie anywhere, and go to ``device`` in chunks, the bank once for each 2^14 queries;
-    at most 2^25 numbers of a kind (similarities, votes, features) exist at once. Features that are
-    not finite count as zeros.
+    queries may be on any device, and are moved to ``device`` in chunks, the bank once for each 2^14
+    queries; at most 2^25 numbers of a kind (similarities, votes, features) exist at once.
+    Non-finite features count as zeros.
 
     Args:
-        bank, queries: features as parts (n, _) and (q, _) that stand side by side.
+        bank, queries: features as parts (n, _) and (q, _) to concatenate.
         labels: (n,) classes, or (n, L) labels 1, 0 or NaN, of the bank.
-        first: the queries are the rows of the bank from here on, and none is its own neighbour.
+        first: the queries are the bank's rows from this one on, and none is its own neighbour.
 
     Returns:
-        (q, at most 5) int64 classes, best first, of equal votes the lower; or (q, L) float32, the
+        (q, at most 5) int64 classes, best first, the lower of equal votes; or (q, L) float32, the
         weighted mean of the neighbours' known labels. On the CPU.
     """
     n, q = len(bank[0]), len(queries[0])
@@ -90,11 +90,11 @@ def knn_classify(
     labels = labels.to(device)
     usual = labels.nanmean(0).nan_to_num(0) if several else None
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for start in range(0, max(q, 1), step):  # once for none, which gives the right shapes
+    for start in range(0, max(q, 1), step):  # once without queries, for the right shapes
         part = unit(queries, start, start + step, device)
         own = None if first is None else first + start
-        similarity, index = neighbours(bank, part, most, own)
-        # The largest is taken out: weights near 1 where they matter, and none is lost to rounding.
+        similarity, index = nearest_neighbours(bank, part, most, own)
+        # The largest is subtracted: the decisive weights are near 1, and do not underflow.
         weight, label = ((similarity - similarity[:, :1]) / temperature).exp(), labels[index]
         for k in ks:
             if usual is None:
@@ -108,24 +108,24 @@ def knn_classify(
 def unit(
     parts: Sequence[Tensor], start: int, stop: int, device: torch.device
 ) -> Float[Tensor, "b d"]:
-    """Rows of features of length 1, on the device."""
+    """L2-normalised rows of features, on the device."""
     rows = [part[start:stop].to(device, torch.float32) for part in parts]
     joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
     return F.normalize(joined, dim=1).nan_to_num_(0)
 
 
-def neighbours(
+def nearest_neighbours(
     bank: Sequence[Tensor], queries: Float[Tensor, "q d"], k: int, own: int | None = None
 ) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
-    """Cosine and place of each query's k nearest in the bank, nearest first.
+    """Nearest neighbours: cosine and bank row of each query's k nearest, nearest first.
 
-    Of equal cosines the lower place comes first, whatever the chunks. Equal means as computed:
-    copies of one image may differ in the last bit where a matrix product treats the edges of its
-    operands in another way, and so may one process's chunks and another's.
+    Of equal cosines the lower row comes first, independent of the chunks. Equal as computed: copies
+    of one image may differ in the last bit where a matrix product treats the edges of its operands
+    differently, and so may chunks of different processes.
 
     Args:
-        queries: of length 1.
-        own: the queries are the bank's rows from here on, which are not their own neighbours.
+        queries: L2-normalised.
+        own: the queries are the bank's rows from this one on, and none is its own neighbour.
     """
     step = max(1, min(len(bank[0]), _BANK_ROWS, _CELLS // queries.shape[1]))
     blocks = queries.split(max(1, _CELLS // step))
@@ -148,7 +148,7 @@ def neighbours(
 def merged(
     one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], k: int
 ) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
-    """The k largest values of two, with their places; those of equal values stay in order."""
+    """Merge two top-k lists into the k largest values and their indices; stable for ties."""
     values, places = (torch.cat(pair, dim=1) for pair in zip(one, two, strict=True))
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values[:, :k], places.gather(1, order[:, :k])
@@ -157,9 +157,9 @@ def merged(
 def largest(
     values: Float[Tensor, "q n"], k: int
 ) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
-    """The k largest of each row and their places, largest first, of equal ones the first.
+    """Stable top-k of each row: values and indices, largest first, the first of equal ones.
 
-    ``topk`` alone does not say which of equal values it takes, nor in which order.
+    ``topk`` does not define which of equal values it takes, nor their order.
     """
     found, places = values.topk(min(k + 1, values.shape[1]), dim=1)
     tied = (found[:, 1:] == found[:, :-1]).any(1).nonzero()[:, 0]
@@ -178,9 +178,9 @@ def largest(
 def class_votes(
     weight: Float[Tensor, "q k"], label: Int64[Tensor, "q k"], classes: int
 ) -> Int64[Tensor, "q top"]:
-    """The classes with most weight, best first, at most 5."""
+    """Classes with the largest summed weight, best first, at most 5."""
     votes = torch.zeros(len(weight), classes, device=weight.device).scatter_add_(1, label, weight)
-    # Those without a vote in order of their numbers: ties of all of them would cost much more.
+    # Classes without a vote in order of index: ties of all of them would be much slower.
     order = torch.arange(classes, device=weight.device, dtype=votes.dtype)
     return largest(torch.where(votes > 0, votes, -order), min(5, classes))[1]
 
@@ -188,7 +188,7 @@ def class_votes(
 def label_means(
     weight: Float[Tensor, "q k"], label: Float[Tensor, "q k l"], usual: Float[Tensor, " l"]
 ) -> Float[Tensor, "q l"]:
-    """The weighted mean of known labels; ``usual`` where no neighbour's is known."""
+    """Weighted mean of the neighbours' known labels; ``usual`` where none is known."""
     known = torch.einsum("qk,qkl->ql", weight, (~label.isnan()).to(weight))
     total = torch.einsum("qk,qkl->ql", weight, label.nan_to_num(0).to(weight))
     return torch.where(known > 0, total / known.clamp_min(torch.finfo(known.dtype).tiny), usual)

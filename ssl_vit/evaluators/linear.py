@@ -1,4 +1,4 @@
-"""The linear probe on cached features: a grid of heads trained side by side, chosen honestly."""
+"""Linear probe on cached features: a grid of heads trained together, selected on held-out data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import Order
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
-from ssl_vit.evaluators.linear_heads import FeatureNorm, Heads, Trainer, heads_of, preconditioner
+from ssl_vit.evaluators.linear_heads import (
+    FeatureNorm,
+    HeadOptimizer,
+    LinearHeads,
+    heads_of,
+    preconditioner,
+)
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import (
     NOT_CHOSEN,
@@ -33,18 +39,18 @@ _LEAST_BATCH = 32
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """``fast``: features are cached once, without augmentation, and heads learn from them alone.
+    """Linear probe protocol ``fast``: heads trained on features cached once, unaugmented.
 
-    A grid of learning rates x features, as DINOv2's (Oquab et al. 2023, appendix B.3), but chosen
+    A grid of learning rates x features, as DINOv2's (Oquab et al. 2023, appendix B.3), but selected
     on images held out from training. Each head is that of MAE's probe (He et al. 2022, appendix
     A.1): features standardised, by the exact statistics of all training ones, and one linear layer
     of normal weights (sigma .01), here by SGD without weight decay, its gradients preconditioned by
     the features' covariance to the power of minus ``whitening`` (0: plain SGD).
 
-    Small sets get ``least_steps`` updates, however many epochs that makes.
+    Small sets get ``least_steps`` updates, in more epochs.
 
-    ``learning_rates`` are for 256 images; ``features`` are tried as far as the encoder gives them;
-    ``fallback_rate`` is taken where too few images are left to choose by, with the first feature.
+    ``learning_rates`` are for 256 images; of ``features`` those that the encoder has are tried;
+    ``fallback_rate`` is used, with the first feature, where too few images remain to select on.
     """
 
     name: ClassVar[str] = "fast"
@@ -67,25 +73,25 @@ class LinearProtocol:
         check(min(self.learning_rates, default=0) > 0, "learning rates must be above 0")
 
     def batch(self, n: int) -> int:
-        """Images of a step: an eighth of small sets, all of tiny ones."""
+        """Batch size: an eighth of small sets, all of tiny ones."""
         return min(n, self.batch_size, max(_LEAST_BATCH, n // 8))
 
     def steps(self, n: int) -> int:
-        """Updates of the heads, with ``n`` images."""
+        """Number of updates, with ``n`` images."""
         return max(self.least_steps, self.epochs * (n // self.batch(n)))
 
 
 def joined(parts: Parts, names: tuple[str, ...]) -> Parts:
-    """Features (keys of ``FEATURES``) from their parts."""
+    """Features (keys of ``FEATURES``) concatenated from their parts."""
     return {name: torch.cat([parts[p] for p in FEATURES[name]], dim=1) for name in names}
 
 
-def fit_heads(
+def fit_linear_heads(
     train: FeatureSet, points: list[tuple[str, float]], protocol: LinearProtocol
-) -> dict[str, Heads]:
-    """A head for each (feature, learning rate), by feature, all trained on the same batches."""
+) -> dict[str, LinearHeads]:
+    """Fit a head for each (feature, learning rate), all on the same batches; stacked by feature."""
     targets, n = train.labels, len(train.labels)
-    # Frozen features have fixed statistics: the exact ones, not a running estimate of them.
+    # Frozen features have fixed statistics: the exact ones, not a running estimate.
     norms = {name: FeatureNorm.of(train.feature(name)) for name, _ in points}
     widths = {name: len(norm.mean) for name, norm in norms.items()}
     heads = heads_of(points, widths, outputs_of(targets), protocol.seed, norms.__getitem__)
@@ -94,7 +100,7 @@ def fit_heads(
     flat = {
         name: preconditioner(train.feature(name), norms[name], protocol.whitening) for name in heads
     }
-    trainer = Trainer(heads, protocol.momentum, precondition=flat)
+    optimizer = HeadOptimizer(heads, protocol.momentum, precondition=flat)
     names, size, total = tuple(heads), protocol.batch(n), protocol.steps(n)
     order = Order(n, size, fold(protocol.seed, 2))
     warmup = round(protocol.warmup_share * total)
@@ -102,7 +108,7 @@ def fit_heads(
         rows = torch.from_numpy(order.part(step, 0)[1]).to(targets.device)
         features = joined({p: train.parts[p][rows] for p in parts_of(names)}, names)
         factor = warmup_cosine(step, warmup=warmup, total=total, peak=size / 256)
-        trainer.step(features, targets[rows], factor)
+        optimizer.step(features, targets[rows], factor)
     return heads
 
 
@@ -112,12 +118,12 @@ def linear_probe(
     protocol: LinearProtocol | None = None,
     held_out: FeatureSet | None = None,
 ) -> list[Prediction]:
-    """Predict ``val`` with the one head chosen of the grid; its labels are never looked at.
+    """Linear probe: predict ``val`` with the head selected from the grid, without its labels.
 
-    The choice is made on ``held_out``, or on a seeded share of the training images of each class
-    alike; the chosen head is then trained again on all of them. Of equal heads the narrowest
-    feature's, then the lowest learning rate's is chosen. Where too few images are left to choose
-    by, nothing is chosen, and details say so. All sets lie on one device.
+    The head is selected on ``held_out``, or on a seeded share of the training images, stratified by
+    class; it is then retrained on all of them. Of equal heads, the one with the narrowest feature,
+    then the lowest learning rate is selected. Where too few images remain, the fallback is used,
+    and the details record it. All sets are on one device.
 
     Raises:
         UserError: fewer than two images, or none of the features.
@@ -126,35 +132,39 @@ def linear_probe(
     check(len(train.labels) >= 2, "a linear probe needs at least 2 training images")
     names = usable(protocol.features, train.has)
     grid = grid_of({n: train.feature(n).shape[1] for n in names}, protocol.learning_rates)
-    found = judge_grid(train, grid, protocol, held_out)
+    found = score_grid(train, grid, protocol, held_out)
     chosen = best(found)
     point = chosen or (grid[0][0], protocol.fallback_rate)
-    heads = fit_heads(train, [point], protocol)
+    heads = fit_linear_heads(train, [point], protocol)
     n = len(train.labels)
     resolved = {"batch_size": protocol.batch(n), "steps": protocol.steps(n)}
-    details = describe(protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN}))
+    details = protocol_details(
+        protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN})
+    )
     logits = heads[point[0]].logits(val.feature(point[0]), point[1])
     guesses = guesses_of(logits, train.labels)
     return [Prediction(point[0], f"lr={point[1]:g}", guesses, details)]
 
 
-def judge_grid(
+def score_grid(
     train: FeatureSet,
     grid: list[tuple[str, float]],
     protocol: LinearProtocol,
     held_out: FeatureSet | None,
 ) -> dict[tuple[str, float], float]:
-    """The quality of each point on images not learned from; empty if there are too few."""
+    """Quality of each grid point on held-out images; empty if there are too few."""
     if held_out is None:
         rows = split_rows(train.labels, protocol.held_out, protocol.seed)
         if rows is None:
             return {}
         train, held_out = train.take(rows[0]), train.take(rows[1])
-    return grid_quality(fit_heads(train, grid, protocol), held_out)
+    return grid_quality(fit_linear_heads(train, grid, protocol), held_out)
 
 
-def grid_quality(heads: dict[str, Heads], held_out: FeatureSet) -> dict[tuple[str, float], float]:
-    """The quality of each trained head on a set, in the heads' order."""
+def grid_quality(
+    heads: dict[str, LinearHeads], held_out: FeatureSet
+) -> dict[tuple[str, float], float]:
+    """Quality of each trained head on a set, in the heads' order."""
     found = {}
     for name, stack in heads.items():
         device = stack.weight.device
@@ -164,10 +174,10 @@ def grid_quality(heads: dict[str, Heads], held_out: FeatureSet) -> dict[tuple[st
     return found
 
 
-def describe(
+def protocol_details(
     protocol: Any, found: dict[tuple[str, float], float], resolved: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a score must say of how it was made, fit for JSON; ``resolved`` replaces options."""
+    """Protocol details recorded with a score, as JSON; ``resolved`` replaces options."""
     grid: dict[str, dict[str, float | None]] = {}
     for (name, setting), value in found.items():
         grid.setdefault(name, {})[f"{setting:g}"] = None if isnan(value) else round(value, 3)

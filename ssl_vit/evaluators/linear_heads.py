@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: many trained side by side, each with its own learning rate."""
+"""Linear heads on frozen features: many trained together, each with its own learning rate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ROWS = 1 << 14
 
 
 class FeatureNorm(nn.Module):
-    """BatchNorm without affine parameters (eps 1e-6), as before MAE's linear head.
+    """Feature norm: BatchNorm without affine parameters (eps 1e-6), as before MAE's linear head.
 
-    In training mode the statistics are those of the batch over all processes, and a running
-    estimate follows them (momentum .1, unbiased variance); otherwise those stored are used.
+    In training mode the statistics are those of the batch over all processes, and the running
+    estimates are updated (momentum .1, unbiased variance); otherwise the stored ones are used.
     """
 
     mean: Tensor
@@ -36,17 +36,17 @@ class FeatureNorm(nn.Module):
 
     @classmethod
     def of(cls, features: Float[Tensor, "n d"]) -> FeatureNorm:
-        """The norm whose statistics are exactly those of some features, and stay so."""
+        """Norm with the exact statistics of these features, fixed."""
         norm = cls(features.shape[1]).eval()
-        # One image has no variance: it is brought to 0.
+        # A single image has no variance: it is mapped to 0.
         norm.mean, norm.variance = features.mean(0), features.var(0, correction=len(features) > 1)
         return norm
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """Features with mean 0 and variance 1."""
+        """Standardised features: mean 0, variance 1."""
         mean, variance = self.mean, self.variance
         if self.training:
-            # Shares of a batch are equally large, so means over processes are those of the batch.
+            # Processes have equally large parts of a batch, so means over processes are exact.
             mean = all_reduce_mean(features.mean(0))
             variance = all_reduce_mean((features - mean).square().mean(0))
             n = len(features) * rank_and_world()[1]
@@ -55,14 +55,14 @@ class FeatureNorm(nn.Module):
         return (features - mean) * (variance + 1e-6).rsqrt()
 
 
-class Heads(nn.Module):
-    """``g`` linear heads over one feature, all from the same initial weights.
+class LinearHeads(nn.Module):
+    """Linear heads: ``g`` of them on one feature, with the same initial weights.
 
     Args:
-        width, outputs: features in, classes (or labels) out.
-        rates: the learning rate of each head, for 256 images.
-        key: the initial weights follow from it; they are normal with sigma .01, biases 0.
-        norm: what features go through first, if anything.
+        width, outputs: number of input features and of output classes (or labels).
+        rates: learning rate of each head, for 256 images.
+        key: seed of the initial weights, which are normal with sigma .01; biases are 0.
+        norm: applied to the features first, if given.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(rates), outputs))
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b g c"]:
-        """Logits of every head, in one matrix product."""
+        """Logits of all heads, in one matrix product."""
         if self.norm is not None:
             features = self.norm(features)
         logits = F.linear(features, self.weight.flatten(0, 1), self.bias.flatten())
@@ -90,7 +90,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Float[Tensor, "n d"], rate: float) -> Float[Tensor, "n c"]:
-        """Logits of the head of one rate, by its stored statistics."""
+        """Logits of the head of one learning rate, with the norm's stored statistics."""
         i = self.rates.index(rate)
         if self.norm is not None:
             self.norm.eval()
@@ -104,27 +104,27 @@ def heads_of(
     outputs: int,
     seed: int,
     norm: Callable[[str], FeatureNorm | None] = lambda name: None,
-) -> dict[str, Heads]:
-    """The heads of (feature, learning rate) points, by feature, in the order given.
+) -> dict[str, LinearHeads]:
+    """Make the heads of (feature, learning rate) points, stacked by feature, in the given order.
 
-    Initial weights follow from the seed and the feature, whatever else is trained beside it.
+    Initial weights depend only on the seed and the feature, not on the other heads.
     """
     made = {}
     for name in dict.fromkeys(name for name, _ in points):
         rates = tuple(rate for of, rate in points if of == name)
         key = fold(seed, *name.encode())
-        made[name] = Heads(widths[name], outputs, rates, key, norm(name))
+        made[name] = LinearHeads(widths[name], outputs, rates, key, norm(name))
     return made
 
 
 def preconditioner(
     features: Float[Tensor, "n d"], norm: FeatureNorm, power: float
 ) -> Float[Tensor, "d d"]:
-    """(C + 1e-4)^-power, C the covariance of standardised features; of 16,384 of them if more.
+    """Preconditioner (C + 1e-4)^-power, C the covariance of at most 16,384 standardised features.
 
-    Frozen features are so correlated (variances along principal axes from 250 to 0) that SGD leaves
-    most directions unlearned. Gradients of weights times this are SGD in coordinates whitened by
-    half that power (whole whitening: 1).
+    Frozen features are so correlated (variances along principal axes from 250 to 0) that SGD learns
+    hardly anything in most directions. Multiplying weight gradients by this is SGD in coordinates
+    whitened by half that power (full whitening: 1).
     """
     points = norm(features[:: max(1, len(features) // _ROWS)])
     covariance = points.T @ points / len(points)
@@ -135,12 +135,12 @@ def preconditioner(
     return flat.float().to(features.device)
 
 
-def heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor, ""]:
-    """Sum over heads of each one's loss, so that each head's gradient is that of its own alone.
+def linear_heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor, ""]:
+    """Sum of the heads' losses: each head's gradient is that of its own loss.
 
     ``targets``: (b,) int64 classes: cross-entropy, mean over images. (b, c) float labels, 1, 0 or
     NaN where unknown: binary cross-entropy of each label, sum of the known ones divided by b, so
-    that labels do not slow each other.
+    that the learning rate per label does not depend on their number.
     """
     b, g, _ = logits.shape
     if targets.ndim == 1:
@@ -152,23 +152,23 @@ def heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor,
     return loss / b
 
 
-class Trainer:
-    """SGD with momentum, or LARS, for the heads of several features on the same images.
+class HeadOptimizer:
+    """Head optimizer: SGD with momentum, or LARS, for the heads of several features together.
 
     SGD: v <- momentum v + g, p <- p - rate v. LARS (You et al. 2017, algorithm 1, as in MAE's
     linear probe): the gradient of a weight matrix is first scaled to ``trust`` times the norm of
-    the weights over its own; biases are left alone. Each head is one of its own in all of this.
+    the weights over its own; biases are not scaled. Each head is treated separately.
 
     Args:
         trust: LARS' trust coefficient; 0 for SGD.
-        precondition: for each feature, what gradients of its weights are multiplied by.
-        shared: whether each process has a share of every batch; gradients are then averaged over
-            them. Otherwise each trains alone.
+        precondition: for each feature, the matrix that multiplies its weight gradients.
+        shared: whether each process has a part of every batch; gradients are then averaged over
+            processes. Otherwise each process trains alone.
     """
 
     def __init__(
         self,
-        heads: Mapping[str, Heads],
+        heads: Mapping[str, LinearHeads],
         momentum: float = 0.9,
         trust: float = 0.0,
         precondition: Mapping[str, Tensor] | None = None,
@@ -179,12 +179,12 @@ class Trainer:
         self.velocity: dict[Tensor, Tensor] = {}
 
     def step(self, features: Mapping[str, Tensor], targets: Tensor, factor: float) -> None:
-        """One update of all heads, whose rates are multiplied by ``factor``.
+        """Update all heads, with learning rates multiplied by ``factor``.
 
-        A head that diverges hurts no other.
+        A diverging head does not affect the others.
         """
         for name, heads in self.heads.items():
-            loss = heads_loss(heads(features[name]), targets)
+            loss = linear_heads_loss(heads(features[name]), targets)
             parameters = (heads.weight, heads.bias)
             rates = factor * torch.tensor(heads.rates, device=loss.device)
             weight, bias = torch.autograd.grad(loss, parameters)

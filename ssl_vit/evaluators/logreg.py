@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, by scikit-learn; its strength chosen honestly."""
+"""Logistic regression on frozen features, by scikit-learn; C is selected on held-out data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_vit.common.config import check
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.linear import describe
+from ssl_vit.evaluators.linear import protocol_details
 from ssl_vit.evaluators.linear_heads import FeatureNorm
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import NOT_CHOSEN, best, outputs_of, quality, split_rows, usable
@@ -27,12 +27,12 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class LogregProtocol:
-    """``logreg``: L2-regularised logistic regression to convergence (L-BFGS), without augmentation.
+    """Logistic regression protocol ``logreg``: L2-regularised, L-BFGS to convergence, unaugmented.
 
     Features are standardised by the statistics of the training ones. ``strengths``: scikit-learn's
     C, the weight of the data's loss against half the squared norm of the weights, swept as for CLIP
-    (Radford et al. 2021, appendix A.3), more coarsely. ``fallback`` is taken where too few images
-    are left to choose by.
+    (Radford et al. 2021, appendix A.3), more coarsely. ``fallback`` is used where too few images
+    remain to select on.
     """
 
     name: ClassVar[str] = "logreg"
@@ -55,10 +55,10 @@ def logreg_probe(
     protocol: LogregProtocol | None = None,
     held_out: FeatureSet | None = None,
 ) -> list[Prediction]:
-    """Predict ``val`` from each feature; C chosen, for each, on images held out from training.
+    """Logistic regression probe: predict ``val`` from each feature; C is selected on held-out data.
 
-    Of equally good ones the lowest C is chosen, and fitted again on all training images. Several
-    labels an image are one regression each, with one C for all.
+    Of equally good values the lowest C is selected, and refitted on all training images. With
+    several labels per image each is a separate regression, with one C for all.
     """
     protocol = protocol or LogregProtocol()
     made = []
@@ -70,13 +70,13 @@ def logreg_probe(
         model = Logistic(train.labels, strength, protocol.iterations).fit(norm(train.feature(name)))
         if stopped + model.stopped:
             log.warning(
-                "logreg on %s: %d fits stopped at %d iterations, before they had converged",
+                "logreg on %s: %d fits stopped after %d iterations without convergence",
                 name,
                 stopped + model.stopped,
                 protocol.iterations,
             )
         resolved = {"C": strength, "not_converged": stopped, "chosen_converged": not model.stopped}
-        details = describe(
+        details = protocol_details(
             protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN})
         )
         guesses = model.guesses(norm(val.feature(name)))
@@ -87,24 +87,24 @@ def logreg_probe(
 def _sweep(
     train: FeatureSet, name: str, protocol: LogregProtocol, held_out: FeatureSet | None
 ) -> tuple[dict[tuple[str, float], float], int]:
-    """The quality of each C on images not learned from, and how many fits did not converge."""
+    """Quality of each C on held-out images, and how many fits did not converge."""
     if held_out is None:
         rows = split_rows(train.labels, protocol.held_out, protocol.seed)
         if rows is None:
             return {}, 0
         train, held_out = train.take(rows[0]), train.take(rows[1])
     norm = FeatureNorm.of(train.feature(name))
-    features, judged = norm(train.feature(name)), norm(held_out.feature(name))
+    features, scored = norm(train.feature(name)), norm(held_out.feature(name))
     found, stopped = {}, 0
     for strength in sorted(protocol.strengths):
         model = Logistic(train.labels, strength, protocol.iterations).fit(features)
-        found[name, strength] = quality(model.logits(judged), held_out.labels.cpu())
+        found[name, strength] = quality(model.logits(scored), held_out.labels.cpu())
         stopped += model.stopped
     return found, stopped
 
 
 class Logistic:
-    """One regression over classes, or one for each of several labels.
+    """Logistic regression over classes, or one for each of several labels.
 
     ``targets``: (n,) classes or (n, L) labels, 1, 0, or NaN where unknown. ``stopped``: how many
     regressions did not converge.
@@ -132,7 +132,7 @@ class Logistic:
             there = np.unique(wanted[known])
             if len(there) == 2:
                 self.models.append(self._regression(x[known], wanted[known].astype(np.int64)))
-            else:  # nothing to learn: always, never, or unknown
+            else:  # a constant label: always, never, or unknown
                 self.models.append(float(there[0]) if len(there) else 0.5)
         return self
 
@@ -144,7 +144,7 @@ class Logistic:
         return model
 
     def probabilities(self, features: Float[Tensor, "q d"]) -> Float[Tensor, "q c"]:
-        """Of each class up to the largest, 0 for those never seen; or of each label."""
+        """Probabilities of each class up to the largest, 0 for unseen ones; or of each label."""
         x = features.cpu().numpy()
         if self.targets.ndim == 2:
             columns = [
@@ -159,11 +159,11 @@ class Logistic:
         return made
 
     def logits(self, features: Float[Tensor, "q d"]) -> Float[Tensor, "q c"]:
-        """Their logarithms, which order classes and images as they do."""
+        """Log-probabilities, which rank classes and images the same way."""
         return self.probabilities(features).clamp(min=_TINY).log()
 
     def guesses(self, features: Float[Tensor, "q d"]) -> Tensor:
-        """As a prediction has them: at most 5 classes, best first, or probabilities of labels."""
+        """Guesses of a prediction: at most 5 classes, best first, or probabilities of labels."""
         made = self.probabilities(features)
         if self.targets.ndim == 2:
             return made

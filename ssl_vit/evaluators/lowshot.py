@@ -1,4 +1,4 @@
-"""Seeded subsets of labelled images, and what several of them have in common."""
+"""Low-shot evaluation: seeded subsets of labelled images, and mean scores over seeds."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def subsets(
     seed: int,
     classes: Sequence[str] | None = None,
 ) -> Int64[Tensor, " rows"]:
-    """Rows of a subset, ascending: so many images a class, or a share of each class, at least one.
+    """Subset rows, ascending: ``per_class`` images, or a ``fraction`` of each class, at least one.
 
-    A function of the labels, the seed and the amount; with one seed a smaller subset is part of a
-    larger one. Of several labels an image (n, L), a share of all images.
+    A function of the labels, the seed and the amount; with the same seed, smaller subsets are
+    contained in larger ones. With several labels per image (n, L), a fraction of all images.
 
     Raises:
-        UserError: not one of the two amounts is given, or a class has fewer images than asked.
+        UserError: not exactly one of the two amounts is given, or a class has too few images.
     """
     one = (per_class is None) != (fraction is None)
-    check(one, f"a subset is so many images a class or a share; given: {per_class}, {fraction}")
-    check(per_class is None or per_class >= 1, f"{per_class} images a class; at least 1")
-    check(fraction is None or 0 < fraction <= 1, f"a share of {fraction}; above 0, at most 1")
+    check(one, f"a subset needs images per class or a fraction; given: {per_class}, {fraction}")
+    check(per_class is None or per_class >= 1, f"{per_class} images per class; at least 1")
+    check(fraction is None or 0 < fraction <= 1, f"a fraction of {fraction}; above 0, at most 1")
     n = len(labels)
     shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, n)))
     labels = labels.cpu()
     if labels.ndim == 2:
-        check(per_class is None, "images with several labels are of no one class; give a share")
+        check(per_class is None, "images with several labels have no single class; give a fraction")
         assert fraction is not None
         return shuffled[: max(1, round(fraction * n))].sort().values
     check(bool((labels >= 0).all()), "a subset by class needs the label of every image")
@@ -48,22 +48,22 @@ def subsets(
         few = ((counts > 0) & (counts < per_class)).nonzero()[:, 0].tolist()
         names = [classes[c] if classes else str(c) for c in few[:1]]
         there = f"class {names[0]!r} has {counts[few[0]]} images" if few else ""
-        check(not few, f"{there}; {per_class} a class are asked")
+        check(not few, f"{there}; {per_class} per class are asked")
         amounts = torch.full_like(counts, per_class)
     else:
         assert fraction is not None
         amounts = (counts * fraction).round().clamp_min(1).long()
-    # Shuffled, then by class: the first of each class are a random choice of it.
+    # Shuffled, then sorted by class: the first of each class are a random sample of it.
     order = shuffled[labels[shuffled].argsort(stable=True)]
     within = torch.arange(n) - (counts.cumsum(0) - counts)[labels[order]]
     return order[within < amounts[labels[order]]].sort().values
 
 
 def over_seeds(scores: Sequence[Score]) -> Score:
-    """The mean of several seeds' scores.
+    """Mean score over several seeds.
 
-    The interval is the mean of theirs, so it is that of the validation images alone; the standard
-    deviation over seeds (of a sample, n - 1) is in the details, beside each seed's own numbers.
+    The interval is the mean of theirs, so it covers the sampling of validation images only; the
+    standard deviation over seeds (sample, n - 1) is in the details, with each seed's numbers.
     ``confusion`` is the sum.
     """
     first = scores[0]

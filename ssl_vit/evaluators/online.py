@@ -1,4 +1,4 @@
-"""Linear probes as published: heads learn from augmented images, seen through a frozen encoder."""
+"""Online linear probe: published protocols, heads trained on augmented images, encoder frozen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, Machine, parts_of
-from ssl_vit.evaluators.linear import Parts, describe, grid_quality, joined
-from ssl_vit.evaluators.linear_heads import FeatureNorm, Heads, Trainer, heads_of
+from ssl_vit.evaluators.linear import Parts, grid_quality, joined, protocol_details
+from ssl_vit.evaluators.linear_heads import FeatureNorm, HeadOptimizer, LinearHeads, heads_of
 from ssl_vit.evaluators.published import OnlineProtocol
 from ssl_vit.evaluators.scores import Prediction, labelled
 from ssl_vit.evaluators.selection import (
@@ -45,42 +45,42 @@ def online_probe(
     extract: Callable[[Source], FeatureSet],
     held_out: Source | None = None,
 ) -> list[Prediction]:
-    """Predict ``val``, features of images as they are, by a head that learns from augmented ones.
+    """Online linear probe: predict ``val`` (unaugmented) with a head trained on augmented images.
 
-    Where there is a grid, its point is chosen on ``held_out``, or on a seeded share of the
-    training images that is then not learned from; ``extract`` makes their features. Several
-    processes share each batch. The encoder must be in evaluation mode, on the machine's device.
+    If there is a grid, its point is selected on ``held_out``, or on a seeded share of the training
+    images that is excluded from training; ``extract`` computes their features. Processes share
+    each batch. The encoder must be in evaluation mode, on the machine's device.
 
     Raises:
         UserError: no labels, too few images, or none of the features.
     """
-    targets, judge = source_targets(train), None
+    targets, selection = source_targets(train), None
     names = usable(protocol.features, val.has)
     widths = {name: sum(val.parts[part].shape[1] for part in FEATURES[name]) for name in names}
     grid = grid_of(widths, protocol.learning_rates)
     fallback = protocol.fallback_of(grid)
     if len(grid) > 1:
         train, held_out = (train, held_out) if held_out else _split(train, targets, protocol)
-        judge = extract(held_out) if held_out else None
+        selection = extract(held_out) if held_out else None
         targets = source_targets(train)
-    points = [fallback] if judge is None else grid
+    points = [fallback] if selection is None else grid
     norm = FeatureNorm if protocol.normed else lambda width: None
     outputs = outputs_of(targets)
     heads = heads_of(points, widths, outputs, protocol.seed, lambda name: norm(widths[name]))
     done = train_heads(heads, backbone, train, targets, protocol, machine)
-    found = grid_quality(heads, judge) if judge else {}
+    found = grid_quality(heads, selection) if selection else {}
     feature, rate = best(found) or fallback
     if len(grid) > 1 and not best(found):
         done["selection"] = NOT_CHOSEN
     logits = heads[feature].logits(val.feature(feature).to(machine.device), rate)
-    details = describe(protocol, found, done | {"lr": rate * done["batch_size"] / 256})
+    details = protocol_details(protocol, found, done | {"lr": rate * done["batch_size"] / 256})
     return [Prediction(feature, f"lr={rate:g}", guesses_of(logits, targets).cpu(), details)]
 
 
 def _split(
     train: Source, targets: Tensor, protocol: OnlineProtocol
 ) -> tuple[Source, Source | None]:
-    """The images to learn from, and those to choose by, if there are enough."""
+    """Split into training images and, if there are enough, images for selection."""
     rows = split_rows(targets, protocol.held_out, protocol.seed)
     if rows is None:
         return train, None
@@ -88,10 +88,10 @@ def _split(
 
 
 def source_targets(source: Source, whose: str = "the training set") -> Tensor:
-    """What a source's images are: (n,) classes, or (n, L) labels, NaN where unknown.
+    """Targets of a source: (n,) classes, or (n, L) labels, NaN where unknown.
 
     Raises:
-        UserError: it has no labels, or not for every image.
+        UserError: labels are missing.
     """
     known = source.labels if source.targets is None else source.targets
     check(known is not None, f"{source.spec} has no labels; the probe needs them")
@@ -99,28 +99,28 @@ def source_targets(source: Source, whose: str = "the training set") -> Tensor:
 
 
 def train_heads(
-    heads: dict[str, Heads],
+    heads: dict[str, LinearHeads],
     backbone: Backbone,
     source: Source,
     targets: Tensor,
     protocol: OnlineProtocol,
     machine: Machine,
 ) -> dict[str, Any]:
-    """Train heads on a source's augmented images; what the options came to.
+    """Train heads on a source's augmented images; returns the resolved options.
 
     ``targets``: the source's, by image.
     """
     order = protocol.order(len(source), machine.at_once)
     for stack in heads.values():
         stack.to(machine.device).train()
-    trainer = Trainer(heads, protocol.momentum, protocol.trust, shared=order.world > 1)
+    optimizer = HeadOptimizer(heads, protocol.momentum, protocol.trust, shared=order.world > 1)
     targets, names = targets.to(machine.device), tuple(heads)
     total = protocol.epochs * order.steps_per_epoch
     parts_seen = seen(backbone, source, names, protocol, order, total, machine)
     for step, (parts, numbers) in enumerate(parts_seen):
         if step % max(1, total // 10) == 0:
             log.info("linear probe (%s): step %d of %d", protocol.name, step, total)
-        trainer.step(joined(parts, names), targets[numbers], protocol.factor(step, order))
+        optimizer.step(joined(parts, names), targets[numbers], protocol.factor(step, order))
     return {"batch_size": order.batch_size, "steps": total}
 
 
@@ -133,7 +133,7 @@ def seen(
     total: int,
     machine: Machine,
 ) -> Iterator[tuple[Parts, Tensor]]:
-    """For each step, of this process' share: augmented images as (b, D) parts, their numbers."""
+    """Features of each step, of this process' images: augmented, (b, D) parts, and indices."""
     view, device = backbone.view, machine.device
     spec = ViewSpec((Crop(view.size, scale=protocol.scale, flip=protocol.flip),))
     images = TrainImages(Numbered(source), spec, view.channels, fold(protocol.seed, 3))
@@ -155,9 +155,9 @@ def seen(
 
 
 class Numbered(Source):
-    """Another source whose labels are the images' numbers, so that any targets can be looked up.
+    """Numbered source: labels are the images' indices, so that any targets can be looked up.
 
-    An unreadable image is replaced by another, and then has that one's number.
+    An unreadable image is replaced by another one, with that one's index.
     """
 
     def __init__(self, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""How well predicted masks cover the true ones: intersection over union, with its uncertainty."""
+"""Segmentation metrics: intersection over union, accuracy, and a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from ssl_vit.common.seeds import fold
 _DRAWS = 1000
 
 
-def confusion(
+def confusion_matrix(
     truth: Int64[Tensor, " p"], guess: Int64[Tensor, " p"], classes: int
 ) -> Int64[Tensor, "c c"]:
-    """Pixels by (true class, guessed class); true classes outside ``classes`` do not count."""
-    judged = (truth >= 0) & (truth < classes)
-    pairs = truth[judged] * classes + guess[judged]
+    """Confusion matrix: pixels by (true, predicted) class, without classes out of range."""
+    valid = (truth >= 0) & (truth < classes)
+    pairs = truth[valid] * classes + guess[valid]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def counts(table: Int64[Tensor, "c c"]) -> Int64[Tensor, "3 c"]:
-    """Of each class the pixels that are it and were guessed so, that are it, that were guessed."""
+    """Pixel counts of each class: correct, true, and predicted."""
     return torch.stack([table.diagonal(), table.sum(1), table.sum(0)])
 
 
 def iou(pixels: Float[Tensor, "*draws 3 c"]) -> Float[Tensor, "*draws c"]:
-    """Intersection over union by class, from ``counts``; NaN where neither truth nor guess is."""
+    """Intersection over union by class, from ``counts``; NaN where neither true nor predicted."""
     both, truth, guess = pixels.unbind(-2)
     return both / (truth + guess - both)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Judged masks: ``table`` (C, C) of pixels, and ``images`` (n, 3, C) counts of each image."""
+    """Overlap of masks: ``table`` (C, C) of pixels, and ``images`` (n, 3, C) counts by image."""
 
     table: Int64[Tensor, "c c"]
     images: Int64[Tensor, "n 3 c"]
 
     @property
     def by_class(self) -> Float[Tensor, " c"]:
-        """Intersection over union of all images' pixels together, 0 to 1 or NaN."""
+        """Intersection over union by class, over all images' pixels, 0 to 1 or NaN."""
         return iou(counts(self.table).double())
 
     def metrics(self) -> dict[str, float]:
-        """Mean over classes of intersection over union and of accuracy, and pixel accuracy, in %.
+        """Metrics in %: mean over classes of IoU and of accuracy, and pixel accuracy.
 
-        A class that is neither in the truth nor guessed has no part in the first, one that is not
-        in the truth none in the second.
+        Mean IoU excludes classes that are neither true nor predicted anywhere, class accuracy those
+        without true pixels.
         """
         both, truth, _ = counts(self.table).double()
         return {
@@ -59,7 +59,7 @@ class Overlap:
         }
 
     def interval(self, seed: int) -> tuple[float, float]:
-        """Where 95% of the mean intersection over union lies when images are drawn anew, in %.
+        """95% interval of the mean intersection over union, in %.
 
         A percentile bootstrap over images (Efron 1979): pixels of one image are not independent.
         """

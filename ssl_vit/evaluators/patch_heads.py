@@ -1,4 +1,4 @@
-"""Linear heads on frozen patch tokens, trained side by side on the classes of pixels."""
+"""Patch heads: linear heads on frozen patch tokens, trained together on the classes of pixels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WEIGHT_DECAY = 1e-4
 
 
 @dataclass(frozen=True)
-class Heads:
-    """``g`` linear layers on standardised tokens: the exact mean and deviation of training ones."""
+class PatchHeads:
+    """Patch heads: ``g`` linear layers on tokens standardised by the training statistics."""
 
     mean: Float[Tensor, " d"]
     std: Float[Tensor, " d"]
@@ -30,7 +30,7 @@ class Heads:
     bias: Float[Tensor, "g c"]
 
     def __call__(self, tokens: Float[Tensor, "b d h w"]) -> Float[Tensor, "b g c h w"]:
-        """Class logits of every patch by every head, in one matrix product."""
+        """Class logits of all patches and heads, in one matrix product."""
         heads, _, classes = self.weight.shape
         joined = self.weight.transpose(0, 1).flatten(1)
         x = (tokens.permute(0, 2, 3, 1) - self.mean) / self.std
@@ -39,14 +39,14 @@ class Heads:
 
 
 def upsampled(logits: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[Tensor, "n c r s"]:
-    """Logits between the centres of patches, bilinearly."""
+    """Logits upsampled bilinearly between patch centres."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def heads_loss(
+def patch_heads_loss(
     logits: Float[Tensor, "b g c h w"], masks: Int64[Tensor, "b r s"], ignore: int
 ) -> Float[Tensor, " g"]:
-    """Each head's cross-entropy, a mean over the pixels that have a class; 0 if none has."""
+    """Cross-entropy of each head, mean over pixels that have a class; 0 if none has."""
     n, heads = logits.shape[:2]
     fine = upsampled(logits.flatten(0, 1), (masks.shape[1], masks.shape[2]))
     target = masks.repeat_interleave(heads, 0)
@@ -55,7 +55,7 @@ def heads_loss(
     return losses.view(n, heads, -1).sum((0, 2)) / valid
 
 
-def fit_heads(
+def fit_patch_heads(
     material: Material,
     rows: Int64[Tensor, " n"],
     classes: int,
@@ -63,24 +63,24 @@ def fit_heads(
     epochs: int,
     ignore: int,
     seed: int,
-) -> Heads:
-    """One head for each learning rate, all on the same batches of the images ``rows``.
+) -> PatchHeads:
+    """Fit a head for each learning rate, all on the same batches of the images ``rows``.
 
     AdamW, weight decay 1e-4, linear warm-up over a tenth, then half a cosine to 0. Tokens are
-    standardised by their exact statistics, not by those of a batch; the loss is taken at four
-    pixels a patch and side; images are not augmented. SGD with momentum was measured as good.
+    standardised by their exact statistics, not by those of a batch; the loss is computed at 4 x 4
+    pixels per patch; images are not augmented. SGD with momentum gave the same scores.
     """
     generator = torch.Generator().manual_seed(fold(seed, 1))
     width, device = len(material.mean), material.mean.device
     start = 0.01 * torch.randn(width, classes, generator=generator)
-    # Parameters of their own, so that each has its rate; Adam works on single numbers.
+    # Separate parameters, so that each has its rate; Adam is elementwise.
     weights = [start.to(device, copy=True).requires_grad_() for _ in rates]
     biases = [torch.zeros(classes, device=device, requires_grad=True) for _ in rates]
     groups: list[dict[str, Any]] = [
         {"params": [w, b], "lr": 0.0} for w, b in zip(weights, biases, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    # Small sets would give a handful of steps; at least 8 batches an epoch.
+    # At least 8 batches per epoch, so that small sets get enough steps.
     size = max(1, min(BATCH, len(rows) // 8))
     total, step = epochs * math.ceil(len(rows) / size), 0
     for _ in range(epochs):
@@ -89,11 +89,13 @@ def fit_heads(
             factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            heads = Heads(material.mean, material.std, torch.stack(weights), torch.stack(biases))
+            heads = PatchHeads(
+                material.mean, material.std, torch.stack(weights), torch.stack(biases)
+            )
             optimizer.zero_grad()
-            # The sum over heads: each head's gradient is that of its own mean loss.
-            heads_loss(heads(tokens), masks, ignore).sum().backward()
+            # Sum over heads: each head's gradient is that of its own mean loss.
+            patch_heads_loss(heads(tokens), masks, ignore).sum().backward()
             optimizer.step()
             step += 1
     trained = torch.stack(weights).detach(), torch.stack(biases).detach()
-    return Heads(material.mean, material.std, *trained)
+    return PatchHeads(material.mean, material.std, *trained)

@@ -1,4 +1,4 @@
-"""The protocol of a score: everything needed to make the number again, as JSON beside it."""
+"""Protocol card: everything needed to reproduce a score, as JSON with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ssl_vit.evaluators.scores import Score
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
 
-# What must be the same for a result to be the same, what is then compared, and what may explain it.
+# Reproduction: what must be identical, what is then compared, what may explain differences.
 _IDENTITIES = (
     ("encoder", "weights_sha256"),
     ("train", "content_sha256"),
@@ -34,9 +34,9 @@ _AROUND = ("device", "precision", "processes", "versions")
 
 
 def split_card(source: Source, features: FeatureSet | None, content: str) -> dict[str, Any]:
-    """Which images: what they were named, how many, what is in them, and how they are labelled.
+    """Card of a split: its source, number of images, content hash and label hash.
 
-    ``content`` is the source's ``content_sha256``; ``features`` None: they were not all looked at.
+    ``content`` is the source's ``content_sha256``; ``features`` None: not extracted.
     """
     card: dict[str, Any] = {
         "source": source.spec,
@@ -53,7 +53,7 @@ def split_card(source: Source, features: FeatureSet | None, content: str) -> dic
 def protocol_card(
     evaluator: str, encoder: dict[str, Any], view: View, splits: dict[str, Any], **rest: Any
 ) -> dict[str, Any]:
-    """The whole protocol of one evaluation, ready for JSON."""
+    """Protocol card of one evaluation, ready for JSON."""
     transform = dataclasses.asdict(view) | {
         "crop_ratio": view.crop_ratio,
         "interpolation": "bicubic, antialiased",
@@ -71,19 +71,19 @@ def protocol_card(
 
 
 def write_card(path: Path, card: dict[str, Any], scores: list[Score]) -> None:
-    """The protocol with its scores, written whole or not at all."""
+    """Write the protocol card with its scores, atomically."""
     result = card | {"scores": [dataclasses.asdict(score) for score in scores]}
     text = json.dumps(result, indent=1)
     write_text_atomically(path, text + "\n")
 
 
 def read_card(path: str) -> dict[str, Any]:
-    """A result as :func:`write_card` left it, its options set so that it can be done again.
+    """Read a result of :func:`write_card`, with options set for reproducing it.
 
-    Precision is the one that was used, which on another machine ``auto`` may not mean.
+    Precision is the one that was used, as ``auto`` may differ on another machine.
 
     Raises:
-        UserError: no such file, or no result.
+        UserError: no such file, or not a result.
     """
     try:
         card = json.loads(Path(path).expanduser().read_text())
@@ -92,15 +92,15 @@ def read_card(path: str) -> dict[str, Any]:
         whole = isinstance(card["scores"], list) and isinstance(card["evaluator"], str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
-    check(whole, f"{path!r} is no result of an evaluation: a JSON file with its card and scores")
+    check(whole, f"{path!r} is not an evaluation result: a JSON file with its card and scores")
     return dict(card)
 
 
 def check_same(path: str, before: dict[str, Any], now: dict[str, Any], scores: list[Score]) -> None:
-    """Refuse a result done again with other weights, images or numbers than the card says.
+    """Check a reproduced result: weights, images and numbers must equal those of the card.
 
     Raises:
-        RunFailed: what differs, and what else was different around it.
+        RunFailed: they differ; device, precision and versions that differ are named as well.
     """
     for part, key in _IDENTITIES:
         old, new = (made.get(part, {}).get(key) for made in (before, now))

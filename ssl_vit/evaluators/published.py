@@ -1,4 +1,4 @@
-"""The published linear probes, as options: what a head learns from, how, and for how long."""
+"""Published linear probe protocols: DINOv2, MAE and DINO, as options."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ssl_vit.model.encoder import Encoder
 
 @dataclass(frozen=True)
 class OnlineProtocol:
-    """What the published probes have in common; each one's defaults are those of its paper.
+    """Online linear probe protocol: common options; each subclass has its paper's defaults.
 
     Random resized crops, bicubic, of ``scale`` of the area, and flips; a head of normal weights
-    (sigma .01); no weight decay; the rate falls to 0 by half a cosine. ``learning_rates`` are for
-    256 images. An epoch is as many whole batches as there are; the batch is at most an eighth of
-    the images. ``fallback`` is the (feature, rate) where too few images are left to choose by.
+    (sigma .01); no weight decay; half a cosine to learning rate 0. ``learning_rates`` are for 256
+    images. An epoch has whole batches only; a batch is at most an eighth of the images.
+    ``fallback`` is the (feature, rate) used where too few images remain to select on.
     """
 
     name: ClassVar[str]
@@ -49,9 +49,9 @@ class OnlineProtocol:
         check(self.batch_size >= 1, f"--probe-batch is {self.batch_size}; it must be at least 1")
 
     def order(self, n: int, at_once: int) -> Order:
-        """The batches over ``n`` images, of which a process sees ``at_once`` at a time at most."""
+        """Batch order over ``n`` images, in parts of at most ``at_once`` images per process."""
         rank, world = rank_and_world()
-        # A norm over the batch needs two images.
+        # Batch statistics need two images.
         own = max(2, min(self.batch_size, n // 8)) // world or 1
         check(n >= own * world, f"the training set has {n} images; the probe needs {own * world}")
         parts = -(-own // at_once)
@@ -59,7 +59,7 @@ class OnlineProtocol:
         return Order(n, size, fold(self.seed, 2), parts, rank, world)
 
     def factor(self, step: int, order: Order) -> float:
-        """What ``learning_rates`` are multiplied by, in a step."""
+        """Factor of ``learning_rates`` in a step."""
         per_epoch = order.steps_per_epoch
         total = self.epochs * per_epoch
         at = step // per_epoch * per_epoch if self.by_epoch else step
@@ -67,7 +67,7 @@ class OnlineProtocol:
         return warmup_cosine(at, warmup=warmup, total=total, peak=order.batch_size / 256)
 
     def fallback_of(self, grid: list[tuple[str, float]]) -> tuple[str, float]:
-        """The point taken where nothing can be chosen; by the first feature if need be."""
+        """Fallback grid point where nothing can be selected; with the first feature if need be."""
         if self.fallback is None:
             return grid[0]
         feature, rate = self.fallback
@@ -79,9 +79,9 @@ _DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-
 
 @dataclass(frozen=True)
 class Dinov2Protocol(OnlineProtocol):
-    """Oquab et al. 2023, appendix B.3: a grid of rates x features in one pass over the images.
+    """DINOv2 linear probe (Oquab et al. 2023, appendix B.3): rates x features in one pass.
 
-    The paper chooses on the validation set that it reports; here a share of training is held out.
+    The paper selects on the validation set that it reports; here a share of training is held out.
     """
 
     name = "dinov2"
@@ -95,7 +95,7 @@ class Dinov2Protocol(OnlineProtocol):
 
 @dataclass(frozen=True)
 class MaeProtocol(OnlineProtocol):
-    """He et al. 2022, appendix A.1: BatchNorm and LARS. 50 epochs for 24 blocks and more."""
+    """MAE linear probe (He et al. 2022, A.1): BatchNorm, LARS; 50 epochs from 24 blocks on."""
 
     name = "mae"
     epochs: int = 90
@@ -109,10 +109,10 @@ class MaeProtocol(OnlineProtocol):
 
 @dataclass(frozen=True)
 class DinoProtocol(OnlineProtocol):
-    """Caron et al. 2021, section 4.1: SGD; [CLS] of the last four blocks.
+    """DINO linear probe (Caron et al. 2021, section 4.1): SGD; [CLS] of the last four blocks.
 
-    Encoders of more than 384 features: [CLS] and the mean patch of the last. The original crops
-    bilinearly.
+    Encoders of more than 384 features: [CLS] and the mean patch of the last. The original
+    implementation interpolates crops bilinearly.
     """
 
     name = "dino"
@@ -126,7 +126,7 @@ class DinoProtocol(OnlineProtocol):
 ONLINE: dict[str, Callable[..., OnlineProtocol]] = {
     kind.name: kind for kind in (Dinov2Protocol, MaeProtocol, DinoProtocol)
 }
-"""The published protocols by name."""
+"""Published protocols by name."""
 
 
 def online_protocol(
@@ -137,7 +137,7 @@ def online_protocol(
     batch_size: int = 0,
     features: tuple[str, ...] = (),
 ) -> OnlineProtocol:
-    """A published protocol as it is for an encoder; 0 and empty leave its own values."""
+    """Published protocol for an encoder; 0 and empty keep its own values."""
     protocol = ONLINE[name](seed=seed)
     own: dict[str, Any] = {}
     if isinstance(backbone.module, Encoder):
@@ -146,7 +146,7 @@ def online_protocol(
             own["epochs"] = 50
         if name == "dino" and vit.embed_dim > 384:
             own["features"] = ("cls+mean",)
-    if len(features) > 1:  # of several one is chosen, on images held out
+    if len(features) > 1:  # one is selected, on held-out images
         own["held_out"] = protocol.held_out or 0.1
     given = {"epochs": epochs, "batch_size": batch_size, "features": features}
     return replace(protocol, **(own | {option: value for option, value in given.items() if value}))

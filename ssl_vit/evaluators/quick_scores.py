@@ -1,4 +1,4 @@
-"""Both frozen-feature scores in one call, as pretraining shows them of its own encoder."""
+"""Quick scores: k-NN and linear probe in one call, as pretraining reports them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from ssl_vit.evaluators.features import FEATURES, FeatureSet
 from ssl_vit.evaluators.knn import KS, knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
-from ssl_vit.evaluators.scores import Score, judge, labelled
+from ssl_vit.evaluators.scores import Score, labelled, score_predictions
 
 
 def plain_features(features: FeatureSet) -> tuple[str, ...]:
-    """The features that are one part."""
+    """Names of features that consist of one part."""
     return tuple(name for name in features.parts if FEATURES.get(name) == (name,))
 
 
@@ -22,14 +22,14 @@ def knn_scores(
     features: tuple[str, ...] = (),
     classes: Sequence[str] | None = None,
 ) -> list[Score]:
-    """k-NN by each feature (empty: the plain ones) and k that the training set can fill.
+    """k-NN scores for each feature (empty: the plain ones) and each possible k.
 
-    One process alone. ``classes``: their names, where they have any.
+    In one process. ``classes``: their names, if any.
     """
     truth, device = labelled(val.labels, "the validation set"), train.labels.device
     names = features or plain_features(train)
     found = knn_predictions(train, val, ks, names, device, shared=False)
-    return [judge(prediction, truth, classes, seed=0) for prediction in found]
+    return [score_predictions(prediction, truth, classes, seed=0) for prediction in found]
 
 
 def linear_scores(
@@ -38,7 +38,10 @@ def linear_scores(
     protocol: LinearProtocol,
     classes: Sequence[str] | None = None,
 ) -> list[Score]:
-    """The linear probe, by the one head that is chosen without the validation set."""
+    """Linear probe score, of the head selected without the validation set."""
     labelled(train.labels, "the training set")
     truth = labelled(val.labels, "the validation set")
-    return [judge(p, truth, classes, protocol.seed) for p in linear_probe(train, val, protocol)]
+    return [
+        score_predictions(p, truth, classes, protocol.seed)
+        for p in linear_probe(train, val, protocol)
+    ]

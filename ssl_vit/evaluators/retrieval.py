@@ -1,4 +1,4 @@
-"""Retrieval: the images whose features are most alike to a query's."""
+"""Retrieval: the images with the features most similar to a query's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ssl_vit.common.config import check
 from ssl_vit.data.base import Source
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.knn import neighbours, unit
+from ssl_vit.evaluators.knn import nearest_neighbours, unit
 
 
 def nearest_images(
@@ -18,14 +18,14 @@ def nearest_images(
     k: int,
     own: Int64[Tensor, " q"] | None = None,
 ) -> tuple[Int64[Tensor, "q k"], Float[Tensor, "q k"]]:
-    """Rows of the bank most alike to each query, most alike first, and their cosines.
+    """Nearest images: bank rows most similar to each query, most similar first, and cosines.
 
     Of equal cosines the lower row comes first. Memory does not grow with the bank: similarities
     exist in chunks. Results are on the queries' device.
 
     Args:
-        own: the query's own row in the bank, which is left out; -1: it has none. By its place: a
-            copy of the query elsewhere is a neighbour like any other.
+        own: the query's own row in the bank, which is excluded; -1: it has none. By row: a copy of
+            the query elsewhere is a neighbour like any other.
 
     Raises:
         UserError: k is below 1, or above the number of rows to choose from.
@@ -36,8 +36,8 @@ def nearest_images(
         empty = queries.new_empty(0, k)
         return empty.long(), empty.float()
     rows = unit([queries], 0, len(queries), queries.device)
-    # One more, in place of the query itself, wherever it stands among its equals.
-    cosines, places = neighbours([bank], rows, k + (own is not None))
+    # One more, to replace the query itself, at any rank among equal cosines.
+    cosines, places = nearest_neighbours([bank], rows, k + (own is not None))
     if own is None:
         return places, cosines
     left_out = places == own.to(places.device)[:, None]
@@ -48,11 +48,11 @@ def nearest_images(
 def same_class(
     queries: tuple[Source, FeatureSet], answers: tuple[Source, FeatureSet]
 ) -> Bool[np.ndarray, "q k"] | None:
-    """Whether each answer is of its query's class, by the classes' names.
+    """Class agreement: whether each answer has its query's class, by class name.
 
     Args:
-        queries: q images and the source they are of.
-        answers: q times k images, row by row, and theirs.
+        queries: a source and q images of it.
+        answers: a source and q times k images of it, row by row.
 
     Returns:
         None where an image of either has no class, or may have several.
@@ -64,7 +64,7 @@ def same_class(
 
 
 def _class_names(source: Source, features: FeatureSet) -> np.ndarray | None:
-    """The class of each image by name."""
+    """Class name of each image; None where unknown."""
     labels = features.labels
     if labels.ndim != 1 or bool((labels < 0).any()):
         return None

@@ -1,4 +1,4 @@
-"""What an evaluator predicts, how it is judged, and the score that comes of it."""
+"""Scores: predictions of evaluators, and their metrics with intervals."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LARGEST_CONFUSION = 100
 
 @dataclass
 class Prediction:
-    """What an evaluator says of the validation images, by one setting.
+    """Prediction of an evaluator for the validation images, with one setting.
 
     ``features`` and ``setting`` name it ("cls+mean", "k=20"). ``guesses``: (q, at most 5) int64
-    classes, best first; or (q, L) float scores of labels that do not exclude each other, higher
-    where more likely. ``details``: what else there is to say, fit for JSON.
+    classes, best first; or (q, L) float scores of independent labels, higher where more likely.
+    ``details``: further information, as JSON.
     """
 
     features: str
@@ -35,10 +35,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """One line of a result; ``Score(**json)`` reads back what was written of it.
+    """Score: one row of a result; ``Score(**json)`` reads it back.
 
-    ``metrics``, in percent: top1 and top5, or map and auroc. ``interval``: the 95% of the first of
-    them. ``per_class``: accuracy of each class that was judged, or average precision of each label.
+    ``metrics``, in percent: top1 and top5, or map and auroc. ``interval``: 95 %, of the first.
+    ``per_class``: accuracy of each class that occurs, or average precision of each label.
     ``confusion``: images by class, rows the truth, columns the first guess; None for more than 100
     classes and for several labels.
     """
@@ -65,33 +65,35 @@ class Score:
         return self.metrics["top5"]
 
 
-def judge(prediction: Prediction, truth: Tensor, classes: Sequence[str] | None, seed: int) -> Score:
-    """Compare guesses with the truth: (q,) classes, or (q, L) labels, NaN where unknown.
+def score_predictions(
+    prediction: Prediction, truth: Tensor, classes: Sequence[str] | None, seed: int
+) -> Score:
+    """Score guesses against the truth: (q,) classes, or (q, L) labels, NaN where unknown.
 
-    The interval is the percentile bootstrap's over validation images: what another draw of as many
-    of them would give. It knows nothing of another draw of the training images.
+    The interval is a percentile bootstrap over validation images: it covers their sampling, not
+    that of the training images.
 
     Raises:
         UserError: the truth is not known, or no label has both outcomes.
     """
     truth, guesses = labelled(truth, "the validation set").cpu(), prediction.guesses.cpu()
     assert len(guesses) == len(truth), f"{len(guesses)} guesses for {len(truth)} images"
-    made = _judge_classes if truth.ndim == 1 else _judge_labels
+    made = _score_classes if truth.ndim == 1 else _score_labels
     metrics, interval, per_class, confusion, more = made(guesses, truth, classes, seed)
     details = prediction.details | more
     about = (prediction.features, prediction.setting)
     return Score(*about, metrics, interval, per_class, confusion, details)
 
 
-_Judged = tuple[
+_Scored = tuple[
     dict[str, float], tuple[float, float], dict[str, float], list[list[int]] | None, dict[str, Any]
 ]
 
 
-def _judge_classes(
+def _score_classes(
     guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int
-) -> _Judged:
-    """Metrics, interval, accuracy of each class, confusion."""
+) -> _Scored:
+    """Score classes: metrics, interval, accuracy of each class, confusion matrix."""
     correct = guesses[:, 0] == truth
     metrics = {"top1": accuracy(guesses, truth), "top5": accuracy(guesses, truth, top=5)}
     n = max(int(truth.max()), int(guesses[:, 0].max())) + 1
@@ -105,45 +107,45 @@ def _judge_classes(
     return metrics, accuracy_interval(correct.numpy(), seed), per_class, confusion, {}
 
 
-def _judge_labels(
+def _score_labels(
     guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int
-) -> _Judged:
-    """Means over the labels that some images have and some have not; the others are named."""
-    # Imported where needed: it takes a quarter of the time in which a door starts.
+) -> _Scored:
+    """Score independent labels: means over those with both outcomes; others are left out."""
+    # Imported here: it would take a quarter of the start-up time of a command.
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     scores, wanted = guesses.double().numpy(), truth.double().numpy()
-    judged = np.flatnonzero((wanted == 1).any(0) & (wanted == 0).any(0))
-    check(len(judged) > 0, "no label has both outcomes in the validation set; nothing to judge")
+    scored = np.flatnonzero((wanted == 1).any(0) & (wanted == 0).any(0))
+    check(len(scored) > 0, "no label has both outcomes in the validation set; no score is possible")
     precision, area = [], []
-    for label in judged:
+    for label in scored:
         known = ~np.isnan(wanted[:, label])
         pair = wanted[known, label], scores[known, label]
         precision.append(100.0 * float(average_precision_score(*pair)))
         area.append(100.0 * float(roc_auc_score(*pair)))
     metrics = {"map": float(np.mean(precision)), "auroc": float(np.mean(area))}
-    interval = mean_precision_interval(scores[:, judged], wanted[:, judged], seed)
+    interval = mean_precision_interval(scores[:, scored], wanted[:, scored], seed)
     names = [class_name(classes, label) for label in range(wanted.shape[1])]
-    per_class = {names[label]: p for label, p in zip(judged, precision, strict=True)}
+    per_class = {names[label]: p for label, p in zip(scored, precision, strict=True)}
     left_out = [name for name in names if name not in per_class]
     return metrics, interval, per_class, None, {"left_out": left_out} if left_out else {}
 
 
 def class_name(classes: Sequence[str] | None, number: int) -> str:
-    """What a class is called: by its number where it has no name."""
+    """Name of a class, or its number where it has none."""
     return classes[number] if classes and number < len(classes) else str(number)
 
 
 def accuracy(predicted: Int64[Tensor, "q top"], labels: Int64[Tensor, " q"], top: int = 1) -> float:
-    """Share of queries, in percent, whose label is among the first ``top`` predicted classes."""
+    """Top-k accuracy in percent: queries with their label among the first ``top`` guesses."""
     return 100.0 * float((predicted[:, :top] == labels[:, None]).any(1).double().mean())
 
 
 def labelled(labels: Tensor, whose: str) -> Tensor:
-    """The labels: classes all known, or several labels of which something is known.
+    """Check that all classes, or at least some of several labels, are known; returns them.
 
     Raises:
-        UserError: they are not.
+        UserError: they are unknown.
     """
     if labels.ndim == 1:
         missing = int((labels < 0).sum())
@@ -157,7 +159,7 @@ def labelled(labels: Tensor, whose: str) -> Tensor:
 
 
 def check_labels(train: FeatureSet, val: FeatureSet, classes: Sequence[str] | None) -> None:
-    """Refuse sets that nothing can be learned from, or that cannot be judged by each other.
+    """Check that the labels of training and validation sets allow training and scoring.
 
     Raises:
         UserError: labels are missing; training has one class; validation has one that training

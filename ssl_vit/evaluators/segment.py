@@ -2,7 +2,7 @@
 
 The protocol is that of Oquab et al. 2023 (section 7.4, "linear"): BatchNorm and one linear layer
 on each patch token give class logits at the patches' resolution, which bilinear interpolation
-brings to that of the mask. What differs: ``patch_heads.fit_heads``, ``data.masks``.
+brings to that of the mask. What differs: ``patch_heads.fit_patch_heads``, ``data.masks``.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from ssl_vit.data.order import permute
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
-from ssl_vit.evaluators.overlap import Overlap, confusion, counts, iou
-from ssl_vit.evaluators.patch_heads import BATCH, WARMUP, WEIGHT_DECAY, Heads, fit_heads, upsampled
+from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
+from ssl_vit.evaluators.patch_heads import (
+    BATCH,
+    WARMUP,
+    WEIGHT_DECAY,
+    PatchHeads,
+    fit_patch_heads,
+    upsampled,
+)
 from ssl_vit.evaluators.scores import Score
-from ssl_vit.evaluators.tokens import Look, Material, gather, look_through
+from ssl_vit.evaluators.tokens import Material, TokenExtractor, gather_tokens, token_extractor
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# The confusion matrix is the square of this; more are no classes but depths, or instances.
+# The confusion matrix has the square of this; more values are depths or instances, not classes.
 _MOST_CLASSES = 4096
 _LARGEST_CONFUSION = 100
-# Most values of the logits that are held at once when a mask is judged, 256 MB.
+# Maximum number of logits held at once when a mask is scored, 256 MB.
 _VALUES = 1 << 26
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
+class SegmentOptions:
     """Options of the segmentation probe."""
 
     blocks: Literal[1, 4] = 1
@@ -48,7 +55,7 @@ class SegmentConfig:
     """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
     cache_gb: float = 8.0
     """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
-    Where they need more, they are made anew in every epoch: the same score, in more time."""
+    If they need more, they are recomputed in every epoch: same score, more time."""
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"--epochs is {self.epochs}; at least 1")
@@ -57,9 +64,9 @@ class SegmentConfig:
 
 
 def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:
-    """The class of each of ``size`` pixels, the one of the highest interpolated logit.
+    """Classify each of ``size`` pixels by its highest interpolated logit.
 
-    Some classes at a time, so that a large mask with many classes fits in memory.
+    In chunks of classes, so that a large mask with many classes fits in memory.
     """
     step = max(1, _VALUES // (size[0] * size[1]))
     best, guess = None, None
@@ -76,9 +83,9 @@ def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Ten
 
 @torch.no_grad()
 def held_out_miou(
-    heads: Heads, material: Material, rows: Int64[Tensor, " n"], ignore: int
+    heads: PatchHeads, material: Material, rows: Int64[Tensor, " n"], ignore: int
 ) -> list[float]:
-    """Each head's mean intersection over union, 0 to 1, at four pixels a patch and side."""
+    """Held-out mean IoU of each head, 0 to 1, at 4 x 4 pixels per patch."""
     classes = heads.bias.shape[1]
     tables = [torch.zeros(classes, classes, dtype=torch.int64) for _ in heads.bias]
     for tokens, masks in material.batches(rows, BATCH):
@@ -86,25 +93,27 @@ def held_out_miou(
         logits = heads(tokens)
         for table, head in zip(tables, logits.unbind(1), strict=True):
             fine = upsampled(head, (masks.shape[1], masks.shape[2]))
-            table += confusion(truth, fine.argmax(1).flatten(), classes).cpu()
+            table += confusion_matrix(truth, fine.argmax(1).flatten(), classes).cpu()
     return [float(iou(counts(table).double()).nanmean()) for table in tables]
 
 
 def known(mask: Int[Tensor, "*shape"], ignore: int) -> Int[Tensor, "*shape"]:
-    """The mask with -1 for pixels without a class."""
+    """Mask with -1 for pixels without a class."""
     return torch.where(mask == ignore, -1, mask)
 
 
 @torch.no_grad()
-def judge_masks(heads: Heads, look: Look, pairs: Pairs, ignore: int) -> tuple[Overlap, int]:
-    """One head against every mask at the mask's own resolution; with the unreadable pairs.
+def score_masks(
+    heads: PatchHeads, extractor: TokenExtractor, pairs: Pairs, ignore: int
+) -> tuple[Overlap, int]:
+    """Score a head on all masks, at their own resolution; returns the number of unreadable pairs.
 
     Raises:
-        UserError: a class that the head does not know, or no pixel has one.
+        UserError: a mask has a class that the head does not have, or no pixel has a class.
     """
     classes = heads.bias.shape[1]
     table, images, bad = torch.zeros(classes, classes, dtype=torch.int64), [], 0
-    for seen in look.batches(pairs):
+    for seen in extractor.batches(pairs):
         bad += len(seen.bad)
         if not seen.masks:
             continue
@@ -119,7 +128,7 @@ def judge_masks(heads: Heads, look: Look, pairs: Pairs, ignore: int) -> tuple[Ov
                     f"{classes - 1}; name all classes in {CLASSES_FILE} beside the masks"
                 )
             guess = classify(logits, (mask.shape[0], mask.shape[1]))
-            own = confusion(truth.flatten(), guess.flatten(), classes).cpu()
+            own = confusion_matrix(truth.flatten(), guess.flatten(), classes).cpu()
             table += own
             images.append(counts(own))
     check(int(table.sum()) > 0, f"{pairs.spec}: no pixel of its masks has a class")
@@ -127,50 +136,54 @@ def judge_masks(heads: Heads, look: Look, pairs: Pairs, ignore: int) -> tuple[Ov
 
 
 def choose_head(
-    material: Material, classes: int, config: SegmentConfig, seed: int
-) -> tuple[Heads, float, dict[str, float]]:
-    """The head of the best learning rate on a held-out tenth, trained again on all images.
+    material: Material, classes: int, config: SegmentOptions, seed: int
+) -> tuple[PatchHeads, float, dict[str, float]]:
+    """Select the learning rate on a held-out tenth, and retrain its head on all images.
 
-    Of equal rates the lowest. Returned with the rate, and each rate's held-out mIoU in %.
+    The lowest of equal rates. Returns the head, the rate, and each rate's held-out mIoU in %.
     """
     n = len(material.masks)
     check(n >= 10, f"{material.pairs.spec} has {n} readable pairs; a probe needs 10")
     shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, 2)))
     held, kept = shuffled[: max(1, n // 10)], shuffled[max(1, n // 10) :]
-    trial = fit_heads(material, kept, classes, LEARNING_RATES, config.epochs, config.ignore, seed)
+    trial = fit_patch_heads(
+        material, kept, classes, LEARNING_RATES, config.epochs, config.ignore, seed
+    )
     scores = held_out_miou(trial, material, held, config.ignore)
     chosen = LEARNING_RATES[scores.index(max(scores))]
-    head = fit_heads(
+    head = fit_patch_heads(
         material, torch.arange(n), classes, (chosen,), config.epochs, config.ignore, seed
     )
     by_rate = {f"{r:g}": round(100 * s, 3) for r, s in zip(LEARNING_RATES, scores, strict=True)}
     return head, chosen, by_rate
 
 
-def segment(
-    config: SegmentConfig,
+def segment_probe(
+    config: SegmentOptions,
     backbone: Backbone,
     train: Pairs,
     val: Pairs,
     machine: Machine,
     seed: int = 0,
 ) -> tuple[list[Score], dict[str, Any]]:
-    """Train on ``train``, choose on a tenth of it, judge ``val`` once; scores, and the protocol.
+    """Segmentation probe: train on ``train``, select on a tenth of it, score ``val`` once.
+
+    Returns the scores and the protocol card.
 
     Raises:
         UserError: a network without patch tokens, pairs that do not fit together, or too few.
     """
     check_classes(train, val)
-    look = look_through(backbone, config.blocks, machine)
-    material = gather(look, train, config.cache_gb)
+    extractor = token_extractor(backbone, config.blocks, machine)
+    material = gather_tokens(extractor, train, config.cache_gb)
     names = train.classes or val.classes or ()
-    classes = count_classes(material, len(names), config.ignore)
+    classes = count_mask_classes(material, len(names), config.ignore)
     head, rate, by_rate = choose_head(material, classes, config, seed)
-    overlap, bad = judge_masks(head, look, val, config.ignore)
+    overlap, bad = score_masks(head, extractor, val, config.ignore)
     labels = names or tuple(map(str, range(classes)))
     shares = zip(labels, overlap.by_class.tolist(), strict=True)
     score = Score(
-        features=look.name,
+        features=extractor.name,
         setting=f"lr={rate:g}",
         metrics=overlap.metrics(),
         interval=overlap.interval(fold(seed, 3)),
@@ -181,8 +194,8 @@ def segment(
     return [score], card(config, material, overlap, bad)
 
 
-def count_classes(material: Material, named: int, ignore: int) -> int:
-    """How many classes there are: as many as are ``named``, or up to the highest in the masks.
+def count_mask_classes(material: Material, named: int, ignore: int) -> int:
+    """Number of classes: as many as are ``named``, or up to the highest in the masks.
 
     Raises:
         UserError: the masks have a class without a name, or fewer than two classes.
@@ -205,9 +218,9 @@ def count_classes(material: Material, named: int, ignore: int) -> int:
     return named or values[-1] + 1
 
 
-def card(config: SegmentConfig, material: Material, overlap: Overlap, bad: int) -> dict[str, Any]:
-    """What the protocol says of the probe."""
-    view = "whole images, each side scaled to the size; masks judged at their own resolution"
+def card(config: SegmentOptions, material: Material, overlap: Overlap, bad: int) -> dict[str, Any]:
+    """Protocol card of the probe."""
+    view = "whole images, each side scaled to the size; masks scored at their own resolution"
     return {
         "probe": asdict(config)
         | {
@@ -216,7 +229,7 @@ def card(config: SegmentConfig, material: Material, overlap: Overlap, bad: int) 
             "batch_size": BATCH,
             "learning_rates": LEARNING_RATES,
             "view": view,
-            "token_grid": material.look.grid,
+            "token_grid": material.extractor.grid,
             "tokens_kept": material.tokens is not None,
         },
         "pairs": {

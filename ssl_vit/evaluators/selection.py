@@ -1,4 +1,4 @@
-"""Choosing a head's setting without the validation set: what is held out, and how it is judged."""
+"""Model selection without the validation set: a held-out split of the training images."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ssl_vit.evaluators.features import FEATURES
 
 _LEAST_IMAGES, _LEAST_OF_A_CLASS = 20, 5
 NOT_CHOSEN = "not chosen: too few images"
-"""What details say where nothing could be held out, and a fixed setting was taken."""
+"""Recorded in details where nothing could be held out and a fixed setting was used."""
 
 Split = tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]
 
 
 def usable(wanted: tuple[str, ...], has: Callable[[str], bool]) -> tuple[str, ...]:
-    """Those of the wanted features that there are; else the first there is of the plain ones.
+    """Available features among the wanted ones; else the first plain one.
 
     Encoders without [CLS] have ``mean``, other networks ``pooled``, raw pixels ``pixels``.
 
     Raises:
-        UserError: there are none.
+        UserError: none is available.
     """
     found = tuple(name for name in wanted if has(name))
     if not found:
@@ -37,11 +37,10 @@ def usable(wanted: tuple[str, ...], has: Callable[[str], bool]) -> tuple[str, ..
 
 
 def split_rows(labels: Tensor, share: float, seed: int) -> Split | None:
-    """(kept, held out) rows: ``share`` of the images, of each class alike; a function of ``seed``.
+    """Split rows into (kept, held out): ``share`` is held out, stratified by class, by ``seed``.
 
-    None where too few are left to judge by: under 20 images, or 5 for each class there is, or a
-    share of 0. Classes of one image keep it. Where images have several labels the rows are drawn
-    from all alike.
+    None where too few images remain to select on: under 20, or under 5 per class, or a share of 0.
+    Classes of one image keep it. With several labels per image the split is not stratified.
 
     ``labels``: (n,) classes or (n, L) labels.
     """
@@ -54,7 +53,7 @@ def split_rows(labels: Tensor, share: float, seed: int) -> Split | None:
         )
         if n < _LEAST_OF_A_CLASS * len(classes):
             return None
-        # Class by class, shuffled within: every so-manyth of them takes its share of each class.
+        # Sorted by class, shuffled within: evenly spaced picks take the same share of each class.
         candidates = order[np.argsort(of[order], kind="stable")]
         candidates = candidates[counts[of[candidates]] > 1]
     if n < _LEAST_IMAGES or share <= 0:
@@ -67,11 +66,10 @@ def split_rows(labels: Tensor, share: float, seed: int) -> Split | None:
 
 
 def quality(logits: Float[Tensor, "h c"], targets: Tensor) -> float:
-    """How good logits are, in percent: accuracy, or the mean of the labels' average precisions.
+    """Quality of logits in percent: accuracy, or the mean average precision over labels.
 
     ``targets``: (h,) classes or (h, c) labels, NaN where unknown; labels without both outcomes are
-    left out. Logits that are not finite are worth -1, less than any others; NaN where no label can
-    be judged.
+    left out. Non-finite logits give -1, below all others; NaN where no label has both outcomes.
     """
     if not bool(logits.isfinite().all()):
         return -1.0
@@ -89,22 +87,22 @@ def quality(logits: Float[Tensor, "h c"], targets: Tensor) -> float:
 
 
 def best(found: dict[tuple[str, float], float]) -> tuple[str, float] | None:
-    """The (feature, setting) of highest quality; the first of equal ones, None if all are NaN."""
-    judged = {point: value for point, value in found.items() if not np.isnan(value)}
-    return max(judged, key=judged.__getitem__) if judged else None
+    """Best (feature, setting) by quality; the first of equal ones, None if all are NaN."""
+    scored = {point: value for point, value in found.items() if not np.isnan(value)}
+    return max(scored, key=scored.__getitem__) if scored else None
 
 
 def grid_of(widths: dict[str, int], settings: tuple[float, ...]) -> list[tuple[str, float]]:
-    """All (feature, setting) points, the preferred first: narrow features, then low settings."""
+    """Grid of all (feature, setting) points: narrow features, then low settings first."""
     order = {name: i for i, name in enumerate(FEATURES)}
     features = sorted(widths, key=lambda name: (widths[name], order[name]))
     return [(name, setting) for name in features for setting in sorted(settings)]
 
 
 def guesses_of(logits: Float[Tensor, "q c"], targets: Tensor) -> Tensor:
-    """The guesses of a prediction: at most 5 classes, best first; or each label's probability.
+    """Guesses of a prediction: at most 5 classes, best first; or each label's probability.
 
-    ``targets``: the training set's, which say which of the two.
+    ``targets``: of the training set; their shape decides between the two.
     """
     if targets.ndim == 2:
         return logits.sigmoid()
@@ -112,5 +110,5 @@ def guesses_of(logits: Float[Tensor, "q c"], targets: Tensor) -> Tensor:
 
 
 def outputs_of(targets: Tensor) -> int:
-    """How many outputs a head has: classes up to the largest, or labels."""
+    """Number of a head's outputs: classes up to the largest, or labels."""
     return targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1

@@ -1,4 +1,4 @@
-"""Frozen patch tokens of images with masks, kept in memory or, where too many, made anew."""
+"""Patch tokens: frozen, of images with masks; kept in memory or, if too large, recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssl_vit.model.encoder import Encoder, without_memory
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
-# Pixels a patch and side, at which heads are trained.
+# Pixels per patch side at which heads are trained.
 _FINE = 4
 _EPSILON = 1e-6
 
@@ -31,8 +31,8 @@ TokenMap = Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b d r s"]]
 
 @dataclass
 class Seen:
-    """A batch of pairs: ``tokens`` (b, D, rows, columns) in half precision, on the device;
-    ``masks`` of their own sizes; ``keys`` (b,) places; ``bad``: place -> reason.
+    """Token batch of pairs: ``tokens`` (b, D, rows, columns) in half precision, on the device;
+    ``masks`` at their own sizes; ``keys`` (b,) indices; ``bad``: index -> reason.
     """
 
     tokens: Tensor
@@ -42,10 +42,10 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How pairs become tokens: ``tokens`` maps images to them, ``grid`` is their (rows, columns).
+class TokenExtractor:
+    """Token extractor: ``tokens`` maps images to patch tokens, ``grid`` is their (rows, columns).
 
-    Half precision throughout, so that the score is the same whether tokens are kept or made anew;
+    Half precision throughout, so that the score is the same whether tokens are kept or recomputed;
     float32 tokens gave the same mIoU to 0.01 points.
     """
 
@@ -56,7 +56,7 @@ class Look:
     machine: Machine
 
     def batches(self, pairs: Pairs) -> Iterator[Seen]:
-        """All readable pairs, in order.
+        """Token batches of all readable pairs, in order.
 
         Raises:
             UserError: an image and its mask differ in size, or a token is not finite.
@@ -78,10 +78,10 @@ class Look:
             yield Seen(tokens, batch.masks, batch.views.keys, batch.bad)
 
 
-def look_through(backbone: Backbone, blocks: int, machine: Machine) -> Look:
-    """The patch tokens of an encoder's last block, or of its last ``blocks`` joined.
+def token_extractor(backbone: Backbone, blocks: int, machine: Machine) -> TokenExtractor:
+    """Token extractor of an encoder's last block, or of its last ``blocks`` concatenated.
 
-    Without an encoder (``pixels:``) the image, averaged over each patch, stands for them.
+    Without an encoder (``pixels:``) tokens are pixels averaged over each patch.
 
     Raises:
         UserError: a network without patch tokens, or with fewer blocks.
@@ -113,20 +113,20 @@ def look_through(backbone: Backbone, blocks: int, machine: Machine) -> Look:
         parts = [f.patches if f.norm is None else f.norm(f.patches) for f in outputs]
         return torch.cat(parts, dim=2).transpose(1, 2).unflatten(2, grid)
 
-    return Look(name, tokens, grid, view, machine)
+    return TokenExtractor(name, tokens, grid, view, machine)
 
 
 @dataclass(frozen=True)
 class Material:
-    """What heads are trained on: the readable ``pairs``, and all that is kept of them.
+    """Training material of patch heads: the readable ``pairs``, with masks and tokens.
 
-    ``masks``: (n, R, S) at four pixels a patch and side. ``tokens``: (n, D, rows, columns), None
-    where they are too many. ``mean`` and ``std``: (D,) exact, over all tokens. ``values``: the
-    numbers that occur in the masks, ``unreadable``: how many pairs are left out.
+    ``masks``: (n, R, S) at 4 x 4 pixels per patch. ``tokens``: (n, D, rows, columns), None if too
+    large. ``mean`` and ``std``: (D,) exact, over all tokens. ``values``: that occur in the masks;
+    ``unreadable``: number of skipped pairs.
     """
 
     pairs: Pairs
-    look: Look
+    extractor: TokenExtractor
     masks: Integer[Tensor, "n r s"]
     tokens: Float16[Tensor, "n d h w"] | None
     mean: Float[Tensor, " d"]
@@ -135,20 +135,20 @@ class Material:
     unreadable: int
 
     def batches(self, rows: Int64[Tensor, " k"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens (b, D, rows, columns) float32 and masks (b, R, S) of these pairs, in order."""
-        device = self.look.machine.device
+        """Batches of these pairs: tokens (b, D, rows, columns) float32, masks (b, R, S)."""
+        device = self.extractor.machine.device
         if self.tokens is not None:
             for chunk in rows.split(size):
                 yield self.tokens[chunk].to(device).float(), self.masks[chunk].to(device).long()
             return
-        look = replace(self.look, machine=replace(self.look.machine, at_once=size))
-        for seen in look.batches(self.pairs.take(rows)):
+        extractor = replace(self.extractor, machine=replace(self.extractor.machine, at_once=size))
+        for seen in extractor.batches(self.pairs.take(rows)):
             if seen.masks:
                 yield seen.tokens.float(), self.masks[rows[seen.keys]].to(device).long()
 
 
 class _Statistics:
-    """Sums over all tokens, in double precision."""
+    """Running token statistics, summed in double precision."""
 
     def __init__(self) -> None:
         self.n, self.first, self.second = 0, torch.zeros(1), torch.zeros(1)
@@ -160,23 +160,23 @@ class _Statistics:
         self.second = self.second.to(values.device) + values.square().sum((0, 2, 3))
 
     def result(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and standard deviation, the latter with a small number below it against zero."""
+        """Mean and standard deviation, with an epsilon in the variance."""
         mean = self.first / self.n
         variance = (self.second / self.n - mean.square()).clamp(min=0)
         return mean.float(), (variance + _EPSILON).sqrt().float()
 
 
-def gather(look: Look, pairs: Pairs, cache_gb: float) -> Material:
-    """Look at every pair once; keep its tokens if all together are at most ``cache_gb`` 1e9 bytes.
+def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> Material:
+    """Extract tokens of all pairs once; keep them if they take at most ``cache_gb`` 1e9 bytes.
 
     Raises:
         UserError: no pair can be read.
     """
-    size = (look.grid[0] * _FINE, look.grid[1] * _FINE)
+    size = (extractor.grid[0] * _FINE, extractor.grid[1] * _FINE)
     statistics, values, bad = _Statistics(), set[int](), dict[int, str]()
     masks, places = list[Tensor](), list[Tensor]()
     tokens: Tensor | None = None
-    for seen in look.batches(pairs):
+    for seen in extractor.batches(pairs):
         bad |= seen.bad
         if not seen.masks:
             continue
@@ -190,14 +190,14 @@ def gather(look: Look, pairs: Pairs, cache_gb: float) -> Material:
             values.update(mask.unique().tolist())
         places.append(seen.keys)
     for reason in list(bad.values())[:5]:
-        log.warning("unreadable pair left out: %s", reason)
+        log.warning("unreadable pair skipped: %s", reason)
     if not places:
         raise UserError(f"no pair of {pairs.spec} can be read: {next(iter(bad.values()), '')}")
-    # One type for all: a mask of 8 bits may be among deeper ones.
+    # One dtype for all: 8-bit masks may be mixed with deeper ones.
     small = torch.stack([mask.to(_smallest(values)) for mask in masks])
     return Material(
         pairs.take(torch.cat(places)),
-        look,
+        extractor,
         small,
         None if tokens is None else tokens[: len(masks)],
         *statistics.result(),
@@ -207,11 +207,11 @@ def gather(look: Look, pairs: Pairs, cache_gb: float) -> Material:
 
 
 def _room(tokens: Float16[Tensor, "b d h w"], n: int, cache_gb: float) -> Tensor | None:
-    """Memory for the tokens of ``n`` images; None where that would be above ``cache_gb``."""
+    """Allocate the tokens of ``n`` images; None where that exceeds ``cache_gb``."""
     needed = n * tokens[0].nbytes / 1e9
     if needed <= cache_gb:
         return torch.empty(n, *tokens.shape[1:], dtype=tokens.dtype)
-    log.info("tokens need %.1f GB, above --cache-gb %g: made anew each epoch", needed, cache_gb)
+    log.info("tokens need %.1f GB, above --cache-gb %g: recomputed each epoch", needed, cache_gb)
     return None
 
 

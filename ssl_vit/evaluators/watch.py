@@ -1,4 +1,4 @@
-"""Looking at an encoder while it learns: health, k-NN and pictures of held-out images."""
+"""Probing during training: collapse statistics, k-NN and pictures of held-out images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ssl_vit.evaluators.scores import Score, class_name
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pictures.neighbours import neighbours_panel
 from ssl_vit.pictures.patch_pca import pca_panel
-from ssl_vit.pictures.thumbnails import shown, squared, thumbnails
+from ssl_vit.pictures.thumbnails import as_rgb, squared, thumbnails
 from ssl_vit.training.health import health
 
 log = logging.getLogger("ssl_vit")
@@ -43,10 +43,10 @@ _PROJECTED = 1000
 
 @dataclass(frozen=True)
 class Watch:
-    """Everything needed to look at an encoder.
+    """Watch: the data and settings with which an encoder is probed during training.
 
-    ``labelled`` says whether k-NN has a meaning, ``pooling`` which feature the method trains;
-    ``drawn`` keeps small pictures from one look to the next.
+    ``labelled``: whether there are labels for k-NN; ``pooling``: the feature the method trains;
+    ``drawn``: cache of small pictures between probes.
     """
 
     train: Source
@@ -61,7 +61,7 @@ class Watch:
     drawn: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
 
     def features(self, embed: Embed) -> tuple[FeatureSet | None, FeatureSet]:
-        """Features of the training images (where labels make them useful) and the held-out ones."""
+        """Features of the training images (None without labels) and of the held-out ones."""
 
         def of(source: Source) -> FeatureSet:
             machine = Machine(self.device, self.precision, self.workers)
@@ -69,9 +69,9 @@ class Watch:
 
         return (of(self.train) if self.labelled else None), of(self.val)
 
-    def look(self, encoder: Encoder) -> tuple[dict[str, float], FeatureSet]:
-        """Health of the method's feature and, with labels, k-NN accuracy in percent of all; and the
-        features of the held-out images."""
+    def probe(self, encoder: Encoder) -> tuple[dict[str, float], FeatureSet]:
+        """Probe an encoder: collapse statistics of the method's feature and, with labels, k-NN
+        accuracy in percent for all features; and the features of the held-out images."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
         numbers = health(val.parts[self.pooling]) | {"held_out_images": float(len(val.index))}
@@ -84,15 +84,15 @@ class Watch:
     def paint(
         self, painter: Painter, encoder: Encoder, held_out: FeatureSet
     ) -> dict[str, np.ndarray]:
-        """Pictures of a few fixed held-out images: the method's own, their patches' principal
-        components, and their nearest neighbours among the images of ``held_out``."""
+        """Pictures of a few fixed held-out images: the method's own, PCA of their patches, and
+        their nearest neighbours among the images of ``held_out``."""
         picks = permute(np.arange(min(_PANEL_ROWS, len(self.val))), len(self.val), fold(self.seed))
         images = EvalImages(self.val, self.view.size, self.view.crop_ratio, self.view.channels)
         views = images.__getitems__([int(i) for i in picks]).views
         if not views.crops:
             return {}
         keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
-        seen, display = shown(views.crops[0], self.view), self.view.display(views.crops[0])
+        seen, display = as_rgb(views.crops[0], self.view), self.view.display(views.crops[0])
         normalize = Normalize(self.view.mean, self.view.std).to(self.device)
         ready_made = normalize(Views(views.crops, keys, views.labels).to(self.device))
         pictures = painter(ready_made, display.to(self.device))
@@ -104,7 +104,7 @@ class Watch:
         return pictures
 
     def _neighbours(self, places: Tensor, held_out: FeatureSet) -> np.ndarray:
-        """Images at these places beside those that are nearest by the feature that is watched."""
+        """Nearest-neighbour panel of the images at these indices, by the method's feature."""
         rows = torch.isin(held_out.index, places).nonzero()[:, 0]
         bank = held_out.parts[self.pooling]
         k = min(_NEIGHBOURS, len(bank) - 1)
@@ -117,21 +117,21 @@ class Watch:
         return neighbours_panel(small[:, 0], small[:, 1:], cosine, same)
 
     def projection(self, held_out: FeatureSet) -> tuple[Tensor, str, list[str], np.ndarray]:
-        """At most 1,000 held-out images for TensorBoard's projector: features, what kind of labels
-        they have, the labels, pictures.
+        """Projector data of at most 1,000 held-out images for TensorBoard: features, kind of
+        labels, labels, pictures.
 
-        The pictures are square, as those of other shapes cannot be laid out there.
+        The pictures are square, as the projector requires.
         """
         some = bounded_rows(len(held_out.index), _PROJECTED, self.seed)
         places = tuple(held_out.index[some].tolist())
-        if places not in self.drawn:  # the same at every look, and slow to read
+        if places not in self.drawn:  # the same at every probe, and slow to read
             self.drawn.clear()
             self.drawn[places] = squared(thumbnails(self.val, places, self.view, _TINY))
-        kind, said = self._said(held_out.labels[some])
-        return held_out.parts[self.pooling][some], kind, said, self.drawn[places]
+        kind, labels = self._labels(held_out.labels[some])
+        return held_out.parts[self.pooling][some], kind, labels, self.drawn[places]
 
-    def _said(self, labels: Tensor) -> tuple[str, list[str]]:
-        """What is known of images, and in which sense: class, labels (several each), or nothing."""
+    def _labels(self, labels: Tensor) -> tuple[str, list[str]]:
+        """Kind of the labels (class, labels: several each, or unlabelled) and their texts."""
         names = self.val.classes
         if labels.ndim == 2:
             rows = [row.nonzero()[:, 0].tolist() for row in labels.nan_to_num(0) > 0]
@@ -143,7 +143,7 @@ class Watch:
         return "unlabelled", ["" for _ in labels]
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
-        """k-NN (k = 20) and linear score of each entry, on the method's feature if it has it."""
+        """Compare encoders: k-NN (k = 20) and linear score, on the method's feature if any."""
         table: dict[str, dict[str, Score]] = {}
         protocol = LinearProtocol(seed=self.seed)
         for name, embed in embeds.items():
@@ -160,31 +160,31 @@ class Watch:
 
 
 def bounded(source: Source, count: int, seed: int) -> Source:
-    """At most ``count`` images of a source, a seeded choice."""
+    """Seeded choice of at most ``count`` images of a source."""
     if count >= len(source):
         return source
     return Subset(source, bounded_rows(len(source), count, seed))
 
 
 def bounded_rows(n: int, count: int, seed: int) -> np.ndarray:
-    """At most ``count`` of ``n`` rows, a seeded choice, in order."""
+    """Seeded choice of at most ``count`` of ``n`` rows, in order."""
     if count >= n:
         return np.arange(n)
     return np.sort(permute(np.arange(count, dtype=np.int64), n, fold(seed, count)))
 
 
-Table = dict[str, dict[str, Score]]
+ScoreTable = dict[str, dict[str, Score]]
 
 
-def write_table(path: Path, table: Table, about: dict[str, object]) -> None:
-    """A comparison as JSON, with its protocol."""
+def write_scores(path: Path, table: ScoreTable, about: dict[str, object]) -> None:
+    """Write a comparison as JSON, with its protocol."""
     rows = {n: {k: dataclasses.asdict(s) for k, s in r.items()} for n, r in table.items()}
     text = json.dumps(about | {"scores": rows}, indent=1)
     write_text_atomically(path, text + "\n")
 
 
-def read_table(path: Path, sha256: str) -> Table | None:
-    """The comparison in a file, if it is there and of the encoder with this hash."""
+def read_scores(path: Path, sha256: str) -> ScoreTable | None:
+    """Read a comparison; None if missing, damaged, or of an encoder with another hash."""
     try:
         found = json.loads(path.read_text())
         if found["encoder"]["sha256"] != sha256:

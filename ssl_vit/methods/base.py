@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ssl_vit import methods
-from ssl_vit.common.config import EncoderConfig, UserError, check, nearest
+from ssl_vit.common.config import EncoderConfig, UserError, check, did_you_mean
+from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_samples
@@ -51,6 +52,11 @@ class Reconstruction:
 
     pictures: dict[str, UInt8[np.ndarray, "b h w 3"]]
     caption: str
+
+    def panel(self) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
+        shown = {name: p for name, p in self.pictures.items() if name != "prediction"}
+        return {"reconstruction": picture_rows(shown, self.caption)}
 
 
 class MethodConfig:
@@ -218,9 +224,10 @@ class Method(Task):
             found |= objective.concerns(own)
         return found
 
-    def drawn(self, keys: Int64[Tensor, " b"]) -> dict[str, Tensor]:
-        """What :meth:`draw` gives for samples of these keys, on their device, as a loader does."""
-        draw = partial(self.draw, self.config, self.encoder.grid)
+    def drawn(self, keys: Int64[Tensor, " b"], config: Any = None) -> dict[str, Tensor]:
+        """What :meth:`draw` gives for samples of these keys, on their device, as a loader does;
+        by other options than the method's own, if given."""
+        draw = partial(self.draw, config or self.config, self.encoder.grid)
         found = draw_samples(draw, keys.tolist())
         return {name: value.to(keys.device) for name, value in found.items()}
 
@@ -238,11 +245,9 @@ class Method(Task):
         with without_memory():
             made = cls(config, encoder, channels)
         made.to_empty(device="cpu")
-        made.fill_buffers()
+        for _, objective in made.parts():
+            objective.fill_buffers(made.encoder)
         return made
-
-    def fill_buffers(self) -> None:
-        """Compute what is not in a state dict anew (tables of fixed positions)."""
 
     def for_size(self, size: tuple[int, int]) -> Method:
         """The same method, weights included, for images of ``size``; positions are resampled."""
@@ -250,9 +255,16 @@ class Method(Task):
         if size == old.image_size:
             return self
         made = self.blank(self.config, replace(old.config, image_size=size), old.channels)
-        encoder = resample_positions(old.vit.state_dict(), old, made.encoder)
-        state = self.state_dict() | {f"encoder.vit.{k}": v for k, v in encoder.items()}
+        state = self.state_dict()
+        for name, part in self.named_modules():
+            if isinstance(part, Encoder):  # a teacher has one, too
+                new = made.get_submodule(name)
+                assert isinstance(new, Encoder)
+                resampled = resample_positions(part.vit.state_dict(), part, new)
+                state |= {f"{name}.vit.{key}": value for key, value in resampled.items()}
         made.load_state_dict(state, strict=True)
+        for (_, objective), (_, own) in zip(made.parts(), self.parts(), strict=True):
+            objective.take_tables(own, old)
         return made
 
 
@@ -271,7 +283,7 @@ def find_method(name: str) -> type[Method]:
     names = method_names()
     if name not in names:
         raise UserError(
-            f"method is {name!r}; it must be one of {', '.join(names)}{nearest(name, names)}"
+            f"method is {name!r}; it must be one of {', '.join(names)}{did_you_mean(name, names)}"
         )
     module = importlib.import_module(f"ssl_vit.methods.{name}")
     found = [

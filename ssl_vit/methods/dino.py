@@ -189,14 +189,15 @@ class DINOObjective(Objective):
         """Resolve what depends on the length of the training."""
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         c = self.config
-        freeze = Length.parse(c.freeze_last_layer, "--method.freeze-last-layer")
+        freeze = Length.parse(c.freeze_last_layer, flag(c, "freeze_last_layer"))
         self.freeze_steps = freeze.steps(steps_per_epoch)
         if 1 < steps <= self.freeze_steps:
             log.warning(
-                "--method.freeze-last-layer is %s, the whole training: the prototypes never move",
+                "%s is %s, the whole training: the prototypes never move",
+                flag(c, "freeze_last_layer"),
                 c.freeze_last_layer,
             )
-        self.temp_warmup = Length.parse(c.teacher_temp_warmup, "--method.teacher-temp-warmup")
+        self.temp_warmup = Length.parse(c.teacher_temp_warmup, flag(c, "teacher_temp_warmup"))
 
     def teacher_temp(self, step: int) -> float:
         """Temperature at a step, counted from 0: linear, by epoch or by step, then constant."""
@@ -244,20 +245,20 @@ class DINOObjective(Objective):
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
         """The two ways in which self-distillation collapses (section 5.3 of the paper)."""
         share, used = means["teacher_entropy_share"], means["prototypes_used"]
-        found = {}
+        found, c = {}, self.config
         if share > _UNIFORM:
             found["uniform output"] = (
                 f"the teacher says the same of every image: its output is uniform "
                 f"({share:.1%} of the largest entropy), so there is nothing to learn. Usual "
-                "remedies: a lower --method.teacher-temp, a lower --optim.lr, a longer "
+                f"remedies: a lower {flag(c, 'teacher_temp')}, a lower --optim.lr, a longer "
                 "--optim.warmup"
             )
         if used < _ONE_PROTOTYPE and self.images >= _ENOUGH_IMAGES:
             found["one prototype"] = (
                 f"the teacher says the same of every image: one prototype takes all ({used:.2f} "
-                f"of {self.config.prototypes} in use). Usual remedies: a lower "
-                "--method.center-momentum, a higher --method.teacher-temp, "
-                "--method.norm-last-layer True, a lower --optim.lr"
+                f"of {c.prototypes} in use). Usual remedies: a lower "
+                f"{flag(c, 'center_momentum')}, a higher {flag(c, 'teacher_temp')}, "
+                f"{flag(c, 'norm_last_layer')} True, a lower --optim.lr"
             )
         return found
 
@@ -349,9 +350,14 @@ class DINO(Method):
                 lines.append(f"--method.local-crops is {c.local_crops}; {fitting} should fit")
         return lines
 
-    @torch.no_grad()
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Where the teacher's [CLS] looks in its last block."""
-        images = views.crops[0]
-        attention, grid = cls_attention(self.exported_encoder(), images)
-        return {"attention": attention_panel(to_rgb(normalize.inverse(images)), attention, grid)}
+        """Where the teacher's [CLS] looks."""
+        return attention(self.exported_encoder(), views, normalize)
+
+
+@torch.no_grad()
+def attention(encoder: Encoder, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+    """Where an encoder's [CLS] looks in its last block, as a panel."""
+    images = views.crops[0]
+    maps, grid = cls_attention(encoder, images)
+    return {"attention": attention_panel(to_rgb(normalize.inverse(images)), maps, grid)}

@@ -13,9 +13,8 @@ from jaxtyping import Float, Int64
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from ssl_vit.common.checks import check_least, check_range, check_share
+from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
 from ssl_vit.common.config import EncoderConfig, check
-from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
@@ -55,13 +54,12 @@ class MAEConfig(MethodConfig):
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        ratio = self.mask_ratio
-        check(0 < ratio < 1, f"--method.mask-ratio is {ratio}; it must lie between 0 and 1")
+        check_inside(self, "mask_ratio")
         check_least(self, 1, "decoder_width", "decoder_depth", "decoder_heads")
         check(
             self.decoder_width % self.decoder_heads == 0,
-            f"--method.decoder-heads is {self.decoder_heads}; "
-            f"it must divide --method.decoder-width, {self.decoder_width}",
+            f"{flag(self, 'decoder_heads')} is {self.decoder_heads}; "
+            f"it must divide {flag(self, 'decoder_width')}, {self.decoder_width}",
         )
         check_range(self, "crop_scale")
         check_share(self, "flip")
@@ -76,14 +74,17 @@ class MAEConfig(MethodConfig):
         visible = int(n * (1 - ratio))
         check(
             1 <= visible < n,
-            f"{'--mask-ratio' if asked else '--method.mask-ratio'} is {ratio}; of {n} patches it "
-            f"leaves {visible} visible, and at least 1 must be visible and 1 masked",
+            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {n} patches "
+            f"it leaves {visible} visible, and at least 1 must be visible and 1 masked",
         )
         return visible
 
 
 class MAEObjective(Objective):
-    """Mean squared error of the masked patches' pixels, of which the encoder sees the others."""
+    """Mean squared error of the masked patches' pixels, of which the encoder sees the others.
+
+    ``target_known_from``: what says whether the target is normalised; empty where nothing does.
+    """
 
     explained: ClassVar[dict[str, Scalar]] = {
         "loss": Scalar("Loss", "Mean squared error of the masked patches. It falls steadily.", True)
@@ -92,6 +93,7 @@ class MAEObjective(Objective):
     def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
         super().__init__()
         self.config, self.grid = config, encoder.grid
+        self.target_known_from = "normalize_target in its config.yaml"
         self.n_visible = config.visible(encoder.grid[0] * encoder.grid[1])
         self.decoder = Decoder(
             encoder.width,
@@ -162,58 +164,27 @@ class MAEObjective(Objective):
         mask = masked.expand_as(order).gather(1, restore).to(noise.dtype)
         return at_least_fp32(self.decoder.predict(take(tokens, restore))), mask
 
-
-class MAE(Method):
-    """Encodes the visible patches only and predicts the pixels of the masked ones.
-
-    ``target_known_from``: what says whether the target is normalised; empty where nothing does.
-    """
-
-    Config: ClassVar[type] = MAEConfig
-    title: ClassVar[str] = "MAE"
-    explained: ClassVar[dict[str, Scalar]] = MAEObjective.explained
-    reconstructs: ClassVar[bool] = True
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "encoder": {"positions": "sincos"},
-        "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},
-    }
-
-    def __init__(self, config: MAEConfig, encoder_config: EncoderConfig, channels: int) -> None:
-        super().__init__(config, encoder_config, channels)
-        objective = MAEObjective(config, self.encoder)
-        self.add("mae", objective)
-        xavier_init(self.encoder, objective.decoder)
-        torch.nn.init.normal_(objective.decoder.mask_token, std=0.02)
-        self.target_known_from = "normalize_target in its config.yaml"
-
-    @staticmethod
-    def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
-        """One random resized crop, bicubic, perhaps flipped."""
-        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
-
-    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
-        found = self.reconstruct(views.crops[0], views.keys, normalize)
-        del found.pictures["prediction"]
-        return {"reconstruction": picture_rows(found.pictures, found.caption)}
-
     @torch.no_grad()
     def reconstruct(
         self,
+        encoder: Encoder,
         images: Float[Tensor, "b c h w"],
         keys: Int64[Tensor, " b"],
         normalize: Normalize,
         mask_ratio: float = 0.0,
         target: Target = "auto",
     ) -> Reconstruction:
-        """As the base says. A normalised target is brought back to pixels with each patch's true
-        mean and standard deviation. Where nothing tells the target, it is the one of the two by
-        which the prediction explains more of these very images' masked patches."""
-        objective, noise = self.objective, self.objective.noise(keys)
+        """Masked images and what is predicted of them; arguments are those of a method's.
+
+        A normalised target is brought back to pixels with each patch's true mean and standard
+        deviation. Where nothing tells the target, it is the one of the two by which the prediction
+        explains more of these very images' masked patches.
+        """
+        noise = self.noise(keys)
         n = noise.shape[1]
         visible = self.config.visible(n, mask_ratio)
-        prediction, mask = objective.predict(self.encoder, images, noise, visible)
-        hidden, patches = mask > 0, self.encoder.patchify(images)
+        prediction, mask = self.predict(encoder, images, noise, visible)
+        hidden, patches = mask > 0, encoder.patchify(images)
         normalized, why = self._target(patches, prediction, hidden, target)
         if normalized:
             mean, std = patch_statistics(patches)
@@ -223,7 +194,7 @@ class MAE(Method):
             "prediction: all patches as predicted, of which training knows the masked ones only; "
             "reconstruction: the visible patches as they are, the masked ones as predicted."
         )
-        pictures = masked_pictures(self.encoder, images, prediction, hidden, normalize)
+        pictures = masked_pictures(encoder, images, prediction, hidden, normalize)
         return Reconstruction(pictures, caption)
 
     def _target(
@@ -249,8 +220,68 @@ class MAE(Method):
             return "target: normalised patches, shown with each patch's true mean and std"
         return "target: raw pixels"
 
+    def fill_buffers(self, encoder: Encoder) -> None:
+        """The decoder's fixed positions."""
+        self.decoder.positions = sincos_positions(encoder.grid, self.config.decoder_width)
+
+    def take_tables(self, other: Objective, encoder: Encoder) -> None:
+        """The decoder's positions, which a file may have brought, resampled, the epsilon of its
+        norms, and what is known of the target."""
+        assert isinstance(other, MAEObjective)
+        self.target_known_from = other.target_known_from
+        set_norm_eps(self.decoder, other.decoder.norm.eps)
+        self.decoder.positions = resample_abs_pos_embed(
+            other.decoder.positions[None],
+            list(self.grid),
+            old_size=list(other.grid),
+            num_prefix_tokens=0,
+        )[0]
+
+
+class MAE(Method):
+    """Encodes the visible patches only and predicts the pixels of the masked ones."""
+
+    Config: ClassVar[type] = MAEConfig
+    title: ClassVar[str] = "MAE"
+    explained: ClassVar[dict[str, Scalar]] = MAEObjective.explained
+    reconstructs: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "encoder": {"positions": "sincos"},
+        "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},
+    }
+
+    def __init__(self, config: MAEConfig, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__(config, encoder_config, channels)
+        objective = MAEObjective(config, self.encoder)
+        self.add("mae", objective)
+        xavier_init(self.encoder, objective.decoder)
+        torch.nn.init.normal_(objective.decoder.mask_token, std=0.02)
+
+    @staticmethod
+    def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
+        """One random resized crop, bicubic, perhaps flipped."""
+        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
+        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
+
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """As the base says, and :meth:`MAEObjective.reconstruct`."""
+        found: Reconstruction = self.objective.reconstruct(
+            self.encoder, images, keys, normalize, mask_ratio, target
+        )
+        return found
+
     @classmethod
-    def from_file(cls, file: Path, encoder: Encoder) -> MAE | None:
+    def from_file(cls, file: Path, encoder: Encoder) -> Method | None:
         """From an official pretraining file with ``decoder_`` tensors, or a Hugging Face
         ``ViTMAEForPreTraining`` folder.
 
@@ -268,7 +299,6 @@ class MAE(Method):
             decoder_heads=decoder.heads,
         )
         made = cls.blank(config, encoder.config, encoder.channels)
-        assert isinstance(made, MAE)
         load_strictly(made.encoder.vit, encoder.vit.state_dict(), str(file))
         own = made.objective.decoder
         said = load_strictly(own, decoder.state, f"{file}, decoder")
@@ -280,28 +310,9 @@ class MAE(Method):
         )
         own.positions = decoder.positions
         set_norm_eps(own, decoder.norm_eps)
-        made.target_known_from = decoder.told_by if decoder.normalized is not None else ""
-        return made
-
-    def fill_buffers(self) -> None:
-        """The decoder's fixed positions."""
-        decoder = self.objective.decoder
-        decoder.positions = sincos_positions(self.encoder.grid, self.config.decoder_width)
-
-    def for_size(self, size: tuple[int, int]) -> Method:
-        """As the base does, with the decoder's positions and norms as they are here."""
-        made = super().for_size(size)
-        if made is not self:
-            assert isinstance(made, MAE)
-            own, new = self.objective.decoder, made.objective.decoder
-            set_norm_eps(new, own.norm.eps)
-            new.positions = resample_abs_pos_embed(
-                own.positions[None],
-                list(made.encoder.grid),
-                old_size=list(self.encoder.grid),
-                num_prefix_tokens=0,
-            )[0]
-            made.target_known_from = self.target_known_from
+        made.objective.target_known_from = (
+            decoder.known_from if decoder.normalized is not None else ""
+        )
         return made
 
 

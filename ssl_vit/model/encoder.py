@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssl_vit.common.config import EncoderConfig, check, nearest
+from ssl_vit.common.config import EncoderConfig, check, did_you_mean
 from ssl_vit.model.block import LeanBlock, lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 
@@ -281,7 +281,7 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
     check(
         config.arch in known,
         f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
-        f"{nearest(config.arch, known)}",
+        f"{did_you_mean(config.arch, known)}",
     )
     with without_memory():
         pooling = {k: kwargs[k] for k in ("global_pool", "fc_norm") if k in kwargs}

@@ -10,11 +10,7 @@ from ssl_vit.model.encoder import Encoder
 def xavier_init(encoder: Encoder, *others: nn.Module) -> None:
     """MAE's: Xavier-uniform linear maps, the patch projection as one, zero biases, tokens normal
     with σ = .02 (He et al. 2022, appendix A.1)."""
-    for module in (m for part in (encoder, *others) for m in part.modules()):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    xavier_linears(encoder, *others)
     projection = encoder.vit.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
     if projection.bias is not None:
@@ -22,6 +18,15 @@ def xavier_init(encoder: Encoder, *others: nn.Module) -> None:
     for token in (encoder.vit.cls_token, encoder.vit.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
+
+
+def xavier_linears(*networks: nn.Module) -> None:
+    """Xavier-uniform linear maps, zero biases."""
+    for module in (m for network in networks for m in network.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def truncated_init(encoder: Encoder, *others: nn.Module) -> None:

@@ -24,6 +24,13 @@ class Objective(nn.Module):
         """Scalars on the device, among them ``loss``, which is minimised."""
         raise NotImplementedError
 
+    def fill_buffers(self, encoder: Encoder) -> None:
+        """Compute what is not in a state dict (tables of fixed positions) anew."""
+
+    def take_tables(self, other: Objective, encoder: Encoder) -> None:
+        """Take what is not in a state dict from ``other``, the same objective on ``encoder``,
+        whose grid of patches is another."""
+
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
         """Called before the first step: how long the training will be."""
 

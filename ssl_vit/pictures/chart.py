@@ -1,15 +1,15 @@
-"""Scores as a chart."""
+"""Score chart: horizontal bars with intervals."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 Bars = dict[str, dict[str, tuple[float, float, float]]]
-"""By encoder, by evaluator: a score, and the ends of its interval."""
+"""Scores by encoder, by evaluator: a score, and the ends of its interval."""
 
 
 def bars(path: Path, values: Bars, axis: str) -> None:
-    """A group of horizontal bars for each encoder, with intervals, as PNG."""
+    """Draw a group of horizontal bars for each encoder, with intervals, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours as a picture: each query, then the images most alike to it."""
+"""Nearest-neighbour panel: each query, then the images most similar to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_vit.common.figures import enlarged, picture_rows
 
 _WIDTH, _LEAST = 1400, 112
 _FRAME, _BADGE, _STRIP = 4, 20, 15
-# Two colours that differ in lightness and for every kind of colour blindness (Okabe and Ito 2008).
+# Two colours that differ in lightness and with any colour blindness (Okabe and Ito 2008).
 _SAME, _OTHER = (0, 114, 178), (230, 120, 0)
 
 
@@ -22,12 +22,12 @@ def neighbours_panel(
     same: Bool[np.ndarray, "q k"] | Bool[Tensor, "q k"] | None,
     about: str = "",
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """One row a query: the query, then its neighbours, each with its cosine below.
+    """Nearest-neighbour panel: a row per query, then its neighbours, each with its cosine below.
 
     Args:
-        same: whether a neighbour is of the query's class, by the colour of its frame and by a mark
+        same: whether a neighbour has the query's class, shown by the colour of its frame and a mark
             in its corner; None: unknown, nothing is framed.
-        about: what the caption begins with.
+        about: beginning of the caption.
     """
     cosines = np.asarray(similarity)
     width = max(_LEAST, _WIDTH // (cosines.shape[1] + 1) - 4)
@@ -53,7 +53,7 @@ def neighbours_panel(
 
 
 def _at_most(image: UInt8[np.ndarray, "h w 3"], width: int) -> UInt8[np.ndarray, "height w 3"]:
-    """The image, brought to this width if it is wider."""
+    """Image scaled down to this width if it is wider."""
     height, own = image.shape[:2]
     if own <= width:
         return image
@@ -64,7 +64,7 @@ def _at_most(image: UInt8[np.ndarray, "h w 3"], width: int) -> UInt8[np.ndarray,
 def _cell(
     image: UInt8[np.ndarray, "h w 3"], text: str, same: bool | None
 ) -> UInt8[np.ndarray, "height w 3"]:
-    """An image above a white strip with text, framed and marked if its class is known."""
+    """Cell of the panel: an image above a white strip with text, framed if its class is known."""
     height, width = image.shape[:2]
     sheet = Image.new("RGB", (width, height + _STRIP), "white")
     sheet.paste(Image.fromarray(image), (0, 0))
@@ -81,7 +81,7 @@ def _cell(
 
 
 def _mark(same: bool) -> list[list[tuple[int, int]]]:
-    """A tick, or a cross, as lines within the badge."""
+    """Tick or cross, as lines within the badge."""
     if same:
         return [[(4, 10), (8, 14), (15, 5)]]
     return [[(5, 5), (14, 14)], [(5, 14), (14, 5)]]

@@ -1,4 +1,4 @@
-"""What patch features tell apart: their first principal components as colours of a picture."""
+"""Patch PCA: the first principal components of patch features as colours of a picture."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ssl_vit.common.config import check
 from ssl_vit.common.figures import enlarged, heat, picture_rows
 
 _PERCENT = (2.0, 98.0)
-_NOTHING = 1e-24  # a share of the sum of squares that is only what rounding leaves
+_NOTHING = 1e-24  # share of the sum of squares attributed to rounding
 
 
 @dataclass(frozen=True)
 class PatchPCA:
-    """Principal components of patch features, in float64 on the CPU.
+    """Patch PCA: principal components of patch features, in float64 on the CPU.
 
-    ``mean`` (d,); ``components`` (k, d), orthonormal, the one that explains most first;
-    ``explained`` (k,), the share of the total variance of each.
+    ``mean`` (d,); ``components`` (k, d), orthonormal, by decreasing variance; ``explained`` (k,),
+    the share of the total variance of each.
     """
 
     mean: Float[Tensor, " d"]
@@ -29,26 +29,26 @@ class PatchPCA:
     explained: Float[Tensor, " k"]
 
     def project(self, patches: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
-        """The patches' coordinates along the components."""
+        """Project patches onto the components."""
         return (patches.detach().to(self.mean) - self.mean) @ self.components.T
 
 
 def fit_pca(patches: Float[Tensor, "b n d"], k: int = 3) -> PatchPCA:
-    """The first ``k`` principal components of the patches of all images together.
+    """Fit the first ``k`` principal components of the patches of all images together.
 
-    Of fewer than ``k`` features there are as many components as features; a direction without
-    variance explains 0, as where there are few patches or all are the same. Signs are fixed: the
-    entry of largest magnitude is positive.
+    With fewer than ``k`` features there are as many components as features; a direction without
+    variance (few or identical patches) explains 0. Signs are fixed: the entry of largest magnitude
+    is positive.
 
     Raises:
-        UserError: no patch, or features that are not finite.
+        UserError: no patches, or non-finite features.
     """
     x = patches.detach().to("cpu", torch.float64).flatten(0, 1)
     check(len(x) > 0, "no patches to find the principal components of")
     check(bool(x.isfinite().all()), "the encoder's patch features are not finite")
     mean = x.mean(0)
     centred = x - mean
-    # Of a covariance, not of the patches: these are many, and a few components are wanted.
+    # By the covariance, not an SVD of the patches: there are many, and few components are needed.
     values, vectors = torch.linalg.eigh(centred.T @ centred)
     values, components = values.flip(0)[:k].clamp(min=0), vectors.T.flip(0)[:k]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
@@ -61,12 +61,12 @@ def fit_pca(patches: Float[Tensor, "b n d"], k: int = 3) -> PatchPCA:
 def foreground(
     first: Float[Tensor, "b n"], grid: tuple[int, int]
 ) -> tuple[Bool[Tensor, "b n"], int]:
-    """The patches of the foreground, and the sign of the first component there, 1 or -1.
+    """Foreground patches, and the sign of the first component there, 1 or -1.
 
-    Oquab et al. (2023, section 7.5) threshold the first component of all images at zero. A
-    component has no sign of its own, so which side is the foreground is decided by a rule: the one
-    that holds a smaller share of the patches at the images' borders than of the inner ones. Where
-    neither does, or all patches are at borders, the positive one.
+    Oquab et al. (2023, section 7.5) threshold the first component of all images at zero. The
+    sign of a component is arbitrary, so a rule decides which side is the foreground: the one with a
+    smaller share of the patches at the images' borders than of the inner ones; where neither has,
+    or all patches are at borders, the positive one.
     """
     positive = first > 0
     rows, columns = torch.arange(grid[0])[:, None], torch.arange(grid[1])[None]
@@ -81,12 +81,12 @@ def pca_panel(
     patches: Float[Tensor, "b n d"],
     grid: tuple[int, int],
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Patch features as colours, after Oquab et al. (2023, arXiv 2304.07193, section 7.5).
+    """Patch PCA panel: patch features as colours, after Oquab et al. (2023, arXiv 2304.07193, 7.5).
 
     Cells: the image; its patches' first three principal components as red, green and blue; the
-    first as a heat map; the patches of the foreground, as :func:`foreground` finds them, by the
-    components of their own, dark elsewhere. Components are of all images together: what has one
-    colour in two images is alike to the encoder. Each is scaled by its percentiles 2 to 98.
+    first as a heat map; the foreground patches (see :func:`foreground`) by a PCA of their own, dark
+    elsewhere. Components are of all images together: equal colours in two images mean similar
+    features. Each component is scaled by its percentiles 2 to 98.
 
     Raises:
         UserError: as :func:`fit_pca`.
@@ -97,7 +97,7 @@ def pca_panel(
     scores = pca.project(patches)
     kept, sign = foreground(scores[..., 0], grid)
     scores[..., 0] *= sign
-    # An empty side: all patches are alike.
+    # No foreground: all patches are equal.
     own = fit_pca(patches[kept.to(patches.device)][None]) if kept.any() else None
     colours = np.zeros((*kept.shape, 3), np.uint8)
     if own is not None:
@@ -114,7 +114,7 @@ def pca_panel(
 
 
 def _caption(pca: PatchPCA, own: PatchPCA | None, share: float) -> str:
-    """What the colours mean, and how much of the variance they show."""
+    """Caption: the meaning of the colours, and the share of variance they show."""
     shown = (
         "PCA of the patch features of all images together: components 1, 2, 3 in red, green, blue, "
         f"with {_percents(pca)} of the variance. "
@@ -135,12 +135,12 @@ def _percents(pca: PatchPCA) -> str:
 
 
 def _scaled(scores: Float[Tensor, "*b k"]) -> Float[np.ndarray, "*b k"]:
-    """Each component in 0..1, its percentiles 2 and 98 at the ends; a flat one is 0.5."""
+    """Components scaled to 0..1 by their percentiles 2 and 98; a constant one is 0.5."""
     values = scores.numpy()
     flat = values.reshape(-1, values.shape[-1])
     low, high = np.percentile(flat, _PERCENT, axis=0)
     least, most = flat.min(0), flat.max(0)
-    # Nearly all patches alike, a few apart: percentiles would hide these.
+    # Where nearly all patches are equal, percentiles would hide the few others.
     low, high = np.where(high > low, low, least), np.where(high > low, high, most)
     width = high - low
     even = width <= 1e-9 * np.abs(flat).max(initial=1e-300)
@@ -149,7 +149,7 @@ def _scaled(scores: Float[Tensor, "*b k"]) -> Float[np.ndarray, "*b k"]:
 
 
 def _colours(scores: Float[Tensor, "*b k"]) -> UInt8[np.ndarray, "*b 3"]:
-    """Three components as red, green and blue; one that is not there is 0.5."""
+    """Colours: three components as red, green and blue; a missing one is 0.5."""
     scaled = _scaled(scores[..., :3])
     missing = [(0, 0)] * (scaled.ndim - 1) + [(0, 3 - scaled.shape[-1])]
     return (np.pad(scaled, missing, constant_values=0.5) * 255).round().astype(np.uint8)
@@ -158,12 +158,12 @@ def _colours(scores: Float[Tensor, "*b k"]) -> UInt8[np.ndarray, "*b 3"]:
 def _squares(
     values: np.ndarray, grid: tuple[int, int], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b height width c"] | Bool[np.ndarray, "b height width c"]:
-    """Patches (b, n, c) as squares of images of this size, each of one value."""
+    """Upsample patches (b, n, c) to images of this size, each patch a constant square."""
     rows, columns = (np.arange(s) * g // s for s, g in zip(size, grid, strict=True))
     return values.reshape(len(values), *grid, -1)[:, rows][:, :, columns]
 
 
 def _dark(images: UInt8[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
-    """The pictures in gray, and dark, so that colours stand out and their place is seen."""
+    """Pictures in dark gray, as background for the coloured patches."""
     gray = images.mean(-1, keepdims=True).repeat(3, -1)
     return (gray * 0.18).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Images of a source as people see them: small, central crops in RGB."""
+"""Thumbnails: images of a source as small central crops in RGB."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ssl_vit.data.base import Source
 from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.view import View
 
-# What stands for an image that cannot be read, and around one that is not square.
+# Fills unreadable images, and the margins of images that are not square.
 _GRAY = 128
 
 
-def shown(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
-    """Images (b, c, h, w) as they were read, uint8 or deeper, as RGB."""
+def as_rgb(images: Tensor, view: View) -> UInt8[np.ndarray, "b h w 3"]:
+    """Convert images (b, c, h, w) as read, uint8 or deeper, to RGB."""
     standardised = Normalize(view.mean, view.std).images(images)
     return to_rgb(view.display(images).inverse(standardised))
 
 
 def squared(pictures: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n s s 3"]:
-    """The pictures in the middle of gray squares."""
+    """Pad pictures to squares with gray margins."""
     height, width = pictures.shape[1:3]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -36,9 +36,9 @@ def squared(pictures: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n s s 
 def thumbnails(
     source: Source, places: Sequence[int], view: View, side: int
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """The images at these places as an encoder of this ``view`` sees them, in that order.
+    """Thumbnails of the images at these indices, prepared by ``view``, in that order.
 
-    The longer side has at most ``side`` pixels. An image that cannot be read is plain gray.
+    The longer side has at most ``side`` pixels. An unreadable image is plain gray.
     """
     factor = min(1.0, side / max(view.size))
     height, width = (max(1, round(pixels * factor)) for pixels in view.size)
@@ -47,5 +47,5 @@ def thumbnails(
     for row, place in enumerate(places):
         read = images.__getitems__([int(place)]).views.crops
         if read:
-            made[row] = shown(read[0], view)[0]
+            made[row] = as_rgb(read[0], view)[0]
     return made

@@ -1,4 +1,4 @@
-"""The files of a run, read whatever they hold: what is wrong is said in lines, not raised."""
+"""Run files: tolerant readers, which return problems as lines instead of raising."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ssl_vit.training.metrics import METRICS_FILE, read_row
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.weights.exchange import ENCODER_FILE, own_metadata
 
-# What tells a changed file: its size in bytes, and when it was written in nanoseconds.
+# Detects a changed file: its size in bytes, and its modification time in nanoseconds.
 Stamp = tuple[int, int]
-# What training exports: an encoder, or the classifier of a fine-tuning.
+# Exported weights: an encoder, or a fine-tuned classifier.
 _EXPORTED = (ENCODER_FILE, "model.safetensors")
-# What is in a run and holds no other runs.
+# Sub-folders of a run that contain no other runs.
 _NO_RUNS = {"checkpoints", "tensorboard", "panels"}
 
 
 def stamp(path: Path) -> Stamp | None:
-    """What tells whether a file has changed; None where it is not."""
+    """Stamp that changes when the file does; None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -34,8 +34,8 @@ def stamp(path: Path) -> Stamp | None:
     return found.st_size, found.st_mtime_ns
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The options of a run as ``group.option``, and what is wrong with the file."""
+def read_run_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read the options of a run as ``group.option``, and the problems of the file."""
     try:
         tree = yaml.safe_load(path.read_bytes())
     except OSError as error:
@@ -47,9 +47,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """The rows of a metrics file, how many lines cannot be read, and what is wrong with the file.
+    """Read the rows of a metrics file, the number of unreadable lines, and problems of the file.
 
-    A last line without an end is not counted: it may be in the writing.
+    An unterminated last line is not counted: it may just be being written.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int, list[str]]:
 
 
 def read_exported(folder: Path) -> tuple[str, int | None, list[str]]:
-    """Who made the weights that a run has exported, at which step, and what is wrong with them."""
+    """Read the method and step of a run's exported weights, and their problems."""
     problems = []
     for path in (folder / name for name in _EXPORTED):
         if not path.is_file():
@@ -81,8 +81,8 @@ def read_exported(folder: Path) -> tuple[str, int | None, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[int | None, int | None]:
-    """The step of a run's newest whole checkpoint, and how many images it trained on; None where
-    there is none, or it does not say."""
+    """Step of a run's newest complete checkpoint, and its number of training images; None where
+    there is none, or it is not recorded."""
     try:
         path = complete(folder / "checkpoints")[-1]
         state = json.loads((path / "state.json").read_bytes())
@@ -95,25 +95,25 @@ def newest_checkpoint(folder: Path) -> tuple[int | None, int | None]:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Every run at or below a folder, sorted by name: also runs inside runs, and those of sweeps.
+    """Find all runs at or below a folder, sorted by name, also nested ones and those of sweeps.
 
     A run is a folder with ``metrics.jsonl``, ``status.json``, or a ``config.yaml`` with a group
-    ``run``. Each is found once, under its own name rather than that of a link to it. What cannot be
-    looked into is passed over.
+    ``run``. Each is found once, under its own name rather than that of a link to it. Unreadable
+    folders are skipped.
     """
     return sorted(path for path in _folders(folder) if is_run(path))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's."""
+    """Whether a folder is a run folder."""
     if any((folder / name).is_file() for name in (METRICS_FILE, STATUS_FILE)):
         return True
     path = folder / CONFIG_FILE
-    return path.is_file() and any(k.startswith("run.") for k in read_config(path)[0])
+    return path.is_file() and any(k.startswith("run.") for k in read_run_config(path)[0])
 
 
 def _folders(top: Path) -> Iterator[Path]:
-    """A folder and all below it, links to folders last; none of them twice."""
+    """Walk a folder and all below it, links last, each folder once."""
     seen: set[Path] = set()
     own, links = [top], list[Path]()
     while own or links:
@@ -124,7 +124,7 @@ def _folders(top: Path) -> Iterator[Path]:
                 continue
             seen.add(real)
             inner = [p for p in folder.iterdir() if p.name not in _NO_RUNS and p.is_dir()]
-        except (OSError, RuntimeError):  # a loop of links is the latter
+        except (OSError, RuntimeError):  # a link loop raises the latter
             continue
         yield folder
         for path in inner:

@@ -1,4 +1,4 @@
-"""A run read from its folder, whatever has become of it, and the runs that are in a folder."""
+"""Run folder: reads a run in any state, complete or damaged."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from ssl_vit.records.run_files import (
     Stamp,
     find_runs,
     newest_checkpoint,
-    read_config,
     read_exported,
     read_metrics,
+    read_run_config,
     stamp,
 )
-from ssl_vit.records.run_state import RunState, Traces, gone, judge
+from ssl_vit.records.run_state import RunState, Traces, gone, run_state_of
 from ssl_vit.records.status import STATUS_FILE, Status, read_status
 from ssl_vit.training.metrics import METRICS_FILE
 from ssl_vit.training.resume import CONFIG_FILE
 
 __all__ = ["Run", "find_runs", "read_run"]
-# The closing scores of the doors that train.
+# Files of the final scores.
 _RESULTS = ("results.json", "finetune.json")
 _FINETUNE = "finetune"
-# What a line of metrics calls the seconds that were no training.
+# Metrics of seconds not spent on training.
 PAUSES = ("saving_s", "looking_s")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it. Nothing in it is certain to be there.
+    """Run as read from its folder. Any part may be missing.
 
     Attributes:
         folder: the run's.
         config: its options, as ``group.option``; empty where ``config.yaml`` is missing or damaged.
         rows: of ``metrics.jsonl``, each with its ``step``.
-        status: what it says of itself.
+        status: content of ``status.json``.
         problems: each file that is missing or damaged, in a line.
         state: ``running``; ``finished``; ``stopped`` by a signal; ``failed`` by an error;
-            ``killed``: its process is gone without a word; ``silent``: on another machine, and has
-            written nothing for far too long; ``unknown``: it says nothing of itself.
-        said: why it is so, in a line; empty where there is nothing to say.
-        updated: when it last wrote; Unix time in seconds, 0 if never.
-        metrics_stamp, torn: tells whether ``metrics.jsonl`` has changed; lines of it passed over.
-        exported_by: the method that its exported weights name.
-        known_epoch: steps of an epoch, by its images as a checkpoint counts them.
+            ``killed``: its process ended without recording it; ``silent``: on another machine, and
+            has written nothing for far too long; ``unknown``: it has recorded no status.
+        said: message with the reason of the state, in a line; empty if there is none.
+        updated: time of the last write; Unix time in seconds, 0 if never.
+        metrics_stamp, torn: stamp of ``metrics.jsonl``; number of its unreadable lines.
+        exported_by: method recorded in the exported weights.
+        known_epoch: steps per epoch, from the number of images in a checkpoint.
     """
 
     folder: Path
@@ -67,27 +67,27 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What kind of run it is (``mae``, ``finetune``): by its own word, else that of the weights
-        it has exported; empty where neither says."""
+        """Method or kind of the run (``mae``, ``finetune``): by its status, else its exported
+        weights; empty where unknown."""
         named = self.status.name if self.status else ""
         tuned = _FINETUNE if any(key.startswith("tune.") for key in self.config) else ""
         return named or self.exported_by or tuned
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, as far as it has said or logged."""
+        """Optimizer steps done, by its status or metrics."""
         return max(
             self.rows[-1]["step"] if self.rows else 0, self.status.step if self.status else 0
         )
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps of a pass over the training images, where that is known."""
+        """Optimizer steps per epoch, where known."""
         return (self.status and self.status.steps_per_epoch) or self.known_epoch
 
     @property
     def total(self) -> int | None:
-        """Optimizer steps of the whole run, where that is known."""
+        """Optimizer steps of the whole run, where known."""
         if self.status and self.status.total:
             return self.status.total
         try:
@@ -100,26 +100,26 @@ class Run:
 
     @property
     def images_per_step(self) -> int | None:
-        """Images of the effective batch, where that is known."""
+        """Effective batch size, where known."""
         if self.status and self.status.images_per_step:
             return self.status.images_per_step
         size = self.config.get("optim.batch_size")
         return size if isinstance(size, int) and size > 0 else None
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """Every finite value that was logged under a name, with its step, in the order logged."""
+        """Series of the finite values logged under a name, with their steps, in order."""
         return [(row["step"], float(row[name])) for row in self.rows if finite(row.get(name))]
 
     def latest(self, name: str) -> float | None:
-        """The newest finite value that was logged under a name."""
+        """Latest finite value logged under a name."""
         values = (row[name] for row in reversed(self.rows) if finite(row.get(name)))
         return next((float(value) for value in values), None)
 
     @property
     def knn(self) -> tuple[str, float] | None:
-        """The newest k-NN accuracy, by its name (``knn20_cls``) and in percent.
+        """k-NN accuracy, the latest: name (``knn20_cls``) and value in percent.
 
-        That of the feature the method trains; the best one where the run does not say which.
+        Of the feature that the method trains; the best one where that is not recorded.
         """
         own = f"_{self.status.pooling}" if self.status and self.status.pooling else ""
         for row in reversed(self.rows):
@@ -130,19 +130,19 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What the run warned of at its last line of means."""
+        """Warnings since the last metrics row."""
         last = max((row["step"] for row in self.rows if "loss" in row), default=0)
         late = (row.get("warning") for row in self.rows if row["step"] >= last)
         return [line for line in late if isinstance(line, str)]
 
     @property
     def images_per_second(self) -> float | None:
-        """The rate of its last line, over all processes."""
+        """Images per second in the last metrics row, over all processes."""
         return self.latest("images_per_s")
 
     @property
     def seconds_left(self) -> float | None:
-        """How long it has to go, at the rate of its last line; None unless it runs."""
+        """Seconds left, at the rate of the last metrics row; None unless it is running."""
         rate, size, total = self.images_per_second, self.images_per_step, self.total
         if self.state != "running" or not rate or rate < 0 or not size or total is None:
             return None
@@ -150,8 +150,8 @@ class Run:
 
     @property
     def resume(self) -> str:
-        """The command that goes on with it from here; empty if it runs, has finished, or does not
-        say how it was started."""
+        """Command that resumes the run; empty if it is running, has finished, or has not recorded
+        how it was started."""
         command = self.status.command if self.status else ""
         if not command and self.method:
             of = {_FINETUNE: "evaluate finetune"}.get(self.method, f"pretrain {self.method}")
@@ -159,22 +159,21 @@ class Run:
         if self.state in ("running", "finished") or not command or not self.config:
             return ""
         again = f"{command} --config {shlex.quote(str(self.folder / CONFIG_FILE))}"
-        # It may have been moved, or started elsewhere.
+        # It may have been moved, or started from another folder.
         own = Path(str(self.config.get("run.out", ""))).resolve() == self.folder.resolve()
         return again if own else f"{again} --run.out {shlex.quote(str(self.folder))}"
 
 
 def read_run(folder: Path, known: Run | None = None) -> Run:
-    """Read a run, never raising for what is missing or damaged: that is in ``problems``.
+    """Read a run; missing or damaged files do not raise but are listed in ``problems``.
 
-    ``known``: the same run as it was read before; its metrics are taken over if their file has not
-    changed.
+    ``known``: the same run as read before; its metrics are reused if their file has not changed.
     """
-    status, problems = _own_word(folder)
+    status, problems = _read_status(folder)
     if status and status.state == "running" and gone(status):
-        status, problems = _own_word(folder)  # it may have ended in between, and said so
+        status, problems = _read_status(folder)  # it may have ended and recorded that in between
     path = folder / METRICS_FILE
-    config, wrong = read_config(folder / CONFIG_FILE)
+    config, wrong = read_run_config(folder / CONFIG_FILE)
     problems += wrong
     metrics = stamp(path)
     if known is not None and metrics is not None and known.metrics_stamp == metrics:
@@ -185,22 +184,22 @@ def read_run(folder: Path, known: Run | None = None) -> Run:
         problems += [] if just_begun else wrong
     if torn:
         lines = f"{torn} lines" if torn > 1 else "a line"
-        problems.append(f"{path}: {lines} cannot be read, passed over")
+        problems.append(f"{path}: {lines} cannot be read, ignored")
     written = [s[1] / 1e9 for s in (metrics, stamp(folder / STATUS_FILE)) if s]
     run = Run(folder, config, rows, status, problems, updated=max(written, default=0.0))
-    return _judged(replace(run, metrics_stamp=metrics, torn=torn))
+    return _with_state(replace(run, metrics_stamp=metrics, torn=torn))
 
 
-def _own_word(folder: Path) -> tuple[Status | None, list[str]]:
-    """What a run says of itself, and what is wrong with that."""
+def _read_status(folder: Path) -> tuple[Status | None, list[str]]:
+    """Status of a run, and problems of its file."""
     try:
         return read_status(folder), []
     except UserError as error:
         return None, [" ".join(str(error).split())]
 
 
-def _judged(run: Run) -> Run:
-    """The run with what follows from its weights and checkpoints, its state above all."""
+def _with_state(run: Run) -> Run:
+    """Complete a run by what follows from its weights and checkpoints, its state above all."""
     exported_by, exported, wrong = read_exported(run.folder)
     checkpoint, images = newest_checkpoint(run.folder)
     size = run.images_per_step
@@ -219,13 +218,13 @@ def _judged(run: Run) -> Run:
         written=run.updated,
         gap=_usual_gap(run),
     )
-    state, said = judge(run.status, traces)
+    state, said = run_state_of(run.status, traces)
     return replace(run, state=state, said=said)
 
 
 def _usual_gap(run: Run) -> float | None:
-    """The longest time between two lines of metrics that this run takes, in seconds: training at
-    its last rate, and its longest pause to save and to look."""
+    """Expected longest time between two metrics rows, in seconds: training at the last rate, and
+    the longest pause for saving and probing."""
     lines = [row for row in run.rows if finite(row.get("images_per_s"))]
     if len(lines) < 2 or not run.images_per_step or lines[-1]["images_per_s"] <= 0:
         return None
@@ -235,7 +234,7 @@ def _usual_gap(run: Run) -> float | None:
 
 
 def finite(value: Any) -> bool:
-    """Whether a value of a row is a number, and finite."""
+    """Whether a value of a row is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= sys.float_info.max  # also of a whole number too large for a float
+    return abs(value) <= sys.float_info.max  # also for integers too large for a float

@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins and when it ends: status.json in its folder."""
+"""Run status: status.json, written by a run when it starts and when it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssl_vit.common.config import RunFailed, UserError, check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.training.parallel import lost_process
 
-if TYPE_CHECKING:  # to read what a run says of itself, its parts need not be imported
+if TYPE_CHECKING:  # reading a status needs no import of the session
     from ssl_vit.training.session import Session
 
 log = logging.getLogger("ssl_vit")
@@ -32,29 +32,29 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Status:
-    """What ``status.json`` holds. It says nothing that a number of the training depends on.
+    """Status: content of ``status.json``. No number of the training depends on it.
 
     Attributes:
-        state: ``running`` since training began; ``finished`` after the closing words; ``stopped``
-            by a signal; ``failed`` by an error. A run that was killed still says ``running``.
+        state: ``running`` since training started; ``finished`` after the final scores; ``stopped``
+            by a signal; ``failed`` by an error. A run that was killed is still ``running`` here.
         name: the kind of run: a method (``mae``), or ``finetune``.
-        command: the door that runs it, without its options: ``python -m ssl_vit.pretrain mae``.
+        command: that runs it, without options: ``python -m ssl_vit.pretrain mae``.
         step, total: optimizer steps done when this was written, and of the whole run.
-        images_per_step: images of the effective batch.
-        steps_per_epoch: optimizer steps of a pass over the training images.
-        pooling: the feature that the task trains, ``cls`` or ``mean``; empty: it has no choice.
-        host, pid: where the main process is, or was.
-        processes_of: which processes its number is among (a container has its own); 0: unknown.
-        process_started: its start, in clock ticks since the machine's; tells a process from a later
-            one of the same number. None: this system does not say.
-        job: Slurm's number of the job, or empty.
-        started: when the run first began; Unix time in seconds.
+        images_per_step: effective batch size.
+        steps_per_epoch: optimizer steps per epoch.
+        pooling: the feature that the task trains, ``cls`` or ``mean``; empty: not applicable.
+        host, pid: of the main process.
+        processes_of: PID namespace of the main process (a container has its own); 0: unknown.
+        process_started: its start, in clock ticks since boot; distinguishes a process from a later
+            one with the same PID. None: not available on this system.
+        job: Slurm job ID, or empty.
+        started: when the run was first started; Unix time in seconds.
         updated: when this was written; Unix time in seconds.
         device: a GPU by its name, or ``cpu``.
-        processes: how many train together.
-        threads: of each process, for arithmetic on the CPU.
+        processes: number of training processes.
+        threads: CPU threads of each process.
         versions: of ``torch``, ``timm`` and ``ssl_vit``.
-        reason: in one line, why it stopped or failed.
+        reason: why it stopped or failed, in one line.
     """
 
     state: State
@@ -79,7 +79,7 @@ class Status:
     reason: str = ""
 
 
-# Of every field, for a file that may hold anything.
+# Types of all fields, to validate a file.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state", "name", "command", "pooling", "host"), (str,)),
     **dict.fromkeys(("job", "device", "reason"), (str,)),
@@ -92,18 +92,18 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Write ``status.json``, whole or not at all.
+    """Write ``status.json`` atomically.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: it cannot be written.
     """
     write_text_atomically(folder / STATUS_FILE, json.dumps(asdict(status), indent=1) + "\n")
 
 
 def read_status(folder: Path) -> Status | None:
-    """What the run in ``folder`` says of itself; None where it says nothing.
+    """Read the status of the run in ``folder``; None if there is none.
 
-    Keys that this version does not know are passed over; those that are missing have defaults.
+    Unknown keys are ignored; missing ones have defaults.
 
     Raises:
         UserError: ``status.json`` cannot be read, or is damaged.
@@ -122,10 +122,10 @@ def read_status(folder: Path) -> Status | None:
 
 
 def _checked(found: dict[str, Any]) -> dict[str, Any]:
-    """The keys that are known, each with a value of its kind.
+    """Known keys, with their values validated.
 
     Raises:
-        UserError: a value that cannot be, or no state.
+        UserError: a value of the wrong type, or no state.
     """
     known = {key: value for key, value in found.items() if key in _KINDS}
     for name, value in known.items():
@@ -136,15 +136,15 @@ def _checked(found: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-class Notes:
-    """Notes what becomes of a run, in the main process; the others' calls do nothing.
+class StatusWriter:
+    """Status writer: records the state of a run, in the main process; elsewhere it does nothing.
 
-    A run that has finished before keeps what it says, whatever comes of showing its results again.
-    A note that cannot be written is said and no reason to stop: it must not hide another error.
+    A run that has finished keeps its status, even if showing its results again fails.
+    A failed write is logged and does not stop the run: it must not hide another error.
 
     Args:
-        session: the run, at the step that it begins or goes on with.
-        command: its door, without options.
+        session: the run, at the step at which it starts or resumes.
+        command: that runs it, without options.
     """
 
     def __init__(self, session: Session, command: str) -> None:
@@ -156,7 +156,7 @@ class Notes:
             self.writes = before.state != "finished" or before.step != self.status.total
 
     def __call__(self, state: State, reason: str = "") -> None:
-        """Note the run's state, with the step it is at."""
+        """Record the run's state and step."""
         if not self.writes:
             return
         step, now = self.session.trainer.step, time.time()
@@ -168,32 +168,31 @@ class Notes:
 
 
 @contextmanager
-def noted(session: Session, command: str) -> Iterator[Notes]:
-    """Around a run, from its first step to its closing words: it is ``running``; an error or an
-    interrupt that leaves the block is noted. Other ends are noted by who knows of them."""
-    notes = Notes(session, command)
-    notes("running")
+def recorded(session: Session, command: str) -> Iterator[StatusWriter]:
+    """Context manager that records a run as ``running``; an error or interrupt that leaves the
+    block is recorded as its end. The caller records any other end."""
+    record = StatusWriter(session, command)
+    record("running")
     try:
-        yield notes
+        yield record
     except KeyboardInterrupt:
-        notes("stopped", "interrupted at once, nothing saved on the way out")
+        record("stopped", "interrupted at once, nothing saved")
         raise
     except BaseException as error:
-        notes("failed", _in_a_line(error))
+        record("failed", _error_line(error))
         raise
 
 
 def by_signal(number: int) -> str:
-    """The reason of a run that a signal has stopped: ``SIGTERM came``."""
-    return f"{signal.Signals(number).name} came"
+    """Reason of a run stopped by a signal: ``received SIGTERM``."""
+    return f"received {signal.Signals(number).name}"
 
 
 def process_start(pid: int) -> int | None:
-    """When a living process of this machine started, in clock ticks since the machine did; None
-    where there is none, or the system does not say. One that has ended, and whose parent has not
-    yet asked how, is none."""
+    """Start time of a live process on this machine, in clock ticks since boot; None where there is
+    none (zombies included), or the system does not provide it."""
     try:
-        # The name of the program comes second, in brackets, and may hold anything.
+        # The second field is the program's name in brackets, with any characters.
         parts = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if parts[0] in ("Z", "X") else int(parts[19])  # fields 3 and 22
     except (OSError, ValueError, IndexError):
@@ -201,7 +200,7 @@ def process_start(pid: int) -> int | None:
 
 
 def process_space() -> int:
-    """A number for the processes that this one can see; 0 where the system does not say."""
+    """PID namespace of this process; 0 where the system does not provide it."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -209,7 +208,7 @@ def process_space() -> int:
 
 
 def _described(session: Session, command: str) -> Status:
-    """The run and this process, as it begins."""
+    """Status of a run and this process at its start."""
     parallel, trainer, device = session.parallel, session.trainer, session.parallel.device
     now = time.time()
     return Status(
@@ -241,17 +240,17 @@ def _versions() -> dict[str, str]:
 
 
 def _before(folder: Path) -> Status | None:
-    """What an earlier process said of the run; a damaged file is written anew."""
+    """Status recorded by an earlier process; None if missing or damaged."""
     try:
         return read_status(folder)
     except UserError:
         return None
 
 
-def _in_a_line(error: BaseException) -> str:
-    """What is said of an error where people read it."""
+def _error_line(error: BaseException) -> str:
+    """Message of an error, in one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, Exception) and lost_process(error):
-        return f"another process is gone, or has not answered in time: {text}"
+        return f"another process has exited or did not respond in time: {text}"
     plain = isinstance(error, (UserError, RunFailed, OSError))
     return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,7 +1,7 @@
 """Checkpoints: a folder each, complete or absent; tensors as safetensors, the rest JSON.
 
-Every process writes its part of the state, behind the training's back. Only when all have it on the
-disk does the folder get its name.
+Every process writes its part of the state in a background thread. The folder is renamed to its
+final name only when all parts are on disk.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from torch.optim import Optimizer
 
 from ssl_vit.common.config import RunFailed, UserError, check
 from ssl_vit.common.distributed import gather_texts
-from ssl_vit.common.files import sync, write_text_atomically
+from ssl_vit.common.files import share_as_usual, sync, write_text_atomically
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.shards import Parts, load_moments, load_parts, moments, own_part
 
 log = logging.getLogger("ssl_vit")
 _STATE, _TASK, _OPTIMIZER = "state.json", "task", "optimizer"
 _NAME = "step-{:08d}"
-_ANY = "step-" + 8 * "[0-9]"  # not step-00001000-good, which is somebody's own
+_ANY = "step-" + 8 * "[0-9]"  # not step-00001000-good: a user's own copy
 
 
 def complete(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, the oldest first. What a killed save left has another name."""
+    """Complete checkpoints in a folder, oldest first. Interrupted saves have another name."""
     return sorted(path for path in folder.glob(_ANY) if _is_whole(path))
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed saves left behind, and name what is not whole for another reason."""
+    """Remove what interrupted saves left; warn of checkpoints incomplete for another reason."""
     for partial in folder.glob(f".{_ANY}.partial"):
         if _remove(partial):
             log.warning("%s is an incomplete checkpoint; removed", partial)
     for path in folder.glob(_ANY):
         if not _is_whole(path):
-            log.warning("%s lacks some of its files; it is passed over", path)
+            log.warning("%s lacks some of its files; it is ignored", path)
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a folder that nobody needs; one that cannot be removed is no reason to stop."""
+    """Remove a folder that is no longer needed; a failure is logged and does not stop the run."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -58,19 +58,19 @@ def _remove(folder: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether all files are there, in the length that they were written in."""
+    """Whether all files are there, with the sizes they were written with."""
     try:
         sizes = json.loads((path / _STATE).read_text()).get("files", {})
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except OSError:
         return False
     except (ValueError, AttributeError, TypeError, RecursionError):
-        return True  # damaged otherwise: said when it is opened
+        return True  # damaged otherwise: reported when it is opened
 
 
 @dataclass
 class _Save:
-    """A checkpoint on its way to the disk; ``work`` is what this process still does for it."""
+    """Pending save: a checkpoint being written; ``work`` is this process' thread for it."""
 
     path: Path
     partial: Path
@@ -81,14 +81,14 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of a run: ``folder/step-00001000``.
+    """Checkpoints of a run: ``folder/step-00001000``.
 
-    One at a time is written, by threads, while the training goes on; the next waits for it. All
+    One at a time is written, by threads, while training continues; the next waits for it. All
     processes call the same methods at the same step.
 
     Args:
-        keep: how many of the newest stay.
-        keep_every: those of every so many steps stay for good; 0: none.
+        keep: how many of the newest are kept.
+        keep_every: those of every ``keep_every``-th step are kept permanently; 0: none.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int, parallel: Parallel) -> None:
@@ -105,15 +105,15 @@ class Checkpoints:
         export: Callable[[], object] | None = None,
         extra: dict[str, Tensor] | None = None,
     ) -> None:
-        """Copy the state after ``step`` optimizer steps, and begin to write it.
+        """Copy the state after ``step`` optimizer steps, and start writing it.
 
         Args:
-            images: tell the training set from a changed one; compared on resuming.
-            export: writes what else belongs to this step, on the process that has one.
+            images: fingerprint of the training set; compared on resuming.
+            export: writes the other files of this step; on the process that passes one.
             extra: the trainer's own scalars.
 
         Raises:
-            RunFailed: the disk did not take the one before.
+            RunFailed: the previous checkpoint could not be written.
         """
         self.finish()
         rank, world = self.parallel.rank, self.parallel.world
@@ -131,6 +131,7 @@ class Checkpoints:
             partial.mkdir(parents=True, exist_ok=True)
             for name, tensors in files.items():
                 save_file(tensors, partial / name)
+                share_as_usual(partial / name)
                 sync(partial / name)
             if export is not None:
                 export()
@@ -142,14 +143,14 @@ class Checkpoints:
         def attempt() -> None:
             try:
                 work()
-            except Exception as error:  # of any kind: what is not said now would pass for done
+            except Exception as error:  # of any kind: unreported, the save would count as done
                 save.error = f"checkpoint {save.path} cannot be written: {error}"
 
         save.work = threading.Thread(target=attempt, daemon=True)
         save.work.start()
 
     def state(self) -> tuple[bool, bool]:
-        """Whether this process failed to write its part, and whether it is still at it."""
+        """Whether this process failed to write its part, and whether it is still writing."""
         save = self.under_way
         if save is None:
             return False, False
@@ -157,10 +158,10 @@ class Checkpoints:
         return bool(save.error), busy
 
     def go_on(self, failed: bool, busy: bool) -> None:
-        """Take the next step of a save, knowing what ``state`` says of any process.
+        """Advance a save by one stage, given ``state`` reduced (by "any") over processes.
 
         Raises:
-            RunFailed: the disk does not take it; nothing of it is left, older ones stay.
+            RunFailed: it cannot be written; its files are removed, older checkpoints stay.
         """
         save = self.under_way
         if save is None or (busy and not failed):
@@ -194,14 +195,14 @@ class Checkpoints:
         raise RunFailed(self.parallel.first(errors), everywhere=True)
 
     def _name(self, save: _Save) -> None:
-        """Make a written checkpoint count, and drop the oldest; the main process' work."""
+        """Complete a written checkpoint by renaming it, and drop the oldest; main process only."""
         world = self.parallel.world
         names = [_file(kind, r, world) for kind in (_TASK, _OPTIMIZER) for r in range(world)]
         sizes = {}
         for name in names:
             sizes[name] = _size(save.partial / name)
         write_text_atomically(save.partial / _STATE, json.dumps({**save.state, "files": sizes}))
-        if save.path.exists():  # it lacks files, and was passed over
+        if save.path.exists():  # an incomplete one, which was ignored
             shutil.rmtree(save.path)
         save.partial.rename(save.path)
         sync(self.folder)
@@ -211,15 +212,15 @@ class Checkpoints:
         for old in complete(self.folder)[: -self.keep]:
             step = int(old.name.removeprefix("step-"))
             if not self.keep_every or step % self.keep_every:
-                # Renamed first: half a deleted folder must not pass for a checkpoint.
+                # Renamed first: a half-deleted folder must not look like a checkpoint.
                 _remove(old.rename(old.with_name(f".{old.name}.partial")))
 
 
 def _size(file: Path, patience: float = 10.0) -> int:
-    """The length of a file that another machine has written; network disks may show it late.
+    """Size of a file written by another machine; network disks may show it late.
 
     Raises:
-        OSError: it does not come.
+        OSError: it does not appear in time.
     """
     until = time.monotonic() + patience
     while not file.is_file():
@@ -238,10 +239,10 @@ def _file(kind: str, rank: int, world: int) -> str:
 def load_checkpoint(
     path: Path, task: nn.Module, optimizer: Optimizer, extra: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Load a checkpoint into a task and its optimizer; the rest of it, with its ``step``.
+    """Load a checkpoint into a task and its optimizer; returns its other state, with ``step``.
 
     It may have been written by another number of processes, sharded or not. ``extra``: the
-    trainer's own scalars, which are set to what was saved, if it was.
+    trainer's own scalars, set to the saved values where there are any.
 
     Raises:
         UserError: not a checkpoint, damaged, or of another architecture. Nothing is unpickled.
@@ -272,7 +273,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / _STATE).read_text())
         found = state | {"step": int(state["step"]), "world": int(state.get("world", 1))}
         check(found["step"] >= 0, f"step is {found['step']}")
-        # Not more than there are files: as many would be opened.
+        # At most the number of files: that many would be opened.
         most = len(list(path.glob(f"{_TASK}*.safetensors")))
         check(1 <= found["world"] <= most, f"world is {found['world']}, of {most} files")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

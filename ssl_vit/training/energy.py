@@ -1,4 +1,4 @@
-"""What a training costs in energy, where the devices count it themselves."""
+"""Energy: joules used by training, where devices have a counter (NVML, RAPL)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Counter = Callable[[], float]
 
 
 class Energy:
-    """Joules of this process' share of a machine since the last reading.
+    """Energy meter: joules used by this process' share of a machine since the last reading.
 
     A process counts its own GPU; the first one of each machine counts the processors too, by the
     running average power limit (RAPL) of their packages, memory and cooling not included.
 
     Args:
-        device: the process' own.
+        device: of this process.
         powercap: the folder in which Linux shows RAPL counters.
     """
 
@@ -30,28 +30,28 @@ class Energy:
         first = launched().local_rank == 0
         if first:
             self.counters += packages(powercap)
-        # What another process of this machine counts is none of this one's.
-        self.tells = bool(self.counters) or (device.type == "cpu" and not first)
+        # Another process of this machine counts the processors; this one has nothing to add.
+        self.available = bool(self.counters) or (device.type == "cpu" and not first)
         self.last = self._read()
 
     def take(self) -> float:
-        """Joules since the last call, or since the start; NaN where no device tells, and from then
-        on where one no longer does."""
+        """Joules since the last call, or since the start; NaN where there is no counter, and from
+        then on where one fails."""
         before, self.last = self.last, self._read()
-        if not self.tells:
+        if not self.available:
             return math.nan
         return math.fsum(new - old for new, old in zip(self.last, before, strict=True))
 
     def _read(self) -> list[float]:
         try:
-            return [read() for read in self.counters] if self.tells else []
-        except Exception:  # a driver's, of which there are many; it must not end a training
-            self.tells = False
+            return [read() for read in self.counters] if self.available else []
+        except Exception:  # drivers raise errors of many kinds; none must end training
+            self.available = False
             return []
 
 
 def _gpu(device: torch.device) -> list[Counter]:
-    """The counter of an NVIDIA GPU (from Volta on), by NVML; none where that does not tell."""
+    """Energy counter of an NVIDIA GPU (Volta or newer), by NVML; empty where there is none."""
     if device.type != "cuda":
         return []
     try:
@@ -65,13 +65,13 @@ def _gpu(device: torch.device) -> list[Counter]:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
 
         read()
-    except Exception:  # no library, no driver, no such counter: each has an error of its own
+    except Exception:  # no library, no driver, no such counter: each raises its own error
         return []
     return [read]
 
 
 def packages(powercap: Path) -> list[Counter]:
-    """The counters of a machine's processors; none where they cannot be read (many need root)."""
+    """RAPL counters of the machine's processors; empty where unreadable (often root only)."""
     found: list[Counter] = []
     # intel-rapl:0 is a package (AMD's too), intel-rapl:0:1 a part of it.
     for zone in sorted(powercap.glob("intel-rapl:*")):
@@ -84,16 +84,16 @@ def packages(powercap: Path) -> list[Counter]:
 
 
 class _Package:
-    """One counter of microjoules, which begins anew at a limit of its own."""
+    """RAPL counter of one package, in microjoules; it wraps around at ``max_energy_range_uj``."""
 
     def __init__(self, zone: Path) -> None:
         self.file = zone / "energy_uj"
         self.limit = int((zone / "max_energy_range_uj").read_text())
-        self.rounds, self.last = 0, int(self.file.read_text())
+        self.wraps, self.last = 0, int(self.file.read_text())
 
     def read(self) -> float:
-        """Joules since some moment."""
+        """Joules since an arbitrary start."""
         now = int(self.file.read_text())
-        self.rounds += now < self.last
+        self.wraps += now < self.last
         self.last = now
-        return (now + self.rounds * self.limit) / 1e6
+        return (now + self.wraps * self.limit) / 1e6

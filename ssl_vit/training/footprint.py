@@ -1,4 +1,4 @@
-"""What a training step takes of a process: floating-point operations, and memory by part."""
+"""Step footprint: floating-point operations and memory, by part, of a training step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ssl_vit.training.loop import Trainer
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a process holds at the start of a backward pass, by part.
+    """Memory in bytes that a process holds at the start of a backward pass, by part.
 
     ``weights``: parameters and buffers, trained or not. ``gradients``, ``moments``: of the trained
-    ones; of a sharded parameter this process's rows. ``activations``: what autograd keeps; under
-    bfloat16 the cast weights too. Temporary buffers of single operations come on top, and with
-    activation checkpointing what one block computes again.
+    ones; of a sharded parameter, this process's rows. ``activations``: tensors saved by autograd;
+    under bfloat16 the cast weights too. Temporary buffers of single operations are not included,
+    nor, with activation checkpointing, the recomputed activations of one block.
     """
 
     weights: float
@@ -40,27 +40,27 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """What there is whatever the batch."""
+        """Bytes that do not depend on the batch."""
         return self.weights + self.gradients + self.moments
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Bytes of all parts."""
         return self.state + self.activations
 
 
 class _Held:
-    """A storage that autograd keeps, for as long as it does."""
+    """Handle of a storage that autograd has saved; lives as long as autograd refers to it."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
 
 
 class KeptBytes:
-    """The most bytes that autograd kept at once for a backward pass begun inside ``watch()``.
+    """Saved activations: peak bytes that autograd saved for a backward pass inside ``watch()``.
 
-    Distinct storages are counted, those of parameters and buffers left out. They are looked at when
-    the backward pass begins: weights that were gathered for one block only are gone by then.
+    Distinct storages are counted, without those of parameters and buffers. They are measured when
+    the backward pass begins: weights gathered for a single block are freed by then.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,14 +70,14 @@ class KeptBytes:
         self._forward = False
 
     def watch(self) -> saved_tensors_hooks:
-        """A context in which it looks."""
+        """Context manager inside which saved tensors are tracked."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, _Held | None]:
         self._forward = True
         base = tensor if tensor._base is None else tensor._base
         storage = tensor.untyped_storage()
-        place = storage._cdata  # not its address: of fake tensors it has none
+        place = storage._cdata  # not the data pointer: fake tensors have none
         if place in self._own or isinstance(base, nn.Parameter):
             return tensor, None
         held = self._held.get(place)
@@ -93,11 +93,11 @@ class KeptBytes:
 
 
 def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:
-    """(FLOPs, bytes kept for backward) of an optimizer step of this process, uncompiled.
+    """Measure an uncompiled optimizer step of this process: (FLOPs, bytes saved for backward).
 
     A multiplication and an addition are two FLOPs; matrix products, convolutions and attention are
-    counted, forward and backward. Of stochastic depth, which spares some of both, it is the most
-    that they can be.
+    counted, forward and backward. With stochastic depth, which skips some of both, the result is
+    the maximum: nothing is skipped.
     """
     kept = KeptBytes(trainer.task)
     trainer.task.train()
@@ -107,7 +107,7 @@ def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts what attention is defined by; torch's own formula adds what a fused kernel repeats."""
+    """FLOP counter of attention without the products that a fused kernel's backward recomputes."""
     ops = torch.ops.aten
     formulas = {
         ops._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -117,24 +117,24 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of shapes (b, heads, n, d): the scores, and the values weighted by them."""
+    """FLOPs of attention over shapes (b, heads, n, d): scores, and weighted values."""
     return int(2 * math.prod(query[:3]) * key[2] * (query[3] + value[3]))
 
 
 def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Of each product the gradients of both factors."""
+    """FLOPs of the backward pass: of each product, the gradients of both factors."""
     return 2 * _attention(query, key, value)
 
 
 def _eager(trainer: Trainer) -> AbstractContextManager[Any]:
-    """Operations hidden in a compiled block could not be counted."""
+    """Eager mode: operations inside compiled blocks could not be counted."""
     return torch.compiler.set_stance("force_eager") if trainer.run.compile else nullcontext()
 
 
 def memory_of(trainer: Trainer, activations: float) -> Memory:
-    """Memory by part, after a step: gradients and moments are there.
+    """Memory by part, after a step, when gradients and moments exist.
 
-    Where a parameter has none yet (DINO's last layer is frozen at first), what it will have.
+    Where a parameter has none yet (DINO's last layer is frozen at first), those it will have.
     """
     gradients = [p if p.grad is None else p.grad for p in trainer.trained]
     moments = 0
@@ -147,13 +147,13 @@ def memory_of(trainer: Trainer, activations: float) -> Memory:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of this process's part of tensors; memory that they share counts once."""
+    """Bytes of this process's part of the tensors; shared memory counts once."""
     storages = [local(t).untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def free_memory(device: torch.device, processes: int) -> float:
-    """Bytes that a process may still take on its device; infinite where nothing says so.
+    """Free memory: bytes that a process may still allocate on its device; infinite if unknown.
 
     ``processes``: of this run on this machine, which share its memory if they train on CPUs.
     """
@@ -172,10 +172,10 @@ def _free_on_machine() -> float:
 
 
 def free_in_group(own: str, root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that a control group of Linux (``own``, below ``root``) and those around it leave.
+    """Free bytes in the limits of a Linux control group (``own``, below ``root``) and its parents.
 
-    Version 2, see cgroup-v2.rst of the kernel: schedulers and containers set such limits. What is
-    held of files that were not used lately is given back when it is needed.
+    Version 2, see cgroup-v2.rst of the kernel: schedulers and containers set such limits. Inactive
+    file cache counts as free, as the kernel reclaims it when needed.
     """
     group, free = root / own, float("inf")
     for place in [group, *group.parents][: len(group.relative_to(root).parts) + 1]:
@@ -187,7 +187,7 @@ def free_in_group(own: str, root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def _read(file: Path) -> str:
-    """A small file of the kernel's; empty where there is none."""
+    """Content of a small kernel file; empty where there is none."""
     try:
         return file.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Is the encoder alive? Numbers of its features that a falling loss does not show."""
+"""Collapse detection: feature statistics that reveal what a falling loss does not."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def feature_spread(features: Float[Tensor, "n d"]) -> float:
-    """Mean over dimensions of the standard deviation of L2-normalised features, times sqrt(d).
+    """Feature spread: mean over dimensions of the std of L2-normalised features, times sqrt(d).
 
     1 for features spread evenly over the sphere, 0 for collapsed ones (Chen and He 2021, section
     4.1).
@@ -28,32 +28,34 @@ def effective_rank(features: Float[Tensor, "n d"]) -> float:
 
 
 def health(features: Float[Tensor, "n d"]) -> dict[str, float]:
-    """Both numbers, named as they are logged."""
+    """Feature spread and RankMe, under the names they are logged by."""
     return {"feature_std": feature_spread(features), "rankme": effective_rank(features)}
 
 
 @dataclass
 class Alarm:
-    """Tells what is worth saying: a concern, when it has lasted, and when it is over.
+    """Alarm: reports a concern once it has lasted for a while, and when it is over.
 
-    after: steps at the start (the warm-up) in which any state is normal.
-    patience: steps for which a concern must have been there at every look.
+    after: steps at the start (the warm-up) in which nothing is reported.
+    patience: steps for which a concern must have been present at every check.
     """
 
     after: int
     patience: int = 50
     since: dict[str, int] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def news(self, step: int, concerns: dict[str, str]) -> list[str]:
-        """Lines to say after ``step``, given the concerns there are now."""
+        """Lines to log after ``step``, given the present concerns (by name, a line each)."""
         if step <= self.after:
             return []
-        lines = [f"step {step}: no longer: {name}" for name in sorted(self.told - concerns.keys())]
-        self.told &= concerns.keys()
+        lines = [
+            f"step {step}: no longer: {name}" for name in sorted(self.reported - concerns.keys())
+        ]
+        self.reported &= concerns.keys()
         self.since = {name: self.since.get(name, step) for name in concerns}
         for name, line in concerns.items():
-            if name not in self.told and step - self.since[name] >= self.patience:
+            if name not in self.reported and step - self.since[name] >= self.patience:
                 lines.append(f"step {step}: {line}")
-                self.told.add(name)
+                self.reported.add(name)
         return lines

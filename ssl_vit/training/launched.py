@@ -1,4 +1,4 @@
-"""Which processes this one belongs to, as the launcher's environment says."""
+"""Process ranks: read from the environment set by torchrun or Slurm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST_PORT, _PORTS = 12_000, 18_000
 
 @dataclass(frozen=True)
 class Launched:
-    """This process among all (``rank`` of ``world``) and among those of its machine."""
+    """Rank of this process among all (``rank`` of ``world``) and among those of its machine."""
 
     rank: int = 0
     world: int = 1
@@ -24,11 +24,11 @@ class Launched:
 
 
 def launched() -> Launched:
-    """The processes that ``torchrun`` or Slurm's ``srun`` started; alone without them.
+    """Ranks as ``torchrun`` or Slurm's ``srun`` set them; a single process without them.
 
-    Where Slurm's own variables say it, those of torch.distributed are set from them: the address is
-    the step's first machine, the port follows from job and step. An address and a port that are set
-    already are kept.
+    Under Slurm, the variables of torch.distributed are set from Slurm's: the address is the step's
+    first machine, the port is derived from job and step. An address or port that is already set is
+    kept.
 
     Raises:
         UserError: variables that are incomplete or contradict each other.
@@ -44,9 +44,9 @@ def launched() -> Launched:
 
 
 def _from_torch(env: Mapping[str, str]) -> Launched:
-    """As ``torchrun`` sets them."""
+    """Ranks from the variables that ``torchrun`` sets."""
     rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    # Without the machine's own numbers all are taken to be on one.
+    # Without local ranks, all processes are assumed to be on one machine.
     local_rank = _number(env, "LOCAL_RANK", rank)
     local_world = _number(env, "LOCAL_WORLD_SIZE", world)
     check(rank < world, f"RANK is {rank}; WORLD_SIZE is {world}, it must be below that")
@@ -61,17 +61,17 @@ def _from_torch(env: Mapping[str, str]) -> Launched:
 
 
 def _in_step(env: Mapping[str, str]) -> bool:
-    """Whether this is one of several tasks of an ``srun``.
+    """Whether this process is one of several tasks of an ``srun``.
 
-    ``SLURM_NTASKS`` does not say it: a batch script has it too, and is one process.
+    ``SLURM_NTASKS`` does not tell: it is also set in a batch script, which is one process.
     """
     return "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def _from_slurm(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torch.distributed for this task of a step."""
+    """Variables of torch.distributed for this task of a Slurm step."""
     job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", 0)
-    # Two steps of a job, and jobs that begin together, must not meet.
+    # Two steps of a job, and jobs that start together, must not share a port.
     port = _FIRST_PORT + (job * 31 + step) % _PORTS
     nodes = env.get("SLURM_STEP_NODELIST") or _text(env, "SLURM_JOB_NODELIST")
     counts = _tasks_per_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"))
@@ -88,13 +88,13 @@ def _from_slurm(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of Slurm's list: ``gpu[007-009,12]-ib,login`` -> ``gpu007-ib``."""
+    """First host name of a Slurm node list: ``gpu[007-009,12]-ib,login`` -> ``gpu007-ib``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's counts for each machine: ``8(x2),4`` -> ``[8, 8, 4]``."""
+    """Tasks per machine from Slurm's compressed list: ``8(x2),4`` -> ``[8, 8, 4]``."""
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
     if not all(parts):
         raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}; counts are expected, as 8(x2),4")
@@ -107,7 +107,7 @@ def _text(env: Mapping[str, str], name: str) -> str:
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A variable that must be a whole number, 0 or more."""
+    """Integer value (0 or more) of an environment variable."""
     if default is not None and name not in env:
         return default
     text = _text(env, name)

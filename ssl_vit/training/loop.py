@@ -1,4 +1,4 @@
-"""The training loop. It trains any Task and names no method."""
+"""Training loop: trains any Task and names no method."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from ssl_vit.training.optim import (
     make_optimizer,
     set_rates,
 )
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel, autocast, casts_kept
 from ssl_vit.training.shards import blank_copy, put_together
 from ssl_vit.training.stopping import StopSignal
 
-speak = logging.getLogger("ssl_vit")
+log = logging.getLogger("ssl_vit")
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do every ``every`` steps and after the last: save, look at the encoder.
+    """Hook: called every ``every`` steps and after the last, as to save or to probe the encoder.
 
-    ``name``: what the metrics call the seconds that it takes. ``call``: all processes call it; what
-    it returns, if anything, is called next and may be long: a signal breaks it off, so that it must
-    not need the other processes. ``when_stopped``: also when a signal ends the run before its last
-    step.
+    ``name``: the metric under which the seconds that it takes are logged. ``call``: all processes
+    call it; if it returns a function, that is called next and may take long: a signal interrupts
+    it, so it must not use collectives. ``when_stopped``: also called when a signal ends the run
+    before its last step.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Hook:
     when_stopped: bool = False
 
     def due(self, step: int, total: int, stopping: bool) -> bool:
-        """Whether to call it after ``step`` steps of ``total``."""
+        """Whether the hook is called after ``step`` steps of ``total``."""
         if stopping:
             return self.when_stopped
         return step % self.every == 0 or step == total
 
 
 class Trainer:
-    """A task, its optimizer and schedule, and the number of steps done: all the state there is."""
+    """Trainer: a task, its optimizer and schedule, and the step number; this is the whole state."""
 
     def __init__(
         self,
@@ -85,17 +85,17 @@ class Trainer:
         self.streak = torch.zeros((), device=parallel.device)
         self.guard = SpikeGuard(optim.spike, parallel.device)
         self.alarm = Alarm(after=schedule.warmup)
-        self.pace = Pace(parallel)
+        self.pace = StepTimes(parallel)
 
     def train(
         self,
         batches: Iterator[Batch],
         bad: BadImages,
-        log: RunLog,
+        runlog: RunLog,
         hooks: list[Hook],
         checkpoints: Checkpoints,
     ) -> int:
-        """Train from ``self.step`` to the schedule's end: 0; or the signal that ended it before.
+        """Train from ``self.step`` to the schedule's end; returns 0, or the signal that stopped it.
 
         Raises:
             RunFailed: too many steps in a row had a non-finite loss or gradient, or a checkpoint
@@ -111,22 +111,22 @@ class Trainer:
                 watch.at(self.step, "computing")
                 scalars = self.update(parts)
                 self.step += 1
-                means = log.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
+                means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
                 if means:
-                    self._check(means, log, checkpoints)
-                watch.at(self.step, "agreeing with the others")
+                    self._check(means, runlog, checkpoints)
+                watch.at(self.step, "synchronizing with the other processes")
                 stopped = self._agree(stop, bad, checkpoints)
-                watch.at(self.step, "saving, or looking at what was learnt")
-                self._call(hooks, log, stop, stopped)
+                watch.at(self.step, "saving or probing")
+                self._call(hooks, runlog, stop, stopped)
             checkpoints.finish()
         return stopped
 
     def update(self, parts: list[Batch]) -> dict[str, Tensor]:
-        """One optimizer step from its accumulated parts; scalars that stay on the device."""
+        """Optimizer step over the accumulated parts; returns its scalars, still on the device."""
         schedule = self.schedule
         set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        # What is checkpointed should be gone until backward, and its weights' copies too.
+        # Activation checkpointing frees activations until backward; cached weight casts would stay.
         several = len(parts) > 1 and not self.run.activation_checkpointing
         with casts_kept(self.parallel.device) if several else nullcontext():
             scalars = self._forward_backward(parts)
@@ -142,9 +142,9 @@ class Trainer:
         return {**scalars, "grad_norm": norm, **counts}
 
     def whole(self, device: torch.device | None = None) -> Task:
-        """The task as one process alone holds it. All must call it.
+        """The unsharded task. All processes must call it.
 
-        Sharded, it is put together on ``device`` (the trainer's own if None), with weights in the
+        If sharded, it is gathered on ``device`` (the trainer's own if None), with weights on the
         main process only.
         """
         if not self.parallel.sharded:
@@ -155,7 +155,7 @@ class Trainer:
     def _forward_backward(self, parts: list[Batch]) -> dict[str, Tensor]:
         means: dict[str, Tensor] = {}
         rank, world = self.parallel.rank, self.parallel.world
-        # All that is drawn follows from the step, so that no generator's state need be saved.
+        # Random numbers are seeded from the step, so no generator state needs saving.
         key = fold(self.run.seed, self.step)
         torch.manual_seed(fold(key, rank))
         for i, batch in enumerate(parts):
@@ -177,7 +177,7 @@ class Trainer:
         return parts
 
     def _agree(self, stop: StopSignal, bad: BadImages, checkpoints: Checkpoints) -> int:
-        """What all processes must know of each other after a step; the signal to stop by."""
+        """Synchronize signals, bad images and saves after a step; the signal to stop on, or 0."""
         own = checkpoints.state()
         signalled, news, failed, busy = self.parallel.most(stop.received, bool(bad.noted), *own)
         if news:
@@ -189,22 +189,22 @@ class Trainer:
         checkpoints.go_on(bool(failed), bool(busy))
         return int(signalled) if self.step < self.schedule.total else 0
 
-    def _call(self, hooks: list[Hook], log: RunLog, stop: StopSignal, stopped: int) -> None:
+    def _call(self, hooks: list[Hook], runlog: RunLog, stop: StopSignal, stopped: int) -> None:
         for hook in hooks:
             if hook.due(self.step, self.schedule.total, bool(stopped)):
                 started = time.perf_counter()
                 if rest := hook.call(self.step):
                     with stop.breaking_off():
                         rest()
-                log.pause(hook.name, time.perf_counter() - started)
+                runlog.pause(hook.name, time.perf_counter() - started)
 
-    def _check(self, means: dict[str, float], log: RunLog, checkpoints: Checkpoints) -> None:
-        """Whether the training is sound, by the means of its last steps."""
-        if math.isfinite(means["loss"]):  # else no step of the interval says anything
+    def _check(self, means: dict[str, float], runlog: RunLog, checkpoints: Checkpoints) -> None:
+        """Health check on the means of the last steps: logs warnings, stops if not finite."""
+        if math.isfinite(means["loss"]):  # else no step of the interval was finite
             for line in self.alarm.news(self.step, self.task.concerns(means)):
-                log.warn(self.step, line)
+                runlog.warn(self.step, line)
         for line in self.pace.news(self.step):
-            log.warn(self.step, line)
+            runlog.warn(self.step, line)
         streak = int(self.streak.item())
         if streak >= self.run.max_nonfinite:
             checkpoints.finish()
@@ -214,4 +214,4 @@ class Trainer:
                 everywhere=True,
             )
         if streak:
-            speak.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)
+            log.warning("step %d: %d steps in a row not finite, skipped", self.step, streak)

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, and a line of progress."""
+"""Training log: metrics.jsonl, TensorBoard, and the progress line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -27,16 +27,18 @@ from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
 from ssl_vit.common.figures import save_png
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.training.energy import Energy
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.panels import (
     BOARD_FOLDER,
     PROJECTION,
     drop_pictures,
-    one_line,
     panel_file,
+    printable,
     projections,
     thin_panels,
 )
+from ssl_vit.training.shared_cores import SHARED
+from ssl_vit.training.speed import Speed
 
 log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
@@ -44,14 +46,14 @@ _LINE_SECONDS = 10.0
 
 
 class RunLog:
-    """Gathers scalars on the device, and writes their means every ``every`` steps.
+    """Run log: accumulates scalars on the device, and writes their means every ``every`` steps.
 
     Args:
         folder: the run's; files are written by the main process only.
-        start, total: steps done before, and in all; later rows of an earlier try are dropped.
-        images_per_step: of the effective batch, for the rate.
-        energy: counts what this process' devices use.
-        shown: scalars that the progress line shows beside the loss.
+        start, total: first and last step; rows of an earlier attempt after ``start`` are dropped.
+        images_per_step: effective batch size, for the rate.
+        energy: meter of this process' devices.
+        shown: scalars shown in the progress line besides the loss.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class RunLog:
         self.finite: dict[str, Tensor] = {}
         self.paused: dict[str, float] = {}
         self.count, self.step = 0, start
+        self.speed = Speed()
         self.since = self.spoke = time.perf_counter()
         self.progress: Progress | None = None
         if main:
@@ -82,19 +85,27 @@ class RunLog:
             self._start_progress()
 
     def _start_progress(self) -> None:
-        """A bar on a terminal; in a log file, plain lines instead."""
+        """Progress bar on a terminal; plain lines in a log file."""
         console = Console(file=sys.stderr)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            # The period: the time left is known even when lines are minutes apart.
-            self.progress = Progress(*columns, console=console, speed_estimate_period=3600)
-            self.bar = self.progress.add_task("starting", total=self.total, completed=self.start)
+            # The time left is ours, of the speed that the line shows.
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
+            self.progress = Progress(*columns, console=console)
+            self.bar = self.progress.add_task(
+                "starting", total=self.total, completed=self.start, left=""
+            )
             self.progress.start()
 
-    def add(self, step: int, scalars: dict[str, Tensor], lr: float, pace: Pace) -> dict[str, float]:
-        """Take in the scalars of step ``step`` (counted from 1); their means, if a line was due.
+    def add(
+        self, step: int, scalars: dict[str, Tensor], lr: float, pace: StepTimes
+    ) -> dict[str, float]:
+        """Add the scalars of step ``step`` (counted from 1); returns their means if a row was due.
 
-        Nothing is read from the device between lines. ``pace``: of all steps since the last line.
+        Nothing is read from the device between rows. ``pace``: of all steps since the last row.
         """
         for name, value in scalars.items():
             value = value.detach().float()
@@ -106,7 +117,7 @@ class RunLog:
         due = step % self.every == 0 or step == self.total
         return self._flush(step, lr, pace) if due else {}
 
-    def _flush(self, step: int, lr: float, pace: Pace) -> dict[str, float]:
+    def _flush(self, step: int, lr: float, pace: StepTimes) -> dict[str, float]:
         sums = all_reduce_mean(torch.stack(list(self.sums.values())))
         counts = all_reduce_mean(torch.stack(list(self.finite.values())))
         means = (sums / counts).tolist()
@@ -122,31 +133,32 @@ class RunLog:
         if self.main and len(own) > 1:
             shown = [float(f"{seconds:.4g}") for seconds in own]
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
-        self._speak(step, row)
+        self.speed.add(self.count, seconds)
+        self._speak(step, row, SHARED if pace.cores.shared else "")
         self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
         return row
 
     def _used(self, like: Tensor) -> dict[str, float]:
-        """Joules of all processes since the last line, where all devices tell."""
+        """Energy of all processes in joules since the last row, if all devices have a counter."""
         mean = all_reduce_mean(torch.tensor(self.energy.take(), device=like.device))
         joules = float(mean) * rank_and_world()[1]
         return {"energy_j": joules} if math.isfinite(joules) else {}
 
     def warn(self, step: int, line: str) -> None:
-        """Say it, and keep it: a line of metrics.jsonl, and a text in TensorBoard."""
+        """Log a warning, also to metrics.jsonl and as text in TensorBoard."""
         log.warning(line)
         if self.main:
             self.file.write(json.dumps({"step": step, "warning": line}) + "\n")
             self.board.add_text("warning", line, step)
 
     def pause(self, name: str, seconds: float) -> None:
-        """Leave time that was not training out of the rate; the next line has it as ``name``."""
+        """Exclude time that was not training from the rate; the next row logs it as ``name``."""
         self.since += seconds
         self.paused[name] = self.paused.get(name, 0.0) + seconds
 
     def write(self, step: int, row: dict[str, float], group: str) -> None:
-        """One line of metrics.jsonl, and TensorBoard scalars ``group/name``."""
+        """Write a row of metrics.jsonl, and TensorBoard scalars ``group/name``."""
         if not self.main:
             return
         shown = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in row.items()}
@@ -155,7 +167,7 @@ class RunLog:
             self.board.add_scalar(f"{group}/{name}", value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """An (H, W, 3) uint8 picture: to TensorBoard, and as PNG, the newest and each step's."""
+        """Log an (H, W, 3) uint8 picture to TensorBoard and as PNG: the newest, and by step."""
         if self.main:
             self.board.add_image(name, image, step, dataformats="HWC")
             file = panel_file(self.folder, name, step)
@@ -167,39 +179,40 @@ class RunLog:
     def projection(
         self, step: int, features: Tensor, kind: str, labels: list[str], images: np.ndarray
     ) -> None:
-        """Features (n, D), labels and square pictures (n, s, s, 3) to TensorBoard's projector.
+        """Log features (n, D), labels and square pictures (n, s, s, 3) to TensorBoard's projector.
 
-        ``kind``: what the labels are: class, labels (several each) or unlabelled. The newest alone
-        is kept: it is far larger than all else that is logged.
+        ``kind``: of label: class, labels (several each) or unlabelled. Only the newest is kept: it
+        is far larger than everything else that is logged.
         """
         if not self.main:
             return
         older = projections(self.folder)
         if step in older:
             shutil.rmtree(older.pop(step).parent)
-        vars(self.board).pop("_projector_config", None)  # in which the writer gathers all of them
+        vars(self.board).pop("_projector_config", None)  # the writer would list all earlier ones
         pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        # A single column has no header; two let a reader know what the first one is.
-        rows = [[one_line(label), str(i)] for i, label in enumerate(labels)]
+        # A single column has no header; with two, the header names the first one.
+        rows = [[printable(label), str(i)] for i, label in enumerate(labels)]
         header = [kind, "image"]
         self.board.add_embedding(features, rows, pictures, step, PROJECTION, header)
         for path in older.values():
             shutil.rmtree(path.parent)
 
-    def _speak(self, step: int, row: dict[str, float]) -> None:
+    def _speak(self, step: int, row: dict[str, float], note: str = "") -> None:
         if not self.main:
             return
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.shown))
         text = f"step {step}/{self.total}  {shown}  lr {row['lr']:.2e}  "
-        text += f"{row['images_per_s']:.0f} img/s"
+        text += f"{self.images_per_step / self.speed.seconds:.0f} img/s"
+        text += f"  {note}" if note else ""
+        left = f"{duration((self.total - step) * self.speed.seconds)} left"
         if self.progress:
-            self.progress.update(self.bar, completed=step, description=text)
+            self.progress.update(self.bar, completed=step, description=text, left=left)
             return
         now = time.perf_counter()
         if now - self.spoke >= _LINE_SECONDS or step == self.total:
             self.spoke = now
-            left = (self.total - step) * self.images_per_step / row["images_per_s"]
-            print(f"{text}  {duration(left)} left", file=sys.stderr, flush=True)
+            print(f"{text}  {left}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> RunLog:
         return self
@@ -220,7 +233,7 @@ class RunLog:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Duration in seconds as text: 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -229,7 +242,7 @@ def duration(seconds: float) -> str:
 def note_outcome(
     folder: Path, step: int, options: dict[str, Any], outcome: dict[str, float]
 ) -> None:
-    """A run's options with what came of it, as a row of TensorBoard's HPARAMS.
+    """Log a run's options with its results, as a row of TensorBoard's HPARAMS.
 
     ``options``: by name; ``outcome``: by name, also scalars at ``step``.
     """
@@ -244,13 +257,13 @@ def note_outcome(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a line that a killed run left torn, or no row, is passed over."""
+    """Rows of a metrics file; lines that are truncated (by a killed run) or no rows are skipped."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     return [row for line in lines if (row := read_row(line)) is not None]
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
-    """A line of a metrics file; None for one that is none."""
+    """Parse a line of a metrics file; None if it is not a valid row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

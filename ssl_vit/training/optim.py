@@ -1,4 +1,4 @@
-"""AdamW by a task's rules of decay and rate, an update that skips itself if not finite."""
+"""Optimizer: AdamW with a task's decay and learning-rate rules; non-finite updates are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssl_vit.common.task import Task
 
 
 def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
-    """Fused AdamW over the trained parameters, those that decay first; of full rate first."""
+    """Fused AdamW over the trained parameters, one group per (decays, lr scale), largest first."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
@@ -35,14 +35,14 @@ def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
 
 
 def set_rates(optimizer: AdamW, lr: float, weight_decay: float) -> None:
-    """The learning rate of a step, scaled for each group, and its weight decay where it applies."""
+    """Set the learning rate (scaled for each group) and weight decay (where it applies)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 class Schedule:
-    """Learning rate and weight decay as functions of the step, resolved from the options."""
+    """Schedule: learning rate and weight decay as functions of the step, from the options."""
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class Schedule:
 
 
 def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tensor:
-    """Clip gradients as configured; the global norm before clipping, on the device.
+    """Clip gradients as configured; returns the global norm before clipping, on the device.
 
-    Of sharded parameters each process has its rows; norms are of the whole.
+    Of sharded parameters each process holds its rows; norms are of the whole tensors.
     """
     found = [p.grad for p in parameters if p.grad is not None]
     gradients = [local(g) for g in found]
@@ -96,13 +96,13 @@ def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tenso
 
 
 class SpikeGuard:
-    """Finds steps whose loss stands out, by a running mean and variance of the losses before.
+    """Loss spike detection: by a running mean and variance of the previous losses.
 
     Args:
-        deviations: how many standard deviations above the mean are a spike; 0: nothing is.
+        deviations: how many standard deviations above the mean count as a spike; 0: disabled.
     """
 
-    window = 100  # steps that the running mean looks back over; before as many nothing is a spike
+    window = 100  # steps of the running mean; nothing is a spike before that many
 
     def __init__(self, deviations: float, device: torch.device) -> None:
         self.deviations = deviations
@@ -110,10 +110,10 @@ class SpikeGuard:
         self.state = dict(zip(("loss_mean", "loss_variance", "losses"), zeros, strict=True))
 
     def passes(self, loss: Tensor) -> Bool[Tensor, ""]:
-        """Whether a step of this loss (a process' own) may be taken; the same on every process.
+        """Whether a step of this loss (this process' own) is no spike; the same on every process.
 
-        The loss is then taken into the running numbers; a spike as the largest that is none, so
-        that a lasting change of level soon is the new level. All on the device.
+        The loss is then added to the running statistics; a spike is clamped to the limit, so that
+        a lasting change of level is soon accepted. All on the device.
         """
         if not self.deviations:
             return torch.ones_like(loss, dtype=torch.bool)
@@ -133,16 +133,16 @@ class SpikeGuard:
 
 
 def guarded_step(optimizer: AdamW, takes: Tensor) -> Bool[Tensor, ""]:
-    """An optimizer step that changes nothing, moments included, where ``takes`` is false.
+    """Guarded optimizer step: changes nothing, moments included, where ``takes`` is false.
 
-    Returns whether it was true on every process, and so was done.
+    Returns whether it was true on every process, so that the step was applied.
     The decision stays on the device: fused AdamW reads a ``found_inf`` flag, as it does for a
-    gradient scaler, so that the host never waits for it.
+    gradient scaler, so the host does not wait for it.
     """
     found = (~takes).float().reshape(())
     if rank_and_world()[1] > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    if found.device.type == "mps":  # whose fused kernel does not look at the flag
+    if found.device.type == "mps":  # its fused kernel ignores the flag
         if not bool(found):
             optimizer.step()
         return found == 0

@@ -1,4 +1,4 @@
-"""How long each process takes for its own work, and which one keeps the others waiting."""
+"""Step times: the time each process takes for its own part, and detection of slow processes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import torch
 from ssl_vit.common.distributed import gather_rows, gather_texts
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.shared_cores import SharedCores
 
-# A process that takes so many times the median is named.
+# A process that takes this many times the median is reported.
 _SLOW = 1.5
 
 
-class Pace:
-    """Times what a process does without the others: waiting for images, and the forward pass.
+class StepTimes:
+    """Step times: times what a process does alone, waiting for images and the forward pass.
 
-    The backward pass ends together everywhere, so that whole steps tell nothing. (Sharded, the
-    forward pass waits too, and only the images tell.) A context manager around the forward pass; on
-    CUDA its time is the device's, read when it is asked for.
+    The backward pass synchronizes all processes, so whole steps take equally long everywhere. (If
+    sharded, so does the forward pass, and only the wait for images differs.) A context manager
+    around the forward pass; on CUDA its time is taken by events, read in :meth:`take`.
     """
 
     def __init__(self, parallel: Parallel) -> None:
@@ -34,10 +35,14 @@ class Pace:
         self.all: list[float] = []
         self.hosts: list[str] = []
         self.alarm = Alarm(after=0)
+        self.cores = SharedCores(parallel.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for images."""
+        """Context manager around the wait for images."""
+        # Not with the lines of progress: where spinning is worst those are minutes apart.
+        if self.parallel.main:  # which speaks; it sees the cores of its own machine
+            self.cores.look()
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
@@ -61,9 +66,9 @@ class Pace:
             self.computed += time.perf_counter() - self.started
 
     def take(self, steps: int) -> tuple[float, list[float]]:
-        """Seconds waited for images since the last call, here; and seconds a step in every process.
+        """Seconds this process waited for images since the last call; seconds per step by process.
 
-        All must call it.
+        All processes must call it.
         """
         for first, last in self.marks:
             last.synchronize()
@@ -74,9 +79,10 @@ class Pace:
         return waited, self.all
 
     def news(self, step: int) -> list[str]:
-        """Lines on processes that have been slower than the others for a while."""
+        """Warnings on cores shared, and processes slower than the others, for a while."""
+        shared = self.cores.news(step)
         if self.parallel.world == 1:
-            return []
+            return shared
         self.hosts = self.hosts or gather_texts(platform.node())
         usual = statistics.median_low(self.all)
         slow = {
@@ -86,4 +92,4 @@ class Pace:
             for rank, seconds in enumerate(self.all)
             if seconds > _SLOW * usual
         }
-        return self.alarm.news(step, slow)
+        return [*shared, *self.alarm.news(step, slow)]

@@ -1,4 +1,4 @@
-"""The pictures that a run keeps in its folder, and what it keeps for TensorBoard's projector."""
+"""Panels: pictures kept in a run folder, and features kept for TensorBoard's projector."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _MOST_PANELS = 32
 
 
 def panel_file(folder: Path, name: str, step: int) -> Path:
-    """Where a run keeps a picture as it was after ``step`` steps."""
+    """Path of the picture made after ``step`` steps."""
     return folder / _PANELS / name / f"step-{step:08d}.png"
 
 
 def projections(folder: Path) -> dict[int, Path]:
-    """What a run keeps for TensorBoard's projector: by step, a folder of ``tensors.tsv``,
+    """TensorBoard projector data of a run: by step, a folder of ``tensors.tsv``,
     ``metadata.tsv`` and ``sprite.png``."""
     found = (folder / BOARD_FOLDER).glob(f"*/{PROJECTION}")
     return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
 
 
 def panels(folder: Path) -> dict[str, dict[int, Path]]:
-    """The pictures of a run: by name, by step."""
+    """Picture files of a run: by name, by step."""
     found: dict[str, dict[int, Path]] = {}
     for file in sorted((folder / _PANELS).glob("*/step-*.png")):
         step = file.stem.removeprefix("step-")
@@ -34,8 +34,8 @@ def panels(folder: Path) -> dict[str, dict[int, Path]]:
 
 
 def thin_panels(folder: Path) -> None:
-    """Leave at most ``_MOST_PANELS`` pictures of a kind: those go whose neighbours are nearest, and
-    the first and the newest stay."""
+    """Thin out the pictures of a kind to ``_MOST_PANELS``: those closest to their neighbours
+    in step are removed; the first and the newest stay."""
     files = sorted(folder.glob("step-*.png"))
     while len(files) > _MOST_PANELS:
         steps = [int(file.stem.removeprefix("step-")) for file in files]
@@ -43,14 +43,14 @@ def thin_panels(folder: Path) -> None:
         files.pop(1 + gaps.index(min(gaps))).unlink()
 
 
-def one_line(text: str) -> str:
-    """A name fit for a table of text: line breaks and what UTF-8 cannot write are replaced."""
+def printable(text: str) -> str:
+    """Printable one-line text: line breaks and characters that UTF-8 cannot encode are replaced."""
     plain = text.encode("utf-8", "replace").decode()
     return "".join(c if c.isprintable() else " " for c in plain)
 
 
 def drop_pictures(folder: Path, step: int) -> None:
-    """Remove the pictures and projections of later steps: a resumed run makes them again."""
+    """Remove pictures and projections of steps after ``step``: a resumed run makes them again."""
     for by_step in panels(folder).values():
         for late in (file for made, file in by_step.items() if made > step):
             late.unlink()

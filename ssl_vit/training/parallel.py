@@ -1,4 +1,4 @@
-"""Processes and devices: single-device code is wrapped from here."""
+"""Distributed training: processes, devices, DDP and FSDP2 around single-device code."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from ssl_vit.common.task import Task
 from ssl_vit.training.launched import launched
 from ssl_vit.training.watchdog import Watchdog
 
-# Of the process group's timeout: after so much of it, what hangs is named.
+# Share of the process group's timeout after which hung processes are reported.
 _WATCHED_SHARE = 0.75
-# Of malloc.h.
+# Constants of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among all: its rank, how many there are, its device, and how they share work."""
+    """Process layout: this process' rank, the world size, its device, and how work is shared."""
 
     rank: int
     world: int
@@ -43,7 +43,7 @@ class Parallel:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     @property
@@ -52,13 +52,13 @@ class Parallel:
         return self.kind == "fsdp" and self.world > 1
 
     def shard(self, task: Task, precision: torch.dtype) -> None:
-        """Leave in this process only its part of each weight, in place (FSDP2); before there is an
-        optimizer. Does nothing unless ``sharded``.
+        """Shard the weights in place (FSDP2): each process keeps its part. Before the optimizer is
+        made. Does nothing unless ``sharded``.
 
         Attention and MLP of each transformer block are gathered while they compute, in the
-        precision they compute in; gradients are summed in float32. The last of each sequence of
-        blocks stays with all that is in no block, gathered for the whole step in float32: it is the
-        first that the backward pass needs.
+        precision they compute in; gradients are summed in float32. The last block of each sequence
+        belongs to the root group, with all weights outside of blocks, gathered for the whole step
+        in float32: the backward pass needs it first.
         """
         if not self.sharded:
             return
@@ -66,7 +66,7 @@ class Parallel:
         for sequence in task.modules():
             blocks = [child for child in sequence.children() if isinstance(child, Block)]
             for part in [part for block in blocks[:-1] for part in (block.attn, block.mlp)]:
-                # Autocast would round these weights too, but not those of norms.
+                # Autocast rounds the weights of linear layers too, but not those of norms.
                 linear = all(isinstance(m, nn.Linear) for m in part.modules() if own_weights(m))
                 half = torch.bfloat16 if linear and precision == torch.bfloat16 else None
                 policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
@@ -74,21 +74,21 @@ class Parallel:
         fully_shard(task, mesh=mesh)
 
     def wrap(self, task: Task) -> nn.Module:
-        """The task with gradients averaged over processes; itself when it is alone or sharded."""
+        """DDP wrapper, which averages gradients over processes; the task if alone or sharded."""
         if self.world == 1 or self.sharded:
             return task
-        # Of the patch embedding's, one small tensor; said by every process.
+        # A harmless warning, repeated by every process: the patch embedding, one small tensor.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [self.device] if self.device.type == "cuda" else None
         options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True}
-        # Newer releases have another name for it.
+        # Renamed in newer releases.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         newer = "forward_sync_buffers"
         options[newer if newer in known else "broadcast_buffers"] = False
         return DistributedDataParallel(task, **options)
 
     def sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around a part of a step: gradients cross between processes with the last part alone."""
+        """Context manager around a part of a step: only the last part reduces gradients."""
         if isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         if isinstance(model, FSDPModule):
@@ -96,10 +96,10 @@ class Parallel:
         return nullcontext()
 
     def most(self, *values: float | int) -> tuple[float | int, ...]:
-        """The largest of each value over processes; all must call it."""
+        """Maximum of each value over processes; all must call it."""
         if self.world == 1:
             return values
-        # On the CPU, by gloo: no GPU is waited for.
+        # On the CPU, by gloo: does not wait for a GPU.
         seen = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         largest: list[float] = seen.tolist()
@@ -110,16 +110,16 @@ class Parallel:
         return bool(self.most(flag)[0])
 
     def first(self, texts: Sequence[str]) -> str:
-        """The first of ``gather_texts`` that is not empty, naming its process if not the main."""
+        """First non-empty text of ``gather_texts``, with its process unless it is the main one."""
         rank = next(i for i, text in enumerate(texts) if text)
         return f"process {rank}: {texts[rank]}" if rank else texts[rank]
 
     def watchdog(self, minutes: float) -> Watchdog:
-        """Names a process that hangs, before the others give up waiting for it."""
+        """Watchdog that reports a hung process before the process group's timeout."""
         return Watchdog(self.rank, self.world, 60 * minutes * _WATCHED_SHARE)
 
     def check_agreement(self, what: str, value: int) -> None:
-        """Refuse to go on where processes differ in ``value``; all must call it.
+        """Check that ``value`` is equal on all processes; all must call it.
 
         Raises:
             UserError: they differ; ``what`` is named.
@@ -136,7 +136,7 @@ def own_weights(module: nn.Module) -> bool:
 def start_parallel(
     device: str, kind: Literal["ddp", "fsdp"] = "ddp", minutes: float = 60.0
 ) -> Parallel:
-    """Join the processes that ``torchrun`` or Slurm started; alone without them.
+    """Join the process group that ``torchrun`` or Slurm started; a single process without one.
 
     Args:
         minutes: how long a process waits for another.
@@ -156,22 +156,22 @@ def start_parallel(
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, or has not answered in time."""
-    said = str(error)
+    """Whether an error indicates that another process has exited or did not respond in time."""
+    message = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Socket", "TCPStore")
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+        isinstance(error, RuntimeError) and any(sign in message for sign in signs)
     )
 
 
 def stop_parallel() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that ``auto``, ``cuda`` ... means for process ``local_rank`` of this machine.
+    """Device that ``auto``, ``cuda`` ... stands for, for process ``local_rank`` of this machine.
 
     Raises:
         UserError: a device that this machine does not have.
@@ -188,7 +188,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        # Slurm may show each process its own device alone, which is then number 0.
+        # Slurm may make only its own device visible to each process, which is then number 0.
         own = 0 if count == 1 and by_slurm() else local_rank
         index = own if device.index is None else device.index
         asked = name if device.index is not None else f"{name}, of process {index} of this machine"
@@ -200,7 +200,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype that ``auto``, ``bf16`` or ``fp32`` means on a device.
+    """Compute dtype that ``auto``, ``bf16`` or ``fp32`` stands for on a device.
 
     ``auto`` is bfloat16 wherever the hardware multiplies it (CPUs with AVX512-BF16 or AMX too).
     """
@@ -218,40 +218,40 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """The autocast context of a precision on a device; does nothing for float32."""
+    """Autocast context of a precision on a device; does nothing for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def casts_kept(device: torch.device) -> torch.autocast:
-    """Inside, weights that autocast rounds are rounded once, not again in each part of a step.
+    """Cached casts: inside, autocast rounds each weight once, not again in each part of a step.
 
-    Autocast keeps copies of trained weights until the outermost of its contexts ends, here after
+    Autocast caches rounded copies of trained weights until its outermost context ends, here after
     the last part. Weights must not change inside.
     """
     return torch.autocast(device.type, enabled=False)
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def by_slurm() -> bool:
-    """Whether Slurm itself started this process: not ``torchrun``, inside a job or not."""
+    """Whether Slurm started this process directly, not by ``torchrun`` (inside a job or not)."""
     return "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def own_cores() -> int:
-    """Processor cores that this process has for itself: its share of those it may use.
+    """Processor cores of this process alone: its share of those it may use.
 
-    Under Slurm it may have been bound to its own already.
+    Under Slurm it may already be bound to its own.
     """
     bound = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if by_slurm() else 0
     return cores() if 0 < cores() <= bound else max(1, cores() // launched().local_world)
 
 
 def loader_workers(asked: int, device: torch.device) -> int:
-    """Loader processes for one training process: as asked, or its share of the machine's cores.
+    """Loader workers for one training process: as asked, or its share of the machine's cores.
 
     Half that share where the cores also compute.
     """
@@ -262,7 +262,7 @@ def loader_workers(asked: int, device: torch.device) -> int:
 
 
 def reuse_memory(device: torch.device) -> None:
-    """On Linux CPUs let the C library keep what tensors free, rather than return it to the kernel.
+    """Memory reuse: on Linux CPUs, malloc keeps freed memory rather than return it to the kernel.
 
     Every step allocates the same tensors. By default glibc maps and unmaps large ones each time,
     and the kernel fills their pages with zeros again: 6 times the page faults, and a tenth of the
@@ -272,7 +272,7 @@ def reuse_memory(device: torch.device) -> None:
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library, with its own habits
+    except (OSError, AttributeError):  # not glibc
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,4 +1,4 @@
-"""Batches on their way to the device while the one before is computed."""
+"""Prefetching: copies a batch to the device while the previous one is computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ssl_vit.data.loader import Batch
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches in the same order, their views on ``device``.
+    """Prefetch batches to ``device``, in the same order.
 
-    On CUDA each is copied while the one before it is in use, on a stream of its own; from pinned
-    memory nobody waits for that. What ``batches`` raises comes through, there a batch early.
+    On CUDA each is copied while the previous one is in use, on a separate stream; from pinned
+    memory the copy is asynchronous. Exceptions of ``batches`` are passed on; on CUDA one batch
+    early.
     """
     if device.type == "cuda":
         return _one_ahead(batches, device)
@@ -28,18 +29,18 @@ def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         with torch.cuda.stream(stream):
             sent.append((replace(batch, views=batch.views.to(device)), stream.record_event()))
         if len(sent) > 1:
-            yield _arrived(*sent.pop(0))  # nothing here refers to it any more
+            yield _arrived(*sent.pop(0))  # no reference is kept here
     if sent:
         yield _arrived(*sent.pop())
 
 
 def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """The batch, for use on the current stream, which waits for its copies and no later ones."""
+    """Make a batch usable on the current stream, which waits for this copy and no later one."""
     views = batch.views
     tensors = [*views.crops, views.keys, views.labels, *views.photometric]
     current = torch.cuda.current_stream(views.keys.device)
     current.wait_event(copied)
     for tensor in tensors:
-        # The memory belongs to the other stream, which must not reuse it before this one is done.
+        # The memory belongs to the copy stream, which must not reuse it before this one is done.
         tensor.record_stream(current)
     return batch

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, from its own newest checkpoint, or from another's."""
+"""Resuming: whether a run starts anew, from its newest checkpoint, or from another run's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ssl_vit.training.loop import Trainer
 log = logging.getLogger("ssl_vit")
 CONFIG_FILE = "config.yaml"
 
-# Options that may change when a run goes on: no number of the training depends on them, but by
-# rounding (and how fine-tuning mixes images, which is by the parts of a batch).
+# Options that may change when a run is resumed: they do not affect its numbers, except by rounding
+# (and except how fine-tuning mixes images, which is within the parts of a batch).
 _FREE = {
     "data.max_bad",
     "data.workers",
@@ -40,7 +40,7 @@ _FREE = {
 
 
 def starting_point(run: RunConfig, out: Path) -> Path | None:
-    """The checkpoint to go on from, or None to begin.
+    """Checkpoint to resume from, or None to start anew.
 
     Raises:
         UserError: ``run.resume`` is a path without a checkpoint.
@@ -61,7 +61,7 @@ def starting_point(run: RunConfig, out: Path) -> Path | None:
 
 
 def check_same_run(config: Any, out: Path) -> None:
-    """Refuse to go on with a run under options that would change its numbers.
+    """Check that no option that affects a run's numbers has changed since it was started.
 
     Raises:
         UserError: an option differs from the run folder's ``config.yaml``.
@@ -74,7 +74,7 @@ def check_same_run(config: Any, out: Path) -> None:
     except (yaml.YAMLError, AttributeError):
         raise UserError(f"{path} is damaged; give another --run.out") from None
     now = as_written(config)
-    if before.get("data.val") and now["data.val"]:  # otherwise it decides what is held out
+    if before.get("data.val") and now["data.val"]:  # if only one is set, the held-out split differs
         before["data.val"] = now["data.val"]
     before = _defaults(config) | before
     for key in sorted(now.keys() - _FREE):
@@ -86,7 +86,7 @@ def check_same_run(config: Any, out: Path) -> None:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The values that an option had before there was one: those that leave all as it was."""
+    """Defaults of all groups: the values of options that are newer than the run's config file."""
     kinds: dict[str, Any] = {
         f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)
     }
@@ -95,10 +95,10 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def move_aside(out: Path) -> None:
-    """Keep an existing run under another name, so that a new one can take its folder.
+    """Rename the folder of an existing run, so that a new one can use its name.
 
     Raises:
-        UserError: the folder holds something, but no run.
+        UserError: the folder holds files, but no run.
     """
     check(
         (out / CONFIG_FILE).is_file(),
@@ -112,10 +112,10 @@ def move_aside(out: Path) -> None:
 
 
 def load_into(trainer: Trainer, path: Path, images: dict[str, Any] | None) -> None:
-    """Bring a trainer to where a checkpoint was written.
+    """Load a checkpoint into a trainer, its step number included.
 
     Raises:
-        UserError: the run's own images (count, statistics) have changed since; None: not compared.
+        UserError: ``images`` (count, statistics) differ from the saved ones; None: not compared.
     """
     state = load_checkpoint(path, trainer.task, trainer.optimizer, trainer.guard.state)
     before = state.get("images")

@@ -1,4 +1,4 @@
-"""A run put together: what is trained, on what images, in what folder, with what hooks."""
+"""Training session: a task, its images, its run folder, and the hooks of the training loop."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.layers import as_written, to_yaml
 from ssl_vit.common.task import Task
+from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
@@ -43,21 +44,22 @@ from ssl_vit.training.resume import (
     move_aside,
     starting_point,
 )
+from ssl_vit.training.shared_cores import SHARED
 
 
 class Session:
-    """A run put together; nothing is written yet. What it leaves is a subclass' to say.
+    """Session: a run set up, with nothing written yet. Subclasses define its outputs.
 
     Args:
-        name: what people call this kind of run.
+        name: of this kind of run: a method, or ``finetune``.
         config: its options: a dataclass with the groups ``run``, ``data`` and ``optim``.
-        task: with its first weights. It is moved to the run's device.
-        views: the crops it is given of an image.
-        images: those it learns from.
+        task: with its initial weights. It is moved to the run's device.
+        views: the crops of an image that the task takes.
+        images: the training images.
 
     Raises:
-        UserError: a batch that the images or the processes do not allow, or a device that is not
-            there.
+        UserError: a batch size that the images or the processes do not allow, or a device that
+            does not exist.
     """
 
     def __init__(self, name: str, config: Any, task: Task, views: ViewSpec, images: Images) -> None:
@@ -79,42 +81,43 @@ class Session:
         self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
         schedule = Schedule(run, optim, self.order.steps_per_epoch, task.peak_in_warmup)
         precision = resolve_precision(run.precision, device)
-        prepare(task, run, self.parallel)
+        prepare_task(task, run, self.parallel)
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
         self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
 
     def export(self, whole: Task) -> Callable[[], object]:
-        """Take the weights that the run is for, as they are now; what is returned writes the file.
+        """Copy the weights to export; returns a function that writes the file.
 
         ``whole``: the task with all its weights, also where ``self.task`` is sharded.
         """
         raise NotImplementedError
 
     def exported_step(self) -> int | None:
-        """The step of the file that is there; None where there is none."""
+        """Step of the exported file; None where there is none."""
         raise NotImplementedError
 
-    def look(self, whole: Task, step: int, log: RunLog) -> None:
-        """Measure what is trained on held-out images, and log it. Nothing is chosen by it."""
+    def probe(self, whole: Task, step: int, log: RunLog) -> None:
+        """Probe the model on held-out images and log the results. Nothing is selected by them."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """Every option by its name, ``group.option``, as ``config.yaml`` has them."""
+        """All options by name, ``group.option``, as in ``config.yaml``."""
         return as_written(self.config)
 
     @property
     def part_size(self) -> int:
-        """Images that go through the task at once in each process."""
+        """Images per forward pass of each process."""
         return self.order.batch_size // (self.parallel.world * self.config.optim.accumulate)
 
     def plan(self, about: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Rows of the table before the first step, with every derived number resolved.
+        """Plan: table rows shown before the first step, with every derived number resolved.
 
         ``about``: rows on what is trained.
         """
         trainer, optim, order = self.trainer, self.config.optim, self.order
         schedule, device = trainer.schedule, self.parallel.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        waits = f", which sleep while they wait: {SHARED}" if chosen() == "sleep" else ""
         rate = f"{optim.peak_lr:.4g}"
         rate += "" if optim.lr is not None else f" = {optim.base_lr:g} x {optim.batch_size} / 256"
         warmup = f"{schedule.warmup} steps"
@@ -126,7 +129,7 @@ class Session:
         split = f"{processes} x {optim.accumulate} parts x {self.part_size}"
         epochs = f"{schedule.total / order.steps_per_epoch:g} epochs x {order.steps_per_epoch}"
         return [
-            ("device", f"{name}, {torch.get_num_threads()} threads"),
+            ("device", f"{name}, {torch.get_num_threads()} threads{waits}"),
             ("precision", str(trainer.precision).removeprefix("torch.")),
             *about,
             ("images", f"{order.n:,} train, {held_out}"),
@@ -138,7 +141,7 @@ class Session:
         ]
 
     def describe_views(self) -> str:
-        """The crops of an image, and which operations its channels or its depth do not allow."""
+        """Views in a line: crops per image; operations left out for its channels or bit depth."""
         counts: dict[str, int] = {}
         missing: dict[str, None] = {}
         deep, channels = self.images.deep, self.config.data.channels
@@ -158,8 +161,8 @@ class Session:
         return text
 
 
-def prepare(task: Task, run: RunConfig, parallel: Parallel) -> None:
-    """Move a task to its device and make its blocks what the options say, before it is sharded."""
+def prepare_task(task: Task, run: RunConfig, parallel: Parallel) -> None:
+    """Prepare a task before sharding: device, attention, activation checkpointing, compilation."""
     choose_attention(task, parallel.device)
     task.to(parallel.device)
     if run.activation_checkpointing:
@@ -169,9 +172,9 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> None:
 
 
 def prepare_folder(session: Session) -> None:
-    """Begin or resume: set the trainer to its first step and the folder to match."""
+    """Start or resume: set the trainer to its first step, and write the run folder to match."""
     run, out, trainer = session.config.run, session.out, session.trainer
-    # One looks for all: a folder just written is not seen on every machine at once.
+    # One process checks for all: network disks may show a new folder late on other machines.
     start = Path(found) if (found := gather_texts(str(starting_point(run, out) or ""))[0]) else None
     if start is not None:
         own = start.parent == out / "checkpoints"
@@ -186,12 +189,12 @@ def prepare_folder(session: Session) -> None:
             move_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         clean(out / "checkpoints")
-        # Going on with this file must not start anew again.
+        # Resuming with this file must not start anew again.
         resume = "auto" if run.resume == "never" else run.resume
         text = to_yaml(replace(session.config, run=replace(run, resume=resume)))
         write_text_atomically(out / CONFIG_FILE, text)
-    # Nobody may look into the folder before; killed between a checkpoint and the exported file,
-    # that is of another step.
+    # After the synchronization above. A run killed between checkpoint and export has an exported
+    # file of another step.
     late = session.parallel.main and bool(trainer.step) and session.exported_step() != trainer.step
     if session.parallel.any(late):
         whole = trainer.whole(torch.device("cpu"))
@@ -200,17 +203,17 @@ def prepare_folder(session: Session) -> None:
 
 
 def train(session: Session) -> int:
-    """Run the loop with its hooks; 0, or the signal that stopped it."""
+    """Run the training loop with its hooks; returns 0, or the signal that stopped it."""
     run, trainer, out, task = session.config.run, session.trainer, session.out, session.task
     data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
     images = TrainImages(session.images.train, session.views, data.channels, run.seed)
     main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
     loaded = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)
-    # Several parts of a step are drawn at once; there the device holds one at a time.
+    # Accumulated parts are drawn together; then the device holds one at a time.
     batches = on_device(loaded, device) if order.accumulate == 1 else loaded
     saving = every(run.save_every, "--run.save-every", per_epoch)
-    looking = every(run.probe_every, "--run.probe-every", per_epoch)
+    probing = every(run.probe_every, "--run.probe-every", per_epoch)
     for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0
     checkpoints = Checkpoints(out / "checkpoints", run.keep, for_good, session.parallel)
     with RunLog(
@@ -231,31 +234,31 @@ def train(session: Session) -> int:
             about, scalars = session.images.fingerprint(), trainer.guard.state
             checkpoints.save(step, task, trainer.optimizer, about, write, scalars)
 
-        def look(step: int) -> Callable[[], object] | None:
-            checkpoints.finish()  # it counts only after the next agreement, and a look may be long
+        def probe(step: int) -> Callable[[], object] | None:
+            checkpoints.finish()  # else completed only after the probe, which may take long
             whole = trainer.whole()
-            return partial(session.look, whole.eval(), step, runlog) if main else None
+            return partial(session.probe, whole.eval(), step, runlog) if main else None
 
         hooks = [
             Hook("saving_s", saving, save, when_stopped=True),
-            Hook("looking_s", looking, look),
+            Hook("looking_s", probing, probe),
         ]
         bad = BadImages(session.images.train, data.max_bad)
         return trainer.train(batches, bad, runlog, hooks, checkpoints)
 
 
 def every(text: str, option: str, steps_per_epoch: int) -> int:
-    """An interval in steps, at least one."""
+    """Interval in steps, at least one."""
     return max(1, Length.parse(text, option).steps(steps_per_epoch))
 
 
 def counted(module: nn.Module) -> str:
-    """A module's weights in millions."""
+    """Parameter count of a module in millions, as text."""
     return f"{parameter_count(module) / 1e6:.2f} M"
 
 
 def slug(spec: str) -> str:
-    """A short name for a data set, fit for a folder: its last part that has a letter."""
+    """Short name of a data set for a folder: the last part of its spec that has a letter."""
     parts = [re.sub(r"[^A-Za-z0-9]+", "-", p).strip("-") for p in re.split(r"[:/]", spec)]
     named = [p for p in parts if re.search("[A-Za-z]", p) and p not in ("train", "val", "test")]
     return named[-1] if named else "data"

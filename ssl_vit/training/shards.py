@@ -1,8 +1,8 @@
-"""State in parts: what each process holds or writes of a task and its optimizer, by rows.
+"""Sharded state: the rows of a task and its optimizer that each process holds or writes.
 
 Process r of w has the r-th of ``torch.chunk(tensor, w)``, as FSDP2 shards its parameters. Where
-every process holds all of a tensor it writes those rows alone: files are the same however the
-processes shared the work, and any number of processes can read them.
+every process holds a whole tensor it writes only those rows: files do not depend on how the
+processes share the work, and any number of processes can read them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T", bound=nn.Module)
 
 
 def rows_of(n: int, rank: int, world: int) -> slice:
-    """Which of ``n`` rows are process ``rank``'s; none for the last ones if there are few."""
+    """Rows of process ``rank`` among ``n``; empty for the last processes if rows are few."""
     size = -(-n // world)
     return slice(min(n, rank * size), min(n, (rank + 1) * size))
 
@@ -34,9 +34,9 @@ def rows_of(n: int, rank: int, world: int) -> slice:
 def own_part(
     state: Mapping[str, Tensor], whole: set[str], rank: int, world: int
 ) -> dict[str, Tensor]:
-    """What process ``rank`` writes of a state, copied to the CPU.
+    """Part of a state that process ``rank`` writes, copied to the CPU.
 
-    The tensors named in ``whole``, and scalars, are the first process' to write.
+    Tensors named in ``whole``, and scalars, are written by the first process.
     """
     part = {}
     for name, value in state.items():
@@ -51,7 +51,7 @@ def own_part(
 
 
 def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, named ``parameter::tensor``."""
+    """Optimizer tensors, named ``parameter::tensor``."""
     names: dict[Tensor, str] = {p: n for n, p in task.named_parameters()}
     return {
         f"{names[p]}::{key}": value
@@ -62,7 +62,7 @@ def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 class Parts:
-    """Tensors that lie in several safetensors files, rows after rows.
+    """Reader of tensors that are split by rows over several safetensors files.
 
     Raises:
         UserError: a file is not a safetensors file, or lacks rows of a tensor.
@@ -70,7 +70,7 @@ class Parts:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         for path in paths:
-            read_safetensors(path, tensors=False)  # refuses anything else, saying what it is
+            read_safetensors(path, tensors=False)  # raises UserError for anything else
         self.where = str(paths[0])
         self.files = [safe_open(path, "pt") for path in paths]
         self.names = sorted({name for file in self.files for name in file.keys()})  # noqa: SIM118
@@ -81,15 +81,15 @@ class Parts:
                 self._rows.setdefault(name, []).append((i, shape[0] if shape else 1))
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor, its parts put together."""
+        """Shape of the whole tensor."""
         parts = self._rows[name]
         shape = self.files[parts[0][0]].get_slice(name).get_shape()
         return torch.Size([sum(n for _, n in parts), *shape[1:]] if shape else [])
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows; nothing else is read."""
+        """Read a tensor, or only some of its rows."""
         if not self.shape(name):
-            # Not a view of the file, which would keep it open as long as the tensor lives.
+            # Not a view of the file, which would keep it open for the lifetime of the tensor.
             return self.files[self._rows[name][0][0]].get_tensor(name).clone()
         rows = rows or slice(0, self.shape(name)[0])
         found, before = [], 0
@@ -102,7 +102,7 @@ class Parts:
         return torch.cat(found) if found else first.get_slice(name)[:0]
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor, on the device of ``tensor`` and sharded as that is."""
+        """Read a tensor onto the device of ``tensor``, sharded like it."""
         if not isinstance(tensor, DTensor) or not self.shape(name):
             return self.read(name).to(tensor.device)
         mesh = tensor.device_mesh
@@ -120,17 +120,17 @@ class Parts:
 
 @torch.no_grad()
 def load_parts(task: nn.Module, parts: Parts) -> str:
-    """Load all of the parts into all of a task, and say so: "n of n tensors".
+    """Load all parts into a task; returns "n of n tensors" for the log.
 
     Raises:
         UserError: names or shapes differ; the first few are given.
     """
     own = task.state_dict()
     shapes = {name: parts.shape(name) for name in parts.names}
-    said = check_names_and_shapes({k: v.shape for k, v in own.items()}, shapes, parts.where)
+    loaded = check_names_and_shapes({k: v.shape for k, v in own.items()}, shapes, parts.where)
     for name, value in own.items():
         local(value).copy_(local(parts.like(name, value)))
-    return said
+    return loaded
 
 
 def load_moments(task: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
@@ -141,7 +141,7 @@ def load_moments(task: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
     """
     parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
     labels = [label.partition("::") for label in parts.names]
-    # A parameter that was frozen so far has no moments; another set of names is another task's.
+    # A parameter that was frozen so far has no moments; unknown names belong to another task.
     strange = sorted({owner for owner, _, _ in labels} - parameters.keys())
     problem = f"{len(strange)} parameters do not match ({', '.join(strange[:3])})"
     check(not strange, f"{parts.where}: {problem}")
@@ -149,13 +149,13 @@ def load_moments(task: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
         same = parts.shape(f"{owner}::{key}") in (parameters[owner].shape, torch.Size())
         check(same, f"{parts.where}: the moments of {owner} are of another shape")
     for owner, _, key in labels:
-        # Fused AdamW keeps its step counter beside the parameter, as it does its moments.
+        # Fused AdamW keeps its step counter on the parameter's device, as it does its moments.
         value = parts.like(f"{owner}::{key}", parameters[owner])
         optimizer.state[parameters[owner]][key] = value
 
 
 def blank_copy(module: T) -> T:
-    """A copy whose parameters are without memory (on the meta device); buffers are copied."""
+    """Copy with parameters on the meta device (without memory); buffers are copied."""
     without = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
     }
@@ -163,9 +163,10 @@ def blank_copy(module: T) -> T:
 
 
 def put_together(blank: T, sharded: nn.Module, main: bool, device: torch.device) -> T:
-    """A copy of ``blank``, made from the same module before that was sharded, with its state now.
+    """Unshard: a copy of ``blank`` with the present weights of ``sharded``, on ``device``.
 
-    On the main process, on ``device``; elsewhere ``blank`` itself. All must call it.
+    ``blank`` is a :func:`blank_copy` of the same module, made before sharding. On the main process;
+    elsewhere returns ``blank`` itself. All processes must call it.
     """
     state = {}
     for name, value in sharded.state_dict().items():

@@ -1,4 +1,4 @@
-"""Signals become a request that the training meets at the end of a step."""
+"""Signal handling: signals become a stop request, honoured at the end of a step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-speak = logging.getLogger("ssl_vit")
+log = logging.getLogger("ssl_vit")
 
 
-class _BrokenOff(BaseException):
-    """Of no kind that anybody catches on the way."""
+class _Interrupted(BaseException):
+    """Interruption of :meth:`StopSignal.breaking_off`; a kind that no code in between catches."""
 
 
 class StopSignal:
-    """SIGINT, SIGTERM, and Slurm's SIGUSR2, become a request, met at the end of the step.
+    """Stop signal: SIGINT, SIGTERM and Slurm's SIGUSR2 request a stop at the end of the step.
 
-    ``received`` is the last one's number, or 0. A second SIGINT has its usual effect at once; the
-    others come more than once from a scheduler, and the run is saving then.
+    ``received`` is the number of the last signal, or 0. A second SIGINT has its usual effect at
+    once; schedulers send the others repeatedly, while the run is saving.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -28,12 +28,12 @@ class StopSignal:
 
     @contextmanager
     def breaking_off(self) -> Iterator[None]:
-        """Inside, what is done may be left undone: a signal ends it at once."""
+        """Context manager for work that may be left unfinished: a signal interrupts it at once."""
         try:
             self.breaks_off = not self.received
             yield
-        except _BrokenOff:
-            speak.warning("a signal came: the look at what was learnt is broken off")
+        except _Interrupted:
+            log.warning("a signal was received: the probe of the encoder is interrupted")
         finally:
             self.breaks_off = False
 
@@ -47,7 +47,7 @@ class StopSignal:
             signal.signal(number, self.before[signal.SIGINT])
         if self.breaks_off:
             self.breaks_off = False
-            raise _BrokenOff
+            raise _Interrupted
 
     def __exit__(
         self,

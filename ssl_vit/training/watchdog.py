@@ -1,7 +1,7 @@
-"""Who hangs, and where: each process watches its own progress and, through the store, the others'.
+"""Watchdog: detects hung processes; each monitors its own progress and, via the store, the others'.
 
-A hung collective says only that somebody is missing. Here those who are missing say so themselves,
-with their stack, before the process group's timeout ends the run.
+The timeout of a collective does not name the process that is missing. Here the hung processes log
+their own stacks before the process group's timeout ends the run.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import torch.distributed as dist
 
 log = logging.getLogger("ssl_vit")
 _LONGEST_INTERVAL = 5.0
-# What a process says of itself once it has left the loop: it keeps nobody waiting.
+# Step posted by a process that has left the training loop: no other process waits for it.
 _LEFT = -1
 
 
 class Place(NamedTuple):
-    """How far a process is; of two places the smaller one is behind."""
+    """Progress of a process; of two, the smaller one is behind."""
 
     step: int
     phase: int
-    """The how-manieth phase of the step."""
+    """Index of the phase within the step."""
     doing: str
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing}"
 
 
-class Peer(NamedTuple):
-    """What is known of a process: where it is, on what host, and how long it has been silent."""
+class ProcessState(NamedTuple):
+    """Last known state of a process: progress, host, heartbeat, and when that last changed."""
 
     place: Place
     host: str
@@ -47,33 +47,33 @@ class Peer(NamedTuple):
 
 
 class Watchdog:
-    """Reports, once each time, that nothing has moved in this process for ``seconds``.
+    """Watchdog: logs an error, once per stall, when this process makes no progress for ``seconds``.
 
-    The processes that are furthest behind write their stacks; process 0 names whom it waits for,
-    and those that do not answer at all. A context manager; its threads never raise, and never keep
-    the process from ending.
+    The processes that are furthest behind log their stacks; process 0 names those it waits for,
+    and those that do not respond. A context manager; its threads never raise, and never keep the
+    process from exiting.
 
     Args:
-        rank, world: this process among all.
-        seconds: without progress, until it is said.
-        store: what the processes exchange their places through; the process group's if None.
+        rank, world: of this process.
+        seconds: without progress, before it is reported.
+        store: through which the processes exchange their progress; the process group's if None.
     """
 
     def __init__(
         self, rank: int, world: int, seconds: float, store: dist.Store | None = None
     ) -> None:
         self.rank, self.seconds = rank, seconds
-        # Often enough that the report comes long before a timeout a third later.
+        # Frequent enough that the report precedes a timeout that is a third longer.
         self.interval = min(_LONGEST_INTERVAL, seconds / 20)
         self.now = Place(0, 0, "before its first step"), time.monotonic()
-        self.told = 0.0
+        self.reported = 0.0
         self.left, self.well = threading.Event(), False
         self.board: Board | None = None
         if world > 1:
             self.board = Board(rank, world, store or dist.distributed_c10d._get_default_store())
 
     def at(self, step: int, doing: str) -> None:
-        """This process now does ``doing`` in step ``step``. All name the same phases in turn."""
+        """Record progress: ``doing`` in step ``step``. All processes go through the same phases."""
         before = self.now[0]
         phase = before.phase + 1 if step == before.step else 0
         self.now = Place(step, phase, doing), time.monotonic()
@@ -97,88 +97,88 @@ class Watchdog:
         self.well = kind is None
         self.left.set()
         for thread in self.threads:
-            # Not longer: the store may be what hangs. Not shorter: a call into it that returned
-            # while Python shuts down would abort the process.
+            # Not longer: the store itself may hang. Not shorter: a store call that returned while
+            # Python shuts down would abort the process.
             thread.join(timeout=1)
         faulthandler.cancel_dump_traceback_later()
 
     def _meet(self) -> None:
-        """Exchange places with the others, in a thread of its own, as the store may not answer."""
+        """Exchange progress with the others; in a thread of its own, as the store may block."""
         assert self.board is not None
         try:
             while not self.left.wait(self.interval):
                 place, since = self.now
-                # Others are asked only when there is something to ask.
+                # The others are read only when this process seems to be stuck.
                 still = time.monotonic() - since > self.seconds / 2
                 self.board.exchange(place, ask=still)
             if self.well:
                 self.board.exchange(Place(_LEFT, 0, ""), ask=False)
         except Exception:
-            return  # the store is gone, and with it the run: the main thread will say so
+            return  # the store is gone, and the run with it: the main thread will raise
 
     def _watch(self) -> None:
-        looked = woke = time.monotonic()
+        checked = woke = time.monotonic()
         while not self.left.wait(self.interval):
             self._arm()
             place, since = self.now
             moment = time.monotonic()
-            if moment - looked > self.seconds / 4:
-                woke = moment  # the whole process stood still: nothing is known of the others
-            looked = moment
-            if moment - max(since, woke) >= self.seconds and since != self.told:
-                self.told = since
+            if moment - checked > self.seconds / 4:
+                woke = moment  # the whole process was suspended: the others' states are stale
+            checked = moment
+            if moment - max(since, woke) >= self.seconds and since != self.reported:
+                self.reported = since
                 for line in self._report(place, moment - since):
                     log.error(line)
 
     def _arm(self) -> None:
-        """Let a thread of C write the stacks if no thread of Python could run for so long."""
+        """Arm faulthandler: a C thread dumps the stacks if no Python thread runs for that long."""
         faulthandler.dump_traceback_later(self.seconds, file=2)
 
     def _report(self, place: Place, still: float) -> list[str]:
-        """What this process has to say after it stood still for so many seconds."""
+        """Log lines of this process after ``still`` seconds without progress."""
         own = f"process {self.rank} ({node()})"
         if self.board is None:
-            return [f"{own} hangs at {place}, since {still:.0f} s; its stack:\n{stacks()}"]
+            return [f"{own} hangs at {place}, for {still:.0f} s; its stack:\n{stacks()}"]
         patience = self.seconds / 4
         if (unanswered := self.board.unanswered()) > patience:
-            # The store lives in process 0, or beside it. One who says so is enough.
-            line = f"process 0, or the store beside it, has not answered for {unanswered:.0f} s"
-            return [f"{own} hangs at {place}, since {still:.0f} s: {line}"] * (self.rank == 1)
+            # The store runs in process 0, or next to it. One process reports it.
+            line = f"process 0 or its key-value store has not responded for {unanswered:.0f} s"
+            return [f"{own} hangs at {place}, for {still:.0f} s: {line}"] * (self.rank == 1)
         peers = {r: p for r, p in self.board.peers.items() if p.place.step != _LEFT}
         moment = time.monotonic()
         silent = {r: p for r, p in peers.items() if moment - p.heard > patience}
-        speaks = self.rank == min({self.rank} | (peers.keys() - silent.keys()))
+        reports = self.rank == min({self.rank} | (peers.keys() - silent.keys()))
         if silent:
-            line = "process {} ({}) has not been heard of since {}, for more than {:.0f} s"
+            line = "process {} ({}) has not responded since {}, for more than {:.0f} s"
             lines = [line.format(r, p.host, p.place, moment - p.heard) for r, p in silent.items()]
-            return lines if speaks else []
+            return lines if reports else []
         behind = {r: p for r, p in peers.items() if p.place < place}
         if not behind:
-            return [f"{own} hangs at {place}, since {still:.0f} s; its stack:\n{stacks()}"]
+            return [f"{own} hangs at {place}, for {still:.0f} s; its stack:\n{stacks()}"]
         last = min(p.place for p in behind.values())
         names = [f"process {r} ({p.host})" for r, p in behind.items() if p.place == last]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        line = f"waits at {place}, since {still:.0f} s, for {', '.join(names[:3])}{more} at {last}"
-        return [f"{own} {line}"] * speaks
+        line = f"waits at {place}, for {still:.0f} s, for {', '.join(names[:3])}{more} at {last}"
+        return [f"{own} {line}"] * reports
 
 
 class Board:
-    """Where every process posts its place and reads those of the others."""
+    """Progress board: processes post their progress in a store and read the others'."""
 
     def __init__(self, rank: int, world: int, store: dist.Store) -> None:
-        # A connection of its own: another thread's waiting call would block it.
+        # A separate connection: a blocking call of another thread would block this one.
         self.store = dist.PrefixStore("watchdog", store.clone())
         self.rank, self.others = rank, [str(r) for r in range(world) if r != rank]
-        self.peers: dict[int, Peer] = {}
+        self.peers: dict[int, ProcessState] = {}
         self.beat = 0
         self.answered = time.monotonic()
 
     def unanswered(self) -> float:
-        """Seconds since the last exchange ended."""
+        """Seconds since the last completed exchange."""
         return time.monotonic() - self.answered
 
     def exchange(self, place: Place, ask: bool) -> None:
-        """Post this process's place; with ``ask`` read the others'."""
+        """Post the progress of this process; with ``ask``, read the others'."""
         self.beat += 1
         self.store.set(str(self.rank), json.dumps([self.beat, node(), *place]))
         if ask:
@@ -186,7 +186,7 @@ class Board:
         self.answered = time.monotonic()
 
     def _read(self) -> None:
-        # Few calls, because all processes ask at once; one that is not there would be waited for.
+        # Few calls, as all processes ask at once; multi_get would block on a missing key.
         there = self.others
         if not self.store.check(there):
             there = [name for name in there if self.store.check([name])]
@@ -199,11 +199,11 @@ class Board:
         beat, host, *place = json.loads(post or unknown)
         before = self.peers.get(rank)
         heard = before.heard if before and before.beat == beat else time.monotonic()
-        self.peers[rank] = Peer(Place(*place), host, beat, heard)
+        self.peers[rank] = ProcessState(Place(*place), host, beat, heard)
 
 
 def stacks() -> str:
-    """The Python stack of every thread but the watchdog's, the main thread's first."""
+    """Python stacks of all threads but the watchdog's, the main thread's first."""
     names = {t.ident: t.name for t in threading.enumerate()}
     frames = sys._current_frames()
     main = threading.main_thread().ident

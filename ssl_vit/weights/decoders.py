@@ -1,4 +1,4 @@
-"""The decoders of masked autoencoders in others' files, under the names of ours."""
+"""MAE decoders in other libraries' files, mapped to our names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ssl_vit.weights.reading import read_content, read_json, unwrapped
 
 _OFFICIAL_HEADS = 16  # in every decoder of the release, whatever its width
 _EMBED = "decoder_embed.weight"
-# The long-standing name, and the one that transformers 5 writes.
+# The original name, and the one that transformers 5 writes.
 _HUGGING_FACE_BLOCKS = ("decoder_layers.", "decoder_encoder.layer.")
 _OURS = (
     (r"^decoder_embed\.", "embed."),
@@ -30,11 +30,11 @@ _OURS = (
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """A decoder under the names of ``methods.mae.Decoder``, and what is known beside its tensors.
+    """Decoder weights under the names of ``methods.mae.Decoder``, with their settings.
 
-    ``positions`` (n, d) are those of the patches. ``normalized`` says whether its target is pixels
-    normalised by patch, None: that is not told; ``told_by`` is what tells it. ``mask_ratio``:
-    the share of patches that was hidden, None: not told. ``norm_eps``: of its LayerNorms.
+    ``positions`` (n, d) are those of the patches. ``normalized``: whether the target is pixels
+    normalised by patch, None if unknown; ``known_from``: the source of that. ``mask_ratio``: share
+    of masked patches, None if unknown. ``norm_eps``: of its LayerNorms.
     """
 
     where: Path
@@ -44,12 +44,12 @@ class DecoderWeights:
     heads: int
     normalized: bool | None
     mask_ratio: float | None
-    told_by: str
+    known_from: str
     norm_eps: float = 1e-6
 
     @property
     def width(self) -> int:
-        """Features of a decoder token."""
+        """Width: features of a decoder token."""
         return self.positions.shape[1]
 
     def __post_init__(self) -> None:
@@ -57,18 +57,18 @@ class DecoderWeights:
 
     @property
     def depth(self) -> int:
-        """Blocks of the decoder."""
+        """Depth: number of blocks."""
         return len({name.split(".")[1] for name in self.state if name.startswith("blocks.")})
 
 
 def read_decoder(path: Path) -> DecoderWeights | None:
-    """The decoder in a file of the official MAE, or of Hugging Face's ViTMAEForPreTraining.
+    """Read the decoder in a file of the official MAE, or of Hugging Face's ViTMAEForPreTraining.
 
-    None: there is none. The official files do not hold the number of heads, which is 16 in all of
-    them, nor always the options they were trained with.
+    None if there is none. The official files do not contain the number of heads, which is 16 in all
+    of them, nor always the training options.
 
     Raises:
-        UserError: damaged, or not the whole of a decoder.
+        UserError: damaged, or an incomplete decoder.
     """
     content = read_content(path)
     state = unwrapped(content, str(path))[1]
@@ -91,9 +91,9 @@ def _official(state: State, options: dict[str, Any], path: Path) -> DecoderWeigh
         "MAE do not divide",
     )
     normalized, ratio = _options(options, "args", path)
-    told = f"norm_pix_loss in the file's args is {normalized}" if normalized is not None else ""
+    source = f"norm_pix_loss in the file's args is {normalized}" if normalized is not None else ""
     return DecoderWeights(
-        path, MAE, _ours(own), positions, _OFFICIAL_HEADS, normalized, ratio, told
+        path, MAE, _ours(own), positions, _OFFICIAL_HEADS, normalized, ratio, source
     )
 
 
@@ -102,7 +102,7 @@ def _hugging_face(state: State, path: Path) -> DecoderWeights:
     positions = _positions(inner.pop("decoder_pos_embed", None), path)
     blocks = {k: v for k, v in inner.items() if k.startswith(_HUGGING_FACE_BLOCKS)}
     others = {k: v for k, v in inner.items() if k not in blocks}
-    # Their layers are named as an encoder's are.
+    # Their layers have the names of encoder layers.
     layers = {k.removeprefix("decoder_"): v for k, v in blocks.items()}
     own = _ours({**others, **hugging_face_names(layers, str(path))})
     where = path.parent / "config.json" if path.name in FILES else path
@@ -115,16 +115,16 @@ def _hugging_face(state: State, path: Path) -> DecoderWeights:
         f"{where}: a decoder of width {width} with {heads} heads and epsilon {eps}",
     )
     normalized, ratio = _options(config, "config.json", where)
-    told = ""
-    if config:  # what transformers itself takes where the file is silent
+    source = ""
+    if config:  # transformers' own defaults where the file has no value
         normalized, ratio = normalized is True, 0.75 if ratio is None else ratio
-        told = f"norm_pix_loss in config.json is {normalized}"
+        source = f"norm_pix_loss in config.json is {normalized}"
     kind = HUGGING_FACE["vit_mae"]
-    return DecoderWeights(path, kind, own, positions, heads, normalized, ratio, told, eps)
+    return DecoderWeights(path, kind, own, positions, heads, normalized, ratio, source, eps)
 
 
 def _ours(state: State) -> State:
-    """The tensors under our names; a name that no rule knows stays as it is."""
+    """Tensors under our names; unknown names are kept."""
     renamed = {}
     for name, tensor in state.items():
         for pattern, ours in _OURS:
@@ -134,7 +134,7 @@ def _ours(state: State) -> State:
 
 
 def _positions(given: Tensor | None, path: Path) -> Float[Tensor, "n d"]:
-    """The patches' positions; [CLS], which comes first, has none in any MAE."""
+    """Positions of the patches; [CLS], which comes first, has none in any MAE."""
     shape = None if given is None else tuple(given.shape)
     check(
         given is not None and given.ndim == 3 and given.shape[0] == 1 and given.shape[1] > 1,
@@ -149,7 +149,7 @@ def _positions(given: Tensor | None, path: Path) -> Float[Tensor, "n d"]:
 
 
 def _options(options: dict[str, Any], kind: str, where: Path) -> tuple[bool | None, float | None]:
-    """``norm_pix_loss`` and ``mask_ratio`` of a file's options, where it has them."""
+    """Options ``norm_pix_loss`` and ``mask_ratio`` of a file, where it has them."""
     normalized, ratio = options.get("norm_pix_loss"), options.get("mask_ratio")
     check(
         normalized in (None, True, False),

@@ -1,4 +1,4 @@
-"""Our encoder file: safetensors with timm's keys, and all that is needed to use it as metadata."""
+"""Encoder file: safetensors with timm's keys, and everything needed to use it as metadata."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 
 ENCODER_FILE = "encoder.safetensors"
 _KEY = "ssl_vit"
-# What the names of a classifier's last layer begin with, in a file of a fine-tuned network.
+# Name prefix of a classifier's last layer, in a file of a fine-tuned network.
 HEAD = "head."
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What an encoder file says of itself: how images are prepared, and where it comes from."""
+    """Encoder info: metadata of an encoder file, with architecture, image statistics and origin."""
 
     config: EncoderConfig
     channels: int
@@ -40,7 +40,7 @@ class EncoderInfo:
 
 
 def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
-    """Write an encoder, whole or not at all; the same encoder gives the same bytes.
+    """Write an encoder atomically; the same encoder gives the same bytes.
 
     The metadata have one key, ``ssl_vit``: JSON with ``info`` (an :class:`EncoderInfo`) and
     ``timm``, the ``arch`` and ``kwargs`` of the timm call that builds the same model.
@@ -49,28 +49,27 @@ def save_encoder(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
 
 
 def encoder_writer(path: Path, encoder: Encoder, info: EncoderInfo) -> Callable[[], None]:
-    """Copy an encoder's weights as they are now; what is returned writes them, as
-    :func:`save_encoder` does, whenever it is called."""
+    """Copy an encoder's weights; returns a function that writes them as :func:`save_encoder`."""
     tensors = contiguous_state(encoder.vit)
     recipe: dict[str, Any] = {
         "arch": info.config.arch,
         "kwargs": timm_kwargs(info.config, info.channels),
     }
-    if info.config.norm_eps:  # no argument of timm's: ssl_vit.model.encoder.set_norm_eps
+    if info.config.norm_eps:  # not an argument of timm: ssl_vit.model.encoder.set_norm_eps
         recipe["norm_eps"] = info.config.norm_eps
     content = {"timm": recipe, "info": dataclasses.asdict(info)}
     return lambda: write_own(path, tensors, content)
 
 
 def write_own(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
-    """Write tensors with ``content`` as their metadata, whole or not at all."""
-    # One key, because safetensors writes several in an order of chance.
+    """Write tensors with ``content`` as their metadata, atomically."""
+    # One key, because safetensors writes several in random order.
     metadata = {_KEY: json.dumps(content)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def encoder_path(name: str | Path) -> Path:
-    """The encoder file of a run folder, or the file itself.
+    """Path of the encoder file of a run folder, or the file itself.
 
     Raises:
         UserError: there is none.
@@ -82,10 +81,10 @@ def encoder_path(name: str | Path) -> Path:
 
 
 def own_metadata(path: Path) -> dict[str, Any]:
-    """What we wrote into a safetensors file beside its tensors; empty in a file of others.
+    """Our metadata in a safetensors file; empty in files of other libraries.
 
     Raises:
-        UserError: not a safetensors file, or its metadata are not ours under our name.
+        UserError: not a safetensors file, or our metadata key is damaged.
     """
     text = read_safetensors(path, tensors=False)[1].get(_KEY, "{}")
     try:
@@ -97,7 +96,7 @@ def own_metadata(path: Path) -> dict[str, Any]:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file holds an encoder written here, alone or within a fine-tuned classifier."""
+    """Whether a file contains an encoder of ssl_vit, alone or in a fine-tuned classifier."""
     try:
         return "info" in own_metadata(path)
     except UserError:
@@ -110,7 +109,7 @@ def is_encoder_file(path: Path) -> bool:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The first four bytes of a file; none if it is no file."""
+    """First four bytes of a file; empty if it is not a file."""
     if not path.is_file():
         return b""
     with open(path, "rb") as file:
@@ -118,7 +117,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def read_info(path: Path) -> EncoderInfo:
-    """The metadata of an encoder file.
+    """Read the metadata of an encoder file.
 
     Raises:
         UserError: not one of our encoder files.
@@ -136,9 +135,9 @@ def read_info(path: Path) -> EncoderInfo:
 
 
 def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:
-    """The encoder in a run folder or file, in evaluation mode, with what its file says of it.
+    """Load the encoder in a run folder or file, in evaluation mode, with its metadata.
 
-    Of a classifier that was fine-tuned here, what comes before its head.
+    Of a fine-tuned classifier, the network without its head.
 
     Raises:
         UserError: no such file, not ours, or its weights do not match its architecture.
@@ -151,13 +150,13 @@ def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:
 
 
 def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encoder:
-    """The encoder that ``info`` describes with all of ``state``, in evaluation mode.
+    """Build the encoder that ``info`` describes, with all of ``state``, in evaluation mode.
 
     Raises:
-        UserError: names or shapes differ, as :func:`load_strictly` says.
+        UserError: names or shapes differ (:func:`load_strictly`).
     """
     _check_claims(info.config, state, where)
-    # Without memory first: drawing random weights takes longer than reading the ones of a file.
+    # On the meta device first: random initialization takes longer than reading a file.
     with without_memory():
         encoder = Encoder(info.config, info.channels)
     encoder.to_empty(device="cpu")
@@ -166,7 +165,7 @@ def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encod
 
 
 def _check_claims(config: EncoderConfig, state: dict[str, Tensor], where: str) -> None:
-    """Refuse an architecture far larger than the file before it is given memory."""
+    """Refuse an architecture far larger than the file, before memory is allocated for it."""
     blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     stem, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     widths = (0, *(stem.shape[:1] if stem is not None else ()))
@@ -175,21 +174,21 @@ def _check_claims(config: EncoderConfig, state: dict[str, Tensor], where: str) -
     pixels = math.prod(config.image_size) if len(config.image_size) == 2 else 0
     pixels = config.image_size[0] ** 2 if len(config.image_size) == 1 else pixels
     fits = config.depth in (0, blocks) and config.width in widths
-    # What is merely another size is told more exactly later on.
+    # Mere size mismatches get a more precise message later on.
     fits = fits and pixels <= 100 * max(1, places) * patch**2
-    check(fits, f"{where}: an architecture that is not the file's: {config}")
+    check(fits, f"{where}: its architecture does not match its tensors: {config}")
 
 
 def resample_positions(
     state: dict[str, Tensor], source: Encoder, target: Encoder
 ) -> dict[str, Tensor]:
-    """``state``, of ``source.vit``, with positions for the image size of ``target``.
+    """Resample positions: ``state``, of ``source.vit``, for the image size of ``target``.
 
-    Those of the patches are resampled bicubically, those of [CLS] and registers kept; every other
+    Positions of patches are resampled bicubically, those of [CLS] and registers kept; every other
     tensor is the same object.
 
     Raises:
-        UserError: one of the two has positions for [CLS] or registers, the other has not.
+        UserError: only one of the two has positions for [CLS] or registers.
     """
     position = state["pos_embed"]
     prefixes = [e.vit.pos_embed.shape[1] - math.prod(e.grid) for e in (source, target)]
@@ -209,21 +208,21 @@ def resample_positions(
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> str:
-    """Load all of ``state`` into all of ``module``, and say so: "n of n tensors".
+    """Load all of ``state`` into all of ``module``; returns "n of n tensors".
 
     Raises:
         UserError: names or shapes differ; the first few are given.
     """
     own, given = module.state_dict(), {k: v.shape for k, v in state.items()}
-    said = check_names_and_shapes({k: v.shape for k, v in own.items()}, given, where)
+    loaded = check_names_and_shapes({k: v.shape for k, v in own.items()}, given, where)
     module.load_state_dict(state, strict=True)
-    return said
+    return loaded
 
 
 def check_names_and_shapes(
     own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], where: str
 ) -> str:
-    """Refuse tensors that are not all of a module's own, and only those: else "n of n tensors".
+    """Check that names and shapes match a module's exactly; returns "n of n tensors".
 
     Raises:
         UserError: names or shapes differ; the first few are given, with ``where``.
@@ -242,10 +241,10 @@ def check_names_and_shapes(
 
 
 def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file; nothing in it can execute.
+    """Read tensors and metadata of a safetensors file; nothing in it can execute.
 
     Raises:
-        UserError: not a safetensors file (a pickle is named as one).
+        UserError: not a safetensors file (a pickle is reported as such).
     """
     try:
         with safe_open(path, "pt") as file:
@@ -262,18 +261,18 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor
 
 
 def sha256(path: Path) -> str:
-    """The identity of a file: the SHA-256 of its bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contiguous_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors ready for a file: on the CPU, contiguous, detached."""
+    """State dict for a file: copied to the CPU, contiguous, detached."""
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in module.state_dict().items()}
 
 
 def random_like(info: EncoderInfo, seed: int) -> Encoder:
-    """The same architecture with fresh random weights, a function of ``seed``."""
+    """Encoder of the same architecture with random weights, a function of ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(info.config, info.channels).eval()

@@ -1,4 +1,4 @@
-"""timm's own pretrained weights, by name."""
+"""Pretrained timm weights, by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.hub import get_dir
 
-from ssl_vit.common.config import UserError, check, nearest
+from ssl_vit.common.config import UserError, check, did_you_mean
 from ssl_vit.model.encoder import without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 
@@ -21,14 +21,14 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safeten
 
 
 def architecture(name: str) -> str:
-    """The architecture in a name of timm's weights, ``ARCHITECTURE`` or ``ARCHITECTURE.TAG``.
+    """Architecture in a name of timm weights, ``ARCHITECTURE`` or ``ARCHITECTURE.TAG``.
 
     Raises:
-        UserError: none of timm's plain ViTs, or a tag it does not know.
+        UserError: not a plain ViT of timm, or an unknown tag.
     """
     arch = name.partition(".")[0]
     known = timm.list_models(module="vision_transformer")
-    message = f"timm:{name}: {arch!r} is no plain ViT of timm{nearest(arch, known)}"
+    message = f"timm:{name}: {arch!r} is not a plain ViT of timm{did_you_mean(arch, known)}"
     check(arch in known, message)
     try:
         timm.get_pretrained_cfg(name)
@@ -37,49 +37,49 @@ def architecture(name: str) -> str:
     return arch
 
 
-def statistics(name: str) -> Statistics | None:
-    """Mean and standard deviation of the images that weights of this name were trained on."""
+def pixel_statistics(name: str) -> Statistics | None:
+    """Pixel statistics (mean, standard deviation) used to train the weights of this name."""
     config = timm.get_pretrained_cfg(name)
     return (tuple(config.mean), tuple(config.std)) if config else None
 
 
 def shapes(name: str) -> dict[str, Tensor]:
-    """The state dict of such a model without its values."""
+    """State dict of a timm model on the meta device: shapes without values."""
     with without_memory():
         return dict(timm.create_model(name).state_dict())
 
 
 def downloaded(name: str) -> tuple[dict[str, Tensor], Path]:
-    """The weights timm has under this name, from its cache or from the network, and their file.
+    """Load timm's weights of this name, from its cache or the network, and return their file.
 
     Raises:
-        UserError: there are none, or they cannot be had.
+        UserError: there are none, or they cannot be loaded.
     """
     check(timm.is_model_pretrained(name), f"timm:{name}: timm has no weights of that name")
     try:
         with tensors_only():
             model = timm.create_model(name, pretrained=True)
             config: Any = model.pretrained_cfg
-    except Exception as error:  # of the network, of the hub, of the disk, of the file
-        raise UserError(f"timm:{name}: its weights cannot be had: {one_line(error)}") from None
+    except Exception as error:  # of the network, the hub, the disk or the file
+        raise UserError(f"timm:{name}: its weights cannot be loaded: {one_line(error)}") from None
     return dict(model.state_dict()), _cached(name, config)
 
 
 def _cached(name: str, config: dict[str, Any]) -> Path:
-    """The file in the cache that timm has just read."""
+    """Path in timm's cache of the file just loaded."""
     files = [config.get("hf_hub_filename") or "", *_HUB_FILES]
     for file in files if config.get("hf_hub_id") else []:
         found = try_to_load_from_cache(config["hf_hub_id"], file) if file else None
         if isinstance(found, str):
             return Path(found)
     path = Path(get_dir()) / "checkpoints" / str(config.get("url") or "").rpartition("/")[2]
-    check(path.is_file(), f"timm:{name}: its weights are not where timm keeps them, in {path}")
+    check(path.is_file(), f"timm:{name}: its weights are not in timm's cache at {path}")
     return path
 
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Have ``torch.load`` refuse, within timm too, whatever could execute."""
+    """Context manager: ``torch.load``, also within timm, refuses pickles that could execute."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

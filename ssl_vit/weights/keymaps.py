@@ -1,4 +1,4 @@
-"""Names of other libraries' tensors as timm's: functions of dictionaries, recognised by their keys.
+"""Key maps: other libraries' tensor names to timm's; the format is recognised by the keys.
 
 Joined tensors are in the order timm expects: queries, keys, values; gate, value of a gated MLP.
 """
@@ -25,7 +25,7 @@ HUGGING_FACE = {
 _METHODS = {MAE: "mae", DINO: "dino", DINOV2: "dinov2", HUGGING_FACE["vit_mae"]: "mae"}
 _METHODS |= {HUGGING_FACE[kind]: "dinov2" for kind in ("dinov2", "dinov2_with_registers")}
 
-# Tensors that are no part of an encoder, by the name they are reported under.
+# Tensors that do not belong to the encoder, by the name they are reported under.
 _LEFT_OUT = {
     MAE: r"(decoder)_|(mask_token)$|(head)\.",
     DINO: r"(head|dino_head|ibot_head)\.",
@@ -34,13 +34,13 @@ _LEFT_OUT = {
     "Hugging Face": r"(decoder|pooler|classifier)\.|embeddings\.(mask_token)$",
 }
 _DINOV2_NAMES = (
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks; the second number counts through
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks; the second number is the block index
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
     (r"^register_tokens$", "reg_token"),
 )
 _PATCHES = "embeddings.patch_embeddings.projection.weight"
-# Long-standing names and those of transformers 5, which keeps the former on disk.
+# Original names and those of transformers 5, which keeps the former on disk.
 _HUGGING_FACE_JOINED = (
     ("attn.qkv", tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))),
     ("attn.qkv", tuple(f"attention.{part}_proj" for part in "qkv")),
@@ -64,7 +64,7 @@ _HUGGING_FACE_NAMES = (
 
 @dataclass(frozen=True)
 class Mapped:
-    """An encoder under timm's names, what wrote it, and what of the file is no part of it."""
+    """Mapped weights: an encoder under timm's names, its format, and counts of left-out tensors."""
 
     format: str
     state: State
@@ -72,18 +72,18 @@ class Mapped:
 
     @property
     def method(self) -> str:
-        """How such encoders are trained; empty where the format does not tell."""
+        """Pretraining method of the format; empty if unknown."""
         return _METHODS.get(self.format, "")
 
 
 def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Mapped:
-    """A file's tensors under timm's names; names that no rule knows stay as they are.
+    """Map a file's tensors to timm's names; unknown names are kept.
 
-    A backbone of DINO alone has timm's very names, and is called so. ``model_type`` is that of a
-    Hugging Face configuration, where there is one.
+    A DINO backbone without heads has exactly timm's names, and is reported as timm. ``model_type``:
+    of a Hugging Face configuration, where there is one.
 
     Raises:
-        UserError: no Vision Transformer, or one whose tensors cannot be joined.
+        UserError: not a Vision Transformer, or its tensors cannot be joined.
     """
     if any(k.endswith(_PATCHES) for k in state):
         return _from_hugging_face(state, where, model_type)
@@ -94,8 +94,8 @@ def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Map
     names = ", ".join(list(state)[:3])
     check(
         "patch_embed.proj.weight" in state and "pos_embed" in state,
-        f"{where}: no Vision Transformer that is known here, among {len(state)} tensors ({names}, "
-        "...) are no patch_embed.proj.weight and pos_embed",
+        f"{where}: not a known Vision Transformer: no patch_embed.proj.weight and pos_embed among "
+        f"{len(state)} tensors ({names}, ...)",
     )
     kind = _kind(wrapper, state, bool(heads))
     state, left_out = _without(state, _LEFT_OUT[kind])
@@ -105,7 +105,7 @@ def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Map
 
 
 def _kind(wrapper: str, state: State, has_heads: bool) -> str:
-    """Which of the formats with timm's names, or nearly so, this one is."""
+    """Format of a file with timm's names or nearly so."""
     mask = state.get("mask_token")
     gated = any(re.match(r"blocks\.(\d+\.)+mlp\.w12\.", k) for k in state)
     chunked = any(re.match(r"blocks\.\d+\.\d+\.", k) for k in state)
@@ -119,13 +119,13 @@ def _kind(wrapper: str, state: State, has_heads: bool) -> str:
 
 
 def cls_has_no_position(state: State) -> bool:
-    """Whether the first position is zero, as MAE's fixed sine-cosine ones have it for [CLS]."""
+    """Whether the first position is zero, as in MAE's fixed sine-cosine positions for [CLS]."""
     position = state["pos_embed"]
     return position.ndim == 3 and position.numel() > 0 and not bool(position[0, 0].any())
 
 
 def with_own_position(state: State) -> State:
-    """Where registers stand beside a [CLS] with a position, that position as a part of [CLS].
+    """Add the position of [CLS] to the token itself where there are registers.
 
     timm gives prefix tokens no position where there are registers (``no_embed_class``).
     """
@@ -138,7 +138,7 @@ def with_own_position(state: State) -> State:
 
 
 def _from_hugging_face(state: State, where: str, model_type: str) -> Mapped:
-    """ViT, ViTMAE, Dinov2 or Dinov2WithRegisters, with or without a head around them."""
+    """Map Hugging Face's ViT, ViTMAE, Dinov2 or Dinov2WithRegisters, with or without a head."""
     known = ", ".join(HUGGING_FACE)
     message = f"{where}: a Hugging Face model of type {model_type!r}; known here: {known}"
     check(model_type in ("", *HUGGING_FACE), message)
@@ -156,18 +156,18 @@ def _from_hugging_face(state: State, where: str, model_type: str) -> Mapped:
 
 
 def hugging_face_names(state: State, where: str) -> State:
-    """Hugging Face's names of a ViT's tensors, without what comes before them, as timm's.
+    """Map Hugging Face's tensor names of a ViT, without a prefix, to timm's.
 
     Raises:
-        UserError: tensors that are to be joined are missing, or of other shapes.
+        UserError: tensors to be joined are missing, or their shapes differ.
     """
     return _renamed(_joined(state, where), _HUGGING_FACE_NAMES, where)
 
 
 def _without(state: State, pattern: str) -> tuple[State, Counter[str]]:
-    """The tensors whose names do not begin with ``pattern``, and how many of the others, by group.
+    """Tensors whose names do not match ``pattern``, and counts of the others by regex group.
 
-    The group is what the pattern's parentheses hold.
+    The group is the matching parenthesis of the pattern.
     """
     groups: Counter[str] = Counter()
     kept = {}
@@ -181,7 +181,7 @@ def _without(state: State, pattern: str) -> tuple[State, Counter[str]]:
 
 
 def _joined(state: State, where: str) -> State:
-    """Queries, keys and values as one tensor, and so the halves of a gated MLP."""
+    """Join queries, keys and values into one tensor, and the halves of a gated MLP."""
     state = dict(state)
     for target, parts in _HUGGING_FACE_JOINED:
         for key in [k for k in state if f".{parts[0]}." in k]:
@@ -191,19 +191,19 @@ def _joined(state: State, where: str) -> State:
             shapes = [tuple(state[name].shape) for name in names]
             check(
                 len(set(shapes)) == 1,
-                f"{where}: {', '.join(names)} are of shapes {shapes}; they must be the same",
+                f"{where}: {', '.join(names)} have shapes {shapes}; they must be equal",
             )
             state[key.replace(parts[0], target)] = torch.cat([state.pop(name) for name in names])
     return state
 
 
 def _renamed(state: State, rules: tuple[tuple[str, str], ...], where: str) -> State:
-    """Every name through every rule, a pattern and what stands for it, in order."""
+    """Rename all keys by all rules (pattern, replacement), in order."""
     renamed = {}
     for key, tensor in state.items():
         name = key
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        check(name not in renamed, f"{where}: {key} is there under two names")
+        check(name not in renamed, f"{where}: {key} exists under two names")
         renamed[name] = tensor
     return renamed

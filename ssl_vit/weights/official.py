@@ -1,7 +1,7 @@
-"""Encoders from wherever weights are: ours, timm's, the official releases, Hugging Face's.
+"""Weight import: encoders of ssl_vit, timm, the official releases and Hugging Face.
 
-The format is recognised by the names of the tensors, the architecture by their shapes, and every
-tensor of the encoder must be there.
+The format is recognised by the tensors' names, the architecture by their shapes, and all tensors
+of the encoder are required.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from ssl_vit.weights.exchange import (
 from ssl_vit.weights.keymaps import HUGGING_FACE, TIMM, Mapped, to_timm
 from ssl_vit.weights.reading import (
     Statistics,
+    hints_of,
     preprocessing,
     read_content,
     read_json,
-    told_by,
     unwrapped,
 )
-from ssl_vit.weights.shapes import Told, config_of
+from ssl_vit.weights.shapes import Hints, config_of
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An encoder with its weights, in evaluation mode, and where they come from.
+    """Opened weights: an encoder in evaluation mode, with its origin.
 
-    ``format`` is "ssl_vit" for ours; ``report`` says "n of n tensors", what of the file was left
-    out on purpose, and what had to be assumed.
+    ``format`` is "ssl_vit" for ours; ``report``: "n of n tensors", the tensors of the file that
+    were left out on purpose, and any assumptions.
     """
 
     encoder: Encoder
@@ -53,7 +53,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class _Found:
-    """A foreign file as what an encoder needs; ``assumed`` says what the file does not tell."""
+    """Foreign file, mapped to an encoder; ``assumed``: statistics missing in the file."""
 
     info: EncoderInfo
     mapped: Mapped
@@ -61,7 +61,7 @@ class _Found:
     assumed: str
 
     def report(self) -> str:
-        """What was loaded and what was not."""
+        """Report of the tensors loaded and left out."""
         n = len(self.mapped.state)
         left = ", ".join(
             f"{group} {count}" for group, count in sorted(self.mapped.left_out.items())
@@ -71,13 +71,13 @@ class _Found:
 
 
 def open_weights(name: str | Path) -> Opened:
-    """The encoder that ``name`` means, with its weights, in evaluation mode.
+    """Open the encoder that ``name`` denotes, with its weights, in evaluation mode.
 
     A run folder, a file of any format known here, a folder of Hugging Face's, ``timm:NAME:FILE``
     (a file of timm's with its architecture by name) or ``timm:NAME`` (weights timm downloads).
 
     Raises:
-        UserError: no such file, damaged, no Vision Transformer, or a tensor that is missing,
+        UserError: no such file, damaged, not a Vision Transformer, or a tensor is missing,
             unexpected or of another shape.
     """
     file = _file(name)
@@ -93,18 +93,18 @@ def open_weights(name: str | Path) -> Opened:
         encoder = encoder_of(found.info, found.mapped.state, where)
     except UserError as error:
         unnamed = found.mapped.format == TIMM and not arch
-        hint = f"; its architecture can be named: timm:NAME:{where}" if unnamed else ""
+        hint = f"; its architecture can be given: timm:NAME:{where}" if unnamed else ""
         raise UserError(f"{error}{hint}") from None
     return Opened(encoder, found.info, found.path, found.mapped.format, found.report())
 
 
 def weights_info(name: str | Path) -> tuple[EncoderInfo, Path | None]:
-    """Architecture and statistics of what :func:`open_weights` would give, without its weights.
+    """Encoder info of what :func:`open_weights` would open, without its weights.
 
     For ``timm:NAME`` nothing is downloaded, and the path is None.
 
     Raises:
-        UserError: no such file, damaged, or no Vision Transformer.
+        UserError: no such file, damaged, or not a Vision Transformer.
     """
     file = _file(name)
     if file is None:
@@ -115,13 +115,13 @@ def weights_info(name: str | Path) -> tuple[EncoderInfo, Path | None]:
 
 
 def _arch(name: str | Path) -> str:
-    """NAME of ``timm:NAME`` and ``timm:NAME:FILE``; else nothing."""
+    """NAME of ``timm:NAME`` and ``timm:NAME:FILE``; else empty."""
     text = str(name)
     return text.split(":")[1] if text.startswith("timm:") else ""
 
 
 def _file(name: str | Path) -> Path | None:
-    """The file of weights that is meant; None for ``timm:NAME``."""
+    """Path of the weight file; None for ``timm:NAME``."""
     text = str(name)
     if text.startswith("timm:"):
         text = text.partition(":")[2].partition(":")[2]
@@ -138,7 +138,7 @@ def _file(name: str | Path) -> Path | None:
 
 
 def _foreign(path: Path, name: str, shapes_only: bool = False) -> _Found:
-    """What a file that is not ours holds, with what the files beside it tell."""
+    """Read a file of another library, with its accompanying configuration files."""
     wrapper, state = unwrapped(read_content(path), str(path))
     folder = path.parent if path.name in FILES else None
     config = read_json(folder / "config.json") if folder else {}
@@ -147,24 +147,24 @@ def _foreign(path: Path, name: str, shapes_only: bool = False) -> _Found:
     mapped = to_timm(wrapper, state, str(path), str(config.get("model_type") or ""))
     if mapped.format in HUGGING_FACE.values():
         statistics = preprocessing(folder)
-        return _found(mapped, path, told_by(config, mapped.format, path), statistics)
+        return _found(mapped, path, hints_of(config, mapped.format, path), statistics)
     name = name or (str(config.get("architecture") or "") if mapped.format == TIMM else "")
     known = None
     if name:
-        known = from_timm.statistics(name)
+        known = from_timm.pixel_statistics(name)
     elif mapped.format != TIMM:
         known = (IMAGENET_MEAN, IMAGENET_STD)
-    return _found(mapped, path, Told(from_timm.architecture(name) if name else ""), known)
+    return _found(mapped, path, Hints(from_timm.architecture(name) if name else ""), known)
 
 
 def _has_value(key: str) -> bool:
-    """Whether more than the shape of a tensor tells of the architecture."""
+    """Whether the values of a tensor, not only its shape, determine the architecture."""
     return key.endswith(("pos_embed", "position_embeddings", "cls_token"))
 
 
-def _found(mapped: Mapped, path: Path, told: Told, known: Statistics | None) -> _Found:
-    """The same with its architecture and the statistics of its images, assumed if need be."""
-    config, channels = config_of(mapped.state, str(path), told)
+def _found(mapped: Mapped, path: Path, hints: Hints, known: Statistics | None) -> _Found:
+    """Add the architecture and the image statistics, assumed if unknown."""
+    config, channels = config_of(mapped.state, str(path), hints)
     if known is not None and len(known[0]) == channels:
         return _Found(EncoderInfo(config, channels, *known, mapped.method), mapped, path, "")
     usual: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
@@ -175,10 +175,10 @@ def _found(mapped: Mapped, path: Path, told: Told, known: Statistics | None) -> 
 
 
 def _from_timm(name: str, with_weights: bool) -> _Found:
-    """timm's own weights of that name, or only their shapes."""
+    """Weights of timm of that name, or only their shapes."""
     arch = from_timm.architecture(name)
     state, path = from_timm.shapes(name), Path()
     if with_weights:
         state, path = from_timm.downloaded(name)
     mapped = to_timm("", state, f"timm:{name}")
-    return _found(mapped, path, Told(arch), from_timm.statistics(name))
+    return _found(mapped, path, Hints(arch), from_timm.pixel_statistics(name))

@@ -1,4 +1,4 @@
-"""Weights out: an encoder as another library's file, kept only if that library agrees with us."""
+"""Weight export: an encoder as another library's file, verified by that library's features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.common.config import RunFailed, UserError, check
-from ssl_vit.common.files import sync
+from ssl_vit.common.files import share_as_usual, sync
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs
 from ssl_vit.weights.exchange import (
@@ -36,18 +36,18 @@ from ssl_vit.weights.to_huggingface import (
 from ssl_vit.weights.to_onnx import is_onnx_export, onnx_features, outputs, write_onnx
 
 LIMIT = 1e-4
-"""Largest difference of a feature that is taken for rounding."""
+"""Largest difference of a feature accepted as rounding."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of export.
+    """Export format.
 
-    ``name``: the usual one of its file, or of its folder, which has no suffix. ``needs``: modules
-    and the optional extra that brings them. ``write(path, encoder, info, crop_ratio)``;
-    ``features(path, images)`` are the named features as the other library computes them from the
-    file; ``is_ours(path)`` tells an earlier export from a stranger's file; ``usage(path, info)``
-    is Python that opens it.
+    ``name``: default name of its file, or of its folder, which has no suffix. ``needs``: modules
+    and the optional extra that installs them. ``write(path, encoder, info, crop_ratio)``;
+    ``features(path, images)``: named features as the other library computes them from the file;
+    ``is_ours(path)``: whether a file is an earlier export; ``usage(path, info)``: Python code that
+    opens it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Format:
 
 
 def _write_own(path: Path, encoder: Encoder, info: EncoderInfo, crop_ratio: float) -> None:
-    """Our own format, whose tensors have timm's names; no place for the crop in it."""
+    """Write our own format, with timm's tensor names; it does not store the crop ratio."""
     save_encoder(path, encoder, info)
 
 
@@ -68,7 +68,7 @@ def _own_features(path: Path, images: Tensor) -> dict[str, Tensor]:
 
 
 def _timm_call(info: EncoderInfo) -> dict[str, Any]:
-    """What changes timm's architecture; an epsilon comes as a layer, which JSON could not hold."""
+    """Arguments of the timm call; an epsilon is passed as a layer, which is not JSON."""
     kwargs = timm_kwargs(info.config, info.channels)
     if info.config.norm_eps:
         kwargs["norm_layer"] = partial(nn.LayerNorm, eps=info.config.norm_eps)
@@ -76,7 +76,7 @@ def _timm_call(info: EncoderInfo) -> dict[str, Any]:
 
 
 def _timm_features(path: Path, images: Tensor) -> dict[str, Tensor]:
-    """By timm's own reader, which refuses a file that lacks a tensor or has one too many."""
+    """Features by timm's own reader, which refuses missing or unexpected tensors."""
     info = read_info(path)
     vit: Any = timm.create_model(
         info.config.arch, checkpoint_path=str(path), num_classes=0, **_timm_call(info)
@@ -142,10 +142,10 @@ FORMATS = {
 
 
 def check_ready(kind: str, out: Path) -> None:
-    """That an export can be made, and that its place is free or holds an earlier one of its kind.
+    """Check that an export is possible, and ``out`` is free or an earlier export of its kind.
 
     Raises:
-        UserError: a library is missing, a name unfit, or something else is there.
+        UserError: a library is missing, the name is invalid, or another file exists there.
     """
     form = FORMATS[kind]
     modules, extra = form.needs
@@ -161,18 +161,18 @@ def check_ready(kind: str, out: Path) -> None:
     check(not suffix or out.suffix == suffix, f"--out is {str(out)!r}; --to {kind} writes {what}")
     check(
         not out.exists() or (out.is_dir() == (not suffix) and form.is_ours(out)),
-        f"--out is {str(out)!r}; that is there and no {kind} export, so it is left alone: "
-        "give another name, or move it away",
+        f"--out is {str(out)!r}, which exists and is not an export to {kind}; "
+        "it is not overwritten: give another name, or move it away",
     )
     beside = out.with_name(f"{out.name}.data")
     check(
         kind != "onnx" or out.exists() or not beside.exists(),
-        f"--out is {str(out)!r}; a large one's weights would go to {beside.name}, which is there",
+        f"--out is {str(out)!r}; weights of a large encoder go to {beside.name}, which exists",
     )
 
 
 def sample_images(encoder: Encoder, info: EncoderInfo) -> Float[Tensor, "3 c h w"]:
-    """Two photographs (scikit-learn's) and noise, of the encoder's size, channels, statistics."""
+    """Sample images: two photographs (scikit-learn's) and noise, prepared for the encoder."""
     from sklearn.datasets import load_sample_images
 
     photos = torch.stack([torch.from_numpy(i.copy()) for i in load_sample_images().images])
@@ -186,7 +186,7 @@ def sample_images(encoder: Encoder, info: EncoderInfo) -> Float[Tensor, "3 c h w
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """By name, the largest absolute difference of a feature; infinite where shapes differ."""
+    """Largest absolute difference by feature name; infinite where shapes differ."""
     assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
     return {
         name: (own - theirs[name]).abs().max().item()
@@ -199,7 +199,7 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> di
 def export_encoder(
     encoder: Encoder, info: EncoderInfo, kind: str, out: Path, crop_ratio: float
 ) -> dict[str, float]:
-    """Write ``out``, open it with the other library, and keep it if the features are the same.
+    """Export to ``out``, open it with the other library, and keep it if the features agree.
 
     Both compute in float32 on the CPU, on :func:`sample_images`.
 
@@ -207,13 +207,12 @@ def export_encoder(
         The largest absolute difference, by the feature's name.
 
     Raises:
-        UserError: that library has nothing that computes the same.
-        RunFailed: it computes something else from what was written. Nothing is left of that, and
-            an earlier export stays as it was.
+        UserError: that library has no equivalent model.
+        RunFailed: its features differ. The new files are removed, an earlier export is kept.
     """
     form = FORMATS[kind]
     encoder = encoder.cpu().float().eval()
-    # A room of its own, where the file has its final name: timm reads by the suffix.
+    # A temporary folder in which the file has its final name: timm decides by the suffix.
     room, new_parent = out.with_name(f".{out.name}.partial"), not out.parent.exists()
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)
@@ -223,9 +222,9 @@ def export_encoder(
         images = sample_images(encoder, info)
         with torch.inference_mode():
             differences = largest_difference(outputs(encoder, images), form.features(made, images))
-        said = ", ".join(f"{name} by {value:.1e}" for name, value in differences.items())
+        gaps = ", ".join(f"{name} by {value:.1e}" for name, value in differences.items())
         if not all(value < LIMIT for value in differences.values()):  # nor is NaN
-            raise RunFailed(f"{kind} export: read back, features differ ({said}); nothing is kept")
+            raise RunFailed(f"{kind} export: read back, features differ ({gaps}); nothing is kept")
         _place(room, out)
     finally:
         shutil.rmtree(room, ignore_errors=True)
@@ -235,8 +234,9 @@ def export_encoder(
 
 
 def _place(room: Path, out: Path) -> None:
-    """Give what is in the room its place beside it, the export itself last."""
+    """Move the files of the temporary folder to their place, the export itself last."""
     for path in [p for p in room.rglob("*") if p.is_file()]:
+        share_as_usual(path)
         sync(path)
     if out.is_dir():
         os.rename(out, room / "replaced")  # a folder cannot be renamed over another

@@ -1,4 +1,4 @@
-"""What is in a file of weights, of whatever library, read so that nothing in it can execute."""
+"""Weight file reading, of any library, without executing anything in the file."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from torch import Tensor
 
 from ssl_vit.common.config import UserError, check
 from ssl_vit.weights.exchange import read_safetensors
-from ssl_vit.weights.shapes import Told
+from ssl_vit.weights.shapes import Hints
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def read_content(path: Path) -> Any:
-    """The content of a safetensors file, or of one of ``torch.save``: tensors and plain values.
+    """Read a safetensors file or one of ``torch.save``: tensors and plain values.
 
-    Of classes only ``argparse.Namespace`` is let in, in which the official releases of MAE and DINO
-    keep their options: it holds values and runs nothing.
+    The only class allowed is ``argparse.Namespace``, in which the official releases of MAE and DINO
+    store their options: it contains values and executes nothing.
 
     Raises:
         UserError: damaged, of another format, or with objects of any other class.
     """
     with open(path, "rb") as file:
         start = file.read(9)
-    # The length of a safetensors header, which comes first, may look like either; then comes {.
+    # The leading safetensors header length may look like either; it is followed by {.
     if start[8:] == b"{" or not start.startswith((b"PK", b"\x80")):
         return read_safetensors(path)[0]
-    # Tensors in a zip stay on the disk until used: of a checkpoint, most are an optimizer's.
+    # Tensors in a zip are read lazily: in a checkpoint, most belong to the optimizer.
     lazily = zipfile.is_zipfile(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            # Of the pickle's protocol; what is wrong with a file is said in one line.
+            # Warnings on the pickle protocol; errors are reported in one line below.
             warnings.simplefilter("ignore")
-            if path.suffix == ".safetensors":  # which torch goes by, not by what is in the file
+            if path.suffix == ".safetensors":  # torch decides by the suffix, not the content
                 with open(path, "rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except Exception as error:  # what a damaged file raises is of every kind
+    except Exception as error:  # damaged files raise all kinds
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """In one line, why ``torch.load`` refused a file."""
+    """Reason in one line why ``torch.load`` refused a file."""
     foreign = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"global (\S+)", str(error))
     if foreign:
         return f"refused: a pickle of {foreign[1]}; allowed: tensors and plain values"
@@ -57,12 +57,12 @@ def _reason(error: Exception) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
+    """First line of an error message, or the error type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file.
+    """Read the object in a JSON file; empty if there is no such file.
 
     Raises:
         UserError: not JSON, or not an object.
@@ -73,18 +73,18 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({one_line(error)})") from None
-    check(isinstance(content, dict), f"{path}: a JSON object is expected")
+    check(isinstance(content, dict), f"{path}: must contain a JSON object")
     return dict(content)
 
 
 def unwrapped(content: Any, where: str) -> tuple[str, dict[str, Tensor]]:
-    """The tensors of a file, and the key that held them: "teacher", "model", "state_dict" or "".
+    """Unwrap the tensors of a file; also the key they were under: teacher, model, state_dict or "".
 
-    A prefix that all names share because the module was wrapped, ``module.`` or ``_orig_mod.``, is
-    taken away. Of DINO's student and teacher the teacher is the one that is evaluated.
+    A common prefix of wrapped modules, ``module.`` or ``_orig_mod.``, is removed. Of DINO's student
+    and teacher, the teacher is used.
 
     Raises:
-        UserError: it holds no tensors by name.
+        UserError: it contains no named tensors.
     """
     wrapper = ""
     if isinstance(content, dict):
@@ -95,18 +95,18 @@ def unwrapped(content: Any, where: str) -> tuple[str, dict[str, Tensor]]:
     if not whole or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         keys = f", with keys {', '.join(map(str, list(content)[:5]))}" if content else ""
         keys = keys if isinstance(content, dict) else ""
-        raise UserError(f"{where}: no weights: not a dictionary of tensors by name{keys}")
+        raise UserError(f"{where}: no weights: not a dictionary of named tensors{keys}")
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return wrapper, dict(state)
 
 
-def told_by(config: dict[str, Any], kind: str, where: Path) -> Told:
-    """What a Hugging Face configuration adds to the shapes; an empty one leaves that kind's usual.
+def hints_of(config: dict[str, Any], kind: str, where: Path) -> Hints:
+    """Architecture hints of a Hugging Face configuration; an empty one gives the usual values.
 
     Raises:
-        UserError: a value of another type, or an activation that is not GELU.
+        UserError: a value of the wrong type, or an activation other than GELU.
     """
     eps = config.get("layer_norm_eps", 1e-6 if "Dinov2" in kind else 1e-12)
     heads = config.get("num_attention_heads", 0)
@@ -117,11 +117,11 @@ def told_by(config: dict[str, Any], kind: str, where: Path) -> Told:
     check(whole, f"{where.parent / 'config.json'}: heads {heads}, epsilon {eps}, image size {size}")
     act = config.get("hidden_act", "gelu")
     check(act == "gelu", f"{where.parent / 'config.json'}: hidden_act is {act!r}; it must be gelu")
-    return Told("", heads, eps, tuple(size) if size else None)
+    return Hints("", heads, eps, tuple(size) if size else None)
 
 
 def preprocessing(folder: Path | None) -> Statistics | None:
-    """Mean and standard deviation that a Hugging Face folder says images are normalised with."""
+    """Pixel statistics (mean, standard deviation) in a Hugging Face folder; None if missing."""
     path = folder / "preprocessor_config.json" if folder else None
     content = read_json(path) if path else {}
     found = [content.get(key) for key in ("image_mean", "image_std")]

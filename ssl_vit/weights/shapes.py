@@ -1,4 +1,4 @@
-"""The architecture of an encoder, read off the names and shapes of its tensors."""
+"""Architecture inference: an encoder's config from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a file's companions or its user say, where shapes leave it open."""
+class Hints:
+    """Architecture hints from configuration files or the user, where shapes are ambiguous."""
 
     arch: str = ""
     heads: int = 0
@@ -39,11 +39,11 @@ class Told:
     image_size: tuple[int, int] | None = None
 
 
-def config_of(state: State, where: str, told: Told) -> tuple[EncoderConfig, int]:
-    """The architecture, as what it changes of one of timm's, and the channels of its images.
+def config_of(state: State, where: str, hints: Hints) -> tuple[EncoderConfig, int]:
+    """Infer the architecture, as changes to one of timm's, and the image channels.
 
-    Positions are taken to be a square grid, unless ``told`` says otherwise. Heads are the standard
-    ones of a width, else one for every 64 features.
+    Positions are assumed to be a square grid unless ``hints`` differ. The number of heads is the
+    standard one of a width, else one per 64 features.
 
     Raises:
         UserError: the shapes are not those of a Vision Transformer that can be built.
@@ -56,13 +56,13 @@ def config_of(state: State, where: str, told: Told) -> tuple[EncoderConfig, int]
     check(fits, f"{where}: pos_embed is {position}; expected (1, positions, {width})")
     depth = len({found[1] for k in state if (found := re.match(r"blocks\.(\d+)\.", k))})
     check(depth > 0, f"{where}: no blocks.0 among its tensors")
-    embeds = _embeds(position[1], prefix, patch, told)
-    arch = told.arch or _arch(state, width, embeds, where)
+    embeds = _embeds(position[1], prefix, patch, hints)
+    arch = hints.arch or _arch(state, width, embeds, where)
     pooled = "fc_norm.weight" in state
     with without_memory():
         model = Encoder(EncoderConfig(arch, norm="pooled" if pooled else "tokens"))
     first: Any = model.vit.blocks[0]
-    size = _image_size(position[1], prefix, patch, told, model, where)
+    size = _image_size(position[1], prefix, patch, hints, model, where)
     scaled = not isinstance(first.ls1, nn.Identity)
     config = dataclasses.replace(
         model.config,
@@ -70,17 +70,17 @@ def config_of(state: State, where: str, told: Told) -> tuple[EncoderConfig, int]
         patch_size=_change(patch, model.patch_size),
         width=_change(width, model.width),
         depth=_change(depth, len(model.vit.blocks)),
-        heads=_change(told.heads or _heads(width, model, where), first.attn.num_heads),
+        heads=_change(hints.heads or _heads(width, model, where), first.attn.num_heads),
         registers=-1 if registers == model.vit.num_reg_tokens else registers,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in state and not scaled else 0.0,
-        norm_eps=0.0 if told.norm_eps == first.norm1.eps else told.norm_eps,
+        norm_eps=0.0 if hints.norm_eps == first.norm1.eps else hints.norm_eps,
         positions=_positions(state["pos_embed"], size, patch),
     )
     return config, channels
 
 
 def _positions(found: Tensor, size: tuple[int, int], patch: int) -> Literal["learned", "sincos"]:
-    """Whether positions are MAE's fixed ones, which then stay fixed, or learned."""
+    """Whether positions are MAE's fixed sine-cosine ones, which stay fixed, or learned."""
     rows, columns = size[0] // patch, size[1] // patch
     if found.is_meta or found.shape[2] % 4 or found.shape[1] < rows * columns:
         return "learned"
@@ -90,7 +90,7 @@ def _positions(found: Tensor, size: tuple[int, int], patch: int) -> Literal["lea
 
 
 def _change(found: int, own: int) -> int:
-    """What a configuration says of a number: 0 where the architecture has the same."""
+    """Config value of a number: 0 where it equals the architecture's default."""
     return 0 if found == own else found
 
 
@@ -102,25 +102,25 @@ def _projection(state: State, where: str) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _embeds(positions: int, prefix: int, patch: int, told: Told) -> bool:
-    """Whether prefix tokens have positions too."""
-    if told.image_size:
-        return positions != math.prod(side // patch for side in told.image_size)
+def _embeds(positions: int, prefix: int, patch: int, hints: Hints) -> bool:
+    """Whether prefix tokens have positions."""
+    if hints.image_size:
+        return positions != math.prod(side // patch for side in hints.image_size)
     return _square(positions - prefix) > 0 or _square(positions) == 0
 
 
 def _square(number: int) -> int:
-    """The side of a square grid of so many patches; 0 if there is none."""
+    """Side of a square grid with this number of patches; 0 if not a square."""
     side = math.isqrt(max(number, 0))
     return side if side * side == number else 0
 
 
 def _image_size(
-    positions: int, prefix: int, patch: int, told: Told, model: Encoder, where: str
+    positions: int, prefix: int, patch: int, hints: Hints, model: Encoder, where: str
 ) -> tuple[int, int]:
-    """Height and width in pixels that so many positions are for."""
-    if told.image_size:
-        return told.image_size
+    """Image height and width in pixels for this number of positions."""
+    if hints.image_size:
+        return hints.image_size
     patches = positions - (0 if model.vit.no_embed_class else prefix)
     if patches == math.prod(model.grid):
         return (model.grid[0] * patch, model.grid[1] * patch)
@@ -130,7 +130,7 @@ def _image_size(
 
 
 def _heads(width: int, model: Encoder, where: str) -> int:
-    """Attention heads of a width."""
+    """Number of attention heads for a width."""
     own: Any = model.vit.blocks[0].attn
     if width == model.width:
         return int(own.num_heads)
@@ -143,8 +143,8 @@ def _heads(width: int, model: Encoder, where: str) -> int:
 
 
 def _arch(state: State, width: int, embeds: bool, where: str) -> str:
-    """The name of the architecture of timm that is nearest to these tensors."""
-    message = f"{where}: it has no cls_token; name its architecture, as in timm:NAME:{where}"
+    """Name of the closest timm architecture."""
+    message = f"{where}: it has no cls_token; give its architecture, as in timm:NAME:{where}"
     check("cls_token" in state, message)
     first, second = (state.get(f"blocks.0.mlp.{part}.weight") for part in ("fc1", "fc2"))
     matrices = first is not None and second is not None and first.ndim == second.ndim == 2

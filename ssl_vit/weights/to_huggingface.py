@@ -1,4 +1,4 @@
-"""Encoders as folders of Hugging Face transformers: which of its models, its names, its files."""
+"""Hugging Face export: encoders as folders that transformers opens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ssl_vit.model.block import LeanBlock, LeanMlp
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, contiguous_state
 
-# The files of an export; a folder with others in it is not ours to replace.
+# Files of an export; a folder with other files is not overwritten.
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 _CLASSES = {
     "vit": "ViTModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
 }
-# Parts of a block: timm's names, and those in transformers' files. Its version 5 calls them
-# otherwise in memory, but reads these names as well; version 4 reads no others.
+# Parts of a block: timm's names, and those in transformers' files. Version 5 has other names in
+# memory but reads these as well; version 4 reads only these.
 _SHARED = {"attn.proj": "attention.output.dense"}
 _VIT = _SHARED | {
     "norm1": "layernorm_before",
@@ -48,21 +48,21 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "q
 
 
 def is_swiglu(encoder: Encoder) -> bool:
-    """Whether the blocks' MLPs are DINOv2's: the SiLU of one half times the other."""
+    """Whether the MLPs are DINOv2's SwiGLU: the SiLU of one half times the other."""
     mlp = encoder.vit.blocks[0].mlp
     return type(mlp).__name__ == "GluMlp" and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
 
 
 def has_layer_scale(encoder: Encoder) -> bool:
-    """Whether the blocks' branches are scaled, feature by feature."""
+    """Whether the blocks have layer scale."""
     return not isinstance(encoder.vit.blocks[0].ls1, nn.Identity)
 
 
 def fits_dinov2(encoder: Encoder) -> bool:
-    """Whether transformers' Dinov2Models can have its sizes.
+    """Whether transformers' Dinov2 models support its sizes.
 
-    They resample the positions of images that are not square as if those had been, and their MLPs
-    are a whole multiple of the width (SwiGLU's: two thirds of four times it, up to a multiple of 8,
+    They resample positions as if images were square, and their MLPs are an integer multiple of the
+    width (SwiGLU's: two thirds of four times it, up to a multiple of 8,
     each half).
     """
     width, hidden = encoder.width, encoder.vit.blocks[0].mlp.fc1.out_features
@@ -74,13 +74,13 @@ def fits_dinov2(encoder: Encoder) -> bool:
 
 
 def family(encoder: Encoder) -> str:
-    """The model of transformers that computes the same: vit, dinov2 or dinov2_with_registers.
+    """Equivalent transformers model: vit, dinov2 or dinov2_with_registers.
 
-    Layer scale makes it a Dinov2Model, or, where that cannot have the sizes, a ViTModel with the
-    scale multiplied into the weights; registers without layer scale are given one of 1.
+    With layer scale a Dinov2Model or, where that does not support the sizes, a ViTModel with the
+    scale multiplied into the weights; with registers but no layer scale, a scale of 1.
 
     Raises:
-        UserError: none does; what is in the way.
+        UserError: there is none; the reason is given.
     """
     vit, block = encoder.vit, encoder.vit.blocks[0]
     registers, swiglu = vit.num_reg_tokens > 0, is_swiglu(encoder)
@@ -106,7 +106,7 @@ def family(encoder: Encoder) -> str:
 
 
 def rename_block(part: dict[str, Tensor], kind: str, swiglu: bool) -> dict[str, Tensor]:
-    """One block's tensors under transformers' names, ``part`` being emptied of what has one."""
+    """Rename one block's tensors to transformers' names, removing those renamed from ``part``."""
     names = _VIT if kind == "vit" else _SWIGLU if swiglu else _DINOV2
     for scale, linear in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
         if kind != "vit":
@@ -128,17 +128,17 @@ def rename_block(part: dict[str, Tensor], kind: str, swiglu: bool) -> dict[str, 
 
 
 def huggingface_state(encoder: Encoder, kind: str) -> dict[str, Tensor]:
-    """An encoder's weights under the names, and in the shapes, of transformers' ``kind`` of model.
+    """Weights of an encoder with the names and shapes of transformers' model ``kind``.
 
     Raises:
-        UserError: that model has no place for some of the tensors.
+        UserError: that model lacks some of the tensors.
     """
     rest = {k: v.float() for k, v in contiguous_state(encoder.vit).items()}
     own, patches = encoder.positions(encoder.grid)
     tokens = torch.cat(
         [t for t in (encoder.vit.cls_token, encoder.vit.reg_token) if t is not None], 1
     )
-    # A position belongs to [CLS] in transformers; a register's own is part of the register there.
+    # transformers has a position for [CLS]; those of registers are added to the registers.
     tokens = (tokens if own is None else tokens + own).detach().cpu().float()
     zero = torch.zeros(1, 1, encoder.width)
     made = {
@@ -153,7 +153,7 @@ def huggingface_state(encoder: Encoder, kind: str) -> dict[str, Tensor]:
         )
         made[f"layernorm.{leaf}"] = rest.pop(f"norm.{leaf}")
     if kind == "vit":
-        # AutoModel's ViTModel has a pooler. With this one, its output is the [CLS] feature.
+        # AutoModel's ViTModel has a pooler. An identity makes its output the [CLS] feature.
         made["pooler.dense.weight"] = torch.eye(encoder.width)
         made["pooler.dense.bias"] = torch.zeros(encoder.width)
     else:
@@ -175,7 +175,7 @@ def huggingface_state(encoder: Encoder, kind: str) -> dict[str, Tensor]:
 
 
 def huggingface_config(encoder: Encoder, info: EncoderInfo, kind: str) -> dict[str, Any]:
-    """What to give the configuration class of transformers' ``kind`` of model."""
+    """Configuration of transformers' model ``kind``."""
     vit, block = encoder.vit, encoder.vit.blocks[0]
     height, width = encoder.image_size
     hidden = block.mlp.fc1.out_features
@@ -183,7 +183,7 @@ def huggingface_config(encoder: Encoder, info: EncoderInfo, kind: str) -> dict[s
         "hidden_size": encoder.width,
         "num_hidden_layers": len(vit.blocks),
         "num_attention_heads": block.attn.num_heads,
-        # A SwiGLU MLP has its own activation; DINOv2's configurations then still say gelu.
+        # A SwiGLU MLP has its own activation; DINOv2's configurations have gelu all the same.
         "hidden_act": _ACTIVATIONS.get(type(block.mlp.act).__name__, "gelu"),
         "layer_norm_eps": vit.norm.eps,
         "image_size": height if height == width else [height, width],
@@ -203,13 +203,13 @@ def huggingface_config(encoder: Encoder, info: EncoderInfo, kind: str) -> dict[s
 
 
 def write_huggingface(folder: Path, encoder: Encoder, info: EncoderInfo, crop_ratio: float) -> None:
-    """Fill ``folder`` with what ``transformers.AutoModel`` and ``AutoImageProcessor`` open.
+    """Write a folder that ``transformers.AutoModel`` and ``AutoImageProcessor`` open.
 
-    The processor scales a square encoder's images as our evaluations do, ``crop_ratio`` of the
-    short side being seen; images for one that is not square are brought to its size as a whole.
+    For square encoders the processor prepares images as our evaluations do: a centre crop of
+    ``crop_ratio`` of the short side; for others images are resized as a whole.
 
     Raises:
-        UserError: no model of transformers computes the same.
+        UserError: transformers has no equivalent model.
     """
     from transformers import AutoConfig, BitImageProcessor
 
@@ -232,10 +232,10 @@ def write_huggingface(folder: Path, encoder: Encoder, info: EncoderInfo, crop_ra
 
 
 def huggingface_features(folder: Path, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
-    """``cls`` (b, d) and ``patches`` (b, n, d) as transformers computes them from a folder.
+    """Features that transformers computes from a folder: ``cls`` (b, d), ``patches`` (b, n, d).
 
     Raises:
-        RunFailed: the file's tensors are not the model's, each once.
+        RunFailed: the file's tensors do not match the model's.
     """
     from transformers import AutoModel
 
@@ -245,7 +245,7 @@ def huggingface_features(folder: Path, images: Float[Tensor, "b c h w"]) -> dict
         )
     wrong = [f"{kind} {sorted(map(str, keys))[:3]}" for kind, keys in loading.items() if keys]
     if wrong:
-        raise RunFailed(f"transformers finds other tensors than its own: {', '.join(wrong)}")
+        raise RunFailed(f"transformers reports mismatched tensors: {', '.join(wrong)}")
     tokens = model.eval()(images).last_hidden_state
     prefix = 1 + getattr(model.config, "num_register_tokens", 0)
     return {"cls": tokens[:, 0], "patches": tokens[:, prefix:]}
@@ -253,7 +253,7 @@ def huggingface_features(folder: Path, images: Float[Tensor, "b c h w"]) -> dict
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bar, and with errors alone."""
+    """Context manager: transformers without progress bar, logging errors only."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -269,7 +269,7 @@ def quiet() -> Iterator[None]:
 
 
 def is_huggingface_export(folder: Path) -> bool:
-    """Whether a folder holds such an export and nothing else."""
+    """Whether a folder contains such an export and nothing else."""
     if not folder.is_dir() or {p.name for p in folder.iterdir()} - set(FILES):
         return False
     try:

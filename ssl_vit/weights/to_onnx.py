@@ -1,4 +1,4 @@
-"""Encoders as ONNX files: a graph from images to [CLS] and patches, for any batch size."""
+"""ONNX export: a graph from images to [CLS] and patch features, for any batch size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OPSET = 18  # read by every onnxruntime since 1.14
 
 
 def outputs(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
-    """An encoder's features by name: ``cls`` (b, d) where it has one, ``patches`` (b, n, d).
+    """Outputs of an encoder by name: ``cls`` (b, d) where it has one, ``patches`` (b, n, d).
 
-    Where the final norm sits after the pooling, also ``pooled`` (b, d): the mean patch through it.
+    Where the final norm follows the pooling, also ``pooled`` (b, d): the normed mean patch.
     """
     found = encoder(images)
     named = {} if found.cls is None else {"cls": found.cls}
@@ -30,7 +30,7 @@ def outputs(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> dict[str, Ten
 
 
 class Outputs(nn.Module):
-    """An encoder whose output is the tensors of :func:`outputs`, as an exporter wants it."""
+    """Outputs module: an encoder that returns the tensors of :func:`outputs`, for the exporter."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Outputs(nn.Module):
 
 
 def write_onnx(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
-    """Write a graph from ``images`` (b, c, h, w) to :func:`outputs`, for any b.
+    """Write the ONNX graph from ``images`` (b, c, h, w) to :func:`outputs`, for any b.
 
-    The images are normalised ones of the encoder's own size. The file's metadata say how they are
-    prepared: ``mean`` and ``std`` (a channel each, of images in 0..1) and ``image_size`` (height,
-    width) as JSON; and under ``ssl_vit`` all that our encoder files say.
+    Images are normalised, of the encoder's size. The file's metadata describe the preparation:
+    ``mean`` and ``std`` (per channel, of images in 0..1) and ``image_size`` (height, width) as
+    JSON; and under ``ssl_vit`` the metadata of our encoder files.
 
-    An encoder of more than 2 GB, the most that ONNX allows one file, gets its weights in a second
-    file beside it, which carries its name and ``.data``.
+    Above 2 GB, ONNX's limit for one file, the weights are in a second file next to it, with its
+    name and ``.data``.
     """
     example = torch.zeros(2, encoder.channels, *encoder.image_size)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def write_onnx(path: Path, encoder: Encoder, info: EncoderInfo) -> None:
 
 
 def onnx_features(path: Path, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
-    """The named features as onnxruntime computes them from a file."""
+    """Features by name that onnxruntime computes from a file."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -86,7 +86,7 @@ def onnx_features(path: Path, images: Float[Tensor, "b c h w"]) -> dict[str, Ten
 
 
 def is_onnx_export(path: Path) -> bool:
-    """Whether a file is such an export."""
+    """Whether a file is an ONNX export of ssl_vit."""
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -30,7 +30,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         *(f"ssl_vit.{name}" for name in (*DOORS, "methods.mae", "methods.dino")),
-        *("sklearn.datasets", "tests.forks", __name__),
+        *("sklearn.datasets", "tests.warm", "tests.forks", __name__),
     ]
 )
 # Of whatever launched the tests, which must not reach a run within them.

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from tests.distributed.together import together
 from tests.integration.conftest import Door
 
 SETS = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,13 @@ def door(tmp_path_factory):
 def test_two_processes_give_the_numbers_of_one(door, evaluator):
     common = (*SETS, "--encoder", "run", "--precision", "fp32")
     made = []
-    for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        door.env["SSL_VIT_CACHE"] = str(door.folder / f"cache-{name}")
-        out = f"{evaluator[0]}-{name}.json"
-        result = door(*launcher, "-m", "ssl_vit.evaluate", *evaluator, *common, "--out", out)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("protocol and scores") == 1, "one process speaks"
+    for world in (1, 2):
+        door.env["SSL_VIT_CACHE"] = str(door.folder / f"cache-{world}")
+        out = f"{evaluator[0]}-{world}.json"
+        done = together(door, world, "-m", "ssl_vit.evaluate", *evaluator, *common, "--out", out)
+        assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+        spoken = "".join(d.stdout for d in done).count("protocol and scores")
+        assert spoken == 1, "one process speaks"
         made.append(json.loads((door.folder / out).read_text()))
     one, two = made
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -278,7 +278,7 @@ def test_a_stopped_process_is_named(hung):
     assert status == 1, life.said()
     assert seconds < 60 * TIMEOUT + 10
     lines = life.said().splitlines()
-    named = [i for i, line in enumerate(lines) if "has not been heard of since step" in line]
+    named = [i for i, line in enumerate(lines) if "has not responded since step" in line]
     assert len(named) == 1, life.said()
     assert lines[named[0]].startswith("process 1 (")
     assert "stopped: another process is gone, or has not answered in time" in lines[-1]

@@ -1,15 +1,12 @@
 """Rows of two processes put together, and k-NN that two processes share."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ssl_vit.common.distributed import gather_rows, rank_and_world, share
-from tests.conftest import ROOT
+from tests.distributed.together import together
+from tests.integration.conftest import Door
 
 SCRIPT = """
 import os, sys, torch
@@ -47,21 +44,14 @@ save_file(own, f"{sys.argv[1]}/{rank}-of-{world}.safetensors")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     """What one process has, and each of two."""
-    folder = tmp_path_factory.mktemp("gather")
-    common = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder)],
-            env=common | {"PYTHONPATH": str(ROOT)} | extra,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for extra in ({}, {"RANK": "0"}, {"RANK": "1"})
+    door = Door(tmp_path_factory.mktemp("gather"))
+    (door.folder / "gather.py").write_text(SCRIPT)
+    for world in (1, 2):
+        done = together(door, world, "gather.py", str(door.folder))
+        assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+    return [
+        load_file(door.folder / f"{name}.safetensors") for name in ("0-of-1", "0-of-2", "1-of-2")
     ]
-    for process in running:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
-    return [load_file(folder / f"{name}.safetensors") for name in ("0-of-1", "0-of-2", "1-of-2")]
 
 
 def test_rows_of_different_numbers(found):

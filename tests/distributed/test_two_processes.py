@@ -152,7 +152,7 @@ from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.resume import load_into
 
 def carried(options, found, out):
-    name, kind, config = pretrain.read_config(options)
+    name, kind, config = pretrain.parse_options(options)
     made = session.build(name, kind, config)
     load_into(made.trainer, Path(found), None)
     checkpoints = Checkpoints(Path(out), 9, 0, made.parallel)

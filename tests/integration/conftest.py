@@ -11,23 +11,26 @@ import pytest
 from tests.conftest import ROOT
 from tests.forks import Fork, can_fork
 
-# A ViT so small that 20 steps take a second; every part of a real run is there.
+# A ViT so small that 20 steps take a second; every part of a real run is there but the scores.
 TINY = """
-run: {length: 24st, save_every: 8st, probe_every: 1000ep, log_every: 1}
-data: {train: 'digits:train', val: 'digits:val', channels: 1, workers: 0}
+run: {length: 24st, save_every: 8st, probe_every: 1000ep, probe_images: 60, log_every: 1}
+data: {train: 'digits:train', holdout: 0, channels: 1, workers: 0}
 encoder: {arch: vit_tiny_patch16_224, image_size: [8], patch_size: 2, width: 32, depth: 1, heads: 2}
 method: {decoder_width: 16, decoder_depth: 1, decoder_heads: 1, flip: 0.0}
 optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
 """
 
 TINY_DINO = """
-run: {length: 24st, save_every: 8st, probe_every: 1000ep, log_every: 1}
-data: {train: 'digits:train', val: 'digits:val', channels: 1, workers: 0}
+run: {length: 24st, save_every: 8st, probe_every: 1000ep, probe_images: 60, log_every: 1}
+data: {train: 'digits:train', holdout: 0, channels: 1, workers: 0}
 encoder: {arch: vit_tiny_patch16_224, image_size: [8], patch_size: 2, width: 32, depth: 2, heads: 2}
 method: {prototypes: 64, head_width: 32, bottleneck: 16, momentum: 0.9, freeze_last_layer: 10st,
   local_crops: 2, local_size: [4], global_scale: [0.6, 1.0], local_scale: [0.2, 0.6], flip: 0.0}
 optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
 """
+
+# With held-out images: six linear probes at the end, which take far longer than the run.
+SCORED = ("--data.val", "digits:val", "--run.probe-images", "10000")
 
 # Kills the process without warning at a moment that a test chooses.
 KILLER = """

@@ -58,7 +58,7 @@ def runs(tmp_path_factory) -> dict[str, Life]:
     def start(name: str, method: str, *options: str, world: int = 1) -> None:
         ended[name] = lives.start(
             *(method, "--config", f"{method}.yaml", "--run.out", name, "--run.length", "2ep"),
-            *("--data.train", f"flat:for-{method}", "--data.val", "", "--data.holdout", "0"),
+            *("--data.train", f"flat:for-{method}"),
             *("--data.mean", "0.5", "--data.std", "0.3", "--run.probe-images", "20"),
             *("--optim.batch-size", "200", *options),
             world=world,

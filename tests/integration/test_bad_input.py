@@ -82,8 +82,8 @@ def test_unreadable_images_are_skipped_counted_and_named(door):
     whole = (folder / "07.jpg").read_bytes()
     (folder / "07.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "31.jpg").write_bytes(b"not an image")
-    options = ("--data.train", "folder:images", "--data.val", "", "--data.channels", "3")
-    options += ("--data.holdout", "0", "--optim.batch-size", "20", "--run.length", "2ep")
+    options = ("--data.train", "folder:images", "--data.channels", "3")
+    options += ("--optim.batch-size", "20", "--run.length", "2ep")
     result = door.pretrain("--run.out", "run", *options)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("unreadable image 2 skipped") == 1

@@ -90,7 +90,7 @@ def whole(breakdown, *parts):
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_loader(room, capsys, method):
-    options = ("--config", f"{method}.yaml", "--data", "flat:photos", "--repeats", "3")
+    options = ("--config", f"{method}.yaml", "--data.train", "flat:photos", "--repeats", "3")
     threads = torch.get_num_threads()
     peers = installed(original="PIL", **({"lightly": "lightly"} if method == "dino" else {}))
     report = measured(room, "loader", method, *options, "--against", peers)
@@ -110,7 +110,15 @@ def test_loader(room, capsys, method):
 
 
 def test_loader_alone_with_few_images_in_small_batches(room):
-    options = ("--data=digits:train", "--data.channels", "1", "--images", "7", "--batch-size", "3")
+    options = (
+        "--data.train=digits:train",
+        "--data.channels",
+        "1",
+        "--count",
+        "7",
+        "--batch-size",
+        "3",
+    )
     report = measured(room, "loader", "mae", "--config", "mae.yaml", *options, "--repeats", "1")
     assert report["sizes"]["images"] == 7
     assert report["sizes"]["batch_size"] == 3
@@ -126,7 +134,7 @@ PEERS = {
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_step(room, capsys, method):
-    options = ("--config", f"{method}.yaml", "--device", "cpu", "--precision", "bf16")
+    options = ("--config", f"{method}.yaml", "--run.device", "cpu", "--run.precision", "bf16")
     sizes = ("--batch-size", "2", "--repeats", "2", "--warm-up", "0")
     report = measured(room, "step", method, *options, *sizes, "--against", PEERS[method])
     assert report["precision"] == "bfloat16"
@@ -150,8 +158,8 @@ def test_step(room, capsys, method):
 
 
 def test_end_to_end(room, capsys):
-    data = ("--data", "flat:photos", "--data.workers", "1", "--batch-size", "2")
-    counts = ("--steps", "2", "--repeats", "2", "--warm-up", "0", "--device=cpu")
+    data = ("--data.train", "flat:photos", "--data.workers", "1", "--batch-size", "2")
+    counts = ("--steps", "2", "--repeats", "2", "--warm-up", "0", "--run.device=cpu")
     options = ("--config", "dino.yaml", *data, *counts, "--against", "original")
     report = measured(room, "end-to-end", "dino", *options)
     assert list(report["results"]) == ["ours", "original"]
@@ -178,30 +186,32 @@ def test_a_peers_library_that_is_missing_is_one_line():
     [
         (["bench"], ["'bench'", "step, loader, end-to-end, scale"]),
         (["loader", "dyno"], ["'dyno'", "dino"]),
-        (["loader", "mae"], ["--data is missing"]),
-        (["loader", "mae", "--data", "flat:missing"], ["missing"]),
-        (["loader", "mae", "--data", "flat:torn"], ["torn", "can be read"]),
-        (["loader", "mae", "--data", "flat:photos", "--images", "0"], ["--images is 0"]),
-        (["loader", "mae", "--data", "flat:photos", "--repeats", "0"], ["--repeats is 0"]),
+        (["loader", "mae"], ["--data.train is missing"]),
+        (["loader", "mae", "--data.train", "flat:missing"], ["missing"]),
+        (["loader", "mae", "--data.train", "flat:torn"], ["torn", "can be read"]),
+        (["loader", "mae", "--data.train", "flat:photos", "--count", "0"], ["--count is 0"]),
+        (["loader", "mae", "--data.train", "flat:photos", "--repeats", "0"], ["--repeats is 0"]),
         (
-            ["loader", "mae", "--data", "flat:photos", "--against", "lightly"],
+            ["loader", "mae", "--data.train", "flat:photos", "--against", "lightly"],
             ["'lightly'", "loader mae", "original"],
         ),
         (
-            ["loader", "mae", "--data", "flat:deep", "--against", "original"],
+            ["loader", "mae", "--data.train", "flat:deep", "--against", "original"],
             ["8-bit images", "flat:deep"],
         ),
-        (["loader", "mae", "--imagse", "3"], ["--imagse", "--images"]),
+        (["loader", "mae", "--coutn", "3"], ["--coutn", "--count"]),
         (["step", "mae", "--against", "original,lihgtly"], ["'lihgtly'", "huggingface, "]),
         (["step", "dino", "--against", "huggingface"], ["'huggingface'", "original, lightly"]),
         (["step", "mae", "--dry-run"], ["--dry-run"]),
-        (["end-to-end", "mae"], ["--data is missing"]),
-        (["end-to-end", "mae", "--data", "flat:photos"], ["--batch-size is 8", "3 images"]),
+        (["loader", "mae", "--data", "flat:photos"], ["unknown option '--data'"]),
+        (["step", "mae", "--precision", "bf16"], ["--precision", "--run.precision"]),
+        (["end-to-end", "mae"], ["--data.train is missing"]),
+        (["end-to-end", "mae", "--data.train", "flat:photos"], ["--batch-size is 8", "3 images"]),
         (["end-to-end", "mae", "--steps", "0"], ["--steps is 0"]),
         (["end-to-end", "dino", "--against", "lightly"], ["'lightly'", "original"]),
         (["step", "mae", "--batch-size", "0"], ["--batch-size is 0"]),
         (["step", "mae", "--warm-up", "-1"], ["--warm-up is -1"]),
-        (["step", "mae", "--device", "cuda:99"], ["cuda:99"]),
+        (["step", "mae", "--run.device", "cuda:99"], ["cuda:99"]),
         (["step", "mae", "--out", "report.txt"], ["report.txt", ".json"]),
         (["step", "mae", "--out", "no/where.json"], ["no folder", "'no'"]),
         (["step", "mae", "--config", "mae_cifr10"], ["mae_cifar10"]),
@@ -220,7 +230,7 @@ def test_a_mistake_is_one_line(room, arguments, fragments):
 
 
 def test_a_mistake_ends_with_status_2(door):
-    result = door("-m", "ssl_vit.benchmark", "loader", "mae", "--data", "flat:missing")
+    result = door("-m", "ssl_vit.benchmark", "loader", "mae", "--data.train", "flat:missing")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")

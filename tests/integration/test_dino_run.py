@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ssl_vit.training.metrics import read_rows
-from tests.integration.conftest import KILLER, outcome, recount
+from tests.integration.conftest import KILLER, SCORED, outcome, recount
 
 
 @pytest.fixture(scope="module")
 def run(shared_door):
     """A finished tiny run: its folder and what it printed."""
-    result = shared_door.dino("--run.out", "run", "--run.probe-every", "12st")
+    result = shared_door.dino("--run.out", "run", *SCORED, "--run.probe-every", "12st")
     assert result.returncode == 0, result.stderr
     return shared_door.folder / "run", result
 
@@ -86,7 +86,7 @@ def test_lost_moments_are_noticed(shared_door, run):
     tensors.popitem()
     save_file(tensors, path)
     recount(path.parent)
-    again = shared_door.dino("--run.out", "lost", "--run.probe-every", "12st")
+    again = shared_door.dino("--run.out", "lost", *SCORED, "--run.probe-every", "12st")
     assert again.returncode == 2
     assert f"{count - 1} tensors, and {count} were written" in again.stderr.splitlines()[-1]
 

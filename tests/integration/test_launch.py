@@ -107,7 +107,10 @@ def test_a_signal_to_the_launcher_reaches_every_task(tmp_path, number):
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
     job.send_signal(number)
     _, err = job.communicate(timeout=20)
-    assert (job.returncode, err) == (75, "stopped, saved; start it again to go on\n")
+    assert (job.returncode, err) == (
+        75,
+        "stopped and saved; run the same command again to resume\n",
+    )
 
 
 def test_ctrl_c_of_a_terminal_reaches_the_tasks_once_by_itself(tmp_path):
@@ -128,7 +131,10 @@ def test_after_a_signal_no_other_run_begins(tmp_path):
     wait_for(tmp_path / "ready-1")
     job.terminate()
     _, err = job.communicate(timeout=20)
-    assert (job.returncode, err) == (75, "stopped, saved; start it again to go on\n")
+    assert (job.returncode, err) == (
+        75,
+        "stopped and saved; run the same command again to resume\n",
+    )
     assert not (tmp_path / "second").exists()
 
 
@@ -143,7 +149,7 @@ def test_a_run_here_is_stopped_and_goes_on(door):
         job.terminate()
         _, err = job.communicate(timeout=60)
     assert job.returncode == 75
-    assert err.endswith("stopped, saved; start it again to go on\n")
+    assert err.endswith("stopped and saved; run the same command again to resume\n")
     (saved,) = (door.folder / "run" / "checkpoints").iterdir()
     before = size(log)
     with started(command, door) as again:
@@ -289,14 +295,14 @@ def test_times_are_slurm_s(time, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes", "2", "--local", "--", "pretrain"], "--nodes is 2; --local runs on 1"),
-        (["--nodes", "1"], "after -- comes a door (pretrain, evaluate, export"),
-        (["--", "pretran"], "after -- comes a door"),
+        (["--nodes", "2", "--local", "--", "pretrain"], "--nodes is 2; --local allows 1"),
+        (["--nodes", "1"], "after -- give a command (pretrain, evaluate, export"),
+        (["--", "pretran"], "after -- give a command"),
         (["--nods", "1", "--", "pretrain"], "'--nods' (nearest known: --nodes"),
         (["--time", "2d", "--", "pretrain"], "--time is '2d'; allowed: minutes, MM:SS"),
         (["--time", "0", "--", "pretrain"], "--time is '0'"),
         (["--time", "1:75", "--", "pretrain"], "--time is '1:75'"),
-        (["--time", "3", "--", "pretrain"], "be 60 s early; --time 3 is only 180 s"),
+        (["--time", "3", "--", "pretrain"], "signal 60 s early; --time 3 is only 180 s"),
         (["--slurm", "account", "mem=", "--", "pretrain"], "--slurm is 'mem='"),
         (["--slurm", "nodes=3", "--", "pretrain"], "--slurm is 'nodes=3'; use --nodes"),
         (["--slurm", "--", "pretrain"], "--slurm needs a value"),
@@ -304,9 +310,9 @@ def test_times_are_slurm_s(time, expected):
         (["--sweep", "a=1,2", "--", "pretrain", "mae"], "--sweep needs --run.out FOLDER"),
         (["--sweep", "a", "--", "pretrain", "--out", "o"], "--sweep is 'a'; write option=value"),
         (["--sweep", "a=1,,2", "--", "pretrain", "--out", "o"], "--sweep is 'a=1,,2'; write"),
-        (["--sweep", "a=1,1", "--", "pretrain", "--out", "o"], "a value is there twice"),
+        (["--sweep", "a=1,1", "--", "pretrain", "--out", "o"], "a value is given twice"),
         (["--sweep", "a=1", "a=2", "--", "pretrain", "--out", "o"], "--sweep has a twice"),
-        (["--sweep", "run.out=1,2", "--", "pretrain", "--out", "o"], "place of its own anyway"),
+        (["--sweep", "run.out=1,2", "--", "pretrain", "--out", "o"], "its own output anyway"),
     ],
 )
 def test_what_the_launcher_refuses(tmp_path, monkeypatch, arguments, message):
@@ -346,14 +352,14 @@ def test_where_slurm_has_no_commands_the_job_says_that_it_is_not_queued_again(tm
     command = [sys.executable, "-c", JOB, door]
     job = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert job.returncode == 75
-    assert job.stderr.startswith("stopped, but not queued again: ")
+    assert job.stderr.startswith("stopped, but not requeued: ")
     assert job.stderr.endswith("No such file or directory: 'scontrol'\n")
 
 
 def test_without_slurm_there_is_no_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no sbatch here: --local"):
+    with pytest.raises(UserError, match="sbatch is not found on this machine; --local"):
         main(["--", "pretrain", "mae"])
     assert list(tmp_path.iterdir()) == []
 

@@ -15,15 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.methods.mae import MAEConfig
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.training.metrics import read_rows
 from ssl_vit.weights.exchange import load_encoder, sha256
+from tests.integration.conftest import SCORED
 
 
 @pytest.fixture(scope="module")
 def run(shared_door):
     """A finished tiny run: its folder and what it printed."""
-    result = shared_door.pretrain("--run.out", "run", "--run.probe-every", "12st")
+    result = shared_door.pretrain("--run.out", "run", *SCORED, "--run.probe-every", "12st")
     assert result.returncode == 0, result.stderr
     return shared_door.folder / "run", result
 
@@ -92,7 +93,7 @@ def test_reconstruction_picture(run):
 
 def test_config_reloads_to_an_equal_object(run):
     folder, _ = run
-    _, _, config = read_config(["mae", "--config", str(folder / "config.yaml")])
+    _, _, config = parse_options(["mae", "--config", str(folder / "config.yaml")])
     assert config.run == RunConfig(
         out="run", length="24st", save_every="8st", probe_every="12st", log_every=1
     )
@@ -128,7 +129,7 @@ def test_finished_run_says_so_again(run, shared_door):
     """Called again, a finished run trains nothing and prints its table."""
     folder, before = run
     stamp = (folder / "encoder.safetensors").stat().st_mtime_ns
-    result = shared_door.pretrain("--run.out", "run", "--run.probe-every", "12st")
+    result = shared_door.pretrain("--run.out", "run", *SCORED, "--run.probe-every", "12st")
     assert result.returncode == 0, result.stderr
     assert "step 24 of 24" in result.stderr
     assert (folder / "encoder.safetensors").stat().st_mtime_ns == stamp
@@ -187,7 +188,7 @@ def test_unlabelled_multichannel_images_of_any_size(door):
     for i in range(40):
         np.save(folder / f"{i:03d}.npy", rng.integers(0, 255, (20 + i, 31, 5), dtype=np.uint8))
     result = door.pretrain(
-        *("--run.out", "run", "--data.train", "folder:images", "--data.val", ""),
+        *("--run.out", "run", "--data.train", "folder:images", "--data.holdout", "500"),
         *("--data.channels", "5", "--encoder.image-size", "12", "16", "--encoder.patch-size", "4"),
         *("--optim.batch-size", "12", "--optim.accumulate", "2", "--run.length", "3ep"),
     )
@@ -204,8 +205,8 @@ def test_unlabelled_multichannel_images_of_any_size(door):
 
 def test_nothing_held_out(door):
     """Then no score is shown: each image would find itself among its neighbours."""
-    options = ("--data.holdout", "0", "--data.val", "", "--run.length", "3st")
-    result = door.pretrain("--run.out", "run", *options, "--data.statistics", "auto")
+    options = ("--run.length", "3st", "--data.statistics", "auto")
+    result = door.pretrain("--run.out", "run", *options)
     assert result.returncode == 0, result.stderr
     assert "1,438 train, none held out" in result.stdout
     assert "linear" not in result.stdout
@@ -231,7 +232,7 @@ def test_cifar_shards(door, shared_data):
         *("--data.train", f"tar:{shared_data}/cifar10/train-{{000000..000001}}.tar"),
         *("--data.val", f"tar:{shared_data}/cifar10/test-000000.tar"),
         *("--run.probe-images", "300", "--data.workers", "1"),
-        *("--encoder.image-size", "32", "--encoder.patch-size", "8"),
+        *("--encoder.image-size", "16", "--encoder.patch-size", "4"),
     )
     assert result.returncode == 0, result.stderr
     assert "20,000 train, 10,000 held out" in result.stdout

@@ -344,9 +344,9 @@ def test_what_is_in_files_is_text_and_nothing_more(browser, door):
     ("arguments", "said"),
     [
         ((), "no run is named"),
-        (("runs/a", "runs/../runs/a"), "a run is named twice"),
+        (("runs/a", "runs/../runs/a"), "RUN names the same run twice"),
         (("nowhere",), "'nowhere'; there is no such folder"),
-        (("runs",), "which is no run; it holds runs, such as runs/a"),
+        (("runs",), "which is no run; it contains runs, such as runs/a"),
         (("empty",), "'empty', which is no run"),
         (("runs/a", "--out", "page.txt"), "its name must end in .html"),
         (("runs/a", "--out", "nowhere/page.html"), "there is no folder 'nowhere'"),

@@ -61,7 +61,7 @@ def test_signalled(shared_door, unbroken, number):
     assert process.returncode == (130 if number == signal.SIGINT else 75), said
     stopped = int(said.split("stopped at step ")[1].split(",")[0])
     assert 0 < stopped < 24
-    command = said.split("go on with: ")[1].split("\n")[0].split()
+    command = said.split("resume with: ")[1].split("\n")[0].split()
     assert command[0] == "python"
     again = shared_door(*command[1:])
     assert again.returncode == 0, again.stderr
@@ -119,32 +119,32 @@ def test_probes_do_not_delay_a_stop(shared_door, unbroken):
     assert not (shared_door.folder / "quick" / "reconstruction.png").exists()
 
 
-LONG_LOOK = """
+LONG_PROBE = """
 import time
 from pathlib import Path
 from ssl_vit.commands import cli, pretraining as session
 from ssl_vit import pretrain
 
-def look(self, whole, step, log):
-    Path("looking").touch()
+def probe(self, whole, step, log):
+    Path("probing").touch()
     time.sleep(100)
 
-session.Pretraining.look = look
+session.Pretraining.probe = probe
 cli.run_door(pretrain.main)
 """
 
 
-def test_a_look_is_broken_off_by_a_stop(shared_door, unbroken):
+def test_a_probe_is_interrupted_by_a_stop(shared_door, unbroken):
     """What was saved before it counts already; the run saves and leaves, and ends as any other."""
-    (shared_door.folder / "long_look.py").write_text(LONG_LOOK)
+    (shared_door.folder / "long_probe.py").write_text(LONG_PROBE)
     options = ("mae", "--config", "tiny.yaml", "--run.out", "long", "--run.probe-every", "8st")
-    process = Fork(("long_look.py", *options), shared_door.folder, shared_door.env)
-    wait_for((shared_door.folder / "looking").exists)
+    process = Fork(("long_probe.py", *options), shared_door.folder, shared_door.env)
+    wait_for((shared_door.folder / "probing").exists)
     assert (shared_door.folder / "long/checkpoints/step-00000008/state.json").is_file()
     process.send_signal(signal.SIGUSR2)
     _, said = process.communicate(timeout=50)
     assert process.returncode == 75, said
-    assert "broken off" in said
+    assert "the probe of the encoder is interrupted" in said
     assert "stopped at step 9, saved" in said
     again = shared_door.pretrain("--run.out", "long")
     assert again.returncode == 0, again.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.together import together
-from tests.integration.conftest import KILLER, Door
+from tests.integration.conftest import KILLER, SCORED, Door
 
 # Sends a signal to itself at an update that a test chooses.
 STOPPER = """
@@ -102,7 +102,7 @@ def kill(door: Door, out: str) -> None:
 
 def command_of(output: str) -> list[str]:
     """The one command that goes on, as a user would type it."""
-    (line,) = re.findall(r"(?m)^  go on: python (.+)$", output)
+    (line,) = re.findall(r"(?m)^  resume: python (.+)$", output)
     return shlex.split(line)
 
 
@@ -110,7 +110,7 @@ def command_of(output: str) -> list[str]:
 def many(shared_door: Door) -> Door:
     """Runs of every fate, below ``runs``."""
     door = shared_door
-    done = door.pretrain("--run.out", "runs/done", "--run.probe-every", "12st")
+    done = door.pretrain("--run.out", "runs/done", *SCORED, "--run.probe-every", "12st")
     assert done.returncode == 0, done.stderr
     stop(door, "runs/mae/optim.lr=1e-3")
     kill(door, "runs/killed")
@@ -133,9 +133,9 @@ def test_every_fate_is_told(many):
     assert found["done"]["knn"]["knn20_mean"] > 10
     assert found["done"]["resume"] == ""
     assert found["optim.lr=1e-3"]["step"] == 11
-    assert found["optim.lr=1e-3"]["said"].startswith("at step 11 of 24: SIGTERM came")
+    assert found["optim.lr=1e-3"]["said"].startswith("at step 11 of 24: received SIGTERM")
     assert found["killed"]["step"] == 13
-    assert "newest checkpoint is of step 8" in found["killed"]["said"]
+    assert "newest checkpoint is at step 8" in found["killed"]["said"]
     assert "not finite" in found["failed"]["said"]
     assert all(run["problems"] == [] for run in found.values())
     assert all(run["status"]["name"] == "mae" for run in found.values())
@@ -149,7 +149,7 @@ def test_table_fits_80_columns(many):
     assert text.startswith("4 runs: ")
     for word in ("mae/optim.lr=1e-3", "vit_tiny", "8 px, 2", "24/24", "100%", "finished", "killed"):
         assert word in text
-    assert text.count("go on: ") == 3
+    assert text.count("resume: ") == 3
     assert "\x1b" not in text
 
 
@@ -188,7 +188,7 @@ def test_interrupted(door):
     stop(door, "run", signal.SIGINT, at=3)
     (run,) = records(door, "run").values()
     assert (run["state"], run["step"]) == ("stopped", 4)
-    assert run["said"].startswith("at step 4 of 24: SIGINT came")
+    assert run["said"].startswith("at step 4 of 24: received SIGINT")
 
 
 def test_of_several_processes_one_tells(door):
@@ -198,7 +198,7 @@ def test_of_several_processes_one_tells(door):
     assert [end.returncode for end in ends] == [1, 1]
     (run,) = records(door, "run").values()
     assert (run["state"], run["status"]["processes"]) == ("failed", 2)
-    assert "go on (it ran in 2 processes): python" in look(door, "run")
+    assert "resume (it ran in 2 processes): python" in look(door, "run")
 
 
 def test_a_run_that_still_runs(door):
@@ -219,7 +219,7 @@ def test_a_run_that_still_runs(door):
     assert (run["state"], run["resume"], run["said"]) == ("running", "", "")
     assert run["total"] == 100000
     assert run["seconds_left"] > 0
-    assert "go on" not in text
+    assert "resume" not in text
     (run,) = records(door, "run").values()
     assert run["state"] == "killed"
 
@@ -244,7 +244,7 @@ def test_damaged_folders_are_shown_with_what_is_wrong(many):
     (broken / "torn-status/status.json").write_text('{"state": "finis')
     found = records(many, "broken")
     assert found["binary"]["state"] == "finished"
-    assert "cannot be read, passed over" in found["binary"]["problems"][0]
+    assert "cannot be read, ignored" in found["binary"]["problems"][0]
     assert found["no-config"]["problems"] == ["broken/no-config/config.yaml: not there"]
     assert found["no-config"]["state"] == "finished"
     assert len(found["empty"]["problems"]) == 3
@@ -301,14 +301,14 @@ def test_live_follows_until_interrupted(many):
     ("arguments", "said"),
     [
         ((), "usage: python -m ssl_vit.runs FOLDER"),
-        (("nowhere",), "FOLDER is 'nowhere'; no such folder"),
-        (("tiny.yaml",), "FOLDER is 'tiny.yaml'; a file"),
+        (("nowhere",), "FOLDER is 'nowhere', no such folder"),
+        (("tiny.yaml",), "FOLDER is 'tiny.yaml', a file"),
         (("empty",), "no run in 'empty'"),
         (("empty", "--live"), "no run in 'empty'"),
-        (("--live", "empty", "--json"), "--live draws a table"),
+        (("--live", "empty", "--json"), "--live and --json exclude"),
         (("empty", "--every", "0"), "--every is 0"),
         (("empty", "--lvie"), "unknown option '--lvie'"),
-        (("runs", "--live"), "--live draws on a terminal"),
+        (("runs", "--live"), "--live needs a terminal"),
     ],
 )
 def test_mistakes_are_told_in_one_line(many, arguments, said):

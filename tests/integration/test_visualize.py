@@ -239,9 +239,14 @@ def test_neighbours_among_others_and_among_themselves(room, monkeypatch, capsys)
     monkeypatch.chdir(room.folder)
     base = ["neighbours", "--encoder", "gray", "--k", "4", "--count", "3", "--size", "16"]
     base += ["--pooling", "mean"]
-    assert main([*base, "--images", "digits:val", "--among", "digits:train", "--out", "n.png"]) == 0
+    assert (
+        main([*base, "--images", "digits:val", "--data.train", "digits:train", "--out", "n.png"])
+        == 0
+    )
     assert main([*base, "--images", "digits:val", "--out", "m.png"]) == 0
-    assert main([*base, "--images", "digits:val", "--among", "digits:val", "--out", "o.png"]) == 0
+    assert (
+        main([*base, "--images", "digits:val", "--data.train", "digits:val", "--out", "o.png"]) == 0
+    )
     assert "neighbours of 3 images: n.png" in capsys.readouterr().out
     assert (room.folder / "m.png").read_bytes() == (room.folder / "o.png").read_bytes()
     among = {name: np.asarray(Image.open(f"{name}.png")) for name in "nm"}
@@ -290,11 +295,11 @@ def test_the_feature_a_method_is_watched_by(room, monkeypatch, method, feature):
     asked = []
     command = ["neighbours", "--encoder", f"of-{method}", "--images", "photos/a.png"]
     monkeypatch.setattr(
-        "ssl_vit.visualize.neighbours_panel",
+        "ssl_vit.commands.neighbours.neighbours_panel",
         lambda *given: (asked.append(given[-1]), np.zeros((4, 4, 3), np.uint8))[1],
     )
     main([*command, "photos/b.png", "--k", "1", "--out", "f.png"])
-    assert asked == [f"Most alike by {feature} features, among 2 images."]
+    assert asked == [f"Nearest neighbours by {feature} features, among 2 images."]
 
 
 def test_neighbours_of_a_network_that_is_no_vit(room, monkeypatch):
@@ -462,8 +467,8 @@ SMALL_DINOV2 = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 0}
         ("neighbours", ("--k", "2"), ("--k is 2", "are 1 besides")),
         ("neighbours", ("--k", "many"), ("--k", "many")),
         ("neighbours", ("--gallery", "0"), ("--gallery is 0",)),
-        ("neighbours", ("--among", "nowhere"), ("--among", "'nowhere'")),
-        ("neighbours", ("--k", "3", "--among", "flat:photos"), ("--k is 3", "are 2")),
+        ("neighbours", ("--data.train", "nowhere"), ("--data.train", "'nowhere'")),
+        ("neighbours", ("--k", "3", "--data.train", "flat:photos"), ("--k is 3", "are 2")),
         ("neighbours", ("--pooling", "max"), ("--pooling is 'max'", "cls, mean")),
         ("neighbours", ("--images", "photos/a.png", "torn.jpg"), ("torn.jpg", "truncated")),
         ("neighbours", ("--images", "none.png"), ("'none.png'",)),

@@ -18,12 +18,13 @@ from ssl_vit.pictures.thumbnails import thumbnails
 from ssl_vit.training.metrics import read_rows
 from ssl_vit.training.panels import drop_pictures, panel_file, panels, projections, thin_panels
 from ssl_vit.weights.exchange import load_encoder
+from tests.integration.conftest import SCORED
 
 
 @pytest.fixture(scope="module")
 def run(shared_door):
     """A finished tiny run that looked twice, and its folder."""
-    result = shared_door.pretrain("--run.out", "run", "--run.probe-every", "12st")
+    result = shared_door.pretrain("--run.out", "run", *SCORED, "--run.probe-every", "12st")
     assert result.returncode == 0, result.stderr
     return shared_door.folder / "run"
 
@@ -95,7 +96,10 @@ def test_hyperparameters_with_the_final_scores(run):
 
 def test_a_finished_run_adds_nothing(run, shared_door):
     before = sorted(path.name for path in (run / "tensorboard").iterdir())
-    assert shared_door.pretrain("--run.out", "run", "--run.probe-every", "12st").returncode == 0
+    assert (
+        shared_door.pretrain("--run.out", "run", *SCORED, "--run.probe-every", "12st").returncode
+        == 0
+    )
     assert sorted(path.name for path in (run / "tensorboard").iterdir()) == before
 
 
@@ -132,7 +136,7 @@ def test_without_labels_and_of_four_channels(door):
     for i in range(24):
         np.save(images / f"{i}.npy", np.random.default_rng(i).normal(size=(8, 8, 4)).astype("f4"))
     result = door.pretrain(
-        *("--data.train", f"flat:{images}", "--data.val", "", "--data.channels", "4"),
+        *("--data.train", f"flat:{images}", "--data.holdout", "500", "--data.channels", "4"),
         *("--optim.batch-size", "8", "--run.length", "4st", "--run.probe-every", "2st"),
         *("--run.out", "run"),
     )

@@ -159,7 +159,7 @@ def test_a_job_that_is_told_to_stop_before_it_is_ready_is_queued_again(jobs):
     wait_until(lambda: len(tasks_of(jobs, "early")) == 2, "both tasks", 60)
     jobs.ask("scancel", "--signal=USR2", jobs.number["early"])
     assert jobs.wait_for("early", "PENDING")["Restarts"] == "1"
-    assert "stopped; the job is queued again\n" in jobs.log("early")
+    assert "stopped; the job is requeued\n" in jobs.log("early")
 
 
 def test_one_that_is_never_ready_ends_the_second_time(jobs):
@@ -168,7 +168,7 @@ def test_one_that_is_never_ready_ends_the_second_time(jobs):
     jobs.ask("scancel", "--signal=USR2", jobs.number["early"])
     ended = jobs.wait_for("early", "FAILED", "PENDING", "COMPLETED", seconds=30)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
-    assert "not done at the time limit, and nothing was saved" in jobs.log("early")
+    assert "not finished at the time limit, and nothing was saved" in jobs.log("early")
 
 
 def test_of_an_array_only_the_run_that_was_stopped_is_queued_again(jobs):
@@ -199,7 +199,7 @@ def test_a_failure_is_not_taken_for_a_stop(jobs):
     ended = jobs.wait_for("one_fails", "FAILED", "PENDING", "COMPLETED")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     assert jobs.log("one_fails", 1) == "task 1 failed with status 1\n"
-    assert "not queued again: task 1 failed with status 1" in jobs.log("one_fails")
+    assert "not requeued: task 1 failed with status 1" in jobs.log("one_fails")
     # Sooner than Slurm itself would lose patience, after 30 seconds.
     hours, minutes, seconds = map(int, ended["RunTime"].split(":"))
     assert (hours, minutes) == (0, 0)

@@ -12,7 +12,7 @@ from ssl_vit.benchmarks.measured import Speed, cpu_model
 from ssl_vit.benchmarks.peers import peer_names
 from ssl_vit.benchmarks.peers_dino import LightlyDINO, LightlyGroupedDINO, OriginalDINO
 from ssl_vit.benchmarks.peers_mae import HuggingFaceMAE, LightlyMAE, OriginalMAE
-from ssl_vit.benchmarks.side import Work
+from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
 from ssl_vit.common.config import EncoderConfig, OptimConfig, UserError
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
@@ -39,7 +39,7 @@ def work(method, encoder=TINY, batch=2):
     """A comparison in these sizes, in float32."""
     kind = DINO if isinstance(method, DINOConfig) else MAE
     model = kind(method, encoder, 3)
-    return Work(
+    return Workload(
         encoder=encoder,
         channels=3,
         method=method,
@@ -170,7 +170,7 @@ def test_peers_are_named_once_and_in_turn():
     known = ("original", "lightly")
     assert peer_names("none", known, "step mae") == []
     assert peer_names("lightly, original,lightly", known, "x") == ["lightly", "original"]
-    with pytest.raises(UserError, match=r"'lightyl'; for step mae there is .*nearest.*lightly"):
+    with pytest.raises(UserError, match=r"'lightyl'; allowed for step mae: .*nearest.*lightly"):
         peer_names("original,lightyl", known, "step mae")
     with pytest.raises(UserError, match="'none'"):
         peer_names("none,original", known, "x")

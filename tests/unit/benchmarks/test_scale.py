@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ssl_vit.benchmarks.costs import (
-    Kept,
-    State,
+    ActivationBytes,
+    StateBytes,
     StepCost,
     count_step,
     largest_batch,
@@ -236,7 +236,7 @@ def test_state_of_a_sharded_process(name, five_processes):
 
 
 def test_the_largest_batch_fits_and_one_image_more_does_not():
-    state, kept = State(400, 100, 200), Kept(per_image=7, fixed=50)
+    state, kept = StateBytes(400, 100, 200), ActivationBytes(per_image=7, fixed=50)
     for room in (750.0, 756.9, 757.0, 1000.0):
         batch = largest_batch(room, state, kept)
         assert state.total + 50 + 7 * batch <= room < state.total + 50 + 7 * (batch + 1)
@@ -266,7 +266,7 @@ def test_report_of_work_time_and_memory(tmp_path, monkeypatch, capsys):
         method=MAEConfig(decoder_depth=1),
         encoder=EncoderConfig("test_vit", (48,), drop_path=0.5),  # which leaves no trace
         run=RunConfig(length="20ep"),
-        images=1000,
+        count=1000,
         share=0.25,
         peak=100.0,
     )
@@ -299,11 +299,11 @@ def test_report_of_work_time_and_memory(tmp_path, monkeypatch, capsys):
         ({"devices": ()}, "--devices is empty"),
         ({"devices": (8, 0)}, "--devices is 8 0; at least 1"),
         ({"image_sizes": (224, 0)}, "--image-sizes is 224 0; at least 1"),
-        ({"images": 0}, "--images is 0; at least 1"),
+        ({"count": 0}, "--count is 0; at least 1"),
         ({"peak": 0.0}, "--peak is 0; it must be above 0"),
         ({"memory": float("nan")}, "--memory is nan; it must be above 0"),
         ({"share": 1.5}, "--share is 1.5; it lies above 0 and up to 1"),
-        ({"run": RunConfig(precision="fp32")}, "--run.precision is fp32; scale is for bf16"),
+        ({"run": RunConfig(precision="fp32")}, "--run.precision is fp32; scale supports bf16"),
     ],
 )
 def test_options_that_are_refused(changes, said):
@@ -316,7 +316,7 @@ def test_options_that_are_refused(changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"encoder": EncoderConfig(width=96)}, "--encoder.width is 96; scale is for whole"),
+        ({"encoder": EncoderConfig(width=96)}, "--encoder.width is 96; scale supports whole"),
         ({"image_sizes": (224, 15)}, "--image-sizes is 224 15; a patch is 16 wide"),
         ({"archs": ("vit_tiny",)}, "--encoder.arch is 'vit_tiny'; it must be a plain ViT"),
     ],

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ssl_vit.benchmarks import matmul_peak as peaks
-from ssl_vit.benchmarks.breakdown import AFTER, DEVICE, FORWARD, PARTS, TRANSFER, WAITING
+from ssl_vit.benchmarks.breakdown import AFTER, DEVICE, FORWARD, STAGES, TRANSFER, WAITING
+from ssl_vit.benchmarks.comparison import ratios, shares, time_in_turn
 from ssl_vit.benchmarks.our_step import OurStep
 from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peers_dino import OriginalDINO
 from ssl_vit.benchmarks.peers_mae import OriginalMAE
 from ssl_vit.benchmarks.side import PeakMemory
-from ssl_vit.benchmarks.step import compare, shares
 from ssl_vit.common.config import RunConfig, RunFailed, UserError
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.mae import MAE
@@ -124,7 +124,7 @@ def test_the_parts_of_a_step_are_all_of_it(ours):
     step, hooks = ours.trainer.step, len(ours.trainer.model._forward_hooks)
     parts = ours.breakdown(2)
     dino = isinstance(ours.trainer.task, DINO)
-    assert list(parts) == [p for p in PARTS if p != WAITING and (dino or p != AFTER)]
+    assert list(parts) == [p for p in STAGES if p != WAITING and (dino or p != AFTER)]
     assert all(seconds > 0 for seconds in parts.values())
     # What was watched is as before, and two steps have been taken.
     assert ours.trainer.step == step + 2
@@ -183,10 +183,37 @@ def test_ratios_are_ours_over_theirs():
         "a": {"images_per_second": 2.0, "peak_memory_bytes": 5},
         "b": {"images_per_second": 12.0, "peak_memory_bytes": None},
     }
-    assert compare(results) == {
-        "ratios": {"ours / a": 3.0, "ours / b": 0.5},
-        "memory_ratios": {"ours / a": 2.0, "ours / b": None},
-    }
+    assert ratios(results, "images_per_second") == {"ours / a": 3.0, "ours / b": 0.5}
+    assert ratios(results, "peak_memory_bytes") == {"ours / a": 2.0, "ours / b": None}
+
+
+class Recorded(OwnProcess):
+    """A side whose steps take a second each, and waits for half of it."""
+
+    def __init__(self, name, calls, losses):
+        self.name, self.calls, self.losses = name, calls, iter(losses)
+
+    def ask(self, method, steps):
+        self.calls.append((self.name, method, steps))
+        return float(steps), steps / 2, next(self.losses)
+
+
+def test_sides_are_timed_in_turn_with_a_lead_in_that_does_not_count():
+    calls = []
+    sides = {name: Recorded(name, calls, [9.0, 3.0, 9.0, 2.0]) for name in ("ours", "peer")}
+    timings = time_in_turn(sides, batch_size=4, repeats=2, steps=5, lead_in=3)
+    turn = [(name, "timed", steps) for name in ("ours", "peer") for steps in (3, 5)]
+    assert calls == turn * 2
+    for timing in timings.values():
+        assert timing.speed.seconds == [5.0, 5.0]
+        assert timing.speed.rate == 4.0
+        assert (timing.waited, timing.last_loss) == (5.0, 2.0)
+
+
+def test_a_loss_that_is_not_finite_ends_the_measurement():
+    sides = {"ours": Recorded("ours", [], [1.0, float("nan")])}
+    with pytest.raises(RunFailed, match="the loss of ours is nan"):
+        time_in_turn(sides, batch_size=4, repeats=2)
 
 
 def test_another_process_answers_or_says_what_is_wrong():

@@ -69,7 +69,7 @@ def test_again_gives_the_same_numbers_and_tells_when_not(run, tmp_path, capsys):
     out = tmp_path / "linear.json"
     ask("linear", run, "--epochs", "3", "--out", str(out))
     assert evaluate.main(["again", str(out)]) == 0
-    assert "the same numbers" in capsys.readouterr().out
+    assert "the scores are the same" in capsys.readouterr().out
     changed = card(out)
     changed["scores"][0]["metrics"]["top1"] += 0.1
     out.write_text(json.dumps(changed))
@@ -149,7 +149,7 @@ def test_weights_of_a_file_for_any_timm_network(tmp_path):
         wanted = made.eval().forward_head(made.forward_features(images), pre_logits=True)
         assert torch.equal(found.embed(("pooled",))(images)["pooled"], wanted)
     torch.save({"state_dict": {"conv1.0.weight": torch.zeros(1)}}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         open_backbone(f"timm:resnet10t:{tmp_path / 'w.pth'}", 0, (32,))
     torch.save({"model": made}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="refused"):
@@ -182,7 +182,7 @@ def test_a_place_that_takes_no_result_is_refused_before_the_work(run, tmp_path, 
     ("evaluator", "options", "message"),
     [
         ("knn", ("--data.held-out", "digits:val"), "not for knn"),
-        ("linear", ("--protocol", "mae", "--data.held-out", "digits:val"), "chooses nothing"),
+        ("linear", ("--protocol", "mae", "--data.held-out", "digits:val"), "chooses no setting"),
         ("linear", ("--protocol", "logreg", "--probe-batch", "8"), "not for logreg"),
         ("linear", ("--fraction", "1.5"), "at most 1"),
         ("linear", ("--per-class", "0"), "at least 1"),
@@ -205,7 +205,7 @@ def test_a_larger_view_is_another_feature(run, tmp_path):
     ("options", "message"),
     [
         (("--features", "cls9"), "allowed: cls, mean"),
-        (("--features", "pooled"), "gives cls, mean"),
+        (("--features", "pooled"), "has cls, mean"),
         (("--size", "9"), "divisible by the patch size, 2"),
         (("--data.labels", "nowhere.csv"), "nowhere.csv"),
     ],

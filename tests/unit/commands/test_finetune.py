@@ -328,7 +328,7 @@ def test_the_average_follows_the_weights_and_is_judged():
     module = timm.create_model("resnet10t", num_classes=0)
     start = Start(module, True, (32, 32), 3, (), (), {"given": "x"}, "resnet10t")
     task = tuned(dataclasses.replace(PLAIN, ema=0.9), start=start)
-    assert task.judged is task.average
+    assert task.evaluated is task.average
     name = "bn1.weight"
     expected = task.average.get_parameter(name).clone()
     for i in range(3):
@@ -368,7 +368,7 @@ def test_a_skipped_step_leaves_running_statistics_alone():
 
 def test_without_an_average_the_network_is_judged():
     task = tuned(PLAIN)
-    assert task.judged is task.network
+    assert task.evaluated is task.network
     assert not any(name.startswith("average") for name in task.state_dict())
 
 

@@ -10,7 +10,7 @@ from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.common.config import EncoderConfig, UserError
 from ssl_vit.methods.base import find_method
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 
 CONFIG = EncoderConfig(
@@ -35,7 +35,7 @@ def given(tmp_path: Path) -> tuple[Path, Encoder]:
 def test_every_encoder_of_a_method_begins_with_the_weights(name, given):
     path, encoder = given
     more = DINO if name == "dino" else ()
-    _, kind, config = read_config(
+    _, kind, config = parse_options(
         [name, "--data.train", "digits", "--init.encoder", str(path), *more]
     )
     method = initial_method(kind, config)
@@ -48,17 +48,17 @@ def test_every_encoder_of_a_method_begins_with_the_weights(name, given):
 
 def test_architecture_channels_and_statistics_come_with_the_weights(given):
     path, _ = given
-    _, _, config = read_config(["mae", "--data.train", "digits", "--init.encoder", str(path)])
+    _, _, config = parse_options(["mae", "--data.train", "digits", "--init.encoder", str(path)])
     assert replace(config.encoder, drop_path=0.0) == CONFIG
     assert (config.data.channels, config.data.mean, config.data.std) == (2, (0.1, 0.2), (0.3, 0.4))
     flags = ["dino", "--data.train", "digits", "--init.encoder", str(path)]
-    assert read_config([*flags, *DINO])[2].encoder.drop_path == 0.1  # the method's own
+    assert parse_options([*flags, *DINO])[2].encoder.drop_path == 0.1  # the method's own
 
 
 def test_another_image_size_resamples_the_positions(given):
     path, encoder = given
     flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
-    _, kind, config = read_config([*flags, "--encoder.image-size", "16"])
+    _, kind, config = parse_options([*flags, "--encoder.image-size", "16"])
     method = initial_method(kind, config)
     made = method.encoder.vit.pos_embed
     assert made.shape[1] == 1 + 64
@@ -69,15 +69,15 @@ def test_another_image_size_resamples_the_positions(given):
 def test_weights_that_do_not_fit_are_named(given):
     path, _ = given
     flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
-    _, kind, config = read_config([*flags, "--encoder.depth", "3"])
+    _, kind, config = parse_options([*flags, "--encoder.depth", "3"])
     with pytest.raises(UserError, match=r"--init.encoder .*missing \(blocks.2"):
         initial_method(kind, config)
     with pytest.raises(UserError, match="nowhere"):
-        read_config(["mae", "--data.train", "digits", "--init.encoder", "nowhere"])
+        parse_options(["mae", "--data.train", "digits", "--init.encoder", "nowhere"])
 
 
 def test_without_it_nothing_changes():
     flags = ["mae", "--data.train", "digits", "--encoder.depth", "1"]
-    _, kind, config = read_config(flags)
+    _, kind, config = parse_options(flags)
     assert config.init.encoder == ""
     assert kind is find_method("mae")

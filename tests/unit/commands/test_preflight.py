@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.benchmarks import trial
-from ssl_vit.benchmarks.trial import Found, Pace, pace_of, try_out
+from ssl_vit.benchmarks.trial import Found, Throughput, combined_throughput, try_out
 from ssl_vit.commands.preflight import advice, long_duration, size
 from ssl_vit.commands.pretraining import Pretraining, build
 from ssl_vit.methods.base import Setting, find_method
 from ssl_vit.methods.dino import DINO
 from ssl_vit.model.attention import cls_features
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.training.footprint import KeptBytes, Memory, measure_step, memory_of, nbytes
 from tests.integration.conftest import TINY, TINY_DINO
 
@@ -27,7 +27,7 @@ def session_of(method: str, folder: Path, *flags: str) -> Pretraining:
     file = folder / f"{method}.yaml"
     file.write_text({"mae": TINY, "dino": TINY_DINO}[method])
     argv = [method, "--config", str(file), "--run.out", str(folder / "run"), *FP32, *flags]
-    return build(*read_config(argv))
+    return build(*parse_options(argv))
 
 
 @pytest.fixture(autouse=True)
@@ -187,16 +187,20 @@ def test_the_parts_that_fit(make, monkeypatch):
 
 
 def test_pace_of_loader_and_step():
-    assert pace_of(100.0, 25.0, 0, 1, 2).run == pytest.approx(20)  # in turn: 10 + 40 ms
-    assert pace_of(1000.0, 300.0, 8, 0, 16) == Pace(1000.0, 300.0, 300.0, "the step")
-    assert pace_of(200.0, 300.0, 8, 0, 16) == Pace(200.0, 300.0, 200.0, "the loader")
+    assert combined_throughput(100.0, 25.0, 0, 1, 2).run == pytest.approx(20)  # in turn: 10 + 40 ms
+    assert combined_throughput(1000.0, 300.0, 8, 0, 16) == Throughput(
+        1000.0, 300.0, 300.0, "the step"
+    )
+    assert combined_throughput(200.0, 300.0, 8, 0, 16) == Throughput(
+        200.0, 300.0, 200.0, "the loader"
+    )
     # Two threads and a worker on two cores: 10 + 20 core milliseconds an image.
-    shared = pace_of(100.0, 100.0, 1, 2, 2)
+    shared = combined_throughput(100.0, 100.0, 1, 2, 2)
     assert shared.run == pytest.approx(2 / 0.030)
     assert "share" in shared.bound
     # A core for each of them, or hardly any work for one: nothing is shared.
-    assert pace_of(100.0, 90.0, 1, 1, 2) == Pace(100.0, 90.0, 90.0, "the step")
-    assert pace_of(10000.0, 90.0, 1, 2, 2).bound == "the step"
+    assert combined_throughput(100.0, 90.0, 1, 1, 2) == Throughput(100.0, 90.0, 90.0, "the step")
+    assert combined_throughput(10000.0, 90.0, 1, 2, 2).bound == "the step"
 
 
 def test_rates_are_measured(make):
@@ -265,17 +269,17 @@ def test_advice_on_the_options(flags, said, make):
         (
             "cpu",
             "0",
-            Pace(100.0, 100.0, 50.0, "loading and computing in turn"),
+            Throughput(100.0, 100.0, 50.0, "loading and computing in turn"),
             "workers 1 or more",
         ),
-        ("cpu", "0", Pace(1e4, 100.0, 99.0, "loading and computing in turn"), None),
-        ("cpu", "1", Pace(100.0, 300.0, 100.0, "the loader"), "give --data.workers 3"),
-        ("cpu", "1", Pace(100.0, 900.0, 100.0, "the loader"), "give --data.workers 3"),
-        ("cpu", "1", Pace(95.0, 100.0, 95.0, "the loader"), None),
-        ("cpu", "3", Pace(100.0, 300.0, 100.0, "the loader"), None),
-        ("cuda", "1", Pace(100.0, 900.0, 100.0, "the loader"), "give --data.workers 4"),
-        ("cuda", "4", Pace(100.0, 300.0, 100.0, "the loader"), "on all 4 cores"),
-        ("cuda", "4", Pace(300.0, 100.0, 100.0, "the step"), None),
+        ("cpu", "0", Throughput(1e4, 100.0, 99.0, "loading and computing in turn"), None),
+        ("cpu", "1", Throughput(100.0, 300.0, 100.0, "the loader"), "give --data.workers 3"),
+        ("cpu", "1", Throughput(100.0, 900.0, 100.0, "the loader"), "give --data.workers 3"),
+        ("cpu", "1", Throughput(95.0, 100.0, 95.0, "the loader"), None),
+        ("cpu", "3", Throughput(100.0, 300.0, 100.0, "the loader"), None),
+        ("cuda", "1", Throughput(100.0, 900.0, 100.0, "the loader"), "give --data.workers 4"),
+        ("cuda", "4", Throughput(100.0, 300.0, 100.0, "the loader"), "on all 4 cores"),
+        ("cuda", "4", Throughput(300.0, 100.0, 100.0, "the step"), None),
     ],
 )
 def test_advice_on_the_pace(device, workers, pace, said, make, monkeypatch):

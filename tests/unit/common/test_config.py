@@ -20,11 +20,11 @@ from ssl_vit.common.config import (
     OptimConfig,
     RunConfig,
     UserError,
-    nearest,
+    did_you_mean,
 )
 from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, yaml_flags
 from ssl_vit.methods.mae import MAEConfig
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from tests.conftest import ROOT
 
 KIND = PretrainConfig[MAEConfig]
@@ -177,9 +177,9 @@ PRETRAINING = [
 def test_recipes_parse(path):
     """By path and by name, with a header that says the command; each says something."""
     method = path.stem.split("_")[0]
-    name, _, config = read_config([method, "--config", str(path)])
+    name, _, config = parse_options([method, "--config", str(path)])
     assert name == method
-    assert config == read_config([method, "--config", path.stem])[2]
+    assert config == parse_options([method, "--config", path.stem])[2]
     tree = flatten(yaml.safe_load(path.read_text()))
     assert tree
     found = flatten(dataclasses.asdict(config))
@@ -213,28 +213,28 @@ def test_config_may_stand_anywhere():
 def test_a_methods_defaults_lie_below_the_file_and_above_ours(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("data: {train: 'folder:/somewhere/my images'}\n")
-    config = read_config(["mae", "--config", str(file)])[2]
+    config = parse_options(["mae", "--config", str(file)])[2]
     assert config.encoder.positions == "sincos"
     assert config.optim.betas == (0.9, 0.95)
     assert config.run.out == "runs/mae-my-images"
     file.write_text("encoder: {positions: learned}\nrun: {out: here}\n")
-    config = read_config(["mae", "--config", str(file), "--optim.betas", "0.1", "0.2"])[2]
+    config = parse_options(["mae", "--config", str(file), "--optim.betas", "0.1", "0.2"])[2]
     assert config.encoder.positions == "learned"
     assert config.optim.betas == (0.1, 0.2)
     assert config.run.out == "here"
 
 
 def test_without_anything_the_digits_are_learned():
-    config = read_config(["mae"])[2]
-    assert config == read_config(["mae", "--config", "mae_digits"])[2]
+    config = parse_options(["mae"])[2]
+    assert config == parse_options(["mae", "--config", "mae_digits"])[2]
     assert config.data.train == "digits:train"
-    assert read_config(["mae", "--data.train", "folder:x"])[2].run.length == RunConfig.length
+    assert parse_options(["mae", "--data.train", "folder:x"])[2].run.length == RunConfig.length
 
 
 @pytest.mark.parametrize("argv", [[], ["--run.seed", "1"], ["mea"]])
 def test_the_method_must_be_named(argv):
     with pytest.raises(UserError, match="mae"):
-        read_config(argv)
+        parse_options(argv)
 
 
 # --- mistakes -----------------------------------------------------------------------------------
@@ -362,9 +362,9 @@ def test_lengths_that_are_none(text):
         Length.parse(text, "--x")
 
 
-def test_nearest():
-    assert nearest("vit_smal", ["vit_small", "resnet"]) == " (nearest known: vit_small)"
-    assert nearest("qqq", ["vit_small", "resnet"]) == ""
+def test_did_you_mean():
+    assert did_you_mean("vit_smal", ["vit_small", "resnet"]) == " (nearest known: vit_small)"
+    assert did_you_mean("qqq", ["vit_small", "resnet"]) == ""
 
 
 def test_parse_leaves_the_default_alone():

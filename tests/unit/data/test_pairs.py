@@ -105,7 +105,7 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
     pairs_at(tmp_path)
     write(tmp_path / "images/a.png", np.zeros((6, 8, 3), np.uint8))
     with pytest.raises(
-        UserError, match=r"images/a\.jpg and .*images/a\.png differ in their ending"
+        UserError, match=r"images/a\.jpg and .*images/a\.png differ only in their extension"
     ):
         open_pairs(f"pairs:{tmp_path}")
 

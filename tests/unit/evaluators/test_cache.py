@@ -1,4 +1,4 @@
-"""Features kept between calls: found by content, and made anew whenever anything differs."""
+"""Feature cache: keyed by content, recomputed whenever anything differs."""
 
 import logging
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_a_place_that_takes_no_file_costs_a_line_only(
     with caplog.at_level(logging.WARNING):
         made = cached({"source": "x"}, a_set, write=True)
     assert made.parts["cls"][0, 0] == 1.0
-    assert "not kept" in caplog.text
+    assert "not cached" in caplog.text
 
 
 def test_the_oldest_files_go_when_there_are_too_many(

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from ssl_vit.common.config import UserError
 from ssl_vit.evaluators import knn
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.knn import knn_classify, knn_predictions, largest, neighbours
+from ssl_vit.evaluators.knn import knn_classify, knn_predictions, largest, nearest_neighbours
 from ssl_vit.evaluators.quick_scores import knn_scores
 from ssl_vit.evaluators.scores import accuracy
 
@@ -151,7 +151,7 @@ def test_of_equal_neighbours_the_first_are_taken(rows, monkeypatch):
     """A bank of copies: place decides. Unit vectors along axes, so that products are exact."""
     monkeypatch.setattr(knn, "_BANK_ROWS", rows)
     bank = torch.eye(2)[[1, 0, 0, 1, 0, 0, 1, 0]]
-    cosines, index = neighbours([bank], torch.tensor([[1.0, 0.0]]), 6)
+    cosines, index = nearest_neighbours([bank], torch.tensor([[1.0, 0.0]]), 6)
     assert index.tolist() == [[1, 2, 4, 5, 7, 0]]
     assert cosines.tolist() == [[1, 1, 1, 1, 1, 0]]
 

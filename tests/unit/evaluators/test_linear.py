@@ -15,12 +15,12 @@ from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import FeatureSet, pixels
-from ssl_vit.evaluators.linear import LinearProtocol, fit_heads, linear_probe
+from ssl_vit.evaluators.linear import LinearProtocol, fit_linear_heads, linear_probe
 from ssl_vit.evaluators.linear_heads import (
     FeatureNorm,
-    Trainer,
-    heads_loss,
+    HeadOptimizer,
     heads_of,
+    linear_heads_loss,
     preconditioner,
 )
 from ssl_vit.evaluators.selection import (
@@ -62,11 +62,11 @@ def test_heads_side_by_side_are_heads_one_by_one(trust, several):
     widths = {name: part.shape[1] for name, part in parts.items()}
     heads = heads_of(points, widths, 3, 11, lambda name: FeatureNorm(widths[name]))
     start = {name: stack.weight.detach()[0].clone() for name, stack in heads.items()}
-    trainer = Trainer(heads, trust=trust)
+    optimizer = HeadOptimizer(heads, trust=trust)
     batches = torch.arange(96).split(16)
     for step, rows in enumerate(batches):
         batch = {name: part[rows] for name, part in parts.items()}
-        trainer.step(batch, targets[rows], cosine(step, 6))
+        optimizer.step(batch, targets[rows], cosine(step, 6))
     for name, rate in points:
         norm = torch.nn.BatchNorm1d(widths[name], affine=False, eps=1e-6)
         linear = torch.nn.Linear(widths[name], 3)
@@ -106,9 +106,9 @@ def test_a_head_that_diverges_hurts_no_other():
     heads = heads_of(points, {"mean": 8}, 4, 0)
     alone = heads_of(points[:1], {"mean": 8}, 4, 0)
     for made in (heads, alone):
-        trainer = Trainer(made)
+        optimizer = HeadOptimizer(made)
         for _ in range(8):
-            trainer.step(train.parts, train.labels, 1.0)
+            optimizer.step(train.parts, train.labels, 1.0)
     assert not heads["mean"].weight[1].isfinite().all()
     torch.testing.assert_close(heads["mean"].weight[0], alone["mean"].weight[0])
     assert quality(heads["mean"].logits(train.parts["mean"], 3e38), train.labels) == -1
@@ -129,7 +129,7 @@ def test_unknown_labels_teach_nothing():
     logits = normal(6, 2, 3).requires_grad_()
     targets = tagged(6, 3, 0).labels
     targets[2], targets[3, 1] = math.nan, math.nan
-    gradient = torch.autograd.grad(heads_loss(logits, targets), logits)[0]
+    gradient = torch.autograd.grad(linear_heads_loss(logits, targets), logits)[0]
     expected = (logits.sigmoid() - targets[:, None].nan_to_num()) / 6
     known = ~targets[:, None].isnan().expand_as(logits)
     torch.testing.assert_close(gradient, torch.where(known, expected, 0.0))
@@ -153,9 +153,9 @@ def test_preconditioned_gradients_are_sgd_on_whitened_features():
         (ours, norm(points), {"mean": flat}),
         (theirs, white, None),
     ):
-        trainer = Trainer(heads, precondition=precondition)
+        optimizer = HeadOptimizer(heads, precondition=precondition)
         for _ in range(5):
-            trainer.step({"mean": features}, targets, 1.0)
+            optimizer.step({"mean": features}, targets, 1.0)
     made = ours["mean"].logits(norm(points), 0.5)
     torch.testing.assert_close(made, theirs["mean"].logits(white, 0.5), rtol=1e-3, atol=1e-3)
     assert float(made.std()) > 0.05
@@ -300,7 +300,7 @@ def test_a_given_held_out_set_decides():
     assert max(values[1]) < 30
     # The grid has then learned from all training images, so the chosen head is one of it.
     rate = float(good.setting.removeprefix("lr="))
-    heads = fit_heads(train, [("mean", r) for r in QUICK.learning_rates], QUICK)
+    heads = fit_linear_heads(train, [("mean", r) for r in QUICK.learning_rates], QUICK)
     logits = heads["mean"].logits(val.parts["mean"], rate)
     assert torch.equal(logits.topk(4).indices, good.guesses)
 
@@ -313,7 +313,7 @@ def test_the_same_result_twice():
     for seed, protocol in ((1, QUICK), (2, QUICK), (1, replace(QUICK, seed=5))):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        made.append(fit_heads(train, point, protocol)["mean"].weight)
+        made.append(fit_linear_heads(train, point, protocol)["mean"].weight)
     assert torch.equal(made[0], made[1])
     assert not torch.allclose(made[0], made[2], atol=1e-4)
 
@@ -322,7 +322,7 @@ def test_a_head_is_trained_by_torchs_sgd():
     """The same batches, norm and schedule, with torch's own layer and optimizer."""
     train = blobs(64, 4, 8, 1.5, seed=0)
     protocol = LinearProtocol(4, 1, 16, warmup_share=0.25, whitening=0.0)
-    ours = fit_heads(train, [("mean", 0.5)], protocol)["mean"]
+    ours = fit_linear_heads(train, [("mean", 0.5)], protocol)["mean"]
     points = train.parts["mean"]
     standard = (points - points.mean(0)) / (points.var(0) + 1e-6).sqrt()
     linear = torch.nn.Linear(8, 4)

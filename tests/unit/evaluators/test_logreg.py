@@ -125,7 +125,7 @@ def test_what_has_not_converged_is_said_in_one_line(caplog, recwarn):
     with caplog.at_level(logging.WARNING, "ssl_vit"):
         (found,) = logreg_probe(train, val, replace(FEW, iterations=2))
     assert [r.getMessage() for r in caplog.records] == [
-        "logreg on mean: 4 fits stopped at 2 iterations, before they had converged"
+        "logreg on mean: 4 fits stopped after 2 iterations without convergence"
     ]
     assert found.details["not_converged"] == 3
     assert not found.details["chosen_converged"]

@@ -57,13 +57,13 @@ def test_several_labels_an_image():
 @pytest.mark.parametrize(
     ("labels", "per_class", "fraction", "message"),
     [
-        (LABELS, 6, None, "class 'three' has 5 images; 6 a class are asked"),
-        (LABELS, None, None, "so many images a class or a share; given: None, None"),
-        (LABELS, 1, 0.1, "so many images a class or a share; given: 1, 0.1"),
-        (LABELS, 0, None, "0 images a class; at least 1"),
-        (LABELS, None, 1.5, "a share of 1.5; above 0, at most 1"),
+        (LABELS, 6, None, "class 'three' has 5 images; 6 per class are asked"),
+        (LABELS, None, None, "needs images per class or a fraction; given: None, None"),
+        (LABELS, 1, 0.1, "needs images per class or a fraction; given: 1, 0.1"),
+        (LABELS, 0, None, "0 images per class; at least 1"),
+        (LABELS, None, 1.5, "a fraction of 1.5; above 0, at most 1"),
         (LABELS - 1, 1, None, "needs the label of every image"),
-        (torch.zeros(9, 2), 1, None, "of no one class; give a share"),
+        (torch.zeros(9, 2), 1, None, "have no single class; give a fraction"),
     ],
 )
 def test_what_cannot_be_had_is_refused(labels, per_class, fraction, message):

@@ -17,7 +17,7 @@ from sklearn.metrics import (
 from ssl_vit.common.config import UserError
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import Ranking, accuracy_interval, mean_precision_interval
-from ssl_vit.evaluators.scores import Prediction, Score, accuracy, check_labels, judge
+from ssl_vit.evaluators.scores import Prediction, Score, accuracy, check_labels, score_predictions
 
 NAMES = tuple(f"class {i}" for i in range(8))
 
@@ -50,7 +50,7 @@ def labels_case() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_accuracies_and_confusion_are_scikit_learns():
     scores, truth = classes_case()
-    score = judge(predicted(scores.topk(5).indices), truth, NAMES, seed=0)
+    score = score_predictions(predicted(scores.topk(5).indices), truth, NAMES, seed=0)
     for k in (1, 5):
         theirs = top_k_accuracy_score(truth, scores.numpy(), k=k, labels=range(8))
         assert score.metrics[f"top{k}"] == pytest.approx(100 * theirs)
@@ -95,7 +95,7 @@ def test_accuracy_counts_the_first_and_the_first_five():
 def test_no_confusion_beyond_a_hundred_classes():
     for n, there in ((100, True), (101, False)):
         truth = torch.arange(n)
-        score = judge(predicted(truth[:, None]), truth, None, seed=0)
+        score = score_predictions(predicted(truth[:, None]), truth, None, seed=0)
         assert (score.confusion is not None) is there
         assert score.per_class[str(n - 1)] == 100.0
 
@@ -106,7 +106,7 @@ def test_no_confusion_beyond_a_hundred_classes():
 def test_precision_and_area_are_scikit_learns():
     """Of the labels with both outcomes, on the images where they are known."""
     scores, truth = labels_case()
-    score = judge(predicted(scores), truth, NAMES[:4], seed=0)
+    score = score_predictions(predicted(scores), truth, NAMES[:4], seed=0)
     precision, area = [], []
     for label in range(3):
         known = ~truth[:, label].isnan()
@@ -157,7 +157,7 @@ def test_the_interval_of_mean_precision_is_that_of_drawn_images():
 def test_a_score_reads_back_what_was_written():
     scores, truth = classes_case()
     for case in ((scores.topk(5).indices, truth), labels_case()):
-        score = judge(predicted(case[0]), case[1], NAMES, seed=0)
+        score = score_predictions(predicted(case[0]), case[1], NAMES, seed=0)
         text = json.dumps(dataclasses.asdict(score), allow_nan=False)
         assert Score(**json.loads(text)) == score
         assert isinstance(score.interval, tuple)
@@ -203,6 +203,6 @@ def test_sets_that_fit_pass():
 
 def test_what_cannot_be_judged_is_refused():
     with pytest.raises(UserError, match="no label for 1 of 2 images"):
-        judge(predicted(torch.zeros(2, 1).long()), torch.tensor([0, -1]), None, 0)
+        score_predictions(predicted(torch.zeros(2, 1).long()), torch.tensor([0, -1]), None, 0)
     with pytest.raises(UserError, match="no label has both outcomes in the validation set"):
-        judge(predicted(torch.zeros(2, 1)), torch.tensor([[1.0], [NAN]]), None, 0)
+        score_predictions(predicted(torch.zeros(2, 1)), torch.tensor([[1.0], [NAN]]), None, 0)

@@ -17,10 +17,10 @@ from ssl_vit.data.view import View
 from ssl_vit.evaluators import segment as probe
 from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import Machine
-from ssl_vit.evaluators.overlap import Overlap, confusion, counts, iou
-from ssl_vit.evaluators.patch_heads import Heads, fit_heads, heads_loss, upsampled
-from ssl_vit.evaluators.segment import SegmentConfig, classify, segment
-from ssl_vit.evaluators.tokens import Material, gather, look_through
+from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
+from ssl_vit.evaluators.patch_heads import PatchHeads, fit_patch_heads, patch_heads_loss, upsampled
+from ssl_vit.evaluators.segment import SegmentOptions, classify, segment_probe
+from ssl_vit.evaluators.tokens import Material, gather_tokens, token_extractor
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo
 
@@ -68,9 +68,9 @@ def change_masks(root: Path, change) -> None:
 
 
 def run(encoder: Backbone, train: str, val: str, seed: int = 0, **options):
-    config = SegmentConfig(**{"epochs": 6, **options})
+    config = SegmentOptions(**{"epochs": 6, **options})
     pairs = open_pairs(train), open_pairs(val)
-    scores, card = segment(config, encoder, *pairs, Machine(CPU, torch.float32, 0, 16), seed)
+    scores, card = segment_probe(config, encoder, *pairs, Machine(CPU, torch.float32, 0, 16), seed)
     return scores[0], card
 
 
@@ -99,7 +99,7 @@ def test_the_measure_is_the_loop_of_its_definition(seed):
     """Pixels without a class do not count; class 4 is nowhere, class 3 is guessed only."""
     truth = torch.randint(-1, 3, (300,), generator=seeded(seed))
     guess = torch.randint(0, 4, (300,), generator=seeded(seed + 10))
-    table = confusion(truth, guess, 5)
+    table = confusion_matrix(truth, guess, 5)
     expected = by_loop(truth.tolist(), guess.tolist(), 5)
     found = iou(counts(table).double()).tolist()
     assert found == pytest.approx(expected, nan_ok=True)
@@ -117,14 +117,14 @@ def test_the_measure_is_the_loop_of_its_definition(seed):
 
 def test_the_interval_is_over_images():
     """None for images alike; else around the score, narrower with more images, by the seed."""
-    table = confusion(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
+    table = confusion_matrix(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
     alike = Overlap(5 * table, counts(table).expand(5, -1, -1))
     assert alike.interval(0) == pytest.approx((alike.metrics()["miou"],) * 2)
 
     def widths(n: int) -> Overlap:
         drawn = torch.randint(0, 2, (n, 2, 50), generator=seeded())
         tables = [
-            confusion(t, torch.where(t.cumsum(0) > 12 + i % 9, t, 0), 2)
+            confusion_matrix(t, torch.where(t.cumsum(0) > 12 + i % 9, t, 0), 2)
             for i, (t, _) in enumerate(drawn)
         ]
         return Overlap(sum(tables), torch.stack([counts(t) for t in tables]))
@@ -143,8 +143,8 @@ def test_the_interval_is_over_images():
 @pytest.fixture
 def made(tmp_path) -> Material:
     """Made-up tokens of which the first number says the class, with noise and ignored pixels."""
-    look = look_through(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 64))
-    found = gather(look, open_pairs(textures(tmp_path, 1, 0)), 1.0)
+    extractor = token_extractor(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 64))
+    found = gather_tokens(extractor, open_pairs(textures(tmp_path, 1, 0)), 1.0)
     masks = torch.randint(0, 3, (20, 2, 3), generator=seeded()).to(torch.uint8)
     tokens = torch.randn(20, 5, 2, 3, generator=seeded(1))
     tokens[:, 0] += masks
@@ -157,9 +157,9 @@ def made(tmp_path) -> Material:
 def test_heads_side_by_side_are_heads_one_by_one(made):
     rates = (0.001, 0.01, 0.1)
     rows = torch.arange(20)
-    together = fit_heads(made, rows, 3, rates, 3, 255, 0)
+    together = fit_patch_heads(made, rows, 3, rates, 3, 255, 0)
     for i, rate in enumerate(rates):
-        alone = fit_heads(made, rows, 3, (rate,), 3, 255, 0)
+        alone = fit_patch_heads(made, rows, 3, (rate,), 3, 255, 0)
         torch.testing.assert_close(together.weight[i], alone.weight[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together.bias[i], alone.bias[0], atol=1e-5, rtol=1e-4)
     assert (together.weight[2] - together.weight[1]).abs().max() > 0.05
@@ -170,7 +170,7 @@ def test_the_loss_is_the_mean_over_pixels_with_a_class():
     logits = torch.randn(2, 3, 4, 2, 2, generator=seeded(), dtype=torch.double).float()
     masks = torch.randint(0, 4, (2, 8, 8), generator=seeded(1))
     masks[0, :5] = 255
-    found = heads_loss(logits, masks, 255)
+    found = patch_heads_loss(logits, masks, 255)
     for head in range(3):
         fine = upsampled(logits[:, head], (8, 8)).log_softmax(1)
         kept = [
@@ -181,11 +181,11 @@ def test_the_loss_is_the_mean_over_pixels_with_a_class():
             if masks[b, i, j] != 255
         ]
         assert float(found[head]) == pytest.approx(float(sum(kept) / len(kept)), rel=1e-5)
-    assert heads_loss(logits, torch.full((2, 8, 8), 255), 255).tolist() == [0, 0, 0]
+    assert patch_heads_loss(logits, torch.full((2, 8, 8), 255), 255).tolist() == [0, 0, 0]
 
 
 def test_heads_standardise_tokens_by_what_they_were_given():
-    heads = Heads(
+    heads = PatchHeads(
         torch.tensor([1.0, 2.0]),
         torch.tensor([2.0, 4.0]),
         torch.eye(2)[None],
@@ -230,15 +230,15 @@ def test_a_mask_is_the_same_by_some_classes_at_a_time(monkeypatch, values):
 def test_tokens_are_the_encoders_at_their_places(tmp_path, data, blocks):
     """Those of each block after the other; statistics are over all of them."""
     encoder = backbone(tmp_path)
-    look = look_through(encoder, blocks, Machine(CPU, torch.float32, 0, 5))
-    found = gather(look, open_pairs(data[0]), 1.0)
+    extractor = token_extractor(encoder, blocks, Machine(CPU, torch.float32, 0, 5))
+    found = gather_tokens(extractor, open_pairs(data[0]), 1.0)
     assert found.tokens.shape == (24, 32 * blocks, 4, 6)
     assert found.masks.shape == (24, 16, 24)
     assert found.values == (0, 1, 2)
-    seen = next(look.batches(open_pairs(data[0])))
+    seen = next(extractor.batches(open_pairs(data[0])))
     x = torch.rand(2, 3, 16, 24, generator=seeded())
     with torch.no_grad():
-        whole, own = encoder.module.intermediate(x, last=blocks), look.tokens(x)
+        whole, own = encoder.module.intermediate(x, last=blocks), extractor.tokens(x)
     for i, block in enumerate(whole):
         assert torch.equal(own[:, 32 * i : 32 * i + 32, 1, 4], block.patches[:, 10])
     torch.testing.assert_close(found.tokens[:5], seen.tokens)
@@ -248,10 +248,12 @@ def test_tokens_are_the_encoders_at_their_places(tmp_path, data, blocks):
 
 
 def test_pixels_are_averaged_over_each_patch(tmp_path):
-    look = look_through(backbone(tmp_path, module=False), 1, Machine(CPU, torch.float32, 0, 64))
+    extractor = token_extractor(
+        backbone(tmp_path, module=False), 1, Machine(CPU, torch.float32, 0, 64)
+    )
     x = torch.rand(2, 3, 16, 24, generator=seeded())
-    found = look.tokens(x)
-    assert look.name == "pixels"
+    found = extractor.tokens(x)
+    assert extractor.name == "pixels"
     assert found.shape == (2, 3, 4, 6)
     torch.testing.assert_close(found[:, :, 2, 5], x[:, :, 8:12, 20:24].mean((2, 3)))
 
@@ -261,9 +263,9 @@ def test_tokens_that_are_too_many_are_made_anew(tmp_path, data, caplog):
     root = tmp_path / "train"
     textures(root, 24, 0)
     (root / "images/3.tif").write_bytes(b"no image")
-    look = look_through(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 16))
+    extractor = token_extractor(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 16))
     caplog.set_level("INFO", "ssl_vit")
-    kept, anew = (gather(look, open_pairs(f"pairs:{root}"), gb) for gb in (1.0, 0.0))
+    kept, anew = (gather_tokens(extractor, open_pairs(f"pairs:{root}"), gb) for gb in (1.0, 0.0))
     assert "tokens need 0.0 GB, above --cache-gb 0" in caplog.text
     assert anew.tokens is None
     assert kept.unreadable == anew.unreadable == 1
@@ -272,7 +274,8 @@ def test_tokens_that_are_too_many_are_made_anew(tmp_path, data, caplog):
         torch.testing.assert_close(a, c, atol=2e-3, rtol=2e-3)
         assert torch.equal(b, d)
     scores = [
-        run(backbone(tmp_path), f"pairs:{root}", data[1], cache_gb=gb)[0] for gb in (1.0, 0.0)
+        run(backbone(tmp_path), f"pairs:{root}", data[1], epochs=2, cache_gb=gb)[0]
+        for gb in (1.0, 0.0)
     ]
     assert scores[0].metrics["miou"] == pytest.approx(scores[1].metrics["miou"], abs=0.5)
 
@@ -403,7 +406,7 @@ def test_networks_without_patch_tokens_are_refused(tmp_path, data):
 @pytest.mark.parametrize(("option", "value"), [("epochs", 0), ("ignore", -2), ("cache_gb", -0.5)])
 def test_options_are_checked(option, value):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is {value}"):
-        SegmentConfig(**{option: value})
+        SegmentOptions(**{option: value})
 
 
 def test_tokens_that_are_not_finite_are_refused(tmp_path, data):

@@ -7,7 +7,7 @@ import torch
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.view import View
-from ssl_vit.pictures.thumbnails import shown, squared, thumbnails
+from ssl_vit.pictures.thumbnails import as_rgb, squared, thumbnails
 
 VIEW = View((8, 12), 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
@@ -69,5 +69,5 @@ def test_gray_and_deep_images():
     np.testing.assert_array_equal(made[0], gray[:, :, None].repeat(3, 2))
     # Of floats the mean is middle gray, and 2.5 standard deviations are black and white.
     deep = torch.tensor([0.5, 0.5 + 2.5 * 0.25, 0.5 - 2.5 * 0.25]).view(3, 1, 1, 1)
-    values = shown(deep.expand(3, 1, 8, 8).contiguous(), view)[:, 0, 0, 0]
+    values = as_rgb(deep.expand(3, 1, 8, 8).contiguous(), view)[:, 0, 0, 0]
     np.testing.assert_array_equal(values, [128, 255, 0])

@@ -89,7 +89,7 @@ def test_torn_lines_are_passed_over_and_counted(tmp_path):
         file.write(b'{"step": 3}\n{"step": 4')  # the last is in the writing
     run = read_run(folder)
     assert [row["step"] for row in run.rows] == [1, 3]
-    assert run.problems == [f"{folder}/metrics.jsonl: 5 lines cannot be read, passed over"]
+    assert run.problems == [f"{folder}/metrics.jsonl: 5 lines cannot be read, ignored"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01", b"a: [", b"- 1", b"3", b"1: 2", b"[" * 9999])
@@ -151,7 +151,7 @@ def test_gone_and_reused_process_numbers(tmp_path):
         checkpoint(folder, 1)
         run = read_run(folder)
         assert run.state == "killed"
-        assert "newest checkpoint is of step 1" in run.said
+        assert "newest checkpoint is at step 1" in run.said
         assert run.resume == f"python -m ssl_vit.pretrain mae --config {folder}/config.yaml"
 
 
@@ -197,7 +197,7 @@ def test_a_run_on_another_machine_is_judged_by_its_silence(tmp_path, rows, quiet
     run = read_run(folder)
     assert run.state == state
     if state == "silent":
-        assert "on far, job 7; make sure that it has ended" in run.said
+        assert "on far, job 7; check that it has ended" in run.said
         assert "UTC" in run.said
         assert run.resume
 
@@ -206,7 +206,7 @@ def test_stopped_and_failed_by_their_own_word(tmp_path):
     status = Status("failed", step=7, total=40, reason="the disk is full", **DOOR)
     run = read_run(make(tmp_path / "a", line(5), status=status))
     assert run.state == "failed"
-    assert run.said == "at step 7 of 40: the disk is full; no checkpoint yet: it would begin anew"
+    assert run.said == "at step 7 of 40: the disk is full; no checkpoint yet: it would start anew"
     assert run.step == 7
 
 

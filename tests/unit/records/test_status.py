@@ -1,4 +1,4 @@
-"""What a run says of itself: written whole, read back, and noted at every end."""
+"""What a run says of itself: written whole, read back, and recorded at every end."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from ssl_vit.records.status import (
     STATUS_FILE,
     Status,
     by_signal,
-    noted,
     process_start,
     read_status,
+    recorded,
     write_status,
 )
 
@@ -44,7 +44,7 @@ def fail(run: SimpleNamespace, error: BaseException, at: int = 0) -> None:
         run.trainer.step = at
         raise error
 
-    with pytest.raises(type(error)) as raised, noted(run, "door"):
+    with pytest.raises(type(error)) as raised, recorded(run, "door"):
         train()
     assert raised.value is error
 
@@ -95,7 +95,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, content):
 def test_a_run_from_its_first_step_to_its_last(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     run, before = session(tmp_path), time.time()
-    with noted(run, "python -m ssl_vit.pretrain mae") as note:
+    with recorded(run, "python -m ssl_vit.pretrain mae") as note:
         first = read_status(tmp_path)
         run.trainer.step = 24
         note("finished")
@@ -119,7 +119,7 @@ def test_a_run_from_its_first_step_to_its_last(tmp_path, monkeypatch):
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
         (AssertionError(), "AssertionError"),
-        (RuntimeError("gloo: Connection closed by peer"), "another process is gone"),
+        (RuntimeError("gloo: Connection closed by peer"), "another process has exited"),
     ],
 )
 def test_a_failure_is_noted_and_goes_on(tmp_path, error, reason):
@@ -141,9 +141,9 @@ def test_a_full_disk_hides_no_failure_and_stops_no_run(tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_status", full)
-    with pytest.raises(RunFailed, match="the first"), noted(session(tmp_path), "door"):
+    with pytest.raises(RunFailed, match="the first"), recorded(session(tmp_path), "door"):
         raise RunFailed("the first")
-    with noted(session(tmp_path), "door") as note:
+    with recorded(session(tmp_path), "door") as note:
         note("finished")
     assert "No space left" in caplog.text
     assert read_status(tmp_path) is None
@@ -151,16 +151,16 @@ def test_a_full_disk_hides_no_failure_and_stops_no_run(tmp_path, monkeypatch, ca
 
 def test_other_processes_say_nothing(tmp_path):
     fail(session(tmp_path, main=False), RunFailed("x"))
-    with noted(session(tmp_path, main=False), "door") as note:
+    with recorded(session(tmp_path, main=False), "door") as note:
         note("finished")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_going_on_keeps_when_it_began_and_beginning_anew_does_not(tmp_path):
     write_status(tmp_path, Status("stopped", step=8, total=24, started=5.0))
-    with noted(session(tmp_path, step=8), "door"):
+    with recorded(session(tmp_path, step=8), "door"):
         assert read_status(tmp_path).started == 5.0
-    with noted(session(tmp_path, step=0), "door"):
+    with recorded(session(tmp_path, step=0), "door"):
         assert read_status(tmp_path).started > 5.0
 
 
@@ -168,19 +168,19 @@ def test_a_finished_run_keeps_its_word(tmp_path):
     before = Status("finished", step=24, total=24, started=5.0, updated=6.0)
     write_status(tmp_path, before)
     fail(session(tmp_path, step=24), RunFailed("its results cannot be shown again"), at=24)
-    with noted(session(tmp_path, step=24), "door") as note:
+    with recorded(session(tmp_path, step=24), "door") as note:
         note("finished")
     assert read_status(tmp_path) == before
 
 
 def test_a_damaged_word_is_written_anew(tmp_path):
     (tmp_path / STATUS_FILE).write_text("{")
-    with noted(session(tmp_path, step=8), "door"):
+    with recorded(session(tmp_path, step=8), "door"):
         assert read_status(tmp_path).state == "running"
 
 
 def test_signals_by_name():
-    assert by_signal(signal.SIGTERM) == "SIGTERM came"
+    assert by_signal(signal.SIGTERM) == "received SIGTERM"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -11,7 +11,7 @@ import torch
 from ssl_vit.benchmarks import trial
 from ssl_vit.commands.pretraining import build
 from ssl_vit.common.config import RunFailed
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.training.footprint import free_in_group, free_memory
 from tests.integration.conftest import TINY
 
@@ -56,7 +56,7 @@ def test_one_process_that_runs_out_of_memory_does_not_keep_the_others_waiting(
     monkeypatch.setattr(trial, "_seconds", no_room)
     (tmp_path / "mae.yaml").write_text(TINY)
     given = ["--config", str(tmp_path / "mae.yaml"), "--run.out", str(tmp_path / "run")]
-    session = build(*read_config(["mae", *given, "--run.device", "cpu"]))
+    session = build(*parse_options(["mae", *given, "--run.device", "cpu"]))
     assert not trial.try_out(session).fits
     session.parallel = replace(session.parallel, world=2)
     with pytest.raises(RunFailed, match="a whole step does not fit"):

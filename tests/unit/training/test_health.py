@@ -56,7 +56,7 @@ def test_alarm():
 
 
 def test_alarm_of_what_comes_and_goes():
-    """A concern that is not there at every look has not lasted."""
+    """A concern that is not present at every check has not lasted."""
     alarm = Alarm(after=0, patience=30)
     for step in range(10, 200, 10):
         assert alarm.news(step, {"asleep": "..."} if step % 40 else {}) == []

@@ -5,7 +5,7 @@ import torch
 
 from ssl_vit.data.loader import Batch
 from ssl_vit.training.optim import SpikeGuard
-from ssl_vit.training.pace import Pace
+from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
 from tests.unit.methods.test_dino import batch, dino, trainer
 
@@ -76,7 +76,7 @@ def test_nothing_moves_on_a_spike():
 
 
 def test_a_slow_process_is_named_when_it_lasts():
-    pace = Pace(Parallel(0, 4, CPU))
+    pace = StepTimes(Parallel(0, 4, CPU))
     pace.hosts = ["a", "a", "b", "b"]
     pace.all = [0.1, 0.11, 0.32, 0.1]
     assert pace.news(10) == []
@@ -91,7 +91,7 @@ def test_a_slow_process_is_named_when_it_lasts():
 
 def test_what_is_timed_is_ones_own_work():
     """The wait for images and the forward pass, a step; then it begins anew."""
-    pace = Pace(Parallel(0, 1, CPU))
+    pace = StepTimes(Parallel(0, 1, CPU))
     with pace.waiting():
         sum(range(100_000))
     assert pace.waited > 0

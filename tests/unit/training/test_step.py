@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.commands.pretraining import build
 from ssl_vit.data.loader import TrainImages
-from ssl_vit.pretrain import read_config
+from ssl_vit.pretrain import parse_options
 from ssl_vit.training import loop
 from tests.integration.conftest import TINY, TINY_DINO
 
@@ -39,7 +39,7 @@ def stepped(method, folder, *more):
     file.write_text({"mae": TINY, "dino": TINY_DINO}[method])
     flags = ("--run.device", "cpu", "--run.precision", "bf16", "--optim.accumulate", str(PARTS))
     argv = [method, "--config", str(file), "--run.out", str(folder / "run"), *flags]
-    session = build(*read_config([*argv, "--optim.batch-size", "12", *more]))
+    session = build(*parse_options([*argv, "--optim.batch-size", "12", *more]))
     config = session.config
     images = TrainImages(session.images.train, session.views, config.data.channels, config.run.seed)
     batches = []

@@ -130,12 +130,12 @@ def lines(text: str) -> list[str]:
 def test_the_one_that_hangs_says_where(said):
     """The other one, further on and waiting within C code, names it."""
     assert lines(said["hangs-1"])[0].startswith("process 1 (")
-    hangs = r"hangs at step 7, waiting for images, since [3-5] s; its stack:\n"
+    hangs = r"hangs at step 7, waiting for images, for [3-5] s; its stack:\n"
     assert re.search(hangs, said["hangs-1"])
     assert "in stuck_here\n" in said["hangs-1"]
     assert "watchdog" not in said["hangs-1"].split("thread MainThread")[1]
     (line,) = lines(said["hangs-0"])
-    assert re.search(r"waits at step 7, computing, since [3-5] s, for process 1 \(", line)
+    assert re.search(r"waits at step 7, computing, for [3-5] s, for process 1 \(", line)
     assert line.endswith(") at step 7, waiting for images")
 
 
@@ -149,13 +149,13 @@ def test_all_at_the_same_place_say_where(said):
 def test_one_that_is_stopped_is_named_by_another(said):
     (line,) = lines(said["stopped-0"])
     assert line.startswith("process 1 (")
-    assert "has not been heard of since step 7, computing, for more than " in line
+    assert "has not responded since step 7, computing, for more than " in line
     assert "stack" not in said["stopped-0"]
 
 
 def test_the_one_with_the_store_is_stopped(said):
     (line,) = lines(said["first_stopped-1"])
-    assert "process 0, or the store beside it, has not answered for " in line
+    assert "process 0 or its key-value store has not responded for " in line
     assert said["first_stopped-1"].startswith("0\n"), "it ends all the same"
 
 
@@ -191,5 +191,5 @@ def test_alone_once_for_each_hang(caplog):
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 2
     for text, step in zip(said, (3, 4), strict=True):
-        assert re.search(rf"hangs at step {step}, computing, since [12] s; its stack:\n", text)
+        assert re.search(rf"hangs at step {step}, computing, for [12] s; its stack:\n", text)
         assert "time.sleep(2.2)" in text

@@ -131,7 +131,7 @@ def test_official_prediction(tmp_path, caplog, ratio, visible):
     torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
     assert mask.sum(1).tolist() == [N - visible] * 2
-    assert found.target_known_from == ""
+    assert found.objective.target_known_from == ""
     assert not found.training
     assert "decoder of MAE (official), 31 of 31 tensors" in caplog.text
 
@@ -144,7 +144,7 @@ def test_official_options_in_the_file(tmp_path, normalized, wrapped):
     found = opened(saved({"model": official_state()[1], "args": args}, tmp_path))
     assert found.config.normalize_target is normalized
     assert found.config.mask_ratio == 0.5
-    assert found.target_known_from == f"norm_pix_loss in the file's args is {normalized}"
+    assert found.objective.target_known_from == f"norm_pix_loss in the file's args is {normalized}"
 
 
 def test_other_size(tmp_path):
@@ -239,7 +239,7 @@ def test_hugging_face_prediction(hugging_face, tmp_path, blocks):
     assert mask.equal(theirs.mask)
     assert theirs.logits.std() > 0.1
     assert (found.config.normalize_target, found.config.mask_ratio) == (True, 0.5)
-    assert found.target_known_from == "norm_pix_loss in config.json is True"
+    assert found.objective.target_known_from == "norm_pix_loss in config.json is True"
 
 
 def test_hugging_face_without_its_configuration(hugging_face, tmp_path):
@@ -256,7 +256,7 @@ def test_hugging_face_without_its_configuration(hugging_face, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     found = opened(copy)
     assert found.config.normalize_target is False  # as transformers takes it
-    assert found.target_known_from
+    assert found.objective.target_known_from
 
 
 # -- runs
@@ -294,7 +294,7 @@ def test_own_run(tmp_path, name):
     assert own_mask.equal(mask)
     assert mask.sum() == 6
     assert found.config.normalize_target is False
-    assert found.target_known_from == "normalize_target in its config.yaml"
+    assert found.objective.target_known_from == "normalize_target in its config.yaml"
     assert found.config == mae.config
 
 

@@ -171,7 +171,7 @@ def test_a_wrong_writer_leaves_what_was_there(tmp_path, monkeypatch, wrong, earl
         export_encoder(*make(channels=1), "huggingface", out, 1.0)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     monkeypatch.setattr(to_huggingface, "huggingface_state", wrong)
-    with pytest.raises(RunFailed, match=r"features differ|other tensors") as failure:
+    with pytest.raises(RunFailed, match=r"features differ|mismatched tensors") as failure:
         export_encoder(*make(), "huggingface", out, 1.0)
     assert "\n" not in str(failure.value)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -229,10 +229,10 @@ def test_an_onnx_file_of_a_strangers_is_left_alone(tmp_path):
     foreign = onnx.helper.make_model(onnx.helper.make_graph([], "foreign", [], []))
     for content in (b"", b"something else", foreign.SerializeToString()):
         out.write_bytes(content)
-        with pytest.raises(UserError, match="no onnx export"):
+        with pytest.raises(UserError, match="is not an export to onnx"):
             check_ready("onnx", out)
     (tmp_path / "new.onnx.data").write_bytes(b"a stranger's")
-    with pytest.raises(UserError, match=r"new\.onnx\.data, which is there"):
+    with pytest.raises(UserError, match=r"new\.onnx\.data, which exists"):
         check_ready("onnx", tmp_path / "new.onnx")
 
 
@@ -244,14 +244,14 @@ def test_a_strangers_file_is_left_alone(tmp_path, kind):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     for out in (file, folder):
-        with pytest.raises(UserError, match=f"no {kind} export, so it is left alone"):
+        with pytest.raises(UserError, match=f"is not an export to {kind}; it is not overwritten"):
             check_ready(kind, out)
 
 
 def test_a_folder_with_something_of_the_users_is_left_alone(tmp_path):
     out = export(make(), "huggingface", tmp_path)
     (out / "README.md").write_text("mine")
-    with pytest.raises(UserError, match="left alone"):
+    with pytest.raises(UserError, match="not overwritten"):
         check_ready("huggingface", out)
 
 

@@ -141,11 +141,11 @@ def test_hugging_face_configurations_that_do_not_fit(tmp_path, changes, message)
         (lambda s: s.pop("embeddings.position_embeddings"),
          r"missing embeddings.position_embeddings"),
         (lambda s: s.update({"encoder.layer.1.attention.attention.key.bias": torch.zeros(3)}),
-         r"attention.key.bias.* are of shapes \[\(48,\), \(3,\), \(48,\)\]"),
+         r"attention.key.bias.* have shapes \[\(48,\), \(3,\), \(48,\)\]"),
         (lambda s: s.update({"encoder.layer.1.other.weight": torch.zeros(3)}),
          r"1 unexpected \(blocks.1.other.weight\)"),
         (lambda s: s.update({"layers.1.mlp.fc1.weight": torch.zeros(3)}),
-         r"layers.1.mlp.fc1.weight is there under two names"),
+         r"layers.1.mlp.fc1.weight exists under two names"),
     ],
 )  # fmt: skip
 def test_a_tensor_of_hugging_face_that_does_not_fit_is_named(tmp_path, change, message):

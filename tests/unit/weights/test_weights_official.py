@@ -9,7 +9,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.model.encoder import Encoder, without_memory
 from ssl_vit.weights.exchange import EncoderInfo
 from ssl_vit.weights.official import open_weights
-from ssl_vit.weights.shapes import Told, config_of
+from ssl_vit.weights.shapes import Hints, config_of
 from tests.unit.foreign_weights import (
     IMAGENET,
     OPTIONS,
@@ -166,7 +166,7 @@ def test_standard_architectures_are_known_by_their_shapes(arch):
     """Whole, without memory: nothing of timm's architecture is changed."""
     with without_memory():
         state = timm.create_model(arch, num_classes=0).state_dict()
-    assert config_of(state, "a file", Told()) == (EncoderConfig(arch), 3)
+    assert config_of(state, "a file", Hints()) == (EncoderConfig(arch), 3)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_standard_architectures_are_known_by_their_shapes(arch):
 def test_other_sizes_are_changes_of_a_standard_architecture(arch, expected):
     with without_memory():
         state = timm.create_model(arch, num_classes=0).state_dict()
-    assert config_of(state, "a file", Told())[0] == EncoderConfig(**expected)
+    assert config_of(state, "a file", Hints())[0] == EncoderConfig(**expected)
 
 
 @pytest.mark.parametrize("fixed", [True, False])

@@ -95,11 +95,11 @@ def test_damaged_files(tmp_path, kind, share):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "no weights: not a dictionary of tensors by name"),
+        ([1, 2], "no weights: not a dictionary of named tensors"),
         ({}, "no weights"),
         ({"epoch": 3, "loss": 0.5}, "no weights.*with keys epoch, loss"),
         ({"conv1.weight": torch.zeros(1), "bn1.bias": torch.zeros(1)},
-         r"no Vision Transformer.*among 2 tensors \(conv1.weight, bn1.bias"),
+         r"not a known Vision Transformer.*among 2 tensors \(conv1.weight, bn1.bias"),
         ({"patch_embed.proj.weight": torch.zeros(1), "pos_embed": torch.zeros(1)},
          r"patch_embed.proj.weight is \(1,\); expected \(width, channels, P, P\)"),
         ({"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8), "pos_embed": torch.zeros(1)},

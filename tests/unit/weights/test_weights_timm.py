@@ -89,11 +89,11 @@ def test_timm_pretrained_needs_no_download_for_its_architecture():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("timm:resnet50", "'resnet50' is no plain ViT of timm"),
+        ("timm:resnet50", "'resnet50' is not a plain ViT of timm"),
         ("timm:vit_tiny_patch16_22", "nearest known: vit_tiny_patch16_224"),
         ("timm:vit_tiny_patch16_224.nobody", r"vit_tiny_patch16_224.nobody: .*tag"),
         ("timm:vit_gigantic_patch14_224", "timm has no weights of that name"),
-        ("timm:", "'' is no plain ViT of timm"),
+        ("timm:", "'' is not a plain ViT of timm"),
         ("timm:vit_tiny_patch16_224:/nowhere/x.pth", "no such file, nor a folder with"),
         ("/nowhere/x.pth", "--encoder is '/nowhere/x.pth'; no such file, nor a folder with"),
     ],
@@ -134,7 +134,7 @@ def test_timm_pretrained(tmp_path, there):
         path = folder / "snapshots" / "abc" / "model.safetensors"
         assert done.stdout == f"150 of 150 tensors; left out: head 2 {path} {total}\n"
     else:
-        expected = "UserError 0 timm:vit_tiny_patch16_224: its weights cannot be had: "
+        expected = "UserError 0 timm:vit_tiny_patch16_224: its weights cannot be loaded: "
         assert done.stdout.startswith(expected)
 
 

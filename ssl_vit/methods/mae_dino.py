@@ -1,0 +1,123 @@
+"""MAE and DINO together: both objectives on one encoder, each with its own crops and randomness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ssl_vit.common.checks import check_not_negative
+from ssl_vit.common.config import EncoderConfig, check
+from ssl_vit.common.task import Scalar, Views
+from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target
+from ssl_vit.methods.dino import DINO, DINOConfig, DINOObjective, attention
+from ssl_vit.methods.mae import MAE, MAEConfig, MAEObjective
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.init import truncated_init, xavier_linears
+
+_MAE, _DINO = "mae", "dino"
+
+
+@dataclass(frozen=True)
+class MAEPart(MAEConfig):
+    """Options of the masked autoencoder."""
+
+    group: ClassVar[str] = "method.mae"
+
+
+@dataclass(frozen=True)
+class DINOPart(DINOConfig):
+    """Options of the self-distillation."""
+
+    group: ClassVar[str] = "method.dino"
+
+
+@dataclass(frozen=True)
+class MAEDINOConfig(MethodConfig):
+    """Masked autoencoder and self-distillation on one encoder; the loss is their weighted sum."""
+
+    mae_weight: float = 1.0
+    """Weight of the masked autoencoder's loss."""
+    dino_weight: float = 1.0
+    """Weight of the self-distillation's loss."""
+    mae: MAEPart = field(default_factory=MAEPart)
+    dino: DINOPart = field(default_factory=DINOPart)
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "mae_weight", "dino_weight")
+        check(
+            self.mae_weight + self.dino_weight > 0,
+            "--method.mae-weight and --method.dino-weight are 0; one of them must be above 0",
+        )
+
+
+class MAEDINO(Method):
+    """One encoder that predicts masked pixels and, as a student, a teacher's output.
+
+    MAE has a crop of its own, with MAE's augmentations, beside DINO's.
+    """
+
+    Config: ClassVar[type] = MAEDINOConfig
+    title: ClassVar[str] = "MAE + DINO"
+    explained: ClassVar[dict[str, Scalar]] = {
+        "loss": Scalar("Loss", "Weighted sum of the two below."),
+        **{f"mae_{k}": s._replace(title=f"MAE: {s.title}") for k, s in MAE.explained.items()},
+        **{f"dino_{k}": s._replace(title=f"DINO: {s.title}") for k, s in DINO.explained.items()},
+    }
+    pooling: ClassVar[str] = "cls"
+    progress: ClassVar[tuple[str, ...]] = ("mae_loss", "dino_loss", "dino_kl")
+    peak_in_warmup: ClassVar[bool] = DINO.peak_in_warmup
+    defaults: ClassVar[dict[str, dict[str, Any]]] = DINO.defaults
+    reconstructs: ClassVar[bool] = True
+
+    def __init__(self, config: MAEDINOConfig, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__(config, encoder_config, channels)
+        config.dino.sizes(self.encoder.image_size, self.encoder.patch_size)
+        mae, dino = MAEObjective(config.mae, self.encoder), DINOObjective(config.dino, self.encoder)
+        truncated_init(self.encoder, dino.head)
+        xavier_linears(mae.decoder)
+        torch.nn.init.normal_(mae.decoder.mask_token, std=0.02)
+        dino.add_teacher(self.encoder)
+        self.add(_MAE, mae, config.mae_weight)
+        self.add(_DINO, dino, config.dino_weight)
+
+    @staticmethod
+    def views(config: MAEDINOConfig, encoder: Encoder) -> ViewSpec:
+        """MAE's crop, then DINO's."""
+        mae, dino = MAE.views(config.mae, encoder), DINO.views(config.dino, encoder)
+        return ViewSpec((*mae.crops, *dino.crops))
+
+    def seen_by(self, name: str, views: Views) -> Views:
+        """Each objective's own crops, and keys of its own to draw from."""
+        if name == _MAE:
+            return views.part(slice(0, 1))
+        return views.part(slice(1, None)).redrawn(1)
+
+    def exported_encoder(self) -> Encoder:
+        """The teacher's."""
+        dino = self.objectives[_DINO]
+        assert isinstance(dino, DINOObjective)
+        return dino.teacher.encoder
+
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """MAE's reconstructions and where the teacher's [CLS] looks."""
+        reconstruction = self.reconstruct(views.crops[0], views.keys, normalize)
+        return reconstruction.panel() | attention(self.exported_encoder(), views, normalize)
+
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """As the base says, by the student, which the decoder was trained with."""
+        mae = self.objectives[_MAE]
+        assert isinstance(mae, MAEObjective)
+        return mae.reconstruct(self.encoder, images, keys, normalize, mask_ratio, target)

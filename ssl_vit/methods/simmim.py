@@ -1,0 +1,147 @@
+"""SimMIM: a simple framework for masked image modelling (Xie et al. 2021, arXiv 2111.09886)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
+from ssl_vit.common.config import EncoderConfig, check
+from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.init import truncated_init
+from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.masked_patches import masked_pictures
+from ssl_vit.objectives.masks import random_units
+
+
+@dataclass(frozen=True)
+class SimMIMConfig(MethodConfig):
+    """Masked image modelling: mask tokens in place of patches, one linear layer to their pixels."""
+
+    mask_ratio: float = 0.6
+    """Share of the image that is masked, in units at random."""
+    mask_unit: int = 2
+    """Side of a unit in patches; it divides the grid of patches (2: 32 px of patches of 16)."""
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    """Share of the image's area that a random crop covers, least and most."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        check_inside(self, "mask_ratio")
+        check_least(self, 1, "mask_unit")
+        check_range(self, "crop_scale")
+        check_share(self, "flip")
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse a grid of patches that units do not divide, or of which nothing stays visible."""
+        unit, shown = self.mask_unit, "x".join(map(str, grid))
+        fits = all(side % unit == 0 for side in grid)
+        check(
+            fits,
+            f"{flag(self, 'mask_unit')} is {unit}; it must divide the grid of {shown} patches",
+        )
+        units = grid[0] * grid[1] // unit**2
+        check(
+            math.ceil(units * self.mask_ratio) < units,
+            f"{flag(self, 'mask_ratio')} is {self.mask_ratio}; of {units} units of {unit}x{unit} "
+            f"patches it leaves none visible: lower it, or {flag(self, 'mask_unit')}",
+        )
+
+
+class SimMIMObjective(Objective):
+    """Mean absolute error of the masked patches' pixels, of which the encoder sees mask tokens."""
+
+    explained: ClassVar[dict[str, Scalar]] = {
+        "loss": Scalar("Loss", "Mean absolute error of the masked pixels. It falls steadily.", True)
+    }
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(encoder.width))
+        self.predict_pixels = nn.Linear(encoder.width, encoder.patch_size**2 * encoder.channels)
+
+    def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
+        """The loss of a batch, each image masked as its worker drew it."""
+        return {"loss": self.loss(encoder, views.crops[0], views.drawn["masked"])}
+
+    def loss(
+        self, encoder: Encoder, images: Float[Tensor, "b c h w"], masked: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, ""]:
+        """Mean of |prediction - pixel| over the pixels of masked patches."""
+        error = (self.predict(encoder, images, masked) - encoder.patchify(images)).abs()
+        return (error.mean(2) * masked).sum() / masked.sum()
+
+    def predict(
+        self, encoder: Encoder, images: Float[Tensor, "b c h w"], masked: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b n ppc"]:
+        """Pixels of all patches, in the order of ``Encoder.patchify``."""
+        tokens = encoder.encode(encoder.embed(images, masked=masked, token=self.mask_token))
+        return at_least_fp32(self.predict_pixels(tokens[:, encoder.vit.num_prefix_tokens :]))
+
+
+class SimMIM(Method):
+    """The encoder sees all patches, mask tokens among them; one linear layer predicts pixels."""
+
+    Config: ClassVar[type] = SimMIMConfig
+    title: ClassVar[str] = "SimMIM"
+    explained: ClassVar[dict[str, Scalar]] = SimMIMObjective.explained
+    reconstructs: ClassVar[bool] = True
+    # The original's rate is 1e-4 for 512 images.
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "encoder": {"drop_path": 0.1},
+        "optim": {"base_lr": 5e-5, "weight_decay": 0.05, "clip": 5.0},
+    }
+
+    def __init__(self, config: SimMIMConfig, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__(config, encoder_config, channels)
+        config.check_grid(self.encoder.grid)
+        objective = SimMIMObjective(self.encoder)
+        truncated_init(self.encoder, objective)
+        nn.init.trunc_normal_(objective.mask_token, std=0.02)
+        self.add("simmim", objective)
+
+    @staticmethod
+    def views(config: SimMIMConfig, encoder: Encoder) -> ViewSpec:
+        """One random resized crop, perhaps flipped."""
+        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+
+    @staticmethod
+    def draw(
+        config: SimMIMConfig, grid: tuple[int, int], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """``masked`` (N,): True where a patch is hidden."""
+        return {"masked": random_units(grid, config.mask_unit, config.mask_ratio, rng)}
+
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction."""
+        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """As the base says; the target is raw pixels."""
+        check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
+        config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)
+        config.check_grid(self.encoder.grid)
+        masked = self.drawn(keys, config)["masked"]
+        prediction = self.objective.predict(self.encoder, images, masked)
+        n = masked.shape[1]
+        caption = f"target: raw pixels. {int(masked[0].sum())} of {n} patches are masked."
+        pictures = masked_pictures(self.encoder, images, prediction, masked, normalize)
+        return Reconstruction(pictures, caption)

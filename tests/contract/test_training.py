@@ -1,0 +1,57 @@
+"""Training any method: it learns, goes on to the bit, alike in each way to spare memory."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit import pretrain
+from ssl_vit.training.checkpoint import complete
+from tests.contract import tiny
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves of its training."""
+    last = complete(folder / "checkpoints")[-1]
+    files = [*last.glob("*.safetensors"), folder / "encoder.safetensors"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_its_steps_are_finite_and_move_its_weights(name, run):
+    rows = tiny.losses(run)
+    assert [row["step"] for row in rows] == list(range(1, tiny.STEPS + 1))
+    assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows)
+    first, last = tiny.state(tiny.session(name).task), tiny.weights(run)
+    assert first.keys() == last.keys()
+    assert not torch.equal(
+        first["encoder.vit.blocks.0.mlp.fc1.weight"], last["encoder.vit.blocks.0.mlp.fc1.weight"]
+    )
+
+
+def test_it_goes_on_to_the_bit(name, run, tmp_path):
+    """From the middle, as after a kill, with nothing left in memory."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(complete(folder / "checkpoints")[-1])
+    assert pretrain.main(tiny.arguments(name, "--run.out", str(folder))) == 0
+    assert [row["step"] for row in tiny.losses(folder)][-2:] == [tiny.STEPS - 1, tiny.STEPS]
+    assert len(tiny.losses(folder)) < 2 * tiny.STEPS, "it began anew"
+    assert outcome(folder) == outcome(run)
+
+
+WAYS = {
+    "two parts": ("--optim.accumulate", "2"),
+    "activation checkpointing": ("--run.activation-checkpointing", "True"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_trains_alike(name, way):
+    """A step in two parts; blocks computed again in backward."""
+    plain, other = tiny.session(name), tiny.session(name, *WAYS[way])
+    first = tiny.state(plain.task)
+    for one, two in zip(tiny.train(plain), tiny.train(other), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    tiny.assert_same_training(first, plain.task.state_dict(), other.task.state_dict())

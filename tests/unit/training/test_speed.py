@@ -1,0 +1,87 @@
+"""The speed that people are shown is smooth; the metrics keep what was measured."""
+
+import io
+import itertools
+
+import pytest
+import torch
+from rich.console import Console
+
+from ssl_vit.training import metrics
+from ssl_vit.training.energy import Energy
+from ssl_vit.training.metrics import METRICS_FILE, RunLog, read_rows
+from ssl_vit.training.pace import StepTimes
+from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.speed import Speed
+
+CPU = torch.device("cpu")
+
+
+def shown(*intervals: float) -> list[float]:
+    """Seconds a step after each interval of 10 steps."""
+    speed, found = Speed(), []
+    for seconds in intervals:
+        speed.add(10, seconds)
+        found.append(speed.seconds)
+    return found
+
+
+@pytest.mark.parametrize("usual", [0.1, 1.0, 100.0])
+def test_a_busy_moment_does_not_change_it(usual):
+    """However long intervals are."""
+    values = shown(*[usual] * 10, 10 * usual, *[usual] * 10, 10 * usual, 10 * usual, usual)
+    assert values == pytest.approx([usual / 10] * len(values))
+
+
+@pytest.mark.parametrize(("usual", "within"), [(1.0, 31), (100.0, 5)])
+def test_a_lasting_change_does(usual, within):
+    """In half a minute, or in five intervals where those are long."""
+    values = shown(*[usual] * 100, *[usual / 2] * 70)
+    assert values[99] == pytest.approx(usual / 10)
+    values = shown(*[usual] * 100, *[2 * usual] * within)
+    assert values[-1] == pytest.approx(usual / 5)
+
+
+def test_it_is_known_from_the_first_interval():
+    assert shown(3.0) == [0.3]
+    assert shown(30.0, 3.0) == [3.0, 0.3], "the first steps of a run are slow"
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """A run's log of 8 images a step, a line every step, and a clock that is set by hand."""
+    clock = itertools.count()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: log.now)
+    log = RunLog.__new__(RunLog)
+    log.now = float(next(clock))
+    log.__init__(tmp_path, 0, 100, 1, 8, main=True, energy=Energy(CPU))
+    return log
+
+
+def take(log: RunLog, *intervals: float) -> None:
+    """Steps that take so many seconds."""
+    for seconds in intervals:
+        log.now += seconds
+        log.add(log.step + 1, {"loss": torch.tensor(1.0)}, 1e-3, StepTimes(Parallel(0, 1, CPU)))
+
+
+def test_a_line_shows_the_usual_speed_and_the_metrics_what_was(log, capsys):
+    take(log, *[11.0] * 9, 110.0)
+    *_, before, after = capsys.readouterr().err.splitlines()
+    assert ["  1 img/s" in line for line in (before, after)] == [True, True]
+    assert "16:41 left" in before
+    assert "16:30 left" in after
+    rates = [row["images_per_s"] for row in read_rows(log.folder / METRICS_FILE)]
+    assert rates[-2:] == pytest.approx([8 / 11, 8 / 110])
+
+
+def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(metrics, "Console", lambda file: terminal)
+    with RunLog(tmp_path, 0, 100, 1, 8, main=True, energy=Energy(CPU)) as log:
+        log.speed.add(1, 9.0)
+        log.speed.add(1, 9.0)
+        log._speak(40, {"loss": 1.0, "lr": 1e-3, "images_per_s": 1000.0})
+    assert "  1 img/s" in screen.getvalue()
+    assert "9:00 left" in screen.getvalue()

@@ -362,7 +362,7 @@ class Oracle(MAE):
         super().__init__(MAEConfig(decoder_width=16, decoder_depth=1, decoder_heads=2), SMALL, 3)
         self.add("mae", OracleObjective(self.config, self.encoder))
         self.objective.normalized = normalized
-        self.target_known_from = ""
+        self.objective.target_known_from = ""
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -395,6 +395,6 @@ def test_the_target_that_explains_more(normalized, caplog):
     top = slice(0, 16 + 4 * 100)
     assert (decided[top] == told[top]).all()
     assert (decided[top] != other[top]).any()
-    mae.config = replace(mae.config, normalize_target=not normalized)
-    mae.target_known_from = "its file"
+    mae.objective.config = replace(mae.config, normalize_target=not normalized)
+    mae.objective.target_known_from = "its file"
     assert (reconstruction_panel(mae, x, display)[top] == other[top]).all()

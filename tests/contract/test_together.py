@@ -1,6 +1,7 @@
 """Two processes, sharded or not, and one that compiles, do what one does."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,15 @@ def folder_of(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     """The folder of the same run in another way; it runs when it is asked for first."""
     door = Door(tmp_path_factory.mktemp(f"{name}-ways"))
 
+    @cache
+    def carried_out(world: int, script: str) -> list[str]:
+        (door.folder / "script.py").write_text(script)
+        done = together(door, world, "script.py", *tiny.arguments(name))
+        return [process.stderr for process in done if process.returncode]
+
     def made(way: str) -> Path:
-        world, script = WAYS[way]
-        if not (door.folder / way).exists():
-            (door.folder / "script.py").write_text(script)
-            for done in together(door, world, "script.py", *tiny.arguments(name)):
-                assert done.returncode == 0, done.stderr
+        problems = carried_out(*WAYS[way])
+        assert not problems, "\n".join(problems)
         return door.folder / way
 
     return made

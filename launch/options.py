@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 
 # Seconds by which Slurm may send its signals early (sbatch's --signal).
 _EARLY = 60

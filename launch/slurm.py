@@ -21,7 +21,7 @@ from launch.job import Job
 from launch.options import LaunchConfig, merge_lists, slurm_options
 from launch.sweep import swept
 from ssl_vit.commands.cli import run_door
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.layers import parse
 
 _PROG = "python -m launch.slurm"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 
 # Output options of the commands; each run of a sweep needs its own output.
 _OUTPUTS = ("--run.out", "--out")

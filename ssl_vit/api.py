@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize, center_view
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.loader import stack

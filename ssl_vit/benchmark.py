@@ -29,7 +29,9 @@ from ssl_vit.commands.cli import (
 )
 from ssl_vit.commands.pretraining import PretrainConfig, default_options, initial_method
 from ssl_vit.commands.scale import ScaleConfig, scale_report, show_scale
-from ssl_vit.common.config import DataConfig, check
+from ssl_vit.common.checks import check_least
+from ssl_vit.common.config import DataConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from ssl_vit.methods.base import Method, find_method, method_names
@@ -53,9 +55,8 @@ class _Shared(PretrainConfig[M]):
 
     def __post_init__(self) -> None:
         for option, least in _LEAST.items():
-            value = getattr(self, option, None)
-            flag = f"--{option.replace('_', '-')}"
-            check(value is None or value >= least, f"{flag} is {value}; at least {least}")
+            if hasattr(self, option):
+                check_least(self, least, option)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from ssl_vit.commands.probes import (
     linear,
     segment,
 )
-from ssl_vit.common.config import check
 from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.errors import check
 from ssl_vit.common.layers import known_keys, parse, tree_flags
 from ssl_vit.evaluators.protocol import check_same, read_card, write_card
 from ssl_vit.evaluators.scores import Score

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
-from ssl_vit.common.config import check, did_you_mean
+from ssl_vit.common.errors import check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.weights.exchange import ENCODER_FILE
 from ssl_vit.weights.official import open_weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from ssl_vit.commands.cli import run_door
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.records.run_folder import find_runs

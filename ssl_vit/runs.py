@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssl_vit.commands.cli import run_door
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.records.run_folder import Run, find_runs, read_run
 from ssl_vit.training.metrics import duration

@@ -20,7 +20,8 @@ from ssl_vit.commands.gallery import (
 )
 from ssl_vit.commands.neighbours import NeighboursConfig, neighbours
 from ssl_vit.commands.reconstruction import open_reconstruction, reconstruction_panel
-from ssl_vit.common.config import check
+from ssl_vit.common.checks import check_portion
+from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
 from ssl_vit.evaluators.backbone import result_file
 from ssl_vit.evaluators.features import ready
@@ -40,7 +41,7 @@ class AttentionConfig(PictureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 < self.mass <= 1, f"--mass is {self.mass}; it must be above 0 and at most 1")
+        check_portion(self, "mass")
 
 
 def attention(config: AttentionConfig) -> Drawn:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from ssl_vit.benchmarks.peers import library
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.photometric import Photometric
 

@@ -13,7 +13,7 @@ import torch
 from ssl_vit.benchmarks.measured import Speed, machine_card
 from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.side import Workload
-from ssl_vit.common.config import RunFailed
+from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.task import Task
 
 OURS = "ours"

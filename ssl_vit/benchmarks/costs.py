@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from ssl_vit.common.config import RunFailed
+from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.loader import draw_samples

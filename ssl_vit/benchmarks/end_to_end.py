@@ -15,7 +15,7 @@ from ssl_vit.benchmarks.pipeline import QUEUED, OurPipeline, PeerPipeline
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.step import step_peers
 from ssl_vit.benchmarks.trial import combined_throughput
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.common.task import Task
 from ssl_vit.training.parallel import loader_workers, own_cores
 

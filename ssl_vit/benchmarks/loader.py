@@ -14,7 +14,7 @@ import torch
 from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.measured import Speed, describe, machine_card
 from ssl_vit.benchmarks.peers import peer_names, peers_of
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source, Subset
 from ssl_vit.data.decode import BadImage, decode

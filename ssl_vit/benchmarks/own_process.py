@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ssl_vit.common.config import RunFailed, UserError
+from ssl_vit.common.errors import RunFailed, UserError
 
 
 class OwnProcess:

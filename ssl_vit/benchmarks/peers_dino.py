@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from ssl_vit.benchmarks.chains import LightlyChain, OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 
 _PARTS = ("models.modules", "models.utils", "loss")
 

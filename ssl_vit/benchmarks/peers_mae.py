@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.model.encoder import sincos_positions, take
 
 

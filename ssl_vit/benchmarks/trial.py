@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ssl_vit.benchmarks.speed import wait
-from ssl_vit.common.config import RunFailed
 from ssl_vit.common.distributed import gather_rows
+from ssl_vit.common.errors import RunFailed
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.loader import BadImages, Batch, TrainImages, train_batches
 from ssl_vit.training.footprint import Memory, free_memory, measure_step, memory_of

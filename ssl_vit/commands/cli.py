@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from ssl_vit.common.config import RunFailed, UserError, did_you_mean
 from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.errors import RunFailed, UserError, did_you_mean
 from ssl_vit.common.layers import known_keys, parse, yaml_flags
 from ssl_vit.training.launched import Launched, launched
 from ssl_vit.training.parallel import lost_process, stop_parallel

@@ -15,8 +15,8 @@ from ssl_vit.commands import finetuning as finetune
 from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
 from ssl_vit.commands.probes import KnnConfig, LinearConfig, Result, best_pooling, knn, linear
-from ssl_vit.common.config import RunFailed, UserError, check
 from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.pictures.chart import Bars, bars

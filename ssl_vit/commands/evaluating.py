@@ -6,11 +6,12 @@ import logging
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from ssl_vit.common.config import check
+from ssl_vit.common.checks import check_least
+from ssl_vit.common.errors import check
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.sources import Source, check_classes, open_source
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
@@ -34,6 +35,8 @@ log = logging.getLogger("ssl_vit")
 class EvalData:
     """Labelled images for training and evaluation."""
 
+    group: ClassVar[str] = "data"
+
     train: str = ""
     """Training images with labels, named as for pretraining: folder:PATH, tar:..., torchvision:...,
     hf:..."""
@@ -50,7 +53,7 @@ class EvalData:
     """Loader processes. -1: one for each core (on the CPU, for every second one), at most 16."""
 
     def __post_init__(self) -> None:
-        check(self.workers >= -1, f"--data.workers is {self.workers}; it must be -1 or more")
+        check_least(self, -1, "workers")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class EvalConfig:
     """Images per forward pass of the encoder."""
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; at least 1")
+        check_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
 from ssl_vit.commands.pretraining import carry_out
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source
 from ssl_vit.data.images import Images, open_images

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.checks import check_least, check_size
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Item
 from ssl_vit.data.decode import BadImage
@@ -55,12 +56,8 @@ class PictureConfig:
     """auto, cpu, cuda, cuda:1 or mps."""
 
     def __post_init__(self) -> None:
-        check(self.count >= 1, f"--count is {self.count}; at least 1")
-        size = " ".join(map(str, self.size))
-        check(
-            len(self.size) <= 2 and all(s > 0 for s in self.size),
-            f"--size is {size}; one number of pixels or two, height and width",
-        )
+        check_least(self, 1, "count")
+        check_size(self, "size")
         out = Path(self.out).expanduser()
         check(
             not self.out or (out.suffix.lower() == ".png" and not out.is_dir()),

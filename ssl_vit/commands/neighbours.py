@@ -17,7 +17,7 @@ from ssl_vit.commands.gallery import (
     prepare,
     read_images,
 )
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready

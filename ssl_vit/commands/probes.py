@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ssl_vit.commands.evaluating import EvalConfig, Evaluation, FeatureConfig
-from ssl_vit.common.config import check
+from ssl_vit.common.checks import check_least, check_portion
+from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import permute
 from ssl_vit.data.pairs import open_pairs
@@ -83,17 +84,12 @@ class LinearConfig(FeatureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("epochs", "probe_batch"):
-            value = getattr(self, option)
-            check(value >= 0, f"--{option.replace('_', '-')} is {value}; 0 or more")
-        check(self.repeats >= 1, f"--repeats is {self.repeats}; at least 1")
+        check_least(self, 0, "epochs", "probe_batch")
+        check_least(self, 1, "repeats", "per_class")
+        check_portion(self, "fraction")
         cached = self.protocol in ("fast", "logreg")
         few = bool(self.per_class or self.fraction)
         check(cached or not few, f"--protocol is {self.protocol!r}; low-shot is for fast, logreg")
-        least = min(self.per_class, default=1)
-        check(least >= 1, f"--per-class is {least}; at least 1")
-        strange = [share for share in self.fraction if not 0 < share <= 1]
-        check(not strange, f"--fraction has {strange}; above 0, at most 1")
         if self.protocol == "logreg":
             check(not self.epochs, "--epochs is not for logreg")
             check(not self.probe_batch, "--probe-batch is not for logreg")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_vit.commands.cli import layered
 from ssl_vit.commands.pretraining import PretrainConfig, default_options
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import Normalize

@@ -12,7 +12,10 @@ from ssl_vit.benchmarks.costs import count_step, largest_batch, sharded_state, s
 from ssl_vit.benchmarks.measured import describe
 from ssl_vit.commands.cli import layered, recipes, show_table
 from ssl_vit.commands.pretraining import PretrainConfig, default_options
-from ssl_vit.common.config import EncoderConfig, Length, check
+from ssl_vit.common.checks import check_least, check_portion, check_positive
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import check
+from ssl_vit.common.schedules import Length
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder, parameter_count, without_memory
 
@@ -59,14 +62,9 @@ class ScaleConfig(PretrainConfig[M]):
     def __post_init__(self) -> None:
         for option in ("archs", "devices"):
             check(bool(getattr(self, option)), f"--{option} is empty; give one or more")
-        for option in ("devices", "image_sizes", "count"):
-            value, flag = getattr(self, option), f"--{option.replace('_', '-')}"
-            values = value if isinstance(value, tuple) else (value,)
-            check(all(v >= 1 for v in values), f"{flag} is {_words(values)}; at least 1")
-        for option in ("peak", "memory"):
-            value = getattr(self, option)
-            check(0 < value < float("inf"), f"--{option} is {value:g}; it must be above 0")
-        check(0 < self.share <= 1, f"--share is {self.share:g}; it lies above 0 and up to 1")
+        check_least(self, 1, "devices", "image_sizes", "count")
+        check_positive(self, "peak", "memory")
+        check_portion(self, "share")
         check(
             self.run.precision != "fp32",
             "--run.precision is fp32; scale supports bf16 only, as do --peak and --share",

@@ -1,13 +1,16 @@
 """Option checks, written once: each names the option, the value given and what is allowed.
 
 ``config`` is a frozen dataclass of options whose ``group`` (a ClassVar; empty: none) is the part of
-the option's name before the dot. A tuple is checked value by value. All raise ``UserError``.
+the option's name before the dot. A tuple is checked value by value; None (not given) passes. All
+raise ``UserError``.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from ssl_vit.common.config import Length, check
+from ssl_vit.common.errors import check
+from ssl_vit.common.schedules import Length
 
 
 def flag(config: Any, option: str) -> str:
@@ -22,10 +25,22 @@ def check_share(config: Any, *options: str) -> None:
         _check(config, option, lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
 
 
+def check_portion(config: Any, *options: str) -> None:
+    """Shares of which nothing makes no sense: above 0, at most 1."""
+    for option in options:
+        _check(config, option, lambda v: 0 < v <= 1, "it must be above 0 and at most 1")
+
+
 def check_inside(config: Any, *options: str) -> None:
     """Shares of which neither nothing nor all makes sense: between 0 and 1."""
     for option in options:
         _check(config, option, lambda v: 0 < v < 1, "it must lie between 0 and 1")
+
+
+def check_below_one(config: Any, *options: str) -> None:
+    """Shares of which all makes no sense: in [0, 1)."""
+    for option in options:
+        _check(config, option, lambda v: 0 <= v < 1, "it must lie in [0, 1)")
 
 
 def check_least(config: Any, least: int, *options: str) -> None:
@@ -72,8 +87,8 @@ def check_length(config: Any, *options: str, positive: bool = False) -> None:
         check(span.amount > 0 or not positive, f"{name} is {value!r}; it must be above 0")
 
 
-def _check(config: Any, option: str, allowed: Any, rule: str) -> None:
+def _check(config: Any, option: str, allowed: Callable[[Any], bool], rule: str) -> None:
     value = getattr(config, option)
-    values = value if isinstance(value, tuple) else (value,)
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
     shown = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
     check(all(allowed(v) for v in values), f"{flag(config, option)} is {shown}; {rule}")

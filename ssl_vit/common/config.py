@@ -1,70 +1,26 @@
-"""Options shared by all commands, each stated once, and user errors."""
+"""The shared options, each stated once."""
 
-import difflib
-import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-
-class UserError(ValueError):
-    """User error, in one line: what was given, what is allowed, where it came from.
-
-    ``everywhere``: raised by every process, so that only one needs to report it.
-    """
-
-    def __init__(self, message: str, everywhere: bool = False) -> None:
-        super().__init__(message)
-        self.everywhere = everywhere
-
-
-class RunFailed(RuntimeError):  # noqa: N818
-    """Run failure: a run cannot continue, not by a user error; its last checkpoint is complete.
-
-    ``everywhere``: as for :class:`UserError`.
-    """
-
-    def __init__(self, message: str, everywhere: bool = False) -> None:
-        super().__init__(message)
-        self.everywhere = everywhere
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Hint for an unknown ``name``: `` (nearest known: x, y)``; an empty string if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" (nearest known: {', '.join(close)})" if close else ""
-
-
-@dataclass(frozen=True)
-class Length:
-    """Length of training: ``800ep`` (epochs, or parts of them) or ``5000st`` (optimizer steps)."""
-
-    amount: float
-    unit: Literal["ep", "st"]
-
-    @classmethod
-    def parse(cls, text: str, option: str) -> "Length":
-        """Parse ``text``; ``option`` names it in the error."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st)", text.strip())
-        if not found:
-            raise UserError(f"{option} is {text!r}; allowed: epochs as 10ep, or steps as 500st")
-        return cls(float(found[1]), "ep" if found[2] == "ep" else "st")
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Length in optimizer steps, rounded."""
-        return round(self.amount * (steps_per_epoch if self.unit == "ep" else 1))
+from ssl_vit.common.checks import (
+    check_below_one,
+    check_least,
+    check_length,
+    check_not_negative,
+    check_positive,
+    check_share,
+    check_size,
+    flag,
+)
+from ssl_vit.common.errors import check
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Run folder, length, checkpoints and probing of a run."""
+
+    group: ClassVar[str] = "run"
 
     out: str = ""
     """Run folder. Empty: runs/<method>-<data>, or for fine-tuning inside the encoder's run."""
@@ -109,24 +65,18 @@ class RunConfig:
     checked every --run.log-every steps."""
 
     def __post_init__(self) -> None:
-        for option in ("length", "save_every", "probe_every"):
-            flag = f"--run.{option.replace('_', '-')}"
-            span = Length.parse(getattr(self, option), flag)
-            check(span.amount > 0, f"{flag} is {getattr(self, option)!r}; it must be above 0")
+        check_length(self, "length", "save_every", "probe_every", positive=True)
         if self.keep_every:
-            kept = Length.parse(self.keep_every, "--run.keep-every").amount
-            check(kept > 0, f"--run.keep-every is {self.keep_every!r}; it must be above 0")
-        minutes = self.timeout
-        check(0 < minutes < math.inf, f"--run.timeout is {minutes:g} minutes; it must be above 0")
-        for option in ("keep", "log_every", "probe_images", "max_nonfinite"):
-            value = getattr(self, option)
-            flag = f"--run.{option.replace('_', '-')}"
-            check(value >= 1, f"{flag} is {value}; it must be at least 1")
+            check_length(self, "keep_every", positive=True)
+        check_positive(self, "timeout")
+        check_least(self, 1, "keep", "log_every", "probe_images", "max_nonfinite")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Images and how they are read."""
+
+    group: ClassVar[str] = "data"
 
     train: str = "digits:train"
     """Training images: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
@@ -151,23 +101,25 @@ class DataConfig:
     """Stop when more than this share of the images is unreadable."""
 
     def __post_init__(self) -> None:
-        check(self.channels >= 1, f"--data.channels is {self.channels}; it must be at least 1")
-        check(self.workers >= -1, f"--data.workers is {self.workers}; it must be -1 or more")
-        check(self.holdout >= 0, f"--data.holdout is {self.holdout}; it must be 0 or more")
-        check(0 <= self.max_bad <= 1, f"--data.max-bad is {self.max_bad}; it is a share, 0 to 1")
+        check_least(self, 1, "channels")
+        check_least(self, 0, "holdout")
+        check_least(self, -1, "workers")
+        check_share(self, "max_bad")
         check(len(self.mean) == len(self.std), "--data.mean and --data.std go together")
         for option in ("mean", "std"):
             n = len(getattr(self, option))
             check(
                 n in (0, self.channels),
-                f"--data.{option} has {n} values; --data.channels is {self.channels}",
+                f"{flag(self, option)} has {n} values; --data.channels is {self.channels}",
             )
-        check(all(s > 0 for s in self.std), f"--data.std is {self.std}; it must be above 0")
+        check_positive(self, "std")
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Vision Transformer: a timm architecture, and changes to it (0: none)."""
+
+    group: ClassVar[str] = "encoder"
 
     arch: str = "vit_small_patch16_224"
     """A plain ViT of timm by name: vit_tiny_patch16_224 ... vit_huge_patch14_224."""
@@ -196,22 +148,18 @@ class EncoderConfig:
     """Epsilon of every LayerNorm. 0: as the architecture has (mostly 1e-6)."""
 
     def __post_init__(self) -> None:
-        flag = "--encoder.image-size"
-        check(len(self.image_size) <= 2, f"{flag} is {self.image_size}; one number or two")
-        for option in ("patch_size", "width", "depth", "heads"):
-            value = getattr(self, option)
-            check(value >= 0, f"--encoder.{option.replace('_', '-')} is {value}; 0 or more")
-        check(self.registers >= -1, f"--encoder.registers is {self.registers}; -1 or more")
-        check(
-            0 <= self.drop_path < 1, f"--encoder.drop-path is {self.drop_path}; it lies in [0, 1)"
-        )
-        check(self.layer_scale >= 0, f"--encoder.layer-scale is {self.layer_scale}; 0 or more")
-        check(0 <= self.norm_eps < 1, f"--encoder.norm-eps is {self.norm_eps}; it lies in [0, 1)")
+        check_size(self, "image_size")
+        check_least(self, 0, "patch_size", "width", "depth", "heads")
+        check_least(self, -1, "registers")
+        check_below_one(self, "drop_path", "norm_eps")
+        check_not_negative(self, "layer_scale")
 
 
 @dataclass(frozen=True)
 class InitConfig:
     """Initial weights of the encoder."""
+
+    group: ClassVar[str] = "init"
 
     encoder: str = ""
     """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
@@ -221,6 +169,8 @@ class InitConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its schedules."""
+
+    group: ClassVar[str] = "optim"
 
     batch_size: int = 256
     """Images of one optimizer step, over all processes and accumulated parts (effective batch)."""
@@ -250,19 +200,12 @@ class OptimConfig:
     0: never; 6 catches steps that would ruin a run and few others."""
 
     def __post_init__(self) -> None:
-        for option in ("batch_size", "accumulate"):
-            value = getattr(self, option)
-            check(value >= 1, f"--optim.{option.replace('_', '-')} is {value}; at least 1")
-        for option in ("base_lr", "min_lr", "weight_decay", "clip", "spike"):
-            value = getattr(self, option)
-            flag = f"--optim.{option.replace('_', '-')}"
-            check(value >= 0 and math.isfinite(value), f"{flag} is {value}; it must be 0 or more")
-        check(self.lr is None or self.lr > 0, f"--optim.lr is {self.lr}; it must be above 0")
-        decay = self.weight_decay_end
-        fine = decay is None or 0 <= decay < math.inf
-        check(fine, f"--optim.weight-decay-end is {decay}; it must be 0 or more")
-        check(all(0 <= b < 1 for b in self.betas), f"--optim.betas is {self.betas}; each in [0, 1)")
-        Length.parse(self.warmup, "--optim.warmup")
+        check_least(self, 1, "batch_size", "accumulate")
+        check_not_negative(self, "base_lr", "min_lr", "weight_decay", "weight_decay_end")
+        check_not_negative(self, "clip", "spike")
+        check_positive(self, "lr")
+        check_below_one(self, "betas")
+        check_length(self, "warmup")
 
     @property
     def peak_lr(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from ssl_vit.common.config import UserError, check, did_you_mean
+from ssl_vit.common.errors import UserError, check, did_you_mean
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"

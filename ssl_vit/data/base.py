@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 
 Item = tuple[bytes | bytearray | np.ndarray, int | None]
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_vit.common.config import DataConfig, UserError
+from ssl_vit.common.config import DataConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.decode import BadImage, decode

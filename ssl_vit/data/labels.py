@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError, check, did_you_mean
+from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.folder import EXTENSIONS
 

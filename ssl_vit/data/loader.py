@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from ssl_vit.common.config import UserError
 from ssl_vit.common.distributed import gather_texts
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view

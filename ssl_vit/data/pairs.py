@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Views
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, decode

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 
 WIDTH = 10
 """Number of parameters of one crop, as listed by ``Photometric.draw``."""

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from torch import Tensor
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.seeds import seeded
 
 _NOTATION = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)[\d.]+|-t\w*)*")

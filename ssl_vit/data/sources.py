@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError, did_you_mean
+from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
 
 __all__ = ["Source", "Subset", "check_classes", "open_source", "split_holdout"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.tar_index import INDEX_SUFFIX, ShardIndex, load_index

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.files import cache_folder
 from ssl_vit.data.base import Names
 from ssl_vit.data.folder import EXTENSIONS

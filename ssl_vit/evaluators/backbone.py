@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.common.config import UserError, check, did_you_mean
+from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import FEATURES, Embed, pixels, pooled
 from ssl_vit.model.encoder import Encoder, without_memory

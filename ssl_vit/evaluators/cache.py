@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ssl_vit import __version__
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.files import cache_folder, write_atomically
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage

@@ -13,7 +13,8 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from ssl_vit.common.config import EncoderConfig, UserError, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch

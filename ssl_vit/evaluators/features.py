@@ -12,8 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.common.config import UserError, check
 from ssl_vit.common.distributed import gather_rows, rank_and_world, share
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset

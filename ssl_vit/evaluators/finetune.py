@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
@@ -13,7 +13,16 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ssl_vit.common.config import DataConfig, EncoderConfig, OptimConfig, RunConfig, check
+from ssl_vit.common.checks import (
+    check_below_one,
+    check_not_negative,
+    check_portion,
+    check_range,
+    check_share,
+    check_size,
+)
+from ssl_vit.common.config import DataConfig, EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import seeded
 from ssl_vit.common.task import Task, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
@@ -25,6 +34,8 @@ from ssl_vit.objectives.ema import ema_update
 @dataclass(frozen=True)
 class TuneConfig:
     """Fine-tuning options; where the default depends on the encoder, the option says so."""
+
+    group: ClassVar[str] = "tune"
 
     pooling: Literal["mean", "cls"] = "mean"
     """What is classified: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
@@ -54,22 +65,12 @@ class TuneConfig:
     """Decay of a moving average of the weights, as 0.9999: that is evaluated and saved. 0: none."""
 
     def __post_init__(self) -> None:
-        for option in ("drop_path", "smoothing", "ema"):
-            value = getattr(self, option)
-            flag = f"--tune.{option.replace('_', '-')}"
-            check(0 <= value < 1, f"{flag} is {value}; it lies in [0, 1)")
-        for option in ("erasing", "flip"):
-            value = getattr(self, option)
-            check(0 <= value <= 1, f"--tune.{option} is {value}; it is a probability, 0 to 1")
-        for option in ("mixup", "cutmix"):
-            value = getattr(self, option)
-            check(value >= 0, f"--tune.{option} is {value}; it must be 0 or more")
-        decay, (least, most) = self.layer_decay, self.crop_scale
-        check(0 < decay <= 1, f"--tune.layer-decay is {decay}; it lies in (0, 1]")
-        scale = f"--tune.crop-scale is {least} {most}; shares of the area, 0 < least <= most <= 1"
-        check(0 < least <= most <= 1, scale)
-        size = self.image_size
-        check(len(size) <= 2, f"--tune.image-size is {size}; one number or two")
+        check_below_one(self, "drop_path", "smoothing", "ema")
+        check_share(self, "erasing", "flip")
+        check_not_negative(self, "mixup", "cutmix")
+        check_portion(self, "layer_decay")
+        check_range(self, "crop_scale")
+        check_size(self, "image_size")
         if self.randaugment != "none":
             Policy(self.randaugment, ())
 

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.common.config import check
 from ssl_vit.common.distributed import gather_rows, share
+from ssl_vit.common.errors import check
 from ssl_vit.evaluators.features import FEATURES, FeatureSet
 from ssl_vit.evaluators.scores import Prediction, labelled
 

@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.linear import protocol_details
 from ssl_vit.evaluators.linear_heads import FeatureNorm

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit import __version__
-from ssl_vit.common.config import RunFailed, check
+from ssl_vit.common.errors import RunFailed, check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.data.sources import Source
 from ssl_vit.data.view import View

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ssl_vit.common.config import check
 from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import Order

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.data.base import Source
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.knn import nearest_neighbours, unit

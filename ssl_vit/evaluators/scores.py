@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import accuracy_interval, mean_precision_interval
 

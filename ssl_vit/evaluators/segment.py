@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.checks import check_least, check_not_negative
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.base import check_classes
 from ssl_vit.data.order import permute
@@ -58,9 +59,9 @@ class SegmentOptions:
     If they need more, they are recomputed in every epoch: same score, more time."""
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"--epochs is {self.epochs}; at least 1")
+        check_least(self, 1, "epochs")
         check(self.ignore >= -1, f"--ignore is {self.ignore}; a class number, or -1 for none")
-        check(self.cache_gb >= 0, f"--cache-gb is {self.cache_gb}; 0 or more")
+        check_not_negative(self, "cache_gb")
 
 
 def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:

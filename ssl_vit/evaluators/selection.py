@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import permute
 from ssl_vit.evaluators.features import FEATURES

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float16, Int64, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import eval_batches
 from ssl_vit.data.pairs import PairBatch, PairImages, Pairs, nearest_mask

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ssl_vit import methods
-from ssl_vit.common.config import EncoderConfig, UserError, check, did_you_mean
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec

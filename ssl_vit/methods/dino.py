@@ -21,9 +21,10 @@ from ssl_vit.common.checks import (
     check_size,
     flag,
 )
-from ssl_vit.common.config import EncoderConfig, Length, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.figures import to_rgb
-from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.photometric import Photometric

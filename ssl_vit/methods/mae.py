@@ -14,7 +14,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
-from ssl_vit.common.config import EncoderConfig, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ssl_vit.common.checks import check_not_negative
-from ssl_vit.common.config import EncoderConfig, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
-from ssl_vit.common.config import EncoderConfig, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target

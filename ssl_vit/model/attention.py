@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.common.figures import enlarged, heat, picture_rows
 from ssl_vit.common.task import at_least_fp32
 from ssl_vit.model.encoder import Encoder

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssl_vit.common.config import EncoderConfig, check, did_you_mean
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import check, did_you_mean
 from ssl_vit.model.block import LeanBlock, lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 

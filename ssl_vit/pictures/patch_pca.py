@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.common.figures import enlarged, heat, picture_rows
 
 _PERCENT = (2.0, 98.0)

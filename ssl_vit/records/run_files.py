@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import flatten
 from ssl_vit.records.status import STATUS_FILE
 from ssl_vit.training.checkpoint import complete

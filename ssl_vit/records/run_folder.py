@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.common.config import Length, UserError
+from ssl_vit.common.errors import UserError
+from ssl_vit.common.schedules import Length
 from ssl_vit.records.run_files import (
     Stamp,
     find_runs,

@@ -18,7 +18,7 @@ import timm
 import torch
 
 import ssl_vit
-from ssl_vit.common.config import RunFailed, UserError, check
+from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.training.parallel import lost_process
 

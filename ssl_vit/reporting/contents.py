@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ssl_vit.commands.pretraining import PretrainConfig, default_options
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import as_written
 from ssl_vit.methods.base import find_method
 from ssl_vit.reporting.advice import advise

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssl_vit.common.config import RunFailed, UserError, check
 from ssl_vit.common.distributed import gather_texts
+from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import share_as_usual, sync, write_text_atomically
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.shards import Parts, load_moments, load_parts, moments, own_part

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 
 # Below the ports that Linux gives to outgoing connections (from 32768), above most services.
 _FIRST_PORT, _PORTS = 12_000, 18_000

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_vit.common.config import OptimConfig, RunConfig, RunFailed, UserError
+from ssl_vit.common.config import OptimConfig, RunConfig
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from ssl_vit.common.config import Length, OptimConfig, RunConfig
+from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.distributed import all_reduce_mean, local, rank_and_world
-from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Task
 
 

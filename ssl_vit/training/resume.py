@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ssl_vit.common.config import RunConfig, UserError, check
+from ssl_vit.common.config import RunConfig
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.layers import as_written, flatten
 from ssl_vit.training.checkpoint import complete, load_checkpoint
 from ssl_vit.training.loop import Trainer

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl_vit.common.config import Length, RunConfig, check
+from ssl_vit.common.config import RunConfig
 from ssl_vit.common.distributed import gather_texts
+from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.layers import as_written, to_yaml
+from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Task
 from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec

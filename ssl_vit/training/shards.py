@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ssl_vit.common.config import check
 from ssl_vit.common.distributed import local
+from ssl_vit.common.errors import check
 from ssl_vit.weights.exchange import check_names_and_shapes, read_safetensors
 
 T = TypeVar("T", bound=nn.Module)

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 from ssl_vit.weights.keymaps import HUGGING_FACE, MAE, State, hugging_face_names
 from ssl_vit.weights.official import FILES
 from ssl_vit.weights.reading import read_content, read_json, unwrapped

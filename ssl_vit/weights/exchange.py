@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from ssl_vit.common.config import EncoderConfig, UserError, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically
 from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
 

@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.hub import get_dir
 
-from ssl_vit.common.config import UserError, check, did_you_mean
+from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.model.encoder import without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_vit.common.config import check
+from ssl_vit.common.errors import check
 
 State = dict[str, Tensor]
 MAE, DINO, DINOV2, TIMM = "MAE (official)", "DINO (official)", "DINOv2 (official)", "timm"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import from_timm

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.common.config import RunFailed, UserError, check
+from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import share_as_usual, sync
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs

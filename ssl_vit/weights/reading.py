@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_vit.common.config import UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.weights.exchange import read_safetensors
 from ssl_vit.weights.shapes import Hints
 

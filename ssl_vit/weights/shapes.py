@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.common.config import EncoderConfig, UserError, check
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.model.encoder import Encoder, sincos_positions, without_memory
 
 State = dict[str, Tensor]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssl_vit.common.config import RunFailed, check
+from ssl_vit.common.errors import RunFailed, check
 from ssl_vit.model.block import LeanBlock, LeanMlp
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, contiguous_state

@@ -9,7 +9,7 @@ import torch
 from ssl_vit import benchmark
 from ssl_vit.benchmarks.costs import count_step
 from ssl_vit.commands import scale
-from ssl_vit.common.config import RunFailed
+from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.task import Views
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import without_memory

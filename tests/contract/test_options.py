@@ -7,7 +7,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 import pytest
 
 from ssl_vit import pretrain
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.model.encoder import without_memory
 from tests.contract import tiny

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_vit.benchmark import main
 from ssl_vit.benchmarks.peers import library
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 
 TINY = """
 encoder: {arch: vit_tiny_patch16_224, image_size: [16], patch_size: 4, width: 16, depth: 1,

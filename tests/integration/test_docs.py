@@ -17,7 +17,7 @@ from launch.options import LaunchConfig, together
 from ssl_vit import benchmark, evaluate, export, pretrain, report, visualize
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare import CompareConfig
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.evaluators.finetune import FinetuneConfig
 from ssl_vit.methods.base import method_names

@@ -5,7 +5,8 @@ import timm
 import torch
 from transformers import AutoModel
 
-from ssl_vit.common.config import EncoderConfig, RunFailed, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.export import main
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import to_huggingface

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ssl_vit import pretrain
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.weights.official import open_weights
 from tests.distributed.lives import Lives
 from tests.integration.conftest import TINY

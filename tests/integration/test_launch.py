@@ -16,7 +16,8 @@ from launch.job import going_on
 from launch.options import LaunchConfig, seconds
 from launch.slurm import DOORS, main, private_folder
 from launch.sweep import combinations, swept
-from ssl_vit.common.config import RunConfig, UserError
+from ssl_vit.common.config import RunConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import parse
 from tests.conftest import ROOT
 from tests.integration.conftest import TINY, Door

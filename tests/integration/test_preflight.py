@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ssl_vit.benchmarks import trial
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.pretrain import main
 
 

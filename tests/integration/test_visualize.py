@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.model.attention import cls_attention
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.visualize import main

@@ -1,6 +1,6 @@
 """What a process of its own is asked in tests; it imports little."""
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 
 
 class Answers:

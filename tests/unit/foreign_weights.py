@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.official import open_weights
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import ssl_vit
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import Machine, extract, pooled
 from ssl_vit.model.attention import cls_attention_rows

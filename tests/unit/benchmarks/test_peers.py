@@ -14,7 +14,8 @@ from ssl_vit.benchmarks.peers_dino import LightlyDINO, LightlyGroupedDINO, Origi
 from ssl_vit.benchmarks.peers_mae import HuggingFaceMAE, LightlyMAE, OriginalMAE
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
-from ssl_vit.common.config import EncoderConfig, OptimConfig, UserError
+from ssl_vit.common.config import EncoderConfig, OptimConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import decode

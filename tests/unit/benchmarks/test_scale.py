@@ -24,7 +24,8 @@ from ssl_vit.benchmarks.costs import (
 from ssl_vit.commands import scale
 from ssl_vit.commands.pretraining import default_options
 from ssl_vit.commands.scale import ScaleConfig, scale_report, show_scale
-from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig, RunFailed, UserError
+from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import Batch

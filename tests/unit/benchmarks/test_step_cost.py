@@ -15,7 +15,8 @@ from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peers_dino import OriginalDINO
 from ssl_vit.benchmarks.peers_mae import OriginalMAE
 from ssl_vit.benchmarks.side import PeakMemory
-from ssl_vit.common.config import RunConfig, RunFailed, UserError
+from ssl_vit.common.config import RunConfig
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.mae import MAE
 from ssl_vit.model.encoder import checkpoint_activations

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ssl_vit import evaluate
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
-from ssl_vit.common.config import EncoderConfig, RunFailed, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssl_vit.commands.cli import layered
-from ssl_vit.common.config import EncoderConfig, OptimConfig, UserError
+from ssl_vit.common.config import EncoderConfig, OptimConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.common.seeds import seeded
 from ssl_vit.common.task import Views

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ssl_vit.commands.pretraining import initial_method
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.methods.base import find_method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options

@@ -17,7 +17,7 @@ from ssl_vit.common.checks import (
     check_size,
     flag,
 )
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,11 @@ import yaml
 
 from ssl_vit.commands.cli import find_recipe, layered, recipes, split_config
 from ssl_vit.commands.pretraining import PretrainConfig
-from ssl_vit.common.config import (
-    DataConfig,
-    EncoderConfig,
-    InitConfig,
-    Length,
-    OptimConfig,
-    RunConfig,
-    UserError,
-    did_you_mean,
-)
+from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, yaml_flags
+from ssl_vit.common.schedules import Length
+from ssl_vit.methods.base import method_names
 from ssl_vit.methods.mae import MAEConfig
 from ssl_vit.pretrain import parse_options
 from tests.conftest import ROOT
@@ -176,7 +170,7 @@ PRETRAINING = [
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
 def test_recipes_parse(path):
     """By path and by name, with a header that says the command; each says something."""
-    method = path.stem.split("_")[0]
+    method = max((n for n in method_names() if path.stem.startswith(f"{n}_")), key=len)
     name, _, config = parse_options([method, "--config", str(path)])
     assert name == method
     assert config == parse_options([method, "--config", path.stem])[2]

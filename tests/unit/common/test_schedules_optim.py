@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_vit.common.config import Length, OptimConfig, RunConfig
-from ssl_vit.common.schedules import warmup_cosine
+from ssl_vit.common.config import OptimConfig, RunConfig
+from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Task
 from ssl_vit.training.optim import (
     Schedule,

@@ -118,8 +118,9 @@ def test_a_choice_is_made_once_and_inherited(machine):
     assert not clock["looks"]
 
 
-@pytest.mark.parametrize("maker", [f"1 {platform.node()}", f"{os.getpid()} another-node", "x", ""])
+@pytest.mark.parametrize("maker", ["1 {here}", "{own} another-node", "x", ""])
 def test_a_choice_of_another_machine_or_of_one_that_ended_is_made_anew(machine, maker):
+    maker = maker.format(here=platform.node(), own=os.getpid())
     machine(0.0)
     (waiting._PROC / str(os.getpid())).mkdir()
     assert policy({CHOICE: f"sleep {maker}", "OMP_WAIT_POLICY": "PASSIVE"}) == " spin"

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Source, Subset
 from ssl_vit.data.labels import labelled_by
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, ViewSpec, resized, take_views

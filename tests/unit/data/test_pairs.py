@@ -11,7 +11,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.loader import eval_batches
 from ssl_vit.data.pairs import PairImages, decode_mask, nearest_mask, open_pairs

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as tvf
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.data import photometric as module
 from ssl_vit.data.photometric import WIDTH, Photometric, left_out, photometric
 

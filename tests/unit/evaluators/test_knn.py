@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators import knn
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.knn import knn_classify, knn_predictions, largest, nearest_neighbours

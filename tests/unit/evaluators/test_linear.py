@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.order import Order

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators.logreg import Logistic, LogregProtocol, logreg_probe
 from ssl_vit.evaluators.selection import NOT_CHOSEN, split_rows
 from tests.unit.feature_sets import blobs, feature_set, normal, tagged, top1

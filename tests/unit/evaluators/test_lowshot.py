@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
 from ssl_vit.evaluators.scores import Score
 

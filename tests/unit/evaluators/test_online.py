@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import TrainImages

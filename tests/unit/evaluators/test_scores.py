@@ -14,7 +14,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import Ranking, accuracy_interval, mean_precision_interval
 from ssl_vit.evaluators.scores import Prediction, Score, accuracy, check_labels, score_predictions

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.pairs import open_pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators import segment as probe

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ssl_vit import methods
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, ViewSpec

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig, UserError
+from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from ssl_vit.common import figures
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, uniform
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Task, Views
 from ssl_vit.model.drop_path import batch_share
 from ssl_vit.model.encoder import checkpoint_activations

@@ -10,7 +10,8 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.figures import enlarged, heat, picture_rows
 from ssl_vit.model.attention import (
     attention_panel,

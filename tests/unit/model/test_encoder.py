@@ -11,7 +11,8 @@ from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit.common.config import EncoderConfig, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
 from ssl_vit.model.encoder import (
     Encoder,
     choose_attention,

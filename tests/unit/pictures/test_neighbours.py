@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators import knn
 from ssl_vit.evaluators.retrieval import nearest_images
 from ssl_vit.pictures.neighbours import neighbours_panel

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssl_vit.common.config import RunFailed, UserError
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.records import status as module
 from ssl_vit.records.status import (
     STATUS_FILE,

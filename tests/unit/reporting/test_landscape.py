@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.reporting.landscape import flattened, read_projection
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import RunLog

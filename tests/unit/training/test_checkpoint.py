@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
 
-from ssl_vit.common.config import RunFailed, UserError
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.training import checkpoint
 from ssl_vit.training.checkpoint import Checkpoints, clean, complete, load_checkpoint
 from ssl_vit.training.parallel import Parallel

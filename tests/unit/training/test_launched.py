@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.training.launched import Launched, first_host, launched
 
 TORCHRUN = {

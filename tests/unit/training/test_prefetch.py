@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
 from ssl_vit.data.loader import Batch
 from ssl_vit.data.pairs import PairBatch

@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from ssl_vit.common.config import EncoderConfig, RunFailed, UserError
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder, timm_kwargs
 from ssl_vit.weights import outgoing, to_huggingface

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.data.augment import Normalize, center_view
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import export_encoder

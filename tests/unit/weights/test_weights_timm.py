@@ -104,7 +104,7 @@ def test_names_of_nothing(name, message):
 
 DOWNLOAD = """
 import sys
-from ssl_vit.common.config import UserError
+from ssl_vit.common.errors import UserError
 from ssl_vit.weights.official import open_weights
 try:
     opened = open_weights("timm:vit_tiny_patch16_224")

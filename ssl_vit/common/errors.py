@@ -1,0 +1,38 @@
+"""Errors that are one clear line: a user's mistake, and a run that cannot go on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """User error, in one line: what was given, what is allowed, where it came from.
+
+    ``everywhere``: raised by every process, so that only one needs to report it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class RunFailed(RuntimeError):  # noqa: N818
+    """Run failure: a run cannot continue, not by a user error; its last checkpoint is complete.
+
+    ``everywhere``: as for :class:`UserError`.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint for an unknown ``name``: `` (nearest known: x, y)``; an empty string if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (nearest known: {', '.join(close)})" if close else ""

@@ -16,13 +16,14 @@ from ssl_vit.model.encoder import Encoder
 class Teacher(nn.Module):
     """An encoder and a head that follow a student's by exponential moving average.
 
-    It begins equal to the student, gets no gradient, and has no stochastic depth.
+    It begins equal to the student, whose first weights are drawn by then, gets no gradient, and has
+    no stochastic depth. ``head``: of the student; None: the encoder alone is followed.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder = Encoder(replace(encoder.config, drop_path=0.0), encoder.channels)
-        self.head = copy.deepcopy(head)
+        self.head = nn.Identity() if head is None else copy.deepcopy(head)
         self.start_from(encoder)
         self.requires_grad_(False)
 
@@ -31,11 +32,12 @@ class Teacher(nn.Module):
         self.encoder.load_state_dict(encoder.state_dict(), strict=True)
 
     def follow(
-        self, encoder: Encoder, head: nn.Module, momentum: float, moves: Bool[Tensor, ""]
+        self, encoder: Encoder, head: nn.Module | None, momentum: float, moves: Bool[Tensor, ""]
     ) -> None:
         """Move towards the student, keeping the share ``momentum``; not at all unless ``moves``."""
         ema_update(self.encoder, encoder, momentum, moves)
-        ema_update(self.head, head, momentum, moves)
+        if head is not None:
+            ema_update(self.head, head, momentum, moves)
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ class Decoder(nn.Module):
     Args:
         width: of the encoder's tokens; ``dim``, ``depth`` and ``heads`` are the decoder's own.
         grid: rows and columns of patches.
-        pixels: numbers of a patch.
+        outputs: numbers predicted of a patch: its pixels, or features.
     """
 
     positions: Tensor
 
     def __init__(
-        self, width: int, dim: int, depth: int, heads: int, grid: tuple[int, int], pixels: int
+        self, width: int, dim: int, depth: int, heads: int, grid: tuple[int, int], outputs: int
     ) -> None:
         super().__init__()
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         )
         lean_blocks(self.blocks)
         self.norm = norm(dim)
-        self.predict = nn.Linear(dim, pixels)
+        self.predict = nn.Linear(dim, outputs)
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
 
     def forward(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from launch.options import LaunchConfig, together
+from launch.options import LaunchConfig, merge_lists
 from ssl_vit import benchmark, evaluate, export, pretrain, report, visualize
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare import CompareConfig
@@ -68,7 +68,7 @@ def check_command(call: list[str]) -> None:
     argv = [word for word in call[1:] if word not in ("--help", "...")]
     if found[1] is None:
         cut = argv.index("--")
-        parse(LaunchConfig(), together(argv[:cut]), COMMAND_LINE, "launch")
+        parse(LaunchConfig(), merge_lists(argv[:cut]), COMMAND_LINE, "launch")
         assert argv[cut + 1] in slurm.DOORS, argv[cut + 1]
         check_command([f"ssl_vit.{argv[cut + 1]}", *argv[cut + 2 :]])
     else:

@@ -174,7 +174,7 @@ def test_help(room):
         (("--size", "big"), ("--size", "big")),
         (("--mass", "0"), ("--mass is 0.0", "at most 1")),
         (("--mass", "60"), ("--mass is 60.0", "at most 1")),
-        (("--count", "0"), ("--count is 0", "at least 1")),
+        (("--count", "0"), ("--count is 0", "1 or more")),
         (("--out", "picture.jpg"), ("picture.jpg", ".png")),
         (("--out", "nowhere/picture.png"), ("no folder 'nowhere'",)),
         (("--device", "cuda:99"), ("cuda:99",)),

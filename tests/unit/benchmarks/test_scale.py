@@ -298,12 +298,12 @@ def test_report_of_work_time_and_memory(tmp_path, monkeypatch, capsys):
     [
         ({"archs": ()}, "--archs is empty"),
         ({"devices": ()}, "--devices is empty"),
-        ({"devices": (8, 0)}, "--devices is 8 0; at least 1"),
-        ({"image_sizes": (224, 0)}, "--image-sizes is 224 0; at least 1"),
-        ({"count": 0}, "--count is 0; at least 1"),
+        ({"devices": (8, 0)}, "--devices is 8 0; it must be 1 or more"),
+        ({"image_sizes": (224, 0)}, "--image-sizes is 224 0; it must be 1 or more"),
+        ({"count": 0}, "--count is 0; it must be 1 or more"),
         ({"peak": 0.0}, "--peak is 0; it must be above 0"),
         ({"memory": float("nan")}, "--memory is nan; it must be above 0"),
-        ({"share": 1.5}, "--share is 1.5; it lies above 0 and up to 1"),
+        ({"share": 1.5}, "--share is 1.5; it must be above 0 and at most 1"),
         ({"run": RunConfig(precision="fp32")}, "--run.precision is fp32; scale supports bf16"),
     ],
 )

@@ -90,7 +90,7 @@ def test_again_names_an_encoder_that_changed(run, tmp_path):
 
 def test_again_refuses_what_is_no_card(tmp_path):
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match="no result"):
+    with pytest.raises(UserError, match="is not an evaluation result"):
         evaluate.main(["again", str(tmp_path / "x.json")])
 
 
@@ -186,7 +186,7 @@ def test_a_place_that_takes_no_result_is_refused_before_the_work(run, tmp_path, 
         ("linear", ("--protocol", "mae", "--data.held-out", "digits:val"), "chooses no setting"),
         ("linear", ("--protocol", "logreg", "--probe-batch", "8"), "not for logreg"),
         ("linear", ("--fraction", "1.5"), "at most 1"),
-        ("linear", ("--per-class", "0"), "at least 1"),
+        ("linear", ("--per-class", "0"), "it must be 1 or more"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(run, evaluator, options, message):

@@ -79,7 +79,7 @@ def _pretrain(argv: list[str]) -> None:
     if "--init.encoder" in argv:  # a file of which only the option's name is looked at
         at = argv.index("--init.encoder")
         argv = argv[:at] + argv[at + 2 :]
-    pretrain.read_config(argv)
+    pretrain.parse_options(argv)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -112,7 +112,7 @@ _PARSERS = {
     "evaluate": _evaluate,
     "visualize": _visualize,
     "export": lambda argv: _parse(export.ExportConfig(), argv),
-    "benchmark": lambda argv: benchmark.read_options(argv),
+    "benchmark": lambda argv: benchmark.parse_options(argv),
     "report": lambda argv: parse(report.ReportConfig(), argv, COMMAND_LINE, "report"),
     "runs": _runs,
 }

@@ -522,7 +522,7 @@ def test_a_fine_tuned_file_opens_as_an_encoder(tmp_path, pooling):
             made.network.forward_features(images), pre_logits=True
         )
         torch.testing.assert_close(opened.encoder(images).pool(pooling), head)
-    with pytest.raises(UserError, match="not an export to timm"):  # it is no encoder's file to replace
+    with pytest.raises(UserError, match="not an export to timm"):  # no encoder's file to replace
         check_ready("timm", path)
 
 

@@ -140,4 +140,4 @@ def _first_paragraph(box: str) -> str:
     ends = [i for i, line in enumerate(lines) if "─" in line or not line.strip("-")]
     start, stop = [*ends, len(lines), len(lines)][:2]
     text = " ".join(lines[start + 1 : stop]).replace("Error parsing ", "")
-    return re.sub(r"^\w+: (?=--)", "", text)
+    return re.sub(r"^[\w.]+: (?=--)", "", text)

@@ -43,19 +43,21 @@ class SimMIMConfig(MethodConfig):
         check_range(self, "crop_scale")
         check_share(self, "flip")
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
-        """Refuse a grid of patches that units do not divide, or of which nothing stays visible."""
+    def check_grid(self, grid: tuple[int, int], asked: float = 0.0) -> None:
+        """Refuse a grid of patches that units do not divide, or of which nothing stays visible;
+        ``asked``: with another ratio, of ``--mask-ratio``."""
         unit, shown = self.mask_unit, "x".join(map(str, grid))
         fits = all(side % unit == 0 for side in grid)
         check(
             fits,
             f"{flag(self, 'mask_unit')} is {unit}; it must divide the grid of {shown} patches",
         )
-        units = grid[0] * grid[1] // unit**2
+        ratio, units = asked or self.mask_ratio, grid[0] * grid[1] // unit**2
+        other = "" if asked else f", or {flag(self, 'mask_unit')}"
         check(
-            math.ceil(units * self.mask_ratio) < units,
-            f"{flag(self, 'mask_ratio')} is {self.mask_ratio}; of {units} units of {unit}x{unit} "
-            f"patches it leaves none visible: lower it, or {flag(self, 'mask_unit')}",
+            math.ceil(units * ratio) < units,
+            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {units} units "
+            f"of {unit}x{unit} patches it leaves none visible: lower it{other}",
         )
 
 
@@ -138,8 +140,8 @@ class SimMIM(Method):
     ) -> Reconstruction:
         """As the base says; the target is raw pixels."""
         check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
+        self.config.check_grid(self.encoder.grid, mask_ratio)
         config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)
-        config.check_grid(self.encoder.grid)
         masked = self.drawn(keys, config)["masked"]
         prediction = self.objective.predict(self.encoder, images, masked)
         n = masked.shape[1]

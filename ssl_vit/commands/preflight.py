@@ -15,7 +15,7 @@ from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.evaluators.watch import bounded
-from ssl_vit.methods.base import Setting
+from ssl_vit.objectives.base import Setting
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import loader_workers, own_cores
 from ssl_vit.training.resume import check_same_run, starting_point

@@ -97,6 +97,12 @@ def _by_view(taken: list[DrawnCrop], count: int) -> list[DrawnCrop]:
     return [crop for nth in range(count) for crop in taken[nth::count]]
 
 
+def whole_boxes(spec: ViewSpec, images: int) -> list[Tensor]:
+    """``Views.boxes`` of crops that are whole images, not flipped: those of made-up batches."""
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]])
+    return [box.repeat(images * crop.count, 1) for crop in spec.crops]
+
+
 def draw_samples(draw: Draw, keys: Sequence[int]) -> dict[str, Tensor]:
     """What is drawn for samples of these keys (``Views.keys``), stacked: (B, ...) by name."""
     samples = [draw(generator(fold(key))) for key in keys]

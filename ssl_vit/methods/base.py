@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,27 +23,10 @@ from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_samples
 from ssl_vit.model.encoder import Encoder, without_memory
-from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.base import Objective, Setting
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 
 Target = Literal["auto", "pixels", "normalized"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method is asked to train in, as a preflight has found it.
-
-    ``images``: of the training set. ``batch_size``: of a step, over all processes and ``parts``.
-    ``lacking``: bytes of memory that a process would need beside what there is; 0: it fits.
-    ``per_crop``: bytes that one crop of the most numerous kind takes, for all images that go
-    through at once; 0: unknown.
-    """
-
-    images: int
-    batch_size: int
-    parts: int
-    lacking: float = 0.0
-    per_crop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +82,8 @@ class Method(Task):
         self.weights: dict[str, float] = {}
 
     def add(self, name: str, objective: Objective, weight: float = 1.0) -> None:
-        """Minimise this, too, with this weight."""
+        """Minimise this, too; its weight is above 0, as all that is trained needs a gradient."""
+        assert weight > 0, f"{name} has weight {weight}"
         self.objectives[name] = objective
         self.weights[name] = weight
 
@@ -154,8 +138,9 @@ class Method(Task):
         return self.encoder
 
     def advice(self, setting: Setting) -> list[str]:
-        """What looks wrong with the method's options in this setting: lines with the remedy."""
-        return []
+        """What looks wrong with the method's options in this setting: lines with the remedy. Those
+        of the objectives."""
+        return [line for _, objective in self.parts() for line in objective.advice(setting)]
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
         """Pictures (H, W, 3) uint8 that show what the method does with these views."""
@@ -192,7 +177,7 @@ class Method(Task):
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """The objective's scalars; of several objectives each one's as ``name_scalar``, and
-        ``loss``, the weighted sum."""
+        ``loss``, the sum by their weights."""
         parts = self.parts()
         found = {n: o(self.encoder, self.seen_by(n, views), step) for n, o in parts}
         if len(found) == 1:
@@ -286,7 +271,10 @@ def find_method(name: str) -> type[Method]:
         raise UserError(
             f"method is {name!r}; it must be one of {', '.join(names)}{did_you_mean(name, names)}"
         )
-    module = importlib.import_module(f"ssl_vit.methods.{name}")
+    try:
+        module = importlib.import_module(f"ssl_vit.methods.{name}")
+    except Exception as error:
+        raise UserError(f"methods/{name}.py cannot be imported: {error!r}") from error
     found = [
         value
         for value in vars(module).values()
@@ -300,4 +288,13 @@ def find_method(name: str) -> type[Method]:
         f"methods/{name}.py must define one subclass of Method; it defines {len(found)} "
         f"({', '.join(kind.__name__ for kind in found) or 'none'})",
     )
-    return found[0]
+    kind = found[0]
+    config = getattr(kind, "Config", None)
+    options = isinstance(config, type) and issubclass(config, MethodConfig) and is_dataclass(config)
+    named = bool(getattr(kind, "title", "")) and "loss" in getattr(kind, "explained", {})
+    check(
+        options and named,
+        f"methods/{name}.py: {kind.__name__} must say its Config (a frozen dataclass on "
+        "MethodConfig), its title, and in explained what its scalars mean, loss among them",
+    )
+    return kind

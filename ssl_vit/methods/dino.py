@@ -28,11 +28,11 @@ from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.photometric import Photometric
-from ssl_vit.methods.base import Method, MethodConfig, Setting
+from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.attention import attention_panel, cls_attention, cls_features
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init
-from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.base import Objective, Setting
 from ssl_vit.objectives.centering import Center
 from ssl_vit.objectives.cross_entropy import cross_entropy_of_views
 from ssl_vit.objectives.ema import Teacher
@@ -263,6 +263,28 @@ class DINOObjective(Objective):
             )
         return found
 
+    def advice(self, setting: Setting) -> list[str]:
+        """What the original's batches of 512 and its GPUs let one forget."""
+        c, lines = self.config, []
+        small = setting.batch_size < _SMALL_BATCH and setting.images >= _MANY_IMAGES
+        if small and c.momentum < _FAST_TEACHER:
+            lines.append(
+                f"{flag(c, 'momentum')} {c.momentum:g} is for batches of {_SMALL_BATCH}: in "
+                f"batches of {setting.batch_size} the teacher averages over too few of "
+                f"{setting.images:,} images; raise it, to 0.9995"
+            )
+        if setting.parts > 1:
+            lines.append(
+                f"--optim.accumulate {setting.parts} saves memory and nothing else: centre and "
+                f"teacher move once a step, by the whole batch of {setting.batch_size}, and "
+                "learning rate and momentum are those of that batch"
+            )
+        if setting.lacking and setting.per_crop:
+            fitting = c.local_crops - math.ceil(setting.lacking / setting.per_crop)
+            if fitting >= 0:
+                lines.append(f"{flag(c, 'local_crops')} is {c.local_crops}; {fitting} should fit")
+        return lines
+
     def before_update(self, step: int) -> None:
         """Leave the last layer as it is at first: it steadies what the teacher says."""
         if step < self.freeze_steps:
@@ -328,28 +350,6 @@ class DINO(Method):
         """The teacher's: the better one at every moment of the training."""
         encoder: Encoder = self.objective.teacher.encoder
         return encoder
-
-    def advice(self, setting: Setting) -> list[str]:
-        """What the original's batches of 512 and its GPUs let one forget."""
-        c, lines = self.config, []
-        small = setting.batch_size < _SMALL_BATCH and setting.images >= _MANY_IMAGES
-        if small and c.momentum < _FAST_TEACHER:
-            lines.append(
-                f"--method.momentum {c.momentum:g} is for batches of {_SMALL_BATCH}: in batches of "
-                f"{setting.batch_size} the teacher averages over too few of {setting.images:,} "
-                "images; raise it, to 0.9995"
-            )
-        if setting.parts > 1:
-            lines.append(
-                f"--optim.accumulate {setting.parts} saves memory and nothing else: centre and "
-                f"teacher move once a step, by the whole batch of {setting.batch_size}, and "
-                "learning rate and momentum are those of that batch"
-            )
-        if setting.lacking and setting.per_crop:
-            fitting = c.local_crops - math.ceil(setting.lacking / setting.per_crop)
-            if fitting >= 0:
-                lines.append(f"--method.local-crops is {c.local_crops}; {fitting} should fit")
-        return lines
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
         """Where the teacher's [CLS] looks."""

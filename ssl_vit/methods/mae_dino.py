@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_vit.common.checks import check_not_negative
+from ssl_vit.common.checks import flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views
@@ -50,11 +51,13 @@ class MAEDINOConfig(MethodConfig):
     dino: DINOPart = field(default_factory=DINOPart)
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "mae_weight", "dino_weight")
-        check(
-            self.mae_weight + self.dino_weight > 0,
-            "--method.mae-weight and --method.dino-weight are 0; one of them must be above 0",
-        )
+        for option, other in (("mae_weight", "dino"), ("dino_weight", "mae")):
+            value = getattr(self, option)
+            check(
+                0 < value < math.inf,
+                f"{flag(self, option)} is {value:g}; it must be above 0 (pretrain {other} is "
+                "without it)",
+            )
 
 
 class MAEDINO(Method):

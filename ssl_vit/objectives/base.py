@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Bool
@@ -9,6 +10,23 @@ from torch import Tensor, nn
 
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.model.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is asked to train in, as a preflight has found it.
+
+    ``images``: of the training set. ``batch_size``: of a step, over all processes and ``parts``.
+    ``lacking``: bytes of memory that a process would need beside what there is; 0: it fits.
+    ``per_crop``: bytes that one crop of the most numerous kind takes, for all images that go
+    through at once; 0: unknown.
+    """
+
+    images: int
+    batch_size: int
+    parts: int
+    lacking: float = 0.0
+    per_crop: float = 0.0
 
 
 class Objective(nn.Module):
@@ -43,6 +61,10 @@ class Objective(nn.Module):
     def after_update(self, encoder: Encoder, step: int, took: Bool[Tensor, ""]) -> None:
         """Called after the optimizer step; ``took`` is false, on every process, where the step was
         skipped: then nothing may move."""
+
+    def advice(self, setting: Setting) -> list[str]:
+        """What looks wrong with its options in this setting: lines with the remedy."""
+        return []
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
         """What is wrong with the training, by the means of its scalars over some steps: a short

@@ -6,7 +6,7 @@ import pytest
 
 from ssl_vit import pretrain
 from ssl_vit.methods.base import Method, find_method, method_names
-from tests.contract.tiny import arguments
+from tests.contract.tiny import run_arguments
 
 
 @pytest.fixture(scope="session", params=method_names())
@@ -23,5 +23,5 @@ def kind(name: str) -> type[Method]:
 def run(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run from its first step to its last; to be read only."""
     folder = tmp_path_factory.mktemp(name) / "run"
-    assert pretrain.main(arguments(name, "--run.out", str(folder))) == 0
+    assert pretrain.main(run_arguments(name, "--run.out", str(folder))) == 0
     return folder

@@ -10,7 +10,8 @@ import torch
 from ssl_vit.commands.cli import recipes
 from ssl_vit.common.layers import known_keys
 from ssl_vit.common.task import Scalar
-from ssl_vit.methods.base import Method, MethodConfig, Setting
+from ssl_vit.methods.base import Method, MethodConfig
+from ssl_vit.objectives.base import Setting
 from tests.contract import tiny
 
 # What a run of nothing but trouble looks like.

@@ -42,7 +42,7 @@ def folder_of(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     @cache
     def carried_out(world: int, script: str) -> list[str]:
         (door.folder / "script.py").write_text(script)
-        done = together(door, world, "script.py", *tiny.arguments(name))
+        done = together(door, world, "script.py", *tiny.run_arguments(name))
         return [process.stderr for process in done if process.returncode]
 
     def made(way: str) -> Path:

@@ -34,7 +34,7 @@ def test_it_goes_on_to_the_bit(name, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     shutil.rmtree(complete(folder / "checkpoints")[-1])
-    assert pretrain.main(tiny.arguments(name, "--run.out", str(folder))) == 0
+    assert pretrain.main(tiny.run_arguments(name, "--run.out", str(folder))) == 0
     assert [row["step"] for row in tiny.losses(folder)][-2:] == [tiny.STEPS - 1, tiny.STEPS]
     assert len(tiny.losses(folder)) < 2 * tiny.STEPS, "it began anew"
     assert outcome(folder) == outcome(run)

@@ -43,6 +43,11 @@ def arguments(name: str, *more: str) -> list[str]:
     return [name, "--config", recipe(name), *TINY, *more]
 
 
+def run_arguments(name: str, *more: str) -> list[str]:
+    """The same for a whole run, with stochastic depth: its draws are a function of the step."""
+    return arguments(name, "--encoder.drop-path", "0.2", *more)
+
+
 @cache
 def options(name: str, *more: str) -> tuple[type[Method], PretrainConfig[Any]]:
     """The method's class and all options of a tiny run."""

@@ -21,6 +21,7 @@ from ssl_vit.benchmarks.costs import (
     sharded_state,
     state_of,
 )
+from ssl_vit.benchmarks.speed import random_batch
 from ssl_vit.commands import scale
 from ssl_vit.commands.pretraining import default_options
 from ssl_vit.commands.scale import ScaleConfig, scale_report, show_scale
@@ -61,6 +62,15 @@ class Plain(Task):
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """Something of all patches."""
         return {"loss": self.encoder(views.crops[0]).patches.sum()}
+
+
+class Placed(Plain):
+    """A loss that asks where the crops lie in their images."""
+
+    def forward(self, views: Views, step: int) -> dict[str, Tensor]:
+        """Something of all patches and places."""
+        places = views.boxes[0][:, 2:4].prod(1)
+        return {"loss": (self.encoder(views.crops[0]).patches.mean((1, 2)) * places).sum()}
 
 
 def make(name: str) -> Method:
@@ -327,3 +337,14 @@ def test_sizes_that_cannot_be_built(changes, said):
         scale_report("mae", find_method("mae"), options(**changes))
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)
+
+
+def test_batches_made_up_have_boxes():
+    """A loss between the places of crops is counted and measured as any other."""
+    spec = ViewSpec((Crop((8, 8), count=2),))
+    with without_memory():
+        placed = Placed()
+    assert count_step(placed, spec, 3).flops > 0
+    batch = random_batch(spec, 4, 3, seed=0)
+    assert [tuple(b.shape) for b in batch.views.boxes] == [(8, 5)]
+    assert torch.isfinite(Placed()(Normalize((0.5,) * 3, (0.5,) * 3)(batch.views), 0)["loss"])

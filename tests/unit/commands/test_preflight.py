@@ -13,9 +13,10 @@ from ssl_vit.benchmarks import trial
 from ssl_vit.benchmarks.trial import Found, Throughput, combined_throughput, try_out
 from ssl_vit.commands.preflight import advice, long_duration, size
 from ssl_vit.commands.pretraining import Pretraining, build
-from ssl_vit.methods.base import Setting, find_method
+from ssl_vit.methods.base import find_method
 from ssl_vit.methods.dino import DINO
 from ssl_vit.model.attention import cls_features
+from ssl_vit.objectives.base import Setting
 from ssl_vit.pretrain import parse_options
 from ssl_vit.training.footprint import KeptBytes, Memory, measure_step, memory_of, nbytes
 from tests.integration.conftest import TINY, TINY_DINO

@@ -231,3 +231,20 @@ def test_a_file_without_one_method(written, name, text, said):
         find_method(name)
     expected = f"methods/{name}.py must define one subclass of Method; {said}"
     assert str(refusal.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("broken_import", "import no_such_module_here", "cannot be imported: ModuleNotFoundError"),
+        ("no_options", IMPORTED + "class A(Method):\n    title = 'A'\n", "A must say its Config"),
+        ("no_loss", IMPORTED + "class A(MAE):\n    explained = {}\n", "loss among them"),
+    ],
+)
+def test_a_file_that_is_no_whole_method_is_refused_in_a_line(written, name, text, said):
+    written(name, text)
+    with pytest.raises(UserError) as refusal:
+        find_method(name)
+    assert str(refusal.value).startswith(f"methods/{name}.py")
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -103,37 +103,18 @@ def test_loss_and_gradients_are_the_sum_of_the_two_alone(mae_weight, dino_weight
         same(ours[name], value)
 
 
-@pytest.mark.parametrize("without", ["mae", "dino"])
-def test_a_weight_of_0_leaves_the_others_loss_alone(without):
-    """The encoder's gradient is that of the other; the networks of the one have none."""
-    other = {"mae": "dino", "dino": "mae"}[without]
-    method, views = both(**{f"{without}_weight": 0.0}), batch()
-    own = getattr(alone(method), other)
-    crops = {"mae": views.crops[:1], "dino": views.crops[1:]}[other]
-    method(views, 0)["loss"].backward()
-    own(Views(crops, views.keys, views.labels), 0)["loss"].backward()
-    found, expected = gradients(method), gradients(own)
-    idle = {n: g for n, g in found.items() if n.startswith(f"objectives.{without}.")}
-    assert all(not g.any() for g in idle.values())
-    assert any(n.startswith("encoder.") for n in expected)
-    for name in found.keys() - idle.keys():
-        same(found[name], expected.get(name, torch.zeros_like(found[name])))
-    assert expected.keys() <= found.keys()
-
-
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ({"mae_weight": 0.0, "dino_weight": 0.0},
-         "--method.mae-weight and --method.dino-weight are 0; one of them must be above 0"),
-        ({"mae_weight": -1.0}, "--method.mae-weight is -1; it must be 0 or more"),
-        ({"dino_weight": float("nan")}, "--method.dino-weight is nan; it must be 0 or more"),
+        ({"mae_weight": 0.0}, "--method.mae-weight is 0; it must be above 0 (pretrain dino is"),
+        ({"dino_weight": -1.0}, "--method.dino-weight is -1; it must be above 0 (pretrain mae is"),
+        ({"dino_weight": float("nan")}, "--method.dino-weight is nan; it must be above 0"),
     ],
 )  # fmt: skip
 def test_weights_that_make_no_sense_are_refused(weights, said):
     with pytest.raises(UserError) as refusal:
         MAEDINOConfig(**weights)
-    assert str(refusal.value) == said
+    assert str(refusal.value).startswith(said)
 
 
 # --- crops and keys -----------------------------------------------------------------------------

@@ -105,6 +105,30 @@ def test_a_centre_stays_where_the_step_was_skipped():
     assert center.value.tolist() == [3.0] * 3
 
 
+def test_outputs_of_several_calls_count_by_their_rows():
+    center = Center(2, 0.5).train()
+    center(torch.zeros(30, 2))
+    center(torch.ones(10, 2))
+    center.update(torch.tensor(True))
+    assert center.value.tolist() == [0.125, 0.125]
+
+
+def test_a_centre_that_has_seen_nothing_stays():
+    center = Center(2, 0.5).train()
+    center.update(torch.tensor(True))
+    assert center.value.tolist() == [0.0, 0.0]
+
+
+def test_a_teacher_of_an_encoder_alone(student):
+    teacher = Teacher(student[0])
+    before = state(teacher.encoder)
+    moved(student)
+    teacher.follow(student[0], None, 0.5, torch.tensor(True))
+    own = state(teacher.encoder)
+    for name, parameter in student[0].named_parameters():
+        torch.testing.assert_close(own[name], (before[name] + parameter.detach()) / 2)
+
+
 def test_a_centre_does_not_move_by_evaluation():
     center = Center(3, 0.5).train()
     center(torch.ones(2, 3))

@@ -45,9 +45,12 @@ class SharedCores:
 
     @property
     def shared(self) -> bool:
-        """Whether others had cores that this run's threads want, when last looked at."""
-        cores = min(len(usable()), quota())
-        wanted = min(torch.get_num_threads() * launched().local_world, cores)
+        """Whether others had cores that this run's threads want, when last looked at.
+
+        A quota limits what the threads can use, not which cores others may be on.
+        """
+        cores = len(usable())
+        wanted = min(torch.get_num_threads() * launched().local_world, cores, quota())
         return self.others > cores - wanted + slack(math.ceil(wanted))
 
     def look(self, now: float | None = None, least: float = _EVERY) -> None:

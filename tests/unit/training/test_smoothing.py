@@ -1,4 +1,4 @@
-"""The speed that people are shown is smooth; the metrics keep what was measured."""
+"""The rate that people are shown is smooth; the metrics keep what was measured."""
 
 import io
 import itertools
@@ -12,17 +12,17 @@ from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import METRICS_FILE, RunLog, read_rows
 from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
-from ssl_vit.training.speed import Speed
+from ssl_vit.training.smoothing import SmoothedRate
 
 CPU = torch.device("cpu")
 
 
 def shown(*intervals: float) -> list[float]:
     """Seconds a step after each interval of 10 steps."""
-    speed, found = Speed(), []
+    rate, found = SmoothedRate(), []
     for seconds in intervals:
-        speed.add(10, seconds)
-        found.append(speed.seconds)
+        rate.add(10, seconds)
+        found.append(rate.seconds)
     return found
 
 
@@ -80,8 +80,8 @@ def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
     terminal = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr(metrics, "Console", lambda file: terminal)
     with RunLog(tmp_path, 0, 100, 1, 8, main=True, energy=Energy(CPU)) as log:
-        log.speed.add(1, 9.0)
-        log.speed.add(1, 9.0)
+        log.smoothed.add(1, 9.0)
+        log.smoothed.add(1, 9.0)
         log._speak(40, {"loss": 1.0, "lr": 1e-3, "images_per_s": 1000.0})
     assert "  1 img/s" in screen.getvalue()
     assert "9:00 left" in screen.getvalue()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from ssl_vit.records.run_folder import Run
+from ssl_vit.records.status import Status
 from ssl_vit.training import metrics
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import METRICS_FILE, RunLog, read_rows
@@ -71,8 +73,12 @@ def test_a_line_shows_the_usual_speed_and_the_metrics_what_was(log, capsys):
     assert ["  1 img/s" in line for line in (before, after)] == [True, True]
     assert "16:41 left" in before
     assert "16:30 left" in after
-    rates = [row["images_per_s"] for row in read_rows(log.folder / METRICS_FILE)]
-    assert rates[-2:] == pytest.approx([8 / 11, 8 / 110])
+    rows = read_rows(log.folder / METRICS_FILE)
+    assert [row["images_per_s"] for row in rows][-2:] == pytest.approx([8 / 11, 8 / 110])
+    status = Status("running", step=10, total=100, images_per_step=8)
+    reader = Run(log.folder, rows=rows, status=status, state="running")
+    assert reader.images_per_second == pytest.approx(8 / log.smoothed.seconds)
+    assert reader.seconds_left == pytest.approx(990)
 
 
 def test_a_terminal_shows_the_same(tmp_path, monkeypatch):

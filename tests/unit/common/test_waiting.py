@@ -47,7 +47,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setattr(waiting, "_SYS", tmp_path)
         monkeypatch.setattr(waiting, "_CGROUP", tmp_path / "cgroup")
         monkeypatch.setattr(waiting.time, "sleep", sleep)
-        monkeypatch.setattr(waiting, "usable", lambda: set(range(cores)))
+        monkeypatch.setattr(waiting, "usable_cores", lambda: set(range(cores)))
         return clock
 
     return make

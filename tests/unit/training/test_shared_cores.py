@@ -45,7 +45,7 @@ class Machine:
 
 @pytest.fixture(autouse=True)
 def four_threads(monkeypatch):
-    monkeypatch.setattr(shared_cores, "usable", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(shared_cores, "usable_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(shared_cores, "quota", lambda: math.inf)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for name in (*USERS, CHOICE):
@@ -79,7 +79,7 @@ def test_cores_that_no_thread_wants_may_be_busy(monkeypatch):
 
 def test_idle_cores_beyond_a_quota_are_free_for_others(monkeypatch):
     """The kernel counts all cores, whatever share of their time a container has."""
-    monkeypatch.setattr(shared_cores, "usable", lambda: set(range(64)))
+    monkeypatch.setattr(shared_cores, "usable_cores", lambda: set(range(64)))
     monkeypatch.setattr(shared_cores, "quota", lambda: 4.0)
     for threads in (4, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

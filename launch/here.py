@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from launch.job import STOPPED, STOPS, Relay, exit_status
-from ssl_vit.common.waiting import choose
+from ssl_vit.common.waiting import choose, usable_cores
 
 # Seconds that the other tasks have to exit by themselves after one has failed.
 _LAST_WORDS = 5.0
@@ -52,7 +52,7 @@ def _environments(tasks: int) -> list[dict[str, str]]:
     """Environment of each task, with torch.distributed's variables if there is more than one."""
     env = dict(os.environ)
     if tasks > 1:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // tasks)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(usable_cores()) // tasks)))
     # By the launcher, while it waits: tasks that start together would see each other at work.
     choose(env, tasks)
     if tasks == 1:
@@ -61,11 +61,6 @@ def _environments(tasks: int) -> list[dict[str, str]]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(tasks)]
     return [env | world | address | rank for rank in ranks]
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssl_vit.commands.cli import run_door
+from ssl_vit.common.checks import check_positive
 from ssl_vit.common.errors import check
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.records.run_folder import Run, find_runs, read_run
@@ -27,6 +28,8 @@ from ssl_vit.training.metrics import duration
 
 _PROG = "python -m ssl_vit.runs"
 _ABOUT = "Overview of runs: progress, scores, state, and the commands that resume them."
+# Seconds between updates at most, a day: sleep refuses numbers that are too large.
+_LONGEST = 86400.0
 _COLOURS = {
     "running": "cyan",
     "finished": "green",
@@ -53,7 +56,7 @@ class RunsConfig:
     """Print one JSON object per run, one a line, for programs."""
 
     def __post_init__(self) -> None:
-        check(0 < self.every < 1e6, f"--every is {self.every:g}; seconds, above 0")
+        check_positive(self, "every")
         check(not (self.live and self.json), "--live and --json exclude each other; give one")
 
 
@@ -202,7 +205,7 @@ def follow(console: Console, config: RunsConfig, rows: list[Row]) -> None:
                     drawn = now
                     frame = Group(Text(heading(rows)), table(rows), *notes(rows))
                     live.update(frame, refresh=True)
-                time.sleep(config.every)
+                time.sleep(min(config.every, _LONGEST))
                 rows = scan_runs(config.folders, {row.run.folder: row.run for row in rows})
     except KeyboardInterrupt:
         show(console, rows)

@@ -176,6 +176,11 @@ def test_nothing_loaded_can_execute(name):
     assert dangers(name, MODULES.get(name) or LAUNCHERS.get(name) or "") == []
 
 
+def test_usable_cores_are_asked_for_in_one_place():
+    asking = [n for n, source in (MODULES | LAUNCHERS).items() if "sched_getaffinity" in source]
+    assert asking == ["ssl_vit.common.waiting"]
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [

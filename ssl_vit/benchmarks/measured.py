@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ssl_vit import __version__
+from ssl_vit.common.waiting import usable_cores
 from ssl_vit.data.augment import ViewSpec
-from ssl_vit.training.parallel import cores
 
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "lightly", "transformers")
 
@@ -60,7 +60,7 @@ def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {
             "cpu": cpu_model(),
-            "cores": cores(),
+            "cores": len(usable_cores()),
             "cores_of_machine": os.cpu_count(),
             "threads": threads,
             "memory_bytes": _memory(),

@@ -17,6 +17,7 @@ from ssl_vit.commands.gallery import (
     prepare,
     read_images,
 )
+from ssl_vit.common.checks import check_least
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.evaluators.backbone import Backbone
@@ -54,8 +55,8 @@ class NeighboursConfig(PictureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.k >= 0, f"--k is {self.k}; at least 1, or 0: seven, or as many as there are")
-        check(self.gallery >= 1, f"--gallery is {self.gallery}; at least 1")
+        check_least(self, 0, "k")
+        check_least(self, 1, "gallery")
 
 
 def neighbours(config: NeighboursConfig) -> Drawn:

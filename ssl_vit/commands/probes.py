@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ssl_vit.commands.evaluating import EvalConfig, Evaluation, FeatureConfig
-from ssl_vit.common.checks import check_least, check_portion
+from ssl_vit.common.checks import check_given, check_least, check_portion
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import permute
@@ -45,7 +45,8 @@ class KnnConfig(FeatureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(bool(self.k) and min(self.k) >= 1, f"--k is {self.k}; numbers of at least 1")
+        check_given(self, "k")
+        check_least(self, 1, "k")
         check(not self.data.held_out, "--data.held-out is not for knn, which chooses no setting")
 
 

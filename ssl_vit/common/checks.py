@@ -1,8 +1,9 @@
 """Option checks, written once: each names the option, the value given and what is allowed.
 
 ``config`` is a frozen dataclass of options whose ``group`` (a ClassVar; empty: none) is the part of
-the option's name before the dot. A tuple is checked value by value; None (not given) passes. All
-raise ``UserError``.
+the option's name before the dot; with the group None its fields are no options of any command, and
+are named as they are. A tuple is checked value by value; None (not given) passes. All raise
+``UserError``.
 """
 
 import math
@@ -16,6 +17,8 @@ from ssl_vit.common.schedules import Length
 def flag(config: Any, option: str) -> str:
     """Option as written on the command line: ``--method.mask-ratio``."""
     group = getattr(config, "group", "")
+    if group is None:
+        return option
     return f"--{group}{'.' if group else ''}{option.replace('_', '-')}"
 
 
@@ -47,6 +50,13 @@ def check_least(config: Any, least: int, *options: str) -> None:
     """Counts: ``least`` or more."""
     for option in options:
         _check(config, option, lambda v: v >= least, f"it must be {least} or more")
+
+
+def check_given(config: Any, *options: str) -> None:
+    """Lists of which an empty one makes no sense."""
+    for option in options:
+        given = len(getattr(config, option)) > 0
+        check(given, f"{flag(config, option)} is empty; it must have a value")
 
 
 def check_positive(config: Any, *options: str) -> None:

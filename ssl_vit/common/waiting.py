@@ -93,7 +93,7 @@ def crowded(wanted: int, ours: int = 0) -> bool:
 
     ``ours``: cores that may be busy all the same, for they will be free.
     """
-    cpus = usable()
+    cpus = usable_cores()
     if wanted > min(len(cpus), quota()):
         return True
     return all(idle(cpus, _LOOK) < wanted - ours - slack(wanted) for _ in range(_LOOKS))
@@ -121,7 +121,7 @@ def threads(env: Mapping[str, str]) -> int:
         if first.isdigit() and int(first):
             return int(first)
     pairs = set()
-    for cpu in usable():
+    for cpu in usable_cores():
         try:
             pairs.add((_SYS / f"cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
@@ -136,12 +136,12 @@ def local_processes(env: Mapping[str, str]) -> int:
         tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
         # Each may have been bound to cores of its own.
         own = env.get("SLURM_CPUS_PER_TASK", "")
-        bound = own.isdigit() and len(usable()) <= int(own)
+        bound = own.isdigit() and len(usable_cores()) <= int(own)
         local = tasks[0] if tasks and not bound else ""
     return max(1, int(local)) if local.isdigit() else 1
 
 
-def usable() -> set[int]:
+def usable_cores() -> set[int]:
     """The numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

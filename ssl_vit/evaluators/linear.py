@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ssl_vit.common.checks import check_below_one, check_given, check_least, check_positive
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
@@ -53,6 +54,7 @@ class LinearProtocol:
     ``fallback_rate`` is used, with the first feature, where too few images remain to select on.
     """
 
+    group: ClassVar[None] = None
     name: ClassVar[str] = "fast"
     epochs: int = 10
     least_steps: int = 1000
@@ -67,10 +69,10 @@ class LinearProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
-        check(self.batch_size >= 1, f"--probe-batch is {self.batch_size}; it must be at least 1")
-        check(0 <= self.held_out < 1, f"the held-out share is {self.held_out}; it lies in [0, 1)")
-        check(min(self.learning_rates, default=0) > 0, "learning rates must be above 0")
+        check_least(self, 1, "epochs", "batch_size")
+        check_below_one(self, "held_out")
+        check_given(self, "learning_rates")
+        check_positive(self, "learning_rates")
 
     def batch(self, n: int) -> int:
         """Batch size: an eighth of small sets, all of tiny ones."""

@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from ssl_vit.common.checks import check_below_one, check_given, check_least, check_positive
 from ssl_vit.common.errors import check
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.linear import protocol_details
@@ -35,6 +36,7 @@ class LogregProtocol:
     remain to select on.
     """
 
+    group: ClassVar[None] = None
     name: ClassVar[str] = "logreg"
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     features: tuple[str, ...] = ("cls",)
@@ -44,9 +46,10 @@ class LogregProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(min(self.strengths, default=0) > 0, f"C is {self.strengths}; it must be above 0")
-        check(self.iterations >= 1, f"iterations are {self.iterations}; at least 1")
-        check(0 <= self.held_out < 1, f"the held-out share is {self.held_out}; it lies in [0, 1)")
+        check_given(self, "strengths")
+        check_positive(self, "strengths")
+        check_least(self, 1, "iterations")
+        check_below_one(self, "held_out")
 
 
 def logreg_probe(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ssl_vit.common.checks import check_least
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import warmup_cosine
@@ -25,6 +26,7 @@ class OnlineProtocol:
     ``fallback`` is the (feature, rate) used where too few images remain to select on.
     """
 
+    group: ClassVar[None] = None
     name: ClassVar[str]
     epochs: int
     batch_size: int
@@ -45,8 +47,7 @@ class OnlineProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
-        check(self.batch_size >= 1, f"--probe-batch is {self.batch_size}; it must be at least 1")
+        check_least(self, 1, "epochs", "batch_size")
 
     def order(self, n: int, at_once: int) -> Order:
         """Batch order over ``n`` images, in parts of at most ``at_once`` images per process."""

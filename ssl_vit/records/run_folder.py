@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ssl_vit.records.run_state import RunState, Traces, gone, run_state_of
 from ssl_vit.records.status import STATUS_FILE, Status, read_status
 from ssl_vit.training.metrics import METRICS_FILE
 from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.training.smoothing import SmoothedRate
 
 __all__ = ["Run", "find_runs", "read_run"]
 # Files of the final scores.
@@ -138,14 +141,28 @@ class Run:
 
     @property
     def images_per_second(self) -> float | None:
-        """Images per second in the last metrics row, over all processes."""
-        return self.latest("images_per_s")
+        """Images per second over all processes, as usual in the last minute of the run.
+
+        Smoothed as the run's own line of progress. Where the batch size is unknown, lines do not
+        say how long they took, and the minute is a longer time.
+        """
+        rate = SmoothedRate(self._intervals())
+        return (self.images_per_step or 1) / rate.seconds if rate.intervals else None
+
+    def _intervals(self) -> Iterator[tuple[int, float]]:
+        """Steps and seconds of each metrics row with a rate, newest first."""
+        size = self.images_per_step or 1
+        rows = (row for row in reversed(self.rows) if finite(row.get("images_per_s")))
+        for row, before in pairwise(chain(rows, [{"step": 0}])):
+            steps, rate = row["step"] - before["step"], row["images_per_s"]
+            if rate > 0 and steps > 0 and finite(steps):
+                yield steps, size / rate * steps
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds left, at the rate of the last metrics row; None unless it is running."""
+        """Seconds left, at the usual rate of the last minute; None unless it is running."""
         rate, size, total = self.images_per_second, self.images_per_step, self.total
-        if self.state != "running" or not rate or rate < 0 or not size or total is None:
+        if self.state != "running" or not rate or not size or total is None:
             return None
         return max(0, total - self.step) * size / rate
 

@@ -38,7 +38,7 @@ from ssl_vit.training.panels import (
     thin_panels,
 )
 from ssl_vit.training.shared_cores import SHARED
-from ssl_vit.training.speed import Speed
+from ssl_vit.training.smoothing import SmoothedRate
 
 log = logging.getLogger("ssl_vit")
 METRICS_FILE = "metrics.jsonl"
@@ -74,7 +74,7 @@ class RunLog:
         self.finite: dict[str, Tensor] = {}
         self.paused: dict[str, float] = {}
         self.count, self.step = 0, start
-        self.speed = Speed()
+        self.smoothed = SmoothedRate()
         self.since = self.spoke = time.perf_counter()
         self.progress: Progress | None = None
         if main:
@@ -133,7 +133,7 @@ class RunLog:
         if self.main and len(own) > 1:
             shown = [float(f"{seconds:.4g}") for seconds in own]
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
-        self.speed.add(self.count, seconds)
+        self.smoothed.add(self.count, seconds)
         self._speak(step, row, SHARED if pace.cores.shared else "")
         self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
@@ -203,9 +203,9 @@ class RunLog:
             return
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.shown))
         text = f"step {step}/{self.total}  {shown}  lr {row['lr']:.2e}  "
-        text += f"{self.images_per_step / self.speed.seconds:.0f} img/s"
+        text += f"{self.images_per_step / self.smoothed.seconds:.0f} img/s"
         text += f"  {note}" if note else ""
-        left = f"{duration((self.total - step) * self.speed.seconds)} left"
+        left = f"{duration((self.total - step) * self.smoothed.seconds)} left"
         if self.progress:
             self.progress.update(self.bar, completed=step, description=text, left=left)
             return

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
+from ssl_vit.common.waiting import usable_cores
 from ssl_vit.training.launched import launched
 from ssl_vit.training.watchdog import Watchdog
 
@@ -231,11 +232,6 @@ def casts_kept(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def by_slurm() -> bool:
     """Whether Slurm started this process directly, not by ``torchrun`` (inside a job or not)."""
     return "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -247,7 +243,8 @@ def own_cores() -> int:
     Under Slurm it may already be bound to its own.
     """
     bound = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if by_slurm() else 0
-    return cores() if 0 < cores() <= bound else max(1, cores() // launched().local_world)
+    cores = len(usable_cores())
+    return cores if 0 < cores <= bound else max(1, cores // launched().local_world)
 
 
 def loader_workers(asked: int, device: torch.device) -> int:

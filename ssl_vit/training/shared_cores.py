@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.common.waiting import chosen, cpu_ticks, quota, slack, usable, waits_sleep
+from ssl_vit.common.waiting import chosen, cpu_ticks, quota, slack, usable_cores, waits_sleep
 from ssl_vit.training.launched import launched
 from ssl_vit.training.parallel import by_slurm
 
@@ -45,9 +45,12 @@ class SharedCores:
 
     @property
     def shared(self) -> bool:
-        """Whether others had cores that this run's threads want, when last looked at."""
-        cores = min(len(usable()), quota())
-        wanted = min(torch.get_num_threads() * launched().local_world, cores)
+        """Whether others had cores that this run's threads want, when last looked at.
+
+        A quota limits what the threads can use, not which cores others may be on.
+        """
+        cores = len(usable_cores())
+        wanted = min(torch.get_num_threads() * launched().local_world, cores, quota())
         return self.others > cores - wanted + slack(math.ceil(wanted))
 
     def look(self, now: float | None = None, least: float = _EVERY) -> None:
@@ -68,7 +71,7 @@ class SharedCores:
     @property
     def described(self) -> str:
         """How many cores there are, and how many of them others have had."""
-        return f"{self.others:.1f} of {len(usable())} cores"
+        return f"{self.others:.1f} of {len(usable_cores())} cores"
 
     @property
     def spinning(self) -> bool:
@@ -106,11 +109,11 @@ def processor_time() -> tuple[float, float] | None:
     """
     local = launched().local_world
     if local > 1 and by_slurm():
-        if len(usable()) > int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
+        if len(usable_cores()) > int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
             return None
         local = 1
     root = os.getppid() if local > 1 else os.getpid()
-    busy, own = cpu_ticks(usable())[0], ticks_of(root)
+    busy, own = cpu_ticks(usable_cores())[0], ticks_of(root)
     if not busy:
         return None
     second = os.sysconf("SC_CLK_TCK")

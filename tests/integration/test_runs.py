@@ -1,5 +1,6 @@
 """The door that shows runs: real ones that finished, were stopped or killed, failed, or run."""
 
+import io
 import json
 import os
 import re
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from ssl_vit import runs
+from ssl_vit.runs import RunsConfig
 from tests.distributed.together import together
 from tests.integration.conftest import KILLER, SCORED, Door
 
@@ -297,6 +301,23 @@ def test_live_follows_until_interrupted(many):
     assert json.loads(result.stdout)["status"] == 0
 
 
+def test_live_waits_for_as_long_as_it_is_told_or_a_day(monkeypatch):
+    """A day, as sleep refuses numbers that are too large."""
+    waits: list[float] = []
+    monkeypatch.setattr(runs, "scan_runs", lambda *_: [])
+    for every in (0.5, 1e300):
+        ends = iter([None, KeyboardInterrupt()])
+
+        def sleep(seconds: float, ends=ends) -> None:
+            waits.append(seconds)
+            if end := next(ends):
+                raise end
+
+        monkeypatch.setattr(runs.time, "sleep", sleep)
+        runs.follow(Console(file=io.StringIO()), RunsConfig(every=every), [])
+    assert waits == [0.5, 0.5, 86400, 86400]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -306,7 +327,7 @@ def test_live_follows_until_interrupted(many):
         (("empty",), "no run in 'empty'"),
         (("empty", "--live"), "no run in 'empty'"),
         (("--live", "empty", "--json"), "--live and --json exclude"),
-        (("empty", "--every", "0"), "--every is 0"),
+        (("empty", "--every", "0"), "--every is 0; it must be above 0"),
         (("empty", "--lvie"), "unknown option '--lvie'"),
         (("runs", "--live"), "--live needs a terminal"),
     ],

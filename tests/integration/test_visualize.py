@@ -464,10 +464,10 @@ SMALL_DINOV2 = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 0}
 @pytest.mark.parametrize(
     ("picture", "options", "fragments"),
     [
-        ("neighbours", ("--k", "-1"), ("--k is -1", "at least 1")),
+        ("neighbours", ("--k", "-1"), ("--k is -1; it must be 0 or more",)),
         ("neighbours", ("--k", "2"), ("--k is 2", "are 1 besides")),
         ("neighbours", ("--k", "many"), ("--k", "many")),
-        ("neighbours", ("--gallery", "0"), ("--gallery is 0",)),
+        ("neighbours", ("--gallery", "0"), ("--gallery is 0; it must be 1 or more",)),
         ("neighbours", ("--data.train", "nowhere"), ("--data.train", "'nowhere'")),
         ("neighbours", ("--k", "3", "--data.train", "flat:photos"), ("--k is 3", "are 2")),
         ("neighbours", ("--pooling", "max"), ("--pooling is 'max'", "cls, mean")),

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from ssl_vit.common.checks import (
+    check_given,
     check_least,
     check_length,
     check_not_negative,
@@ -28,6 +29,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Bare:
+    one_value: object = 0
+
+
+@dataclass(frozen=True)
+class Fields:
+    group: ClassVar[None] = None
     one_value: object = 0
 
 
@@ -61,6 +68,7 @@ CHECKS = {
         math.inf: "inf; it must be above 0",
         math.nan: "nan; it must be above 0",
     }),
+    check_given: ([(0,), (1.0, 2.0)], {(): "empty; it must have a value"}),
     check_not_negative: ([0, 0.5], {
         -0.5: "-0.5; it must be 0 or more",
         math.inf: "inf; it must be 0 or more",
@@ -96,8 +104,9 @@ def test_what_passes(check, value):
 
 @pytest.mark.parametrize(("check", "value", "said"), BAD)
 def test_what_is_refused(check, value, said):
-    """By the option as it is written, with or without a group; whatever stands before it."""
-    for config, name in ((Options(value), "--method.one-value"), (Bare(value), "--one-value")):
+    """By the option as it is written, with or without a group, or by the field."""
+    names = {Options: "--method.one-value", Bare: "--one-value", Fields: "one_value"}
+    for config, name in ((kind(value), name) for kind, name in names.items()):
         with pytest.raises(UserError) as refusal:
             check(config, "one_value")
         assert str(refusal.value) == f"{name} is {said}"
@@ -118,3 +127,4 @@ def test_every_option_is_checked():
 def test_flags():
     assert flag(Options(), "mask_ratio") == "--method.mask-ratio"
     assert flag(Bare(), "mask_ratio") == "--mask-ratio"
+    assert flag(Fields(), "mask_ratio") == "mask_ratio"

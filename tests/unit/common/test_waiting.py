@@ -47,7 +47,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setattr(waiting, "_SYS", tmp_path)
         monkeypatch.setattr(waiting, "_CGROUP", tmp_path / "cgroup")
         monkeypatch.setattr(waiting.time, "sleep", sleep)
-        monkeypatch.setattr(waiting, "usable", lambda: set(range(cores)))
+        monkeypatch.setattr(waiting, "usable_cores", lambda: set(range(cores)))
         return clock
 
     return make
@@ -171,6 +171,15 @@ def test_time_that_a_container_has_not_got_is_no_idle_core(machine, tmp_path, gr
     assert quota() == 3
     assert crowded(4)
     assert not crowded(3)
+
+
+def test_cores_beyond_a_quota_may_be_busy(machine, monkeypatch):
+    """Threads within the quota want no more cores than they are."""
+    monkeypatch.setattr(waiting, "quota", lambda: 4.0)
+    machine(8.0, cores=64)
+    assert not crowded(4)
+    machine(61.0, cores=64)
+    assert crowded(4)
 
 
 def test_without_the_kernels_numbers_nothing_changes(machine, monkeypatch, tmp_path):

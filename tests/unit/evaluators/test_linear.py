@@ -1,6 +1,7 @@
 """The linear probe on cached features: heads against torch's own optimizers, the honest choice."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -407,3 +408,20 @@ def test_as_good_as_logistic_regression_on_photographs(shared_data):
     train, val = small_photographs(shared_data)
     (found,) = linear_probe(train, val)
     assert top1(found, val.labels) > best_of_sklearn(train, val) - 1.5
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"held_out": 1.0}, "held_out is 1; it must lie in [0, 1)"),
+        ({"learning_rates": (0.1, 0.0)}, "learning_rates is 0.1 0; it must be above 0"),
+        ({"learning_rates": (math.inf,)}, "learning_rates is inf; it must be above 0"),
+        ({"learning_rates": ()}, "learning_rates is empty; it must have a value"),
+    ],
+)
+def test_a_protocol_out_of_range_is_refused(given, said):
+    """By its fields: options of commands have other names."""
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        LinearProtocol(**given)

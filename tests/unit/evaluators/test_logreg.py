@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -133,3 +134,17 @@ def test_what_has_not_converged_is_said_in_one_line(caplog, recwarn):
     caplog.clear()
     logreg_probe(train, val, FEW)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"strengths": (1.0, 0.0)}, "strengths is 1 0; it must be above 0"),
+        ({"strengths": ()}, "strengths is empty; it must have a value"),
+        ({"iterations": 0}, "iterations is 0; it must be 1 or more"),
+        ({"held_out": -0.5}, "held_out is -0.5; it must lie in [0, 1)"),
+    ],
+)
+def test_a_protocol_out_of_range_is_refused(given, said):
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        LogregProtocol(**given)

@@ -136,8 +136,10 @@ def test_a_protocol_as_it_is_for_an_encoder():
     given = online_protocol("dino", wide, 3, batch_size=64, features=("mean",))
     assert given == DinoProtocol(batch_size=64, features=("mean",), seed=3)
     assert set(ONLINE) == {"dinov2", "mae", "dino"}
-    with pytest.raises(UserError, match="--epochs is -1"):
+    with pytest.raises(UserError, match=r"^epochs is -1; it must be 1 or more"):
         online_protocol("mae", small, 0, epochs=-1)
+    with pytest.raises(UserError, match=r"^batch_size is -8; it must be 1 or more"):
+        online_protocol("mae", small, 0, batch_size=-8)
 
 
 def test_batches_of_small_sets_and_parts_of_large_ones():

@@ -64,6 +64,46 @@ def test_numbers(tmp_path):
     assert (run.state, run.said, run.resume, run.problems) == ("running", "", "", [])
 
 
+def rates(*values: object, size: int = 200, every: int = 10) -> Run:
+    """A running run with such rates in its lines."""
+    rows = [line(every * i, v) for i, v in enumerate(values, 1)]
+    done = every * len(rows)
+    status = Status("running", step=done, total=done + 100, images_per_step=size)
+    return Run(Path("a"), rows=rows, status=status, state="running")
+
+
+def test_a_busy_moment_changes_neither_the_rate_nor_the_time_left():
+    """As in the line of progress: of the last minute, or of nine lines."""
+    run = rates(*[1000.0] * 8, 100.0)
+    assert run.latest("images_per_s") == 100.0
+    assert run.images_per_second == pytest.approx(1000)
+    assert run.seconds_left == pytest.approx(20)
+    assert rates(*[1000.0] * 50, *[100.0] * 5).images_per_second == pytest.approx(100)
+    assert rates(*[1000.0] * 50, *[100.0] * 5, every=1).images_per_second == pytest.approx(1000)
+
+
+def test_rows_without_a_rate_are_no_intervals():
+    run = rates(None, 1000.0, None, 0.0, -1.0, "7", 1000.0, 10**400)
+    assert run.images_per_second == pytest.approx(1000)
+    for run in (rates(), rates(None, 0.0)):
+        assert run.images_per_second is None
+        assert run.seconds_left is None
+
+
+def test_rates_are_smoothed_where_the_size_of_a_batch_is_unknown():
+    run = Run(Path("a"), rows=[line(10 * i) for i in range(1, 9)] + [line(90, 100.0)])
+    assert run.images_per_step is None
+    assert run.images_per_second == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("step", [10**400, -(10**400), 0])
+@pytest.mark.parametrize("rate", [1e-320, 1e308, 10**300])
+def test_rates_and_steps_beyond_reason_raise_nothing(step, rate):
+    rows = [line(10), {"step": step, "images_per_s": rate}, {"step": 30, "images_per_s": rate}]
+    run = Run(Path("a"), rows=rows, status=Status("running", total=40, images_per_step=200))
+    assert run.images_per_second is None or run.images_per_second >= 0
+
+
 def test_values_that_are_no_numbers(tmp_path):
     values = [1, 2.5, None, True, "3", [4], 10**400, float("nan"), float("inf")]
     run = read_run(make(tmp_path / "a", *({"step": i, "x": v} for i, v in enumerate(values))))

@@ -1,6 +1,7 @@
 """Cores that work of others takes are seen, said beside the progress, and warned of."""
 
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -44,7 +45,8 @@ class Machine:
 
 @pytest.fixture(autouse=True)
 def four_threads(monkeypatch):
-    monkeypatch.setattr(shared_cores, "usable", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(shared_cores, "usable_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(shared_cores, "quota", lambda: math.inf)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for name in (*USERS, CHOICE):
         monkeypatch.delenv(name, raising=False)
@@ -73,6 +75,19 @@ def test_cores_that_no_thread_wants_may_be_busy(monkeypatch):
     assert not machine.cores.shared
     machine.go_on(others=3.0)
     assert machine.cores.shared
+
+
+def test_idle_cores_beyond_a_quota_are_free_for_others(monkeypatch):
+    """The kernel counts all cores, whatever share of their time a container has."""
+    monkeypatch.setattr(shared_cores, "usable_cores", lambda: set(range(64)))
+    monkeypatch.setattr(shared_cores, "quota", lambda: 4.0)
+    for threads in (4, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        machine = Machine()
+        machine.go_on(others=8.0, own=4.0)
+        assert not machine.cores.shared, "52 cores are idle"
+        machine.go_on(others=61.0, own=3.0)
+        assert machine.cores.shared
 
 
 def test_a_warning_comes_once_when_it_lasts(monkeypatch):

@@ -1,4 +1,4 @@
-"""The speed that people are shown is smooth; the metrics keep what was measured."""
+"""The rate that people are shown is smooth; the metrics keep what was measured."""
 
 import io
 import itertools
@@ -7,22 +7,24 @@ import pytest
 import torch
 from rich.console import Console
 
+from ssl_vit.records.run_folder import Run
+from ssl_vit.records.status import Status
 from ssl_vit.training import metrics
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import METRICS_FILE, RunLog, read_rows
 from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
-from ssl_vit.training.speed import Speed
+from ssl_vit.training.smoothing import SmoothedRate
 
 CPU = torch.device("cpu")
 
 
 def shown(*intervals: float) -> list[float]:
     """Seconds a step after each interval of 10 steps."""
-    speed, found = Speed(), []
+    rate, found = SmoothedRate(), []
     for seconds in intervals:
-        speed.add(10, seconds)
-        found.append(speed.seconds)
+        rate.add(10, seconds)
+        found.append(rate.seconds)
     return found
 
 
@@ -71,8 +73,12 @@ def test_a_line_shows_the_usual_speed_and_the_metrics_what_was(log, capsys):
     assert ["  1 img/s" in line for line in (before, after)] == [True, True]
     assert "16:41 left" in before
     assert "16:30 left" in after
-    rates = [row["images_per_s"] for row in read_rows(log.folder / METRICS_FILE)]
-    assert rates[-2:] == pytest.approx([8 / 11, 8 / 110])
+    rows = read_rows(log.folder / METRICS_FILE)
+    assert [row["images_per_s"] for row in rows][-2:] == pytest.approx([8 / 11, 8 / 110])
+    status = Status("running", step=10, total=100, images_per_step=8)
+    reader = Run(log.folder, rows=rows, status=status, state="running")
+    assert reader.images_per_second == pytest.approx(8 / log.smoothed.seconds)
+    assert reader.seconds_left == pytest.approx(990)
 
 
 def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
@@ -80,8 +86,8 @@ def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
     terminal = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr(metrics, "Console", lambda file: terminal)
     with RunLog(tmp_path, 0, 100, 1, 8, main=True, energy=Energy(CPU)) as log:
-        log.speed.add(1, 9.0)
-        log.speed.add(1, 9.0)
+        log.smoothed.add(1, 9.0)
+        log.smoothed.add(1, 9.0)
         log._speak(40, {"loss": 1.0, "lr": 1e-3, "images_per_s": 1000.0})
     assert "  1 img/s" in screen.getvalue()
     assert "9:00 left" in screen.getvalue()

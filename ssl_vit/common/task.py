@@ -116,10 +116,10 @@ class Task(nn.Module):
     def before_update(self, step: int) -> None:
         """Called with gradients in place, before they are clipped and applied."""
 
-    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+    def after_update(self, step: int, took: Bool[Tensor, ""]) -> None:
         """Called after the optimizer has moved the parameters.
 
-        ``finite`` is false, on every process, where the step was skipped: then nothing may move.
+        ``took`` is false, on every process, where the step was skipped: then nothing may move.
         """
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:

@@ -211,10 +211,10 @@ class Method(Task):
         for _, objective in self.parts():
             objective.before_update(step)
 
-    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+    def after_update(self, step: int, took: Bool[Tensor, ""]) -> None:
         """Pass it on to the objectives."""
         for _, objective in self.parts():
-            objective.after_update(self.encoder, step, finite)
+            objective.after_update(self.encoder, step, took)
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
         """Those of the objectives."""

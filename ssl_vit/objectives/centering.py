@@ -34,10 +34,10 @@ class Center(nn.Module):
         return outputs - self.value
 
     @torch.no_grad()
-    def update(self, moves: Bool[Tensor, ""]) -> None:
+    def update(self, took: Bool[Tensor, ""]) -> None:
         """Move by all outputs seen since the last update, of all parts of a step and processes;
-        not at all unless ``moves``."""
+        not at all unless ``took``."""
         mean = all_reduce_mean(torch.stack(self._seen).mean(0))
         self._seen.clear()
         moved = self.value.lerp(mean, 1 - self.momentum)
-        self.value.copy_(torch.where(moves, moved, self.value))
+        self.value.copy_(torch.where(took, moved, self.value))

@@ -1,4 +1,4 @@
-"""Method: a Task around an encoder, made of objectives, that says which views it needs."""
+"""Method: a Task around an encoder, made of objectives, that states which views it needs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Setting:
 @dataclass(frozen=True)
 class Reconstruction:
     """Masked images and what a method predicts of them: (b, h, w, 3) pictures by name, with a
-    caption that says what the target is and how that is known."""
+    caption that states the target and how it is known."""
 
     pictures: dict[str, UInt8[np.ndarray, "b h w 3"]]
     caption: str
@@ -154,7 +154,7 @@ class Method(Task):
         return self.encoder
 
     def advice(self, setting: Setting) -> list[str]:
-        """What looks wrong with the method's options in this setting: lines with the remedy."""
+        """Problems of the method's options in this setting: lines with the remedy."""
         return []
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:

@@ -121,7 +121,7 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
         return {"missing": "a fine-tuning keeps none; its encoder's own run does"}
     if found is None:
         return {
-            "missing": "this run has not yet looked at its encoder, or was made before it kept this"
+            "missing": "this run has not yet probed its encoder, or was made before it kept this"
         }
     flat = flattened(found.features, seed)
     points = [
@@ -160,7 +160,7 @@ def options(story: Story) -> list[dict[str, Any]]:
 
 
 def defaults(story: Story) -> dict[str, Any]:
-    """The options of a run's method as they are when nothing is said; empty for an unknown one, and
+    """The options of a run's method as they are by default; empty for an unknown one, and
     for a fine-tuning, whose defaults are by its encoder."""
     try:
         made = default_options(PretrainConfig, find_method(story.run.method))

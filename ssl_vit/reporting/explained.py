@@ -38,7 +38,7 @@ _LAST = {
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
     ),
     "lr": Scalar("Learning rate", "Warm-up, then half a cosine."),
-    "images_per_s": Scalar("Images per second", "Over all processes, without saving and looking."),
+    "images_per_s": Scalar("Images per second", "Over all processes, without saving and probing."),
     "waiting": Scalar(
         "Share of the time waiting for images",
         "Above a fifth the loader holds the training up.",

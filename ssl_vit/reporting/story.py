@@ -1,4 +1,4 @@
-"""What a run's files tell: curves over images and time, pictures, scores, what it cost."""
+"""Story of a run, from its files: curves over images and time, pictures, scores, what it cost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Story:
     """A run with what can be read off its files.
 
     ``steps``, ``seconds``: (n,) after which steps lines were logged, and how long the training had
-    taken by then, saving and looking included, of all tries together. ``problems``: what is missing
+    taken by then, saving and probing included, of all tries together. ``problems``: what is missing
     or damaged, a line each.
     """
 

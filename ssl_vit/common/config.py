@@ -1,4 +1,4 @@
-"""The shared options, each stated once."""
+"""Shared options: their groups and defaults, each stated once."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

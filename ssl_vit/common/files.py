@@ -49,7 +49,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 
 def share_as_usual(path: Path) -> None:
-    """Give a file the mode that any new file has there, as the umask or the folder says.
+    """Give a file the mode that any new file has there, by the umask or the folder's default.
 
     safetensors (0.8) writes files that only their owner may read, whatever the umask: a run on a
     shared disk would be closed to colleagues. A folder is left as it is.

@@ -1,4 +1,4 @@
-"""The [CLS] token: its features for less work, where it looks, and a picture of that."""
+"""[CLS] attention: features of the token for less work, its attention maps, and their picture."""
 
 from __future__ import annotations
 

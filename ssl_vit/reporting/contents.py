@@ -1,4 +1,4 @@
-"""The parts of a report on one run: what stands in its head, its tables and its map."""
+"""Report contents of one run: its head, its tables and its map."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def cards(scores: list[Scored]) -> list[dict[str, str]]:
 
 
 def _confusion(story: Story) -> dict[str, Any] | None:
-    """Which class is taken for which by what was learnt: of the closing score, else the first."""
+    """Confusion matrix of the trained encoder: of the closing score, else the first."""
     own = [s for s in story.scores if s.own and s.score.confusion]
     own = [s for s in own if s.evaluator in ("linear", "finetune")] or own
     if not own:

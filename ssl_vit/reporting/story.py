@@ -36,12 +36,12 @@ class Scored:
 
     @property
     def own(self) -> bool:
-        """Whether it is of what the run has learnt, not of what it is compared with."""
+        """True for the run's trained encoder, not for what it is compared with."""
         return self.of != PIXELS and not self.untrained
 
     @property
     def untrained(self) -> bool:
-        """Whether it is of the encoder before the first step."""
+        """True for the encoder before the first step."""
         return self.of in UNTRAINED
 
     @property

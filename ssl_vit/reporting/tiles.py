@@ -1,4 +1,4 @@
-"""The numbers in the head of a report."""
+"""Tiles: the numbers in the head of a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiles(story: Story) -> list[dict[str, str]]:
 
 
 def _quality_tile(story: Story) -> dict[str, str]:
-    """What was measured on held-out images while training."""
+    """Score on held-out images while training."""
     top, knn = story.run.latest("val_top1"), story.run.knn
     if top is not None:
         return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")

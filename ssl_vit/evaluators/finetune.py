@@ -38,7 +38,7 @@ class TuneConfig:
     group: ClassVar[str] = "tune"
 
     pooling: Literal["mean", "cls"] = "mean"
-    """What is classified: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
+    """Feature to classify: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
     are no plain ViT pool as they are used to."""
     image_size: tuple[int, ...] = ()
     """Height and width in pixels, or one number; positions are resampled. Empty: the encoder's."""
@@ -76,7 +76,7 @@ class TuneConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs (mixup or cutmix)."""
+        """True if images of a batch are mixed in pairs (mixup or cutmix)."""
         return self.mixup > 0 or self.cutmix > 0
 
     def views(self, size: tuple[int, int], mean: tuple[float, ...]) -> ViewSpec:

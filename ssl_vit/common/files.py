@@ -56,7 +56,7 @@ def share_as_usual(path: Path) -> None:
     """
     if path.is_dir():
         return
-    # To ask for the umask is to set it, for all threads; a new file tells it, and its folder's ACL.
+    # To ask for the umask is to set it, for all threads; a new file shows it, and its folder's ACL.
     probe = path.with_name(f"{path.name}.mode")
     probe.unlink(missing_ok=True)
     probe.touch()

@@ -4,7 +4,7 @@ By default they spin, which is fastest on cores of one's own. Where another proc
 the thread that is behind gets no core while those that wait for it hold theirs: on 2 cores the MAE
 of the digits fell from 3,550 images/s to 1,000, at times to 200. With threads that sleep it keeps
 2,600 there, and has 1,800 when nothing else runs. No spin count between the two does for both, so
-the cores are looked at. The choice changes no number that is computed.
+the cores are measured. The choice changes no number that is computed.
 
 Of the standard library alone: OpenMP reads its environment when torch is imported.
 """
@@ -49,7 +49,7 @@ def choose(env: MutableMapping[str, str], processes: int = 0) -> None:
 
     Args:
         processes: how many will be started with this environment; what was chosen for others does
-            not count then. 0: it is for this process, one of those that the environment tells of.
+            not count then. 0: it is for this process, one of those that the environment lists.
     """
     if not processes and _holds(env.get(CHOICE, "")):
         return

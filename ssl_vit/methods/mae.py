@@ -178,7 +178,7 @@ class MAEObjective(Objective):
         """Masked images and what is predicted of them; arguments are those of a method's.
 
         A normalised target is brought back to pixels with each patch's true mean and standard
-        deviation. Where nothing tells the target, it is the one of the two by which the prediction
+        deviation. Where the target is not stated, it is the one of the two by which the prediction
         explains more of these very images' masked patches.
         """
         noise = self.noise(keys)

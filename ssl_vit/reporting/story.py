@@ -69,7 +69,7 @@ class Story:
 
     @property
     def images(self) -> int | None:
-        """Images seen so far, crops of one image being one; None where no file tells the batch."""
+        """Images seen so far, crops of one image being one; None where no file states the batch."""
         size = self.run.images_per_step
         return None if size is None else self.run.step * size
 

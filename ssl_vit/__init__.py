@@ -1,5 +1,6 @@
-"""Self-supervised pretraining of Vision Transformers: MAE and DINO around one shared encoder.
+"""Self-supervised pretraining of Vision Transformers.
 
+Methods: MAE, DINO, SimMIM, and MAE with DINO on one shared encoder.
 ``python -m ssl_vit.pretrain`` trains an encoder; ``ssl_vit.load_encoder(PATH)`` loads one.
 """
 

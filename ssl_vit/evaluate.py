@@ -68,8 +68,8 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
         )
         for s in scores
     ]
-    judged = card.get("val", card["train"])["images"]
-    title = f"{name}: {config.encoder}, in %, {judged:,} evaluation images"
+    scored = card.get("val", card["train"])["images"]
+    title = f"{name}: {config.encoder}, in %, {scored:,} evaluation images"
     title += f", {card['train']['images']:,} training images"
     show_table(title, rows, header=header)
 

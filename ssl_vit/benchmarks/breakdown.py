@@ -93,7 +93,7 @@ def _hooked(trainer: Trainer, timer: StageTimer) -> Iterator[None]:
 
 
 def _acts_after(task: Task) -> bool:
-    """Whether it, or an objective of it, does anything after the optimizer's step."""
+    """True if it, or an objective of it, does anything after the optimizer's step."""
     objectives = [m for m in task.modules() if isinstance(m, Objective)]
     passes_on = type(task).after_update in (Task.after_update, Method.after_update)
     return not passes_on or any(

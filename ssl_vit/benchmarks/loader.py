@@ -108,7 +108,7 @@ def readable(source: Source, opens: list[Callable[[Any], object]]) -> tuple[Sour
             good.append(i)
         except (BadImage, OSError) as error:
             reason = f"{source.name(i)}: {error}"
-            log.warning("unreadable image left out: %s", reason)
+            log.warning("unreadable image skipped: %s", reason)
     if not good:
         n = len(source)
         raise UserError(f"none of {n} images of {source.spec} can be read, the last: {reason}")

@@ -54,7 +54,7 @@ def run_door(main: Callable[[list[str]], int]) -> None:
         status = 1
         if lost_process(error):
             _print_error(
-                own, "stopped: another process is gone, or has not answered in time", error
+                own, "stopped: another process has exited or did not respond in time", error
             )
         else:
             traceback.print_exc()

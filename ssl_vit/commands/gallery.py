@@ -158,7 +158,7 @@ def prepare(config: PictureConfig, most: int) -> Scene:
 def read_images(source: Source, view: View) -> Tensor:
     """Images (b, c, h, w), cropped as for evaluation but not normalised.
 
-    An unreadable image of a source is logged and left out; an unreadable file named by the user is
+    An unreadable image of a source is logged and skipped; an unreadable file named by the user is
     an error.
 
     Raises:
@@ -170,7 +170,7 @@ def read_images(source: Source, view: View) -> Tensor:
     if reasons and (isinstance(source, Files) or not batch.views.crops):
         raise UserError(f"--images: {reasons[0]}")
     for reason in reasons:
-        log.warning("unreadable image left out: %s", reason)
+        log.warning("unreadable image skipped: %s", reason)
     return batch.views.crops[0]
 
 

@@ -1,4 +1,4 @@
-"""Preflight: what a pretraining run needs, how long it takes and what looks wrong, beforehand."""
+"""Preflight: needs, duration and problems of a pretraining run, before it starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOO_LOW, _TOO_HIGH, _HIGHEST = 1 / 10, 8.0, 3e-3
 
 
 def preflight(session: Pretraining) -> int:
-    """Preflight: try the run out, show what it needs and what looks wrong; the exit status.
+    """Preflight: try the run out, show needs and problems found; returns the exit status.
 
     Nothing is written. All processes must call it.
 
@@ -47,7 +47,7 @@ def preflight(session: Pretraining) -> int:
         show_table(title, [*session.plan(session.about()), ("begins", begins)])
         show_table("what it takes", [*needs(session, found, done), *on_cores(cores)])
         show_table("memory of a process", list(memory_rows(session, found)))
-        for line in [*advice(session, found), *on_waits(cores)] or ["nothing looks wrong"]:
+        for line in [*advice(session, found), *on_waits(cores)] or ["no problems found"]:
             print(line)
     return 0
 
@@ -77,13 +77,13 @@ def needs(session: Pretraining, found: Found, done: int) -> list[tuple[str, str]
     workers = loader_workers(session.config.data.workers, session.parallel.device)
     processes = f"{workers} workers for each of {session.parallel.world} processes"
     steps = f"{rate(pace.step)}, {pace.step * found.flops / 1e12:.3g} TFLOP/s"
-    time = f"{long_duration(left * batch / pace.run)} for {left:,} steps; checkpoints and looks at "
+    time = f"{long_duration(left * batch / pace.run)} for {left:,} steps; checkpoints and probes"
     return [
         ("compute", cost),
         ("loader", f"{rate(pace.loader)}, {processes}, nothing trained meanwhile"),
         ("step", f"{steps}, no image waited for"),
         ("bound by", f"{pace.bound}: {rate(pace.run)}"),
-        ("time to finish", f"{time}the encoder come on top"),
+        ("time to finish", f"{time} come on top"),
     ]
 
 
@@ -94,7 +94,7 @@ def on_cores(cores: SharedCores) -> Iterator[tuple[str, str]]:
 
 
 def on_waits(cores: SharedCores) -> Iterator[str]:
-    """What is wrong with waits that spin on such cores."""
+    """The problem of waits that spin on such cores."""
     if cores.shared and cores.spinning:
         yield (
             f"warning: other work has {cores.described}, and threads that wait for others spin, "
@@ -136,7 +136,7 @@ def long_duration(seconds: float) -> str:
 
 
 def advice(session: Pretraining, found: Found) -> list[str]:
-    """Advice: what looks wrong, with remedies, one line each."""
+    """Advice: problems found, with remedies, one line each."""
     optim, memory = session.config.optim, found.memory
     setting = Setting(
         images=session.order.n,
@@ -187,12 +187,12 @@ def _on_rate(session: Pretraining) -> Iterator[str]:
     if optim.lr is not None and optim.base_lr != usual:
         yield f"--optim.base-lr {optim.base_lr:g} has no effect beside --optim.lr {optim.lr:g}"
     rule = usual * optim.batch_size / 256
-    told = f"the peak learning rate is {optim.peak_lr:.3g}; the rule for {session.name} is "
-    told += f"{usual:g} x {optim.batch_size} / 256 = {rule:.3g}"
+    text = f"the peak learning rate is {optim.peak_lr:.3g}; the rule for {session.name} is "
+    text += f"{usual:g} x {optim.batch_size} / 256 = {rule:.3g}"
     if optim.peak_lr < _TOO_LOW * rule and not session.config.init.encoder:
-        yield f"{told}. --optim.lr is the rate itself, --optim.base-lr that of 256 images"
+        yield f"{text}. --optim.lr is the rate itself, --optim.base-lr that of 256 images"
     if optim.peak_lr > max(_TOO_HIGH * rule, _HIGHEST):
-        yield f"{told}, and no batch is trained well at such a rate: lower it"
+        yield f"{text}, and no batch is trained well at such a rate: lower it"
 
 
 def _on_length(session: Pretraining) -> Iterator[str]:
@@ -220,7 +220,7 @@ def _on_images(session: Pretraining) -> Iterator[str]:
         yield (
             f"images (of {len(shapes)}, half are up to {shape[0]}x{shape[1]} px) are enlarged at "
             f"least {enlarged:.1f} times to crops of {height}x{width}: a smaller "
-            "--encoder.image-size and --encoder.patch-size say as much and cost less"
+            "--encoder.image-size and --encoder.patch-size give as much and cost less"
         )
 
 
@@ -234,12 +234,12 @@ def _on_pace(session: Pretraining, pace: Throughput) -> Iterator[str]:
         )
     if pace.bound != "the loader" or pace.loader > 0.9 * pace.step:
         return
-    told = f"the loader gives {rate(pace.loader)}, and a step takes {rate(pace.step)}"
+    text = f"the loader gives {rate(pace.loader)}, and a step takes {rate(pace.step)}"
     wanted = math.ceil(workers * pace.step / pace.loader)
     on_cpu = device.type == "cpu"
     # The cores that the step itself leaves; a loader slow for want of them cannot be helped.
     spare = own_cores() - torch.get_num_threads() * on_cpu
     if workers < spare:
-        yield f"{told}: give --data.workers {min(wanted, spare)}"
+        yield f"{text}: give --data.workers {min(wanted, spare)}"
     elif not on_cpu:
-        yield f"{told}, on all {workers} cores: more cores, or images stored smaller, would help"
+        yield f"{text}, on all {workers} cores: more cores, or images stored smaller, would help"

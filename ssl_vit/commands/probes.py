@@ -60,7 +60,7 @@ def knn(config: KnnConfig) -> Result:
     found = knn_predictions(train, val, config.k, evaluation.names, evaluation.device)
     how = "leave-one-out" if val is None else "validation set"
     card = evaluation.card("knn", judged_on=how)
-    return judged(found, truth.labels, evaluation), card, evaluation.out("knn")
+    return scores_of(found, truth.labels, evaluation), card, evaluation.out("knn")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
     check_labels(known, val, by.classes)
     held_out = by.sources.get("held_out")
     found = online_probe(by.backbone, train, val, protocol, by.machine, by.extract, held_out)
-    return judged(found, val.labels, by)
+    return scores_of(found, val.labels, by)
 
 
 def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> list[Score]:
@@ -151,7 +151,7 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
         some, seeded = train if rows is None else train.take(rows), replace(protocol, seed=seed)
         probe: Any = logreg_probe if isinstance(protocol, LogregProtocol) else linear_probe
         found = probe(some.to(device), val.to(device), seeded, held_out)
-        return judged(found, val.labels, by)
+        return scores_of(found, val.labels, by)
 
     if not config.amounts:
         return learn(None, config.seed)
@@ -215,7 +215,7 @@ def segment(config: SegmentConfig) -> Result:
     return scores, card, result_file(config.out, backbone, "segment.json")
 
 
-def judged(found: Sequence[Prediction], truth: torch.Tensor, by: Evaluation) -> list[Score]:
+def scores_of(found: Sequence[Prediction], truth: torch.Tensor, by: Evaluation) -> list[Score]:
     """Scores of predictions against the true labels."""
     return [score_predictions(p, truth, by.classes, by.config.seed) for p in found]
 
@@ -233,5 +233,5 @@ def best_pooling(evaluation: Evaluation) -> str:
     rows = permute(picks, len(train.index), fold(evaluation.config.seed, _CHOICE_IMAGES))
     some = train.take(torch.from_numpy(rows))
     found = knn_predictions(some, None, (20,), poolings, evaluation.device)
-    scores = judged(found, some.labels, evaluation)
+    scores = scores_of(found, some.labels, evaluation)
     return max(scores, key=lambda s: next(iter(s.metrics.values()))).features

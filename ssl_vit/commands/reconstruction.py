@@ -100,7 +100,7 @@ def _of_file(backbone: Backbone, file: Path, encoder: Encoder) -> Method:
 
 
 def mask_keys(count: int, seed: int) -> Int64[Tensor, " b"]:
-    """What the masks of so many images are drawn from: functions of the seed."""
+    """Keys that the masks of so many images are drawn from: functions of the seed."""
     return torch.tensor([fold(seed, i) for i in range(count)])
 
 

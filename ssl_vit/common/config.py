@@ -1,4 +1,4 @@
-"""The shared options, each stated once."""
+"""Shared options: their groups and defaults, each stated once."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -36,7 +36,7 @@ class RunConfig:
     device: str = "auto"
     """auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1 or mps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share the work. ddp: each holds the whole network. fsdp: each holds its
+    """Split of the work over processes. ddp: each holds the whole network. fsdp: each holds its
     part of weights and moments, gathered block by block (FSDP2): for networks too big for ddp."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more compute,
@@ -142,7 +142,7 @@ class EncoderConfig:
     drop_path: float = 0.0
     """Stochastic depth of the last block, growing linearly from the first."""
     norm: Literal["tokens", "pooled"] = "tokens"
-    """Where the final norm sits. tokens: on every token. pooled: on the pooled vector only, as in
+    """Place of the final norm. tokens: on every token. pooled: on the pooled vector only, as in
     encoders that were fine-tuned so; patch features then have none."""
     norm_eps: float = 0.0
     """Epsilon of every LayerNorm. 0: as the architecture has (mostly 1e-6)."""

@@ -49,14 +49,14 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 
 def share_as_usual(path: Path) -> None:
-    """Give a file the mode that any new file has there, as the umask or the folder says.
+    """Give a file the mode that any new file has there, by the umask or the folder's default.
 
     safetensors (0.8) writes files that only their owner may read, whatever the umask: a run on a
     shared disk would be closed to colleagues. A folder is left as it is.
     """
     if path.is_dir():
         return
-    # To ask for the umask is to set it, for all threads; a new file tells it, and its folder's ACL.
+    # To ask for the umask is to set it, for all threads; a new file shows it, and its folder's ACL.
     probe = path.with_name(f"{path.name}.mode")
     probe.unlink(missing_ok=True)
     probe.touch()

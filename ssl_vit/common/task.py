@@ -1,4 +1,4 @@
-"""What the training loop trains: a module whose forward returns its losses."""
+"""Task: a module that the training loop trains; its forward returns its losses."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class Views:
 
 
 class Scalar(NamedTuple):
-    """How people read a logged number.
+    """Description of a logged number for people.
 
-    ``title``: its name for people. ``meaning``: what it says and how it should move, in a sentence
+    ``title``: its name for people. ``meaning``: its meaning, and how it should move, in a sentence
     or two. ``falls``: whether a sound training makes it fall; None: it may do either.
     """
 
@@ -116,25 +116,25 @@ class Task(nn.Module):
     def before_update(self, step: int) -> None:
         """Called with gradients in place, before they are clipped and applied."""
 
-    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+    def after_update(self, step: int, took: Bool[Tensor, ""]) -> None:
         """Called after the optimizer has moved the parameters.
 
-        ``finite`` is false, on every process, where the step was skipped: then nothing may move.
+        ``took`` is false, on every process, where the step was skipped: then nothing may move.
         """
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
-        """What is wrong with the training, by the means of its scalars over some steps.
+        """Problems of the training, by the means of its scalars over some steps.
 
-        A short name, and a line for people with the usual remedies; empty where all is well.
+        A short name, and a line for people with the usual remedies; empty if there are none.
         """
         return {}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay applies: to all but biases and other vectors."""
+        """True where weight decay applies: to all but biases and other vectors."""
         return parameter.ndim > 1 and not name.endswith(".bias")
 
     def lr_scale(self, name: str) -> float:
-        """What the learning rate is multiplied by, for the parameter of this name."""
+        """Factor of the learning rate, for the parameter of this name."""
         return 1.0
 
 

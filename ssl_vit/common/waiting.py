@@ -4,7 +4,7 @@ By default they spin, which is fastest on cores of one's own. Where another proc
 the thread that is behind gets no core while those that wait for it hold theirs: on 2 cores the MAE
 of the digits fell from 3,550 images/s to 1,000, at times to 200. With threads that sleep it keeps
 2,600 there, and has 1,800 when nothing else runs. No spin count between the two does for both, so
-the cores are looked at. The choice changes no number that is computed.
+the cores are measured. The choice changes no number that is computed.
 
 Of the standard library alone: OpenMP reads its environment when torch is imported.
 """
@@ -49,7 +49,7 @@ def choose(env: MutableMapping[str, str], processes: int = 0) -> None:
 
     Args:
         processes: how many will be started with this environment; what was chosen for others does
-            not count then. 0: it is for this process, one of those that the environment tells of.
+            not count then. 0: it is for this process, one of those that the environment lists.
     """
     if not processes and _holds(env.get(CHOICE, "")):
         return
@@ -76,12 +76,12 @@ def forget(env: MutableMapping[str, str]) -> None:
 
 
 def chosen() -> str:
-    """What was chosen for this process: ``spin`` or ``sleep``; empty: nothing, or by the user."""
+    """Choice for this process: ``spin`` or ``sleep``; empty: nothing, or by the user."""
     return os.environ.get(CHOICE, "").partition(" ")[0]
 
 
 def waits_sleep() -> bool:
-    """Whether this process's environment lets waits sleep, whoever chose it."""
+    """True if this process's environment lets waits sleep, whoever chose it."""
     return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or "0" in (
         os.environ.get("GOMP_SPINCOUNT"),
         os.environ.get("KMP_BLOCKTIME"),
@@ -89,7 +89,7 @@ def waits_sleep() -> bool:
 
 
 def crowded(wanted: int, ours: int = 0) -> bool:
-    """Whether fewer cores are idle, now and a moment later, than so many threads want.
+    """True if fewer cores are idle, now and a moment later, than so many threads want.
 
     ``ours``: cores that may be busy all the same, for they will be free.
     """
@@ -105,14 +105,14 @@ def slack(wanted: int) -> float:
 
 
 def _holds(choice: str) -> bool:
-    """Whether a choice was made on this machine by a process that is still there."""
+    """True if a choice was made on this machine by a process that is still there."""
     _, _, maker = choice.partition(" ")
     number, _, node = maker.partition(" ")
     return node == platform.node() and number.isdigit() and (_PROC / number).exists()
 
 
 def threads(env: Mapping[str, str]) -> int:
-    """Threads that torch will compute with: as the environment says, else one for each core.
+    """Threads that torch will compute with: as set in the environment, else one for each core.
 
     Its arithmetic library counts cores, not the two halves of one.
     """
@@ -173,9 +173,9 @@ def _quota_of(group: Path) -> float:
 
 
 def idle(cpus: set[int], seconds: float) -> float:
-    """How many of these cores have nothing to do, on average over so many seconds from now.
+    """Number of these cores that are idle, on average over so many seconds from now.
 
-    All of them, where the kernel does not tell.
+    All of them, where the kernel does not report it.
     """
     busy, all_time = cpu_ticks(cpus)
     time.sleep(seconds)

@@ -21,7 +21,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Draw = Callable[[np.random.Generator], dict[str, np.ndarray]]
-"""What is drawn for one sample in the workers, by name: arrays of fixed shapes."""
+"""Draws for one sample in the workers, by name: arrays of fixed shapes."""
 
 
 class DrawnCrop(NamedTuple):
@@ -85,7 +85,7 @@ def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[i
 
 
 class Cut(NamedTuple):
-    """What is drawn for one crop.
+    """Draws for one crop.
 
     ``box``: (top, left, height, width) in pixels; ``flip``: whether it is mirrored; ``key``: what
     its policy draws from; ``photometric``: its photometric parameters, ``WIDTH`` of them or none;

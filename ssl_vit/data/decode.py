@@ -176,7 +176,7 @@ def _check_tiff_page(page: Any, size: int) -> None:
 
 
 def _pil_keeps(page: Any) -> bool:
-    """Whether Pillow returns this page with full depth and all channels."""
+    """True if Pillow returns this page with full depth and all channels."""
     if page.planarconfig == 2 and page.samplesperpixel > 1:
         return False
     samples, alpha = page.samplesperpixel, tuple(page.extrasamples) in ((1,), (2,))

@@ -30,7 +30,7 @@ class Images:
 
     @property
     def held_out(self) -> bool:
-        """Whether ``val`` is separate from ``train``; if nothing is held out they are the same."""
+        """True if ``val`` is separate from ``train``; if nothing is held out they are the same."""
         return self.val is not self.train
 
     def fingerprint(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def open_images(data: DataConfig, seed: int) -> Images:
 
 
 def is_deep(source: Source, channels: int) -> bool:
-    """Whether the first readable image has more than 8 bits per channel.
+    """True if the first readable image has more than 8 bits per channel.
 
     Raises:
         UserError: it has other channels than asked for, or none of the first hundred is readable.

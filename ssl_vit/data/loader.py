@@ -32,13 +32,13 @@ _ATTEMPTS = 10
 
 @dataclass
 class Batch:
-    """What a worker hands over: views, and what could not be read (index -> reason)."""
+    """Batch from a worker: views, and unreadable images (index -> reason)."""
 
     views: Views
     bad: dict[int, str] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
-        """What a loader calls so that copies to a GPU need not wait."""
+        """Hook of torch's loader: pinned memory, so that copies to a GPU need not wait."""
         return Batch(self.views.pin_memory(), self.bad)
 
 
@@ -104,7 +104,7 @@ def whole_boxes(spec: ViewSpec, images: int) -> list[Tensor]:
 
 
 def draw_samples(draw: Draw, keys: Sequence[int]) -> dict[str, Tensor]:
-    """What is drawn for samples of these keys (``Views.keys``), stacked: (B, ...) by name."""
+    """Draws for samples of these keys (``Views.keys``), stacked: (B, ...) by name."""
     samples = [draw(generator(fold(key))) for key in keys]
     return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
 

@@ -46,7 +46,7 @@ class Policy:
 
     @staticmethod
     def applies(image: Tensor) -> bool:
-        """Whether it applies to a (C, H, W) image: 8-bit, of 1 or 3 channels."""
+        """True if it applies to a (C, H, W) image: 8-bit, of 1 or 3 channels."""
         return image.dtype == torch.uint8 and image.shape[0] in (1, 3)
 
     def __call__(self, image: UInt8[Tensor, "c h w"], key: int) -> UInt8[Tensor, "c h w"]:

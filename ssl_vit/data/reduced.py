@@ -58,7 +58,7 @@ def _reduced_views(
 
 
 def _worth_a_look(height: int, width: int, spec: ViewSpec) -> bool:
-    """Whether reduction is possible for this image size, before crops are drawn."""
+    """True if reduction is possible for this image size, before crops are drawn."""
     return _SMALL < height * width <= MAX_PIXELS and all(
         height >= 2 * GAP * crop.size[0] and width >= 2 * GAP * crop.size[1] for crop in spec.crops
     )

@@ -151,7 +151,7 @@ def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> t
 
 
 def _is_plain(architecture: str) -> bool:
-    """Whether a timm model is a plain ViT, to open as an ``Encoder``; others are used unchanged."""
+    """True if a timm model is a plain ViT, to open as an ``Encoder``; others are used unchanged."""
     names = timm.list_models()
     base = architecture.partition(".")[0]
     check(base in names, f"timm knows no model {architecture!r}{did_you_mean(base, names)}")

@@ -64,7 +64,7 @@ class FeatureSet:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def has(self, name: str) -> bool:
-        """Whether all parts of a feature are available."""
+        """True if all parts of a feature are available."""
         return all(part in self.parts for part in FEATURES[name])
 
     def take(self, rows: Int64[Tensor, " k"]) -> FeatureSet:

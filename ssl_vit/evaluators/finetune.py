@@ -38,7 +38,7 @@ class TuneConfig:
     group: ClassVar[str] = "tune"
 
     pooling: Literal["mean", "cls"] = "mean"
-    """What is classified: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
+    """Feature to classify: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that
     are no plain ViT pool as they are used to."""
     image_size: tuple[int, ...] = ()
     """Height and width in pixels, or one number; positions are resampled. Empty: the encoder's."""
@@ -76,7 +76,7 @@ class TuneConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs (mixup or cutmix)."""
+        """True if images of a batch are mixed in pairs (mixup or cutmix)."""
         return self.mixup > 0 or self.cutmix > 0
 
     def views(self, size: tuple[int, int], mean: tuple[float, ...]) -> ViewSpec:
@@ -181,16 +181,16 @@ class FineTune(Task):
         loss = LabelSmoothingCrossEntropy(self.config.smoothing)(logits, labels)
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+    def after_update(self, step: int, took: Bool[Tensor, ""]) -> None:
         """Update the moving average of the weights; buffers (BatchNorm statistics) are copied.
 
         The forward pass has already updated the buffers: after a skipped step they are restored.
         """
         for now, kept in zip(self.network.buffers(), self._before or (), strict=False):
-            now.copy_(torch.where(finite, now, kept))
+            now.copy_(torch.where(took, now, kept))
         self._before = None
         if self.average is not None:
-            ema_update(self.average, self.network, self.config.ema, finite)
+            ema_update(self.average, self.network, self.config.ema, took)
             buffers = zip(self.average.buffers(), self.network.buffers(), strict=True)
             for old, new in buffers:
                 old.copy_(new)

@@ -34,11 +34,11 @@ class OnlineProtocol:
     features: tuple[str, ...]
     warmup_epochs: int = 0
     by_epoch: bool = False
-    """Whether the rate changes with the epoch, not with the step."""
+    """True if the rate changes with the epoch, not with the step."""
     trust: float = 0.0
     """LARS' trust coefficient; 0: SGD."""
     normed: bool = False
-    """Whether a BatchNorm without affine parameters comes before the linear layer."""
+    """True if a BatchNorm without affine parameters comes before the linear layer."""
     momentum: float = 0.9
     scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5

@@ -1,4 +1,4 @@
-"""Method: a Task around an encoder, made of objectives, that says which views it needs."""
+"""Method: a Task around an encoder, made of objectives, that states which views it needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Target = Literal["auto", "pixels", "normalized"]
 @dataclass(frozen=True)
 class Reconstruction:
     """Masked images and what a method predicts of them: (b, h, w, 3) pictures by name, with a
-    caption that says what the target is and how that is known."""
+    caption that states the target and how it is known."""
 
     pictures: dict[str, UInt8[np.ndarray, "b h w 3"]]
     caption: str
@@ -138,8 +138,7 @@ class Method(Task):
         return self.encoder
 
     def advice(self, setting: Setting) -> list[str]:
-        """What looks wrong with the method's options in this setting: lines with the remedy. Those
-        of the objectives."""
+        """Problems of the objectives' options in this setting: lines with the remedy."""
         return [line for _, objective in self.parts() for line in objective.advice(setting)]
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
@@ -196,10 +195,10 @@ class Method(Task):
         for _, objective in self.parts():
             objective.before_update(step)
 
-    def after_update(self, step: int, finite: Bool[Tensor, ""]) -> None:
+    def after_update(self, step: int, took: Bool[Tensor, ""]) -> None:
         """Pass it on to the objectives."""
         for _, objective in self.parts():
-            objective.after_update(self.encoder, step, finite)
+            objective.after_update(self.encoder, step, took)
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
         """Those of the objectives."""

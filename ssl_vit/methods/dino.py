@@ -39,9 +39,9 @@ from ssl_vit.objectives.ema import Teacher
 from ssl_vit.objectives.heads import ProjectionHead
 
 log = logging.getLogger("ssl_vit")
-# Above this share of the largest entropy the teacher tells no image from another.
+# Above this share of the largest entropy the teacher cannot distinguish images.
 _UNIFORM = 0.99
-# Fewer prototypes in use than this are one; said of no fewer images, which may share one rightly.
+# Fewer prototypes in use than this are one; not checked on fewer images, which may share one.
 _ONE_PROTOTYPE, _ENOUGH_IMAGES = 1.5, 16
 # Smaller batches of so many images want a teacher that moves less than this one, step by step.
 _SMALL_BATCH, _MANY_IMAGES, _FAST_TEACHER = 512, 100_000, 0.998
@@ -49,8 +49,8 @@ _SMALL_BATCH, _MANY_IMAGES, _FAST_TEACHER = 512, 100_000, 0.998
 
 @dataclass(frozen=True)
 class DINOConfig(MethodConfig):
-    """Self-distillation: a student learns what its own moving average, the teacher, says of other
-    crops of the same image."""
+    """Self-distillation: a student learns the output of its own moving average, the teacher, for
+    other crops of the same image."""
 
     prototypes: int = 65536
     """Outputs of the head (K in the paper). A few thousand do for a small set of images."""
@@ -138,7 +138,7 @@ def _pair(size: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 class DINOObjective(Objective):
-    """Cross-entropy between what teacher and student say of different crops of an image."""
+    """Cross-entropy between outputs of teacher and student for different crops of an image."""
 
     explained: ClassVar[dict[str, Scalar]] = {
         "loss": Scalar(
@@ -228,7 +228,7 @@ class DINOObjective(Objective):
         return {"loss": loss, **self._health(loss.detach(), target)}
 
     def _health(self, loss: Tensor, target: Float[Tensor, "g b k"]) -> dict[str, Tensor]:
-        """What the loss alone does not show, of the images at hand.
+        """Health scalars of the images at hand, which the loss alone does not show.
 
         The loss minus the teacher's entropy is KL(teacher || student), averaged over pairs, because
         each teacher view is in equally many of them.
@@ -249,22 +249,22 @@ class DINOObjective(Objective):
         found, c = {}, self.config
         if share > _UNIFORM:
             found["uniform output"] = (
-                f"the teacher says the same of every image: its output is uniform "
+                f"the teacher's output is the same for every image: it is uniform "
                 f"({share:.1%} of the largest entropy), so there is nothing to learn. Usual "
                 f"remedies: a lower {flag(c, 'teacher_temp')}, a lower --optim.lr, a longer "
                 "--optim.warmup"
             )
         if used < _ONE_PROTOTYPE and self.images >= _ENOUGH_IMAGES:
             found["one prototype"] = (
-                f"the teacher says the same of every image: one prototype takes all ({used:.2f} "
-                f"of {c.prototypes} in use). Usual remedies: a lower "
+                f"the teacher's output is the same for every image: one prototype takes all "
+                f"({used:.2f} of {c.prototypes} in use). Usual remedies: a lower "
                 f"{flag(c, 'center_momentum')}, a higher {flag(c, 'teacher_temp')}, "
                 f"{flag(c, 'norm_last_layer')} True, a lower --optim.lr"
             )
         return found
 
     def advice(self, setting: Setting) -> list[str]:
-        """What the original's batches of 512 and its GPUs let one forget."""
+        """Advice for smaller batches and smaller devices than the original's."""
         c, lines = self.config, []
         small = setting.batch_size < _SMALL_BATCH and setting.images >= _MANY_IMAGES
         if small and c.momentum < _FAST_TEACHER:
@@ -286,7 +286,7 @@ class DINOObjective(Objective):
         return lines
 
     def before_update(self, step: int) -> None:
-        """Leave the last layer as it is at first: it steadies what the teacher says."""
+        """Leave the last layer as it is at first: it steadies the teacher's output."""
         if step < self.freeze_steps:
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None
@@ -352,13 +352,13 @@ class DINO(Method):
         return encoder
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Where the teacher's [CLS] looks."""
+        """Attention of the teacher's [CLS]."""
         return attention(self.exported_encoder(), views, normalize)
 
 
 @torch.no_grad()
 def attention(encoder: Encoder, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-    """Where an encoder's [CLS] looks in its last block, as a panel."""
+    """Attention of an encoder's [CLS] in its last block, as a panel."""
     images = views.crops[0]
     maps, grid = cls_attention(encoder, images)
     return {"attention": attention_panel(to_rgb(normalize.inverse(images)), maps, grid)}

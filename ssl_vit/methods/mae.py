@@ -66,7 +66,7 @@ class MAEConfig(MethodConfig):
         check_share(self, "flip")
 
     def visible(self, n: int, asked: float = 0.0) -> int:
-        """How many of ``n`` patches are seen; ``asked``: with another ratio, of ``--mask-ratio``.
+        """Number of visible patches of ``n``; ``asked``: with another ratio, of ``--mask-ratio``.
 
         Raises:
             UserError: none would be visible, or none masked.
@@ -84,7 +84,7 @@ class MAEConfig(MethodConfig):
 class MAEObjective(Objective):
     """Mean squared error of the masked patches' pixels, of which the encoder sees the others.
 
-    ``target_known_from``: what says whether the target is normalised; empty where nothing does.
+    ``target_known_from``: where it is stated whether the target is normalised; empty if nowhere.
     """
 
     explained: ClassVar[dict[str, Scalar]] = {
@@ -110,7 +110,7 @@ class MAEObjective(Objective):
         return {"loss": self.loss(encoder, views.crops[0], self.noise(views.keys))}
 
     def noise(self, keys: Int64[Tensor, " b"]) -> Float[Tensor, "b n"]:
-        """What decides which patches of images with these keys are kept."""
+        """Noise that decides which patches of images with these keys are kept."""
         return uniform(keys, self.grid[0] * self.grid[1])
 
     def loss(
@@ -141,8 +141,8 @@ class MAEObjective(Objective):
         return self.decoder(latent, order, encoder.vit.num_prefix_tokens, masked_only)
 
     def target(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n ppc"]:
-        """What is to be predicted of patches: their pixels; normalised by each patch's own mean and
-        unbiased variance if so set."""
+        """Target of patches: their pixels; normalised by each patch's own mean and unbiased
+        variance if so set."""
         if not self.config.normalize_target:
             return patches
         mean, std = patch_statistics(patches)
@@ -178,7 +178,7 @@ class MAEObjective(Objective):
         """Masked images and what is predicted of them; arguments are those of a method's.
 
         A normalised target is brought back to pixels with each patch's true mean and standard
-        deviation. Where nothing tells the target, it is the one of the two by which the prediction
+        deviation. Where the target is not stated, it is the one of the two by which the prediction
         explains more of these very images' masked patches.
         """
         noise = self.noise(keys)
@@ -201,14 +201,14 @@ class MAEObjective(Objective):
     def _target(
         self, patches: Tensor, prediction: Tensor, hidden: Tensor, asked: Target
     ) -> tuple[bool, str]:
-        """Whether the target is normalised, and how that is known."""
+        """True for a normalised target, and how that is known."""
         if asked != "auto":
-            return asked == "normalized", f"as --target {asked} says"
+            return asked == "normalized", f"as given by --target {asked}"
         if self.target_known_from:
-            return self.config.normalize_target, f"as {self.target_known_from} says"
+            return self.config.normalize_target, f"as given by {self.target_known_from}"
         shares = explained_shares(patches, prediction, hidden)
         why = (
-            "nothing in the file tells, so it was decided by these images: of their masked patches "
+            "the file does not state it; decided on these images: of their masked patches "
             f"the prediction explains {_percent(shares['normalized'])} as normalised patches and "
             f"{_percent(shares['pixels'])} as raw pixels"
         )
@@ -216,7 +216,7 @@ class MAEObjective(Objective):
 
     @staticmethod
     def _target_shown(normalized: bool) -> str:
-        """What is predicted, and how that is made pixels, for a caption."""
+        """Caption of the target, and how it is made pixels."""
         if normalized:
             return "target: normalised patches, shown with each patch's true mean and std"
         return "target: raw pixels"
@@ -275,7 +275,7 @@ class MAE(Method):
         mask_ratio: float = 0.0,
         target: Target = "auto",
     ) -> Reconstruction:
-        """As the base says, and :meth:`MAEObjective.reconstruct`."""
+        """As in the base, and :meth:`MAEObjective.reconstruct`."""
         found: Reconstruction = self.objective.reconstruct(
             self.encoder, images, keys, normalize, mask_ratio, target
         )
@@ -302,8 +302,8 @@ class MAE(Method):
         made = cls.blank(config, encoder.config, encoder.channels)
         load_strictly(made.encoder.vit, encoder.vit.state_dict(), str(file))
         own = made.objective.decoder
-        said = load_strictly(own, decoder.state, f"{file}, decoder")
-        log.info("%s: decoder of %s, %s", file, decoder.format, said)
+        loaded = load_strictly(own, decoder.state, f"{file}, decoder")
+        log.info("%s: decoder of %s, %s", file, decoder.format, loaded)
         check(
             decoder.positions.shape == own.positions.shape,
             f"{file}: decoder_pos_embed has {len(decoder.positions)} patches; there are "

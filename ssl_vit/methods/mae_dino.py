@@ -109,7 +109,7 @@ class MAEDINO(Method):
         return dino.teacher.encoder
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """MAE's reconstructions and where the teacher's [CLS] looks."""
+        """MAE's reconstructions and the attention of the teacher's [CLS]."""
         reconstruction = self.reconstruct(views.crops[0], views.keys, normalize)
         return reconstruction.panel() | attention(self.exported_encoder(), views, normalize)
 
@@ -121,7 +121,7 @@ class MAEDINO(Method):
         mask_ratio: float = 0.0,
         target: Target = "auto",
     ) -> Reconstruction:
-        """As the base says, by the student, which the decoder was trained with."""
+        """As in the base, by the student, which the decoder was trained with."""
         mae = self.objectives[_MAE]
         assert isinstance(mae, MAEObjective)
         return mae.reconstruct(self.encoder, images, keys, normalize, mask_ratio, target)

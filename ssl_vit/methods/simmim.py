@@ -138,7 +138,7 @@ class SimMIM(Method):
         mask_ratio: float = 0.0,
         target: Target = "auto",
     ) -> Reconstruction:
-        """As the base says; the target is raw pixels."""
+        """As in the base; the target is raw pixels."""
         check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
         self.config.check_grid(self.encoder.grid, mask_ratio)
         config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)

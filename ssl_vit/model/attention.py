@@ -1,4 +1,4 @@
-"""The [CLS] token: its features for less work, where it looks, and a picture of that."""
+"""[CLS] attention: features of the token for less work, its attention maps, and their picture."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _mix(images: np.ndarray, upon: np.ndarray, share: float) -> np.ndarray:
 
 
 def _dimmed(images: np.ndarray) -> np.ndarray:
-    """The pictures dark and in gray, under a blue that tells them from what is dark itself."""
+    """The pictures dark and in gray, under a blue, to set them apart from what is dark itself."""
     gray = images.mean(-1, keepdims=True).repeat(3, -1)
     return _mix(gray, np.array([30, 35, 80]), 0.75)
 

@@ -1,4 +1,4 @@
-"""The transformer block that is trained: weights, names and numbers of timm's, for less work."""
+"""Transformer block of training: weights, names and numbers of timm's, for less work."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ssl_vit.common.seeds import fold
 
 
 class _Share(NamedTuple):
-    """Which part of a batch is at hand, and how many times its decisions have been drawn from."""
+    """Part of a batch at hand, and how many times its decisions have been drawn from."""
 
     part: int
     parts: int
@@ -97,7 +97,7 @@ class DropPath(layers.DropPath):
         return to.index_add(0, kept, found, alpha=self._scale)
 
     def draw(self, rows: int) -> Bool[Tensor, " n"]:
-        """Which of so many rows are kept; on the CPU."""
+        """Rows that are kept of so many; on the CPU."""
         share, keep = _current.get(), 1 - self.drop_prob
         if share is None:
             return torch.empty(rows).bernoulli_(keep) > 0

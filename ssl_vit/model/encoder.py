@@ -192,7 +192,7 @@ class Encoder(nn.Module):
         return self.vit.norm(x)
 
     def with_prefix(self, embedded: Tokens) -> Float[Tensor, "b m d"]:
-        """What the first block is given: [CLS] and registers, if any, before the patch tokens."""
+        """Input of the first block: [CLS] and registers, if any, before the patch tokens."""
         vit, tokens = self.vit, embedded.values
         prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
         if prefix:
@@ -247,7 +247,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
 
 
 def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
-    """What to give ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights.
+    """Arguments of ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights.
 
     It can be written as JSON, and so leaves out ``config.norm_eps``: :func:`set_norm_eps` after it.
     """

@@ -30,10 +30,10 @@ class Setting:
 
 
 class Objective(nn.Module):
-    """What a method minimises, with the networks that it needs beside the encoder.
+    """Loss that a method minimises, with the networks that it needs beside the encoder.
 
     Attributes:
-        explained: what its scalars mean, by name.
+        explained: meaning of its scalars, by name.
     """
 
     explained: ClassVar[dict[str, Scalar]] = {}
@@ -67,6 +67,6 @@ class Objective(nn.Module):
         return []
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
-        """What is wrong with the training, by the means of its scalars over some steps: a short
+        """Problems of the training, by the means of its scalars over some steps: a short
         name, and a line with the usual remedies."""
         return {}

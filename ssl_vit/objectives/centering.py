@@ -35,9 +35,9 @@ class Center(nn.Module):
         return outputs - self.value
 
     @torch.no_grad()
-    def update(self, moves: Bool[Tensor, ""]) -> None:
+    def update(self, took: Bool[Tensor, ""]) -> None:
         """Move by all outputs seen since the last update, of all parts of a step and processes;
-        not at all unless ``moves``."""
+        not at all unless ``took``."""
         if not self._seen:
             return
         means, rows = [mean for mean, _ in self._seen], [n for _, n in self._seen]
@@ -49,4 +49,4 @@ class Center(nn.Module):
             mean = torch.stack([m * share for m, share in zip(means, shares, strict=True)]).sum(0)
         mean = all_reduce_mean(mean)
         moved = self.value.lerp(mean, 1 - self.momentum)
-        self.value.copy_(torch.where(moves, moved, self.value))
+        self.value.copy_(torch.where(took, moved, self.value))

@@ -32,34 +32,34 @@ class Teacher(nn.Module):
         self.encoder.load_state_dict(encoder.state_dict(), strict=True)
 
     def follow(
-        self, encoder: Encoder, head: nn.Module | None, momentum: float, moves: Bool[Tensor, ""]
+        self, encoder: Encoder, head: nn.Module | None, momentum: float, took: Bool[Tensor, ""]
     ) -> None:
-        """Move towards the student, keeping the share ``momentum``; not at all unless ``moves``."""
-        ema_update(self.encoder, encoder, momentum, moves)
+        """Move towards the student, keeping the share ``momentum``; not at all unless ``took``."""
+        ema_update(self.encoder, encoder, momentum, took)
         if head is not None:
-            ema_update(self.head, head, momentum, moves)
+            ema_update(self.head, head, momentum, took)
 
 
 @torch.no_grad()
 def ema_update(
-    average: nn.Module, source: nn.Module, momentum: float, moves: Bool[Tensor, ""]
+    average: nn.Module, source: nn.Module, momentum: float, took: Bool[Tensor, ""]
 ) -> None:
-    """``average <- momentum * average + (1 - momentum) * source``, where ``moves``; else nothing.
+    """``average <- momentum * average + (1 - momentum) * source``, where ``took``; else nothing.
 
     Both have the same parameters in the same order, sharded alike if they are. The host does not
-    wait for ``moves``.
+    wait for ``took``.
     """
     old = [local(p) for p in average.parameters()]
     new = [local(p) for p in source.parameters()]
-    if moves.device.type != "cpu":
-        move_where(old, new, 1 - momentum, moves)
-    elif moves:  # reading it waits for nothing here
+    if took.device.type != "cpu":
+        move_where(old, new, 1 - momentum, took)
+    elif took:  # reading it waits for nothing here
         torch._foreach_lerp_(old, new, 1 - momentum)
 
 
 @torch.no_grad()
-def move_where(old: list[Tensor], new: list[Tensor], share: float, moves: Bool[Tensor, ""]) -> None:
+def move_where(old: list[Tensor], new: list[Tensor], share: float, took: Bool[Tensor, ""]) -> None:
     """Move each old tensor this share of the way to its new one, or not at all."""
     step = torch._foreach_sub(new, old)
-    torch._foreach_mul_(step, share * moves)
+    torch._foreach_mul_(step, share * took)
     torch._foreach_add_(old, step)

@@ -1,4 +1,4 @@
-"""The head of self-distillation: an MLP, a unit sphere, and prototypes on it."""
+"""Head of self-distillation: an MLP, a unit sphere, and prototypes on it."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder."""
+    """True if a folder is a run folder."""
     if any((folder / name).is_file() for name in (METRICS_FILE, STATUS_FILE)):
         return True
     path = folder / CONFIG_FILE

@@ -76,7 +76,7 @@ def run_state_of(status: Status | None, traces: Traces) -> tuple[RunState, str]:
 
 
 def gone(status: Status) -> bool:
-    """Whether the process of a run on this machine has ended; its PID may have been reused."""
+    """True if the process of a run on this machine has ended; its PID may have been reused."""
     if status.process_started is not None:
         return process_start(status.pid) != status.process_started
     try:

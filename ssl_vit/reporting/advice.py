@@ -1,4 +1,4 @@
-"""What looks wrong with a run, judged by what it logged, each with what to do about it."""
+"""Advice: problems of a run, found in what it logged, each with its remedy."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from statistics import median
 from ssl_vit.reporting.explained import evaluator, method_scalars
 from ssl_vit.reporting.story import Story
 
-# Thresholds; each is told in the line that it leads to.
+# Thresholds; each is named in the line that it leads to.
 _WAITING, _SLOW = 0.2, 1.5
 _PAUSES = (
     ("saving_s", "saving", 0.1, "A longer --run.save-every"),
     (
         "looking_s",
-        "looking at the encoder",
+        "probing the encoder",
         0.3,
         "A longer --run.probe-every, fewer --run.probe-images",
     ),
 )
-_ENOUGH, _MOST_TOLD = 20, 8
+_ENOUGH, _MOST_WARNINGS = 20, 8
 _SPREAD, _RANK = 0.1, 3.0
 _LOST_KNN = 2.0
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What was seen, what usually helps, a command for it, and whether it spoils the run."""
+    """A finding, its usual remedy, a command for it, and whether it spoils the run."""
 
     text: str
     remedy: str = ""
@@ -37,8 +37,8 @@ class Advice:
 
 
 def advise(story: Story) -> list[Advice]:
-    """All that looks wrong, what spoils the run first."""
-    rules = (_ended, _told, _skipped, _collapsed, _worthless, _past_its_best, _flat, _slow)
+    """All problems found, those that spoil the run first."""
+    rules = (_ended, _warned, _skipped, _collapsed, _worthless, _past_its_best, _flat, _slow)
     found = [advice for rule in rules for advice in rule(story)]
     return sorted(found, key=lambda advice: not advice.serious)
 
@@ -55,24 +55,25 @@ def _ended(story: Story) -> Iterator[Advice]:
     yield Advice(text, "Go on with" if run.resume else "", not mild, run.resume)
 
 
-def _told(story: Story) -> Iterator[Advice]:
-    """Warnings of the run itself, each kind once, with when it was told first.
+def _warned(story: Story) -> Iterator[Advice]:
+    """Warnings of the run itself, each kind once, with the step of the first.
 
-    They are mild where the last thing that was told is that something is over.
+    They are mild where the last of them is that something is over.
     """
-    told: dict[str, tuple[int, str]] = {}
+    first: dict[str, tuple[int, str]] = {}
     over = False
     for row in story.run.rows:
         line = row.get("warning")
         if isinstance(line, str):
             text = line.partition(": ")[2] if line.startswith("step ") else line
             over = text.startswith("no longer")
-            told.setdefault(re.sub(r"[\d.]+", "#", text), (row["step"], text))
-    for step, text in list(told.values())[:_MOST_TOLD]:
+            first.setdefault(re.sub(r"[\d.]+", "#", text), (row["step"], text))
+    for step, text in list(first.values())[:_MOST_WARNINGS]:
         mild = over or text.startswith("no longer")
-        yield Advice(f"Told at step {step:,}: {text}", serious=not mild)
-    if len(told) > _MOST_TOLD:
-        yield Advice(f"{len(told) - _MOST_TOLD} more warnings are in metrics.jsonl", serious=False)
+        yield Advice(f"Warning at step {step:,}: {text}", serious=not mild)
+    if len(first) > _MOST_WARNINGS:
+        more = len(first) - _MOST_WARNINGS
+        yield Advice(f"{more} more warnings are in metrics.jsonl", serious=False)
 
 
 def _skipped(story: Story) -> Iterator[Advice]:
@@ -94,12 +95,12 @@ def _collapsed(story: Story) -> Iterator[Advice]:
     spread, rank = story.run.latest("feature_std"), story.run.latest("rankme")
     seen = story.run.latest("held_out_images")
     if seen is not None and seen < _ENOUGH:
-        return  # of so few images neither number says much
+        return  # of so few images neither number means much
     if spread is not None and spread < _SPREAD:
         yield Advice(
             f"Feature spread is {spread:.2g} (below {_SPREAD:g}): all images have nearly the same "
             "features",
-            "A longer warm-up, a lower --optim.lr, and what the run's own warnings say",
+            "A longer warm-up, a lower --optim.lr, and the remedies in the run's own warnings",
         )
     elif rank is not None and rank < _RANK:
         yield Advice(
@@ -142,7 +143,7 @@ def _past_its_best(story: Story) -> Iterator[Advice]:
 
 
 def _flat(story: Story) -> Iterator[Advice]:
-    """A loss that does not fall, where the method says that it should."""
+    """A loss that does not fall, where the method states that it should."""
     if story.run.config.get("init.encoder"):
         return  # one that begins with given weights begins low
     for name, scalar in method_scalars(story.run.method).items():

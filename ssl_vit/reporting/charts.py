@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-# Bright enough for a dark page, dark enough for a light one; told apart by most colour-blind eyes.
+# Bright enough for a dark page, dark enough for a light one; distinct to most colour-blind eyes.
 COLOURS = ("#3b82f6", "#f07f13", "#12a37a", "#c44fc4", "#e0484d", "#8a8f98", "#b39700", "#6d5ae6")
 # More points than this a curve are averaged in groups.
 MOST_POINTS = 600
@@ -17,7 +17,7 @@ _INK = "currentColor"  # the page's own, light or dark
 _AT = "xaxis == 'hours' ? format(datum.value, '.3~r') : format(datum.value, '.4~s')"
 _ZOOM = "wheel![event.shiftKey]"
 _PAN = "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!"
-_TOLD = [
+_TOOLTIP = [
     alt.Tooltip("series:N", title="what"),
     alt.Tooltip("value:Q", format=".5~g"),
     alt.Tooltip("step:Q", format=","),
@@ -42,9 +42,10 @@ def curves(
     levels: dict[str, float] | None = None,
     over: str = "images",
 ) -> dict[str, Any]:
-    """Lines by name over images, steps or hours: a page's ``xaxis`` parameter says which.
+    """Lines by name over images, steps or hours: a page's ``xaxis`` parameter selects which.
 
-    The point nearest to the pointer is told; with the shift key the wheel zooms and dragging moves.
+    The point nearest to the pointer has a tooltip; with the shift key the wheel zooms and dragging
+    moves.
 
     Args:
         series: by name, points with ``images``, ``step``, ``hours`` and ``value``.
@@ -75,7 +76,7 @@ def curves(
     )
     shown = base.mark_point(filled=True, size=60).encode(
         opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)),
-        tooltip=_TOLD[: 5 if over == "images" else 3],
+        tooltip=_TOOLTIP[: 5 if over == "images" else 3],
     )
     # A line of one point would not be seen.
     marks = alt.OverlayMarkDef(filled=True, size=30) if len(rows) <= 40 * len(series) else False
@@ -155,7 +156,7 @@ def intervals(rows: Points, colours: dict[str, str], unit: str = "%") -> dict[st
 
 
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[str, Any]:
-    """Which class is taken for which: a row's images in shares of the row."""
+    """Confusion matrix: a row's images in shares of the row."""
     rows = [
         {
             "truth": truth,

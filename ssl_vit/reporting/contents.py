@@ -1,4 +1,4 @@
-"""The parts of a report on one run: what stands in its head, its tables and its map."""
+"""Report contents of one run: its head, its tables and its map."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def cards(scores: list[Scored]) -> list[dict[str, str]]:
 
 
 def _confusion(story: Story) -> dict[str, Any] | None:
-    """Which class is taken for which by what was learnt: of the closing score, else the first."""
+    """Confusion matrix of the trained encoder: of the closing score, else the first."""
     own = [s for s in story.scores if s.own and s.score.confusion]
     own = [s for s in own if s.evaluator in ("linear", "finetune")] or own
     if not own:
@@ -121,7 +121,7 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
         return {"missing": "a fine-tuning keeps none; its encoder's own run does"}
     if found is None:
         return {
-            "missing": "this run has not yet looked at its encoder, or was made before it kept this"
+            "missing": "this run has not yet probed its encoder, or was made before it kept this"
         }
     flat = flattened(found.features, seed)
     points = [
@@ -160,7 +160,7 @@ def options(story: Story) -> list[dict[str, Any]]:
 
 
 def defaults(story: Story) -> dict[str, Any]:
-    """The options of a run's method as they are when nothing is said; empty for an unknown one, and
+    """The options of a run's method as they are by default; empty for an unknown one, and
     for a fine-tuning, whose defaults are by its encoder."""
     try:
         made = default_options(PretrainConfig, find_method(story.run.method))

@@ -38,7 +38,7 @@ _LAST = {
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
     ),
     "lr": Scalar("Learning rate", "Warm-up, then half a cosine."),
-    "images_per_s": Scalar("Images per second", "Over all processes, without saving and looking."),
+    "images_per_s": Scalar("Images per second", "Over all processes, without saving and probing."),
     "waiting": Scalar(
         "Share of the time waiting for images",
         "Above a fifth the loader holds the training up.",
@@ -57,7 +57,7 @@ def feature(name: str) -> str:
 
 
 def neighbours_of(name: str) -> str:
-    """What a k-NN number is of: ``knn20_cls`` is ``k = 20, [CLS]``."""
+    """Setting of a k-NN number: ``knn20_cls`` is ``k = 20, [CLS]``."""
     k, _, pooling = name.removeprefix("knn").partition("_")
     return f"k = {k}, {feature(pooling)}"
 
@@ -73,12 +73,12 @@ def method_title(name: str) -> str:
 
 
 def method_scalars(name: str) -> dict[str, Scalar]:
-    """What a method says of its own scalars; nothing of one that is not known here."""
+    """Descriptions of a method's own scalars; empty for a method that is not known here."""
     return find_method(name).explained if name in method_names() else {}
 
 
 class Glossary:
-    """What the curves of some runs mean, by the methods that trained them."""
+    """Descriptions of the curves of some runs, by the methods that trained them."""
 
     def __init__(self, methods: Iterable[str]) -> None:
         own: dict[str, Scalar] = {}
@@ -89,12 +89,12 @@ class Glossary:
         self.scalars = _FIRST | loss | own | _LAST
 
     def title(self, name: str) -> str:
-        """What a curve is called; its name in the file where it is not known here."""
+        """Title of a curve; its name in the file where it is not known here."""
         known = self.scalars.get(name)
         return known.title if known else name.replace("_", " ")
 
     def meaning(self, name: str) -> str:
-        """What a curve says, in a sentence or two; empty for one not known here."""
+        """Meaning of a curve, in a sentence or two; empty for one not known here."""
         known = self.scalars.get(name)
         return known.meaning if known else ""
 

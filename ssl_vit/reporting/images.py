@@ -1,4 +1,4 @@
-"""Pictures inside the page, and those through a training."""
+"""Pictures of the page, and those of a training by step."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ssl_vit.training.panels import projections
 
 @dataclass(frozen=True)
 class Projection:
-    """What a run keeps for TensorBoard's projector after ``step`` steps.
+    """Features that a run keeps for TensorBoard's projector after ``step`` steps.
 
     ``labels``: names of classes, or of several labels each; None where the images have none.
     ``classes``: whether they are classes.

@@ -1,4 +1,4 @@
-"""One or several runs as a page: HTML that needs nothing else, neither network nor files."""
+"""Report page of one or several runs: HTML that needs nothing else, neither network nor files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _curves(
 
 
 def _sized(stories: Sequence[Story]) -> bool:
-    """Whether all runs tell the size of their batch, without which there are steps alone."""
+    """True if all runs state the size of their batch, without which there are steps alone."""
     return all(story.run.images_per_step for story in stories)
 
 
@@ -132,7 +132,7 @@ def _score_chart(stories: Sequence[Story]) -> dict[str, Any] | None:
 
 
 def _alike(scored: Scored, stories: Sequence[Story]) -> bool:
-    """Whether an entry is one and the same for all runs, or there is but one."""
+    """True if an entry is one and the same for all runs, or there is but one."""
     same = {(s.evaluator, s.first) for story in stories for s in story.scores if s.of == scored.of}
     several = len(stories) > 1
     return not several or (not scored.own and len(same) == len({e for e, _ in same}))

@@ -1,4 +1,4 @@
-"""What a run's files tell: curves over images and time, pictures, scores, what it cost."""
+"""Story of a run, from its files: curves over images and time, pictures, scores, what it cost."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Scored:
 
     @property
     def own(self) -> bool:
-        """Whether it is of what the run has learnt, not of what it is compared with."""
+        """True for the run's trained encoder, not for what it is compared with."""
         return self.of != PIXELS and not self.untrained
 
     @property
     def untrained(self) -> bool:
-        """Whether it is of the encoder before the first step."""
+        """True for the encoder before the first step."""
         return self.of in UNTRAINED
 
     @property
@@ -55,7 +55,7 @@ class Story:
     """A run with what can be read off its files.
 
     ``steps``, ``seconds``: (n,) after which steps lines were logged, and how long the training had
-    taken by then, saving and looking included, of all tries together. ``problems``: what is missing
+    taken by then, saving and probing included, of all tries together. ``problems``: what is missing
     or damaged, a line each.
     """
 
@@ -69,7 +69,7 @@ class Story:
 
     @property
     def images(self) -> int | None:
-        """Images seen so far, crops of one image being one; None where no file tells the batch."""
+        """Images seen so far, crops of one image being one; None where no file states the batch."""
         size = self.run.images_per_step
         return None if size is None else self.run.step * size
 

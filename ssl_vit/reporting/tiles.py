@@ -1,4 +1,4 @@
-"""The numbers in the head of a report."""
+"""Tiles: the numbers in the head of a report."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def tiles(story: Story) -> list[dict[str, str]]:
 
 
 def _quality_tile(story: Story) -> dict[str, str]:
-    """What was measured on held-out images while training."""
+    """Score on held-out images while training."""
     top, knn = story.run.latest("val_top1"), story.run.knn
     if top is not None:
         return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")
     if knn is None:
-        return _tile("k-NN", _NOTHING, "no labels, or not yet looked")
+        return _tile("k-NN", _NOTHING, "no labels, or not yet measured")
     return _tile("k-NN", f"{knn[1]:.1f} %", neighbours_of(knn[0]))
 
 
@@ -45,14 +45,14 @@ def _energy_tile(story: Story) -> dict[str, str]:
     steps = {step for step, _ in story.run.series("energy_j")}
     joules, size, done, images = story.total("energy_j"), story.run.images_per_step, 0, 0
     if joules is None:
-        return _tile("energy", _NOTHING, "no device told")
+        return _tile("energy", _NOTHING, "not measured")
     for step, _ in story.run.series("images_per_s"):
         images += (step - done) * (size or 0) if step in steps else 0
         done = step
     each = f"{joules / images:.3g} J an image" if images else "of an unknown number of images"
     part = images / story.images if story.images else 1.0
-    told = f"{each}, told for {100 * part:.0f} %" if part < 0.99 else each
-    return _tile("energy", f"{joules / 3.6e6:.3g} kWh", told)
+    note = f"{each}, measured for {100 * part:.0f} %" if part < 0.99 else each
+    return _tile("energy", f"{joules / 3.6e6:.3g} kWh", note)
 
 
 def _tile(label: str, value: str, note: str) -> dict[str, str]:
@@ -81,7 +81,7 @@ def _epochs(story: Story) -> str:
 def _where(story: Story) -> str:
     status = story.run.status
     if not status:
-        return "saving and looking included"
+        return "saving and probing included"
     processes = f"{status.processes} processes x " if status.processes > 1 else ""
     threads = f"{status.threads} threads" if status.threads > 1 else "1 thread"
     return f"{status.device}, {processes}{threads}"

@@ -58,7 +58,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether all files are there, with the sizes they were written with."""
+    """True if all files are there, with the sizes they were written with."""
     try:
         sizes = json.loads((path / _STATE).read_text()).get("files", {})
         return all((path / name).stat().st_size == size for name, size in sizes.items())
@@ -150,7 +150,7 @@ class Checkpoints:
         save.work.start()
 
     def state(self) -> tuple[bool, bool]:
-        """Whether this process failed to write its part, and whether it is still writing."""
+        """State of this process' part: writing it failed, it is still being written."""
         save = self.under_way
         if save is None:
             return False, False

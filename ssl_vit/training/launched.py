@@ -61,9 +61,9 @@ def _from_torch(env: Mapping[str, str]) -> Launched:
 
 
 def _in_step(env: Mapping[str, str]) -> bool:
-    """Whether this process is one of several tasks of an ``srun``.
+    """True if this process is one of several tasks of an ``srun``.
 
-    ``SLURM_NTASKS`` does not tell: it is also set in a batch script, which is one process.
+    ``SLURM_NTASKS`` does not show it: it is also set in a batch script, which is one process.
     """
     return "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1
 

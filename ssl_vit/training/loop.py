@@ -54,7 +54,7 @@ class Hook:
     when_stopped: bool = False
 
     def due(self, step: int, total: int, stopping: bool) -> bool:
-        """Whether the hook is called after ``step`` steps of ``total``."""
+        """True if the hook is called after ``step`` steps of ``total``."""
         if stopping:
             return self.when_stopped
         return step % self.every == 0 or step == total

@@ -75,7 +75,7 @@ class RunLog:
         self.paused: dict[str, float] = {}
         self.count, self.step = 0, start
         self.smoothed = SmoothedRate()
-        self.since = self.spoke = time.perf_counter()
+        self.since = self.logged = time.perf_counter()
         self.progress: Progress | None = None
         if main:
             keep_rows(folder / METRICS_FILE, start)
@@ -134,7 +134,7 @@ class RunLog:
             shown = [float(f"{seconds:.4g}") for seconds in own]
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
         self.smoothed.add(self.count, seconds)
-        self._speak(step, row, SHARED if pace.cores.shared else "")
+        self._log_line(step, row, SHARED if pace.cores.shared else "")
         self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
         self.since = time.perf_counter()
         return row
@@ -198,7 +198,7 @@ class RunLog:
         for path in older.values():
             shutil.rmtree(path.parent)
 
-    def _speak(self, step: int, row: dict[str, float], note: str = "") -> None:
+    def _log_line(self, step: int, row: dict[str, float], note: str = "") -> None:
         if not self.main:
             return
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.shown))
@@ -210,8 +210,8 @@ class RunLog:
             self.progress.update(self.bar, completed=step, description=text, left=left)
             return
         now = time.perf_counter()
-        if now - self.spoke >= _LINE_SECONDS or step == self.total:
-            self.spoke = now
+        if now - self.logged >= _LINE_SECONDS or step == self.total:
+            self.logged = now
             print(f"{text}  {left}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> RunLog:

@@ -110,7 +110,7 @@ class SpikeGuard:
         self.state = dict(zip(("loss_mean", "loss_variance", "losses"), zeros, strict=True))
 
     def passes(self, loss: Tensor) -> Bool[Tensor, ""]:
-        """Whether a step of this loss (this process' own) is no spike; the same on every process.
+        """True if a step of this loss (this process' own) is no spike; the same on every process.
 
         The loss is then added to the running statistics; a spike is clamped to the limit, so that
         a lasting change of level is soon accepted. All on the device.

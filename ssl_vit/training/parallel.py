@@ -44,12 +44,12 @@ class Parallel:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and logs."""
+        """True if this process writes files and logs."""
         return self.rank == 0
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds only its part of the weights."""
+        """True if each process holds only its part of the weights."""
         return self.kind == "fsdp" and self.world > 1
 
     def shard(self, task: Task, precision: torch.dtype) -> None:
@@ -107,7 +107,7 @@ class Parallel:
         return tuple(largest)
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process; all must call it."""
+        """True if ``flag`` is true on any process; all must call it."""
         return bool(self.most(flag)[0])
 
     def first(self, texts: Sequence[str]) -> str:
@@ -130,7 +130,7 @@ class Parallel:
 
 
 def own_weights(module: nn.Module) -> bool:
-    """Whether a module has weights outside of the modules in it."""
+    """True if a module has weights outside of the modules in it."""
     return any(True for _ in module.parameters(recurse=False))
 
 
@@ -157,7 +157,7 @@ def start_parallel(
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error indicates that another process has exited or did not respond in time."""
+    """True if an error indicates that another process has exited or did not respond in time."""
     message = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Socket", "TCPStore")
     return isinstance(error, dist.DistError) or (
@@ -233,7 +233,7 @@ def casts_kept(device: torch.device) -> torch.autocast:
 
 
 def by_slurm() -> bool:
-    """Whether Slurm started this process directly, not by ``torchrun`` (inside a job or not)."""
+    """True if Slurm started this process directly, not by ``torchrun`` (inside a job or not)."""
     return "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 

@@ -1,4 +1,4 @@
-"""Resuming: whether a run starts anew, from its newest checkpoint, or from another run's."""
+"""Resuming: a run starts anew, from its newest checkpoint, or from another run's."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def own_metadata(path: Path) -> dict[str, Any]:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file contains an encoder of ssl_vit, alone or in a fine-tuned classifier."""
+    """True if a file contains an encoder of ssl_vit, alone or in a fine-tuned classifier."""
     try:
         return "info" in own_metadata(path)
     except UserError:
@@ -105,7 +105,7 @@ def is_ours(path: Path) -> bool:
 
 
 def is_encoder_file(path: Path) -> bool:
-    """Whether a file was written by :func:`save_encoder`."""
+    """True if a file was written by :func:`save_encoder`."""
     return is_ours(path) and "about" not in own_metadata(path)
 
 

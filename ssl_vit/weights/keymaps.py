@@ -119,7 +119,7 @@ def _kind(wrapper: str, state: State, has_heads: bool) -> str:
 
 
 def cls_has_no_position(state: State) -> bool:
-    """Whether the first position is zero, as in MAE's fixed sine-cosine positions for [CLS]."""
+    """True if the first position is zero, as in MAE's fixed sine-cosine positions for [CLS]."""
     position = state["pos_embed"]
     return position.ndim == 3 and position.numel() > 0 and not bool(position[0, 0].any())
 

@@ -158,7 +158,7 @@ def _foreign(path: Path, name: str, shapes_only: bool = False) -> _Found:
 
 
 def _has_value(key: str) -> bool:
-    """Whether the values of a tensor, not only its shape, determine the architecture."""
+    """True if the values of a tensor, not only its shape, determine the architecture."""
     return key.endswith(("pos_embed", "position_embeddings", "cls_token"))
 
 

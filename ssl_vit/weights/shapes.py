@@ -81,7 +81,7 @@ def config_of(state: State, where: str, hints: Hints) -> tuple[EncoderConfig, in
 
 
 def _positions(found: Tensor, size: tuple[int, int], patch: int) -> Literal["learned", "sincos"]:
-    """Whether positions are MAE's fixed sine-cosine ones, which stay fixed, or learned."""
+    """Kind of positions: MAE's sine-cosine ones, which stay fixed, or learned ones."""
     rows, columns = size[0] // patch, size[1] // patch
     if found.is_meta or found.shape[2] % 4 or found.shape[1] < rows * columns:
         return "learned"
@@ -104,7 +104,7 @@ def _projection(state: State, where: str) -> tuple[int, int, int]:
 
 
 def _embeds(positions: int, prefix: int, patch: int, hints: Hints) -> bool:
-    """Whether prefix tokens have positions."""
+    """True if prefix tokens have positions."""
     if hints.image_size:
         return positions != math.prod(side // patch for side in hints.image_size)
     return _square(positions - prefix) > 0 or _square(positions) == 0

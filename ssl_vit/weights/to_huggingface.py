@@ -48,18 +48,18 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "q
 
 
 def is_swiglu(encoder: Encoder) -> bool:
-    """Whether the MLPs are DINOv2's SwiGLU: the SiLU of one half times the other."""
+    """True if the MLPs are DINOv2's SwiGLU: the SiLU of one half times the other."""
     mlp = encoder.vit.blocks[0].mlp
     return type(mlp).__name__ == "GluMlp" and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
 
 
 def has_layer_scale(encoder: Encoder) -> bool:
-    """Whether the blocks have layer scale."""
+    """True if the blocks have layer scale."""
     return not isinstance(encoder.vit.blocks[0].ls1, nn.Identity)
 
 
 def fits_dinov2(encoder: Encoder) -> bool:
-    """Whether transformers' Dinov2 models support its sizes.
+    """True if transformers' Dinov2 models support its sizes.
 
     They resample positions as if images were square, and their MLPs are an integer multiple of the
     width (SwiGLU's: two thirds of four times it, up to a multiple of 8,
@@ -269,7 +269,7 @@ def quiet() -> Iterator[None]:
 
 
 def is_huggingface_export(folder: Path) -> bool:
-    """Whether a folder contains such an export and nothing else."""
+    """True if a folder contains such an export and nothing else."""
     if not folder.is_dir() or {p.name for p in folder.iterdir()} - set(FILES):
         return False
     try:

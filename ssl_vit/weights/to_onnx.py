@@ -86,7 +86,7 @@ def onnx_features(path: Path, images: Float[Tensor, "b c h w"]) -> dict[str, Ten
 
 
 def is_onnx_export(path: Path) -> bool:
-    """Whether a file is an ONNX export of ssl_vit."""
+    """True if a file is an ONNX export of ssl_vit."""
     import onnx
     from google.protobuf.message import DecodeError
 

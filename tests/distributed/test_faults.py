@@ -126,7 +126,7 @@ def test_killed_twenty_times(lives, unbroken):
             else:
                 last = life.said(rank).splitlines()[-1]
                 assert statuses[rank] == 1, life.said(rank)
-                assert "stopped: another process is gone" in last
+                assert "stopped: another process has exited" in last
                 assert "Traceback" not in life.said(rank)
     assert len(during) == KILLS
     assert sum(during) >= KILLS / 3, during
@@ -281,7 +281,7 @@ def test_a_stopped_process_is_named(hung):
     named = [i for i, line in enumerate(lines) if "has not responded since step" in line]
     assert len(named) == 1, life.said()
     assert lines[named[0]].startswith("process 1 (")
-    assert "stopped: another process is gone, or has not answered in time" in lines[-1]
+    assert "stopped: another process has exited or did not respond in time" in lines[-1]
     assert named[0] < len(lines) - 1
 
 
@@ -292,7 +292,7 @@ def test_a_process_that_hangs_says_where(hung):
     assert "hangs at step 6, waiting for images" in life.said(1)
     assert "in stuck_on_a_disk\n" in life.said(1)
     assert ", for process 1 (" in life.said(0)
-    assert "stopped: another process is gone" in life.said(0).splitlines()[-1]
+    assert "stopped: another process has exited" in life.said(0).splitlines()[-1]
 
 
 # --- a full disk --------------------------------------------------------------------------------

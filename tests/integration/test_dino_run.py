@@ -93,7 +93,7 @@ def test_lost_moments_are_noticed(shared_door, run):
 
 COLLAPSES = {
     "one prototype takes all": ("--method.center-momentum", "1.0"),
-    "its output is uniform": ("--method.teacher-temp", "1", "--method.teacher-temp-start", "1"),
+    "it is uniform": ("--method.teacher-temp", "1", "--method.teacher-temp-start", "1"),
 }
 
 

@@ -32,7 +32,7 @@ def test_the_first_run_looks_right_and_nothing_is_written(method, here, capsys):
         "bound by",
         "time to finish",
         "begins          │ anew",
-        "nothing looks wrong",
+        "no problems found",
     ):
         assert expected in printed
     assert "warning" not in printed

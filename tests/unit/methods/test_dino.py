@@ -364,19 +364,19 @@ def test_nothing_moves_on_a_step_that_is_not_finite(broken):
     assert torch.isfinite(method.objective.center.value).all()
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_moving_average(moves):
-    """The closed form where it moves; both ways of computing it; the source stays."""
+@pytest.mark.parametrize("took", [True, False])
+def test_moving_average(took):
+    """The closed form where the step was taken; both ways of computing it; the source stays."""
     torch.manual_seed(0)
-    average, source, flag = nn.Linear(3, 2), nn.Linear(3, 2), torch.tensor(moves)
+    average, source, flag = nn.Linear(3, 2), nn.Linear(3, 2), torch.tensor(took)
     old, new = ([p.detach().clone() for p in m.parameters()] for m in (average, source))
-    expected = [0.9 * a + 0.1 * b for a, b in zip(old, new, strict=True)] if moves else old
+    expected = [0.9 * a + 0.1 * b for a, b in zip(old, new, strict=True)] if took else old
     without_reading = [p.clone() for p in old]
     move_where(without_reading, new, 1 - 0.9, flag)
     ema_update(average, source, 0.9, flag)
     for found in (list(average.parameters()), without_reading):
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6 if moves else 0, atol=1e-7 if moves else 0)
+            torch.testing.assert_close(a, b, rtol=1e-6 if took else 0, atol=1e-7 if took else 0)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), new, strict=True))
 
 

@@ -170,8 +170,8 @@ def test_a_new_one_starts_with_teacher_and_student_equal():
     assert torch.equal(method.encoder.vit.state_dict()["cls_token"], given["cls_token"])
 
 
-@pytest.mark.parametrize("finite", [True, False])
-def test_centre_and_teacher_move_as_dinos(finite):
+@pytest.mark.parametrize("took", [True, False])
+def test_centre_and_teacher_move_as_dinos(took):
     """After a step of the same student; not where the step was skipped."""
     method, views = both(), batch()
     dino = alone(method).dino
@@ -185,13 +185,13 @@ def test_centre_and_teacher_move_as_dinos(finite):
                 p.add_(torch.randn_like(p))
     for own in (method, dino):
         own.set_length(10, 5)
-        own.after_update(2, torch.tensor(finite))
+        own.after_update(2, torch.tensor(took))
     found = method.state_dict()
     for name, value in dino.state_dict().items():
         same(found[name], value)
     moves = ("teacher.encoder.vit.cls_token", "teacher.head.mlp.0.weight", "center.value")
     for name in (f"objectives.dino.{n}" for n in moves):
-        assert torch.equal(found[name], first[name]) == (not finite), name
+        assert torch.equal(found[name], first[name]) == (not took), name
 
 
 def test_the_last_layer_is_frozen_at_first():

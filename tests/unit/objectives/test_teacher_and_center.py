@@ -48,22 +48,22 @@ def test_a_teacher_begins_equal_and_is_its_own(student):
     assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_a_teacher_follows_by_the_closed_form(student, moves):
+@pytest.mark.parametrize("took", [True, False])
+def test_a_teacher_follows_by_the_closed_form(student, took):
     """After n steps: m^n of the first weights and (1 - m) m^(n - k) of the student's k-th."""
     teacher, m = Teacher(*student), 0.9
     parts = {"encoder": student[0], "head": student[1]}
     expected = {name: value.double() for name, value in state(teacher).items()}
     for _ in range(4):
         moved(student)
-        teacher.follow(*student, m, torch.tensor(moves))
+        teacher.follow(*student, m, torch.tensor(took))
         for part, module in parts.items():
             for name, value in module.state_dict().items():
-                if moves:
+                if took:
                     own = expected[f"{part}.{name}"]
                     expected[f"{part}.{name}"] = m * own + (1 - m) * value.double()
     for name, value in teacher.state_dict().items():
-        tolerance = 1e-6 if moves else 0
+        tolerance = 1e-6 if took else 0
         torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=tolerance)
 
 
@@ -143,7 +143,7 @@ def test_no_gradient_goes_through_a_centre():
     center = Center(3, 0.5).train()
     outputs = torch.ones(2, 3, requires_grad=True)
     center(outputs).sum().backward()
-    assert not any(seen.requires_grad for seen in center._seen)  # it would keep the graph alive
+    assert not any(mean.requires_grad for mean, _ in center._seen)  # it would keep the graph alive
     assert outputs.grad.tolist() == [[1.0] * 3] * 2
     center.update(torch.tensor(True))
     assert not center.value.requires_grad

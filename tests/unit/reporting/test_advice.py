@@ -40,8 +40,8 @@ def test_nothing_is_said_of_a_sound_run(tmp_path):
          "The run is failed at step 200 of 300: ", "--config", True),
         (SOUND, {"state": "stopped", "total": 300}, "The run is stopped at step 200 of 300",
          "python -m ssl_vit.pretrain mae --config", False),
-        ([*SOUND, {"step": 200, "warning": "step 200: the teacher says the same"}], {},
-         "Told at step 200: the teacher says the same", "", True),
+        ([*SOUND, {"step": 200, "warning": "step 200: the teacher's output is uniform"}], {},
+         "Warning at step 200: the teacher's output is uniform", "", True),
         ([*SOUND[:-1], train_row(200, loss=0.5, skipped=0.4)], {},
          "4 of 200 steps were skipped", "--optim.clip 1", True),
         ([*SOUND, LOOK | {"feature_std": 0.05}], {}, "Feature spread is 0.05", "warm-up", True),
@@ -55,7 +55,7 @@ def test_nothing_is_said_of_a_sound_run(tmp_path):
         ([r | {"slowest_s": 3.0, "median_s": 1.0} for r in SOUND], {},
          "The slowest process takes 3.0 times the median", "machine", False),
         ([r | {"looking_s": 3.0} for r in SOUND], {},
-         "48 % of the time went into looking at the encoder", "--run.probe-every", False),
+         "48 % of the time went into probing the encoder", "--run.probe-every", False),
         ([r | {"saving_s": 1.0} for r in SOUND], {}, "24 % of the time went into saving",
          "--run.save-every", False),
     ],
@@ -90,11 +90,11 @@ def test_an_encoder_worse_than_none(tmp_path, rival, whose, serious):
 def test_a_warning_is_told_once_and_mildly_when_it_is_over(tmp_path):
     lines = [(50, "step 50: flat by 1.5"), (90, "step 90: flat by 1.7")]
     rows = sorted([*SOUND, *({"step": s, "warning": w} for s, w in lines)], key=lambda r: r["step"])
-    assert told(make_run(tmp_path / "on", rows)) == [("Told at step 50: flat by 1.5", " ", True)]
+    assert told(make_run(tmp_path / "on", rows)) == [("Warning at step 50: flat by 1.5", " ", True)]
     rows.append({"step": 200, "warning": "step 200: no longer: flat"})
     assert told(make_run(tmp_path / "over", rows)) == [
-        ("Told at step 50: flat by 1.5", " ", False),
-        ("Told at step 200: no longer: flat", " ", False),
+        ("Warning at step 50: flat by 1.5", " ", False),
+        ("Warning at step 200: no longer: flat", " ", False),
     ]
 
 

@@ -162,7 +162,7 @@ def test_the_line_of_progress_says_it(tmp_path, capsys):
     pace.cores = machine.cores
     machine.cores.used = lambda: None
     with RunLog(tmp_path, 0, 2, 1, 8, main=True, energy=Energy(CPU)) as log:
-        log.spoke = -100.0
+        log.logged = -100.0
         log.add(1, {"loss": torch.tensor(1.0)}, 1e-3, pace)
         machine.cores.others = 1.0
         log.add(2, {"loss": torch.tensor(1.0)}, 1e-3, pace)

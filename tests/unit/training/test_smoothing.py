@@ -88,6 +88,6 @@ def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
     with RunLog(tmp_path, 0, 100, 1, 8, main=True, energy=Energy(CPU)) as log:
         log.smoothed.add(1, 9.0)
         log.smoothed.add(1, 9.0)
-        log._speak(40, {"loss": 1.0, "lr": 1e-3, "images_per_s": 1000.0})
+        log._log_line(40, {"loss": 1.0, "lr": 1e-3, "images_per_s": 1000.0})
     assert "  1 img/s" in screen.getvalue()
     assert "9:00 left" in screen.getvalue()

@@ -388,7 +388,7 @@ def test_the_target_that_explains_more(normalized, caplog):
     display = Normalize(*HALF)
     decided = reconstruction_panel(mae, x, display)
     assert f"target: {'normalised patches' if normalized else 'raw pixels'}" in caplog.text
-    assert "was decided by these images" in caplog.text
+    assert "decided on these images" in caplog.text
     told = reconstruction_panel(mae, x, display, target=right)
     caplog.clear()
     other = reconstruction_panel(mae, x, display, target=wrong)

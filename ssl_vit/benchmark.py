@@ -1,4 +1,4 @@
-"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale dino|mae``."""
+"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale METHOD``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Shared(PretrainConfig[M]):
 @dataclass(frozen=True)
 class LoaderConfig(_Shared[M]):
     """Loader benchmark: images per second that one core prepares, for a method's crops. Used are
-    --data, --encoder, --method, --run.seed and --optim.batch-size."""
+    --data.train, --encoder, --method, --run.seed and --optim.batch-size."""
 
     count: int = 256
     """At most this many images of --data.train, a seeded choice."""
@@ -72,8 +72,8 @@ class LoaderConfig(_Shared[M]):
     """Passes over the images, each with other crops."""
     against: str = "none"
     """Peers, measured in turn with ours; one or more, separated by commas: original (the reference
-    implementation's whole chain in PIL and torchvision), lightly (dino only; its transform, in PIL
-    too)."""
+    implementation's whole chain in PIL and torchvision), lightly (its transform, in PIL too). One
+    that a method does not have is refused with those it has."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class StepConfig(_Shared[M]):
     """Untimed steps before them."""
     against: str = "none"
     """Peers, measured in turn with ours in the same sizes and precision, each in its own process;
-    one or more, separated by commas. mae: original (the reference's modules, written from the
-    paper), huggingface (ViTMAEForPreTraining), huggingface-fp32 (its default), lightly. dino:
-    original, lightly (one view after another, as in its example), lightly-grouped (views of one
-    size together, as in its ImageNet benchmark)."""
+    one or more, separated by commas: original (the reference's modules, written from the paper),
+    huggingface, huggingface-fp32 (its default), lightly (as in its example), lightly-grouped (views
+    of one size together, as in its ImageNet benchmark). A name that a method does not have is
+    refused with those it has."""
 
 
 @dataclass(frozen=True)

@@ -256,3 +256,31 @@ def test_the_checker_sees_a_danger(source):
 def test_the_checker_lets_safe_loading_pass():
     source = "torch.load(p, weights_only=True)\nyaml.safe_load(t)\nmodel.eval()\nnp.load(f)"
     assert dangers("made.up", source) == []
+
+
+NAMELESS = ("ssl_vit.reporting.", "ssl_vit.visualize", "ssl_vit.benchmark", "ssl_vit.training.")
+
+
+def named_methods(source: str) -> list[str]:
+    """The methods that a module names: in words of its texts and in its identifiers."""
+    names = {p.stem for p in (PACKAGE / "methods").glob("[!_]*.py")} - {"base"}
+    words = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words |= set(re.findall(r"\w+", node.value))
+        elif isinstance(node, ast.Name | ast.Attribute):
+            words.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return sorted(words & names)
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.startswith(NAMELESS) and ".peers_" not in m]
+)
+def test_what_serves_every_method_names_none(module):
+    """A method says of itself what these need; what stands beside one is in peers_<method>.py."""
+    assert named_methods(MODULES[module]) == []
+
+
+def test_a_named_method_is_seen():
+    assert named_methods("if run.method == 'mae':\n    pass") == ["mae"]
+    assert named_methods('"""What dino logs."""') == ["dino"]

@@ -18,7 +18,6 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from ssl_vit.benchmarks.peers import library
 from ssl_vit.common.errors import check
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.photometric import Photometric
@@ -79,48 +78,6 @@ class OriginalChain:
     def batch(self, raws: Sequence[bytes | bytearray | np.ndarray]) -> list[Tensor]:
         """Batch as a worker returns it: one tensor (B, C, h, w) for each crop."""
         return [torch.stack(same) for same in zip(*map(self, raws), strict=True)]
-
-
-class LightlyChain(OriginalChain):
-    """lightly chain: its DINO transform, with our crop sizes and probabilities.
-
-    Raises:
-        UserError: crops that it cannot make, another number of channels, or lightly is missing.
-    """
-
-    name = "lightly"
-
-    def _views(
-        self, spec: ViewSpec, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> Callable[[Image.Image], list[Tensor]]:
-        first, second, *others = spec.crops
-        local = others[0] if others else first
-        every = [c.photometric for c in (first, second, local)]
-        assert all(every), "DINO's crops have photometric operations"
-        p, solarized, small = (c or Photometric() for c in every)
-        square = all(c.size[0] == c.size[1] for c in spec.crops)
-        check(square, "--against lightly needs square crops; its transform makes no others")
-        transform = library("lightly", "lightly", "transforms")[0].DINOTransform(
-            global_crop_size=first.size[0],
-            global_crop_scale=first.scale,
-            local_crop_size=local.size[0],
-            local_crop_scale=local.scale,
-            n_local_views=others[0].count if others else 0,
-            hf_prob=first.flip,
-            cj_prob=p.jitter,
-            cj_strength=1.0,
-            cj_bright=p.brightness,
-            cj_contrast=p.contrast,
-            cj_sat=p.saturation,
-            cj_hue=p.hue,
-            random_gray_scale=p.gray,
-            gaussian_blur=(p.blur, solarized.blur, small.blur),
-            sigmas=p.blur_sigma,
-            solarization_prob=solarized.solarize,
-            normalize={"mean": list(mean), "std": list(std)},
-        )
-        made: Callable[[Image.Image], list[Tensor]] = transform
-        return made
 
 
 @dataclass(frozen=True)

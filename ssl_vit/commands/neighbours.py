@@ -49,7 +49,7 @@ class NeighboursConfig(PictureConfig):
     """Neighbours shown for each image. 0: seven, or as many as there are."""
     pooling: str = ""
     """Feature: cls, mean, ... as --features of evaluate. Empty: the feature by which pretraining
-    monitors the method, mean for MAE and cls for DINO; for other encoders cls if they have it."""
+    monitors the method; for other encoders cls if they have it."""
     gallery: int = 10000
     """At most this many images of --data.train are searched, a seeded choice."""
 

@@ -38,7 +38,7 @@ Result = tuple[list[Score], dict[str, Any], Path]
 
 @dataclass(frozen=True)
 class KnnConfig(FeatureConfig):
-    """k-NN evaluation, weighted by cosine similarity; leave-one-out without --data.val."""
+    """k-NN evaluation weighted by cosine; leave-one-out without --data.val."""
 
     k: tuple[int, ...] = KS
     """Numbers of neighbours; those above the number of training images are skipped."""

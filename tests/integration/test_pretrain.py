@@ -236,4 +236,4 @@ def test_cifar_shards(door, shared_data):
     )
     assert result.returncode == 0, result.stderr
     assert "20,000 train, 10,000 held out" in result.stdout
-    assert "300 held-out images" in result.stdout
+    assert "300 held-out and" in result.stdout

@@ -250,7 +250,7 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_at_the_step(jobs):
     assert f"step-{stopped:08}: step {stopped} of 100000" in jobs.log("limited")
     jobs.ask("scancel", number)
     assert jobs.wait_for("limited", "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
-    assert "stopped; Slurm is ending the job itself (cancelled" in jobs.log("limited")
+    assert "stopped; Slurm ends the job itself (cancelled" in jobs.log("limited")
     steps = jobs.steps("limited")
     assert steps == list(range(1, len(steps) + 1))
 

@@ -488,7 +488,7 @@ def test_epsilon_of_every_norm():
         ({"arch": "vit_base_patch16_rope_224"}, "--encoder.arch.*plain ViT"),
         ({"arch": "resnet50"}, "--encoder.arch.*plain ViT"),
         ({"arch": "vit_small_patch16_18x2_224"}, "--encoder.arch.*plain ViT"),
-        ({"norm_eps": 1.0}, r"--encoder.norm-eps is 1.0; it lies in \[0, 1\)"),
+        ({"norm_eps": 1.0}, r"--encoder.norm-eps is 1; it must lie in \[0, 1\)"),
         ({"image_size": (16, 18)}, r"--encoder.image-size is 16x18.*divisible.*4"),
         ({"image_size": (30,)}, r"--encoder.image-size is 30.*divisible.*4"),
         ({"image_size": (0,)}, r"--encoder.image-size"),

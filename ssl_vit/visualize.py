@@ -25,8 +25,8 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
 from ssl_vit.evaluators.backbone import result_file
 from ssl_vit.evaluators.features import ready
-from ssl_vit.methods.base import Target
 from ssl_vit.model.attention import attention_panel, cls_attention
+from ssl_vit.objectives.base import Target
 from ssl_vit.pictures.patch_pca import pca_panel
 
 _PROG = "python -m ssl_vit.visualize"

@@ -17,8 +17,9 @@ from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import Normalize
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.methods.base import Method, Target, find_method, method_names
+from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.objectives.base import Target
 from ssl_vit.training.checkpoint import complete
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.shards import Parts, load_parts

@@ -5,42 +5,25 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ssl_vit import methods
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_samples
 from ssl_vit.model.encoder import Encoder, without_memory
-from ssl_vit.objectives.base import Objective, Setting
+from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
 from ssl_vit.weights.exchange import load_strictly, resample_positions
-
-Target = Literal["auto", "pixels", "normalized"]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Masked images and what a method predicts of them: (b, h, w, 3) pictures by name, with a
-    caption that states the target and how it is known."""
-
-    pictures: dict[str, UInt8[np.ndarray, "b h w 3"]]
-    caption: str
-
-    def panel(self) -> dict[str, np.ndarray]:
-        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
-        shown = {name: p for name, p in self.pictures.items() if name != "prediction"}
-        return {"reconstruction": picture_rows(shown, self.caption)}
 
 
 class MethodConfig:
@@ -142,8 +125,11 @@ class Method(Task):
         return [line for _, objective in self.parts() for line in objective.advice(setting)]
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Pictures (H, W, 3) uint8 that show what the method does with these views."""
-        return {}
+        """Pictures (H, W, 3) uint8 that show what the method does with these views: by default
+        reconstructions, where it ``reconstructs``."""
+        if not self.reconstructs:
+            return {}
+        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
 
     def reconstruct(
         self,
@@ -153,18 +139,11 @@ class Method(Task):
         mask_ratio: float = 0.0,
         target: Target = "auto",
     ) -> Reconstruction:
-        """Masked images and what is predicted of them, where ``reconstructs``.
-
-        Args:
-            images: normalised; the inverse of ``normalize`` shows them.
-            keys: what the masks are drawn from.
-            mask_ratio: share of the patches to hide. 0: as it was trained.
-            target: what its predictions are; auto: as it was trained, where that is known.
-
-        Raises:
-            UserError: a ratio or a target that it cannot show.
-        """
-        raise NotImplementedError
+        """Masked images and what is predicted of them, where ``reconstructs``; arguments and errors
+        are those of :meth:`Objective.reconstruct`."""
+        able = [o for _, o in self.parts() if type(o).reconstruct is not Objective.reconstruct]
+        assert able, f"no objective of {type(self).__name__} reconstructs"
+        return able[0].reconstruct(self.encoder, images, keys, normalize, mask_ratio, target)
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:
@@ -209,10 +188,9 @@ class Method(Task):
             found |= objective.concerns(own)
         return found
 
-    def drawn(self, keys: Int64[Tensor, " b"], config: Any = None) -> dict[str, Tensor]:
-        """What :meth:`draw` gives for samples of these keys, on their device, as a loader does;
-        by other options than the method's own, if given."""
-        draw = partial(self.draw, config or self.config, self.encoder.grid)
+    def drawn(self, keys: Int64[Tensor, " b"]) -> dict[str, Tensor]:
+        """What :meth:`draw` gives for samples of these keys, on their device, as a loader does."""
+        draw = partial(self.draw, self.config, self.encoder.grid)
         found = draw_samples(draw, keys.tolist())
         return {name: value.to(keys.device) for name, value in found.items()}
 

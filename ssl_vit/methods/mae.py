@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from timm.layers import resample_abs_pos_embed
@@ -19,10 +18,10 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target
+from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.encoder import Encoder, set_norm_eps, sincos_positions, take
 from ssl_vit.model.init import xavier_init
-from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.base import Objective, Reconstruction, Target
 from ssl_vit.objectives.masked_patches import (
     Decoder,
     explained_shares,
@@ -262,24 +261,6 @@ class MAE(Method):
     def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
         """One random resized crop, bicubic, perhaps flipped."""
         return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
-
-    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
-        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
-
-    def reconstruct(
-        self,
-        images: Float[Tensor, "b c h w"],
-        keys: Int64[Tensor, " b"],
-        normalize: Normalize,
-        mask_ratio: float = 0.0,
-        target: Target = "auto",
-    ) -> Reconstruction:
-        """As in the base, and :meth:`MAEObjective.reconstruct`."""
-        found: Reconstruction = self.objective.reconstruct(
-            self.encoder, images, keys, normalize, mask_ratio, target
-        )
-        return found
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:

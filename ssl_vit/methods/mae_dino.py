@@ -8,15 +8,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 
 from ssl_vit.common.checks import flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target
+from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.methods.dino import DINO, DINOConfig, DINOObjective, attention
 from ssl_vit.methods.mae import MAE, MAEConfig, MAEObjective
 from ssl_vit.model.encoder import Encoder
@@ -110,18 +108,5 @@ class MAEDINO(Method):
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
         """MAE's reconstructions and the attention of the teacher's [CLS]."""
-        reconstruction = self.reconstruct(views.crops[0], views.keys, normalize)
-        return reconstruction.panel() | attention(self.exported_encoder(), views, normalize)
-
-    def reconstruct(
-        self,
-        images: Float[Tensor, "b c h w"],
-        keys: Int64[Tensor, " b"],
-        normalize: Normalize,
-        mask_ratio: float = 0.0,
-        target: Target = "auto",
-    ) -> Reconstruction:
-        """As in the base, by the student, which the decoder was trained with."""
-        mae = self.objectives[_MAE]
-        assert isinstance(mae, MAEObjective)
-        return mae.reconstruct(self.encoder, images, keys, normalize, mask_ratio, target)
+        looks = attention(self.exported_encoder(), views, normalize)
+        return super().panels(views, normalize) | looks

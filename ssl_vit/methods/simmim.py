@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +17,11 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.methods.base import Method, MethodConfig, Reconstruction, Target
+from ssl_vit.data.loader import draw_samples
+from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init
-from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.base import Objective, Reconstruction, Target
 from ssl_vit.objectives.masked_patches import masked_pictures
 from ssl_vit.objectives.masks import random_units
 
@@ -68,8 +70,9 @@ class SimMIMObjective(Objective):
         "loss": Scalar("Loss", "Mean absolute error of the masked pixels. It falls steadily.", True)
     }
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, config: SimMIMConfig, encoder: Encoder) -> None:
         super().__init__()
+        self.config = config
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
         self.predict_pixels = nn.Linear(encoder.width, encoder.patch_size**2 * encoder.channels)
 
@@ -91,6 +94,28 @@ class SimMIMObjective(Objective):
         tokens = encoder.encode(encoder.embed(images, masked=masked, token=self.mask_token))
         return at_least_fp32(self.predict_pixels(tokens[:, encoder.vit.num_prefix_tokens :]))
 
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """As in the base; the target is raw pixels."""
+        check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
+        self.config.check_grid(encoder.grid, mask_ratio)
+        config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)
+        draw = partial(SimMIM.draw, config, encoder.grid)
+        masked = draw_samples(draw, keys.tolist())["masked"].to(images.device)
+        prediction = self.predict(encoder, images, masked)
+        n = masked.shape[1]
+        caption = f"target: raw pixels. {int(masked[0].sum())} of {n} patches are masked."
+        pictures = masked_pictures(encoder, images, prediction, masked, normalize)
+        return Reconstruction(pictures, caption)
+
 
 class SimMIM(Method):
     """The encoder sees all patches, mask tokens among them; one linear layer predicts pixels."""
@@ -108,7 +133,7 @@ class SimMIM(Method):
     def __init__(self, config: SimMIMConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)
         config.check_grid(self.encoder.grid)
-        objective = SimMIMObjective(self.encoder)
+        objective = SimMIMObjective(config, self.encoder)
         truncated_init(self.encoder, objective)
         nn.init.trunc_normal_(objective.mask_token, std=0.02)
         self.add("simmim", objective)
@@ -124,27 +149,3 @@ class SimMIM(Method):
     ) -> dict[str, np.ndarray]:
         """``masked`` (N,): True where a patch is hidden."""
         return {"masked": random_units(grid, config.mask_unit, config.mask_ratio, rng)}
-
-    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Rows of original, masked image, and reconstruction."""
-        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Float[Tensor, "b c h w"],
-        keys: Int64[Tensor, " b"],
-        normalize: Normalize,
-        mask_ratio: float = 0.0,
-        target: Target = "auto",
-    ) -> Reconstruction:
-        """As in the base; the target is raw pixels."""
-        check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
-        self.config.check_grid(self.encoder.grid, mask_ratio)
-        config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)
-        masked = self.drawn(keys, config)["masked"]
-        prediction = self.objective.predict(self.encoder, images, masked)
-        n = masked.shape[1]
-        caption = f"target: raw pixels. {int(masked[0].sum())} of {n} patches are masked."
-        pictures = masked_pictures(self.encoder, images, prediction, masked, normalize)
-        return Reconstruction(pictures, caption)

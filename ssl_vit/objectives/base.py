@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from jaxtyping import Bool
+import numpy as np
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Scalar, Views
+from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder
+
+Target = Literal["auto", "pixels", "normalized"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,20 @@ class Setting:
     parts: int
     lacking: float = 0.0
     per_crop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Masked images and what a method predicts of them: (b, h, w, 3) pictures by name, with a
+    caption that states the target and how it is known."""
+
+    pictures: dict[str, UInt8[np.ndarray, "b h w 3"]]
+    caption: str
+
+    def panel(self) -> dict[str, np.ndarray]:
+        """Rows of original, masked image, and reconstruction with the visible patches pasted in."""
+        shown = {name: p for name, p in self.pictures.items() if name != "prediction"}
+        return {"reconstruction": picture_rows(shown, self.caption)}
 
 
 class Objective(nn.Module):
@@ -70,3 +89,25 @@ class Objective(nn.Module):
         """Problems of the training, by the means of its scalars over some steps: a short
         name, and a line with the usual remedies."""
         return {}
+
+    def reconstruct(
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
+        keys: Int64[Tensor, " b"],
+        normalize: Normalize,
+        mask_ratio: float = 0.0,
+        target: Target = "auto",
+    ) -> Reconstruction:
+        """Masked images and what is predicted of them, where it can.
+
+        Args:
+            images: normalised; the inverse of ``normalize`` shows them.
+            keys: what the masks are drawn from.
+            mask_ratio: share of the patches to hide. 0: as it was trained.
+            target: what its predictions are; auto: as it was trained, where that is known.
+
+        Raises:
+            UserError: a ratio or a target that it cannot show.
+        """
+        raise NotImplementedError

@@ -13,7 +13,6 @@ from ssl_vit.benchmarks import trial
 from ssl_vit.benchmarks.trial import Found, Throughput, combined_throughput, try_out
 from ssl_vit.commands.preflight import advice, long_duration, size
 from ssl_vit.commands.pretraining import Pretraining, build
-from ssl_vit.methods.base import find_method
 from ssl_vit.methods.dino import DINO
 from ssl_vit.model.attention import cls_features
 from ssl_vit.objectives.base import Setting
@@ -234,13 +233,14 @@ GPU = Setting(images=1_281_167, batch_size=512, parts=1)
 def test_advice_of_dino(change, options, said, make):
     task = make("dino", "--method.momentum", "0.996", "--method.local-crops", "8").task
     assert isinstance(task, DINO)
-    task.config = replace(task.config, **options)
+    task.objective.config = replace(task.config, **options)
     lines = task.advice(replace(GPU, **change))
     assert [said in line for line in lines] == ([True] if said else [])
 
 
-def test_mae_has_nothing_to_say():
-    assert find_method("mae").advice is find_method("mae").__mro__[1].advice
+def test_mae_advises_nothing(make):
+    trouble = replace(GPU, batch_size=64, parts=4, lacking=5.0, per_crop=2.0)
+    assert make("mae").task.advice(trouble) == []
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ def test_panels_show_what_they_say(normalize, channels, monkeypatch):
     captions = []
     drawn = figures.picture_rows
     monkeypatch.setattr(
-        "ssl_vit.methods.base.picture_rows",
+        "ssl_vit.objectives.base.picture_rows",
         lambda columns, caption: (
             captions.append((list(columns), caption)),
             drawn(columns, caption),

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -28,24 +27,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a new folder atomically: ``write`` fills a temporary one, which is then renamed."""
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        for file in temporary.iterdir():
-            share_as_usual(file)
-            sync(file)
-        sync(temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(path.parent)
 
 
 def share_as_usual(path: Path) -> None:

@@ -32,26 +32,19 @@ class SharedCores:
         device: of the run; where it is not the CPU, nothing is looked at.
         used: seconds of processor time since some moment, of all processes on these cores and of
             this run's own; None: unknown.
+
+    Attributes:
+        shared: whether others had cores that this run's threads want, when last looked at.
     """
 
     def __init__(
         self, device: torch.device, used: Callable[[], tuple[float, float] | None] | None = None
     ) -> None:
         self.on_cpu, self.used = device.type == "cpu", used or processor_time
-        self.others = math.nan
+        self.others, self.shared = math.nan, False
         self.before: tuple[float, float, float] | None = None
         self.shared_for = self.free_for = 0
         self.told: set[str] = set()
-
-    @property
-    def shared(self) -> bool:
-        """Whether others had cores that this run's threads want, when last looked at.
-
-        A quota limits what the threads can use, not which cores others may be on.
-        """
-        cores = len(usable_cores())
-        wanted = min(torch.get_num_threads() * launched().local_world, cores, quota())
-        return self.others > cores - wanted + slack(math.ceil(wanted))
 
     def look(self, now: float | None = None, least: float = _EVERY) -> None:
         """See what has been done since the last look, if that was ``least`` seconds ago."""
@@ -64,6 +57,7 @@ class SharedCores:
         if self.before:
             then, all_then, own_then = self.before
             self.others = max(0.0, found[0] - all_then - found[1] + own_then) / (now - then)
+            self.shared = self.others > room()
             self.shared_for = self.shared_for + 1 if self.shared else 0
             self.free_for = 0 if self.shared else self.free_for + 1
         self.before = now, *found
@@ -97,6 +91,16 @@ class SharedCores:
                 "was, at full speed"
             )
         return lines
+
+
+def room() -> float:
+    """Number of cores that others may have before this run's threads lack one.
+
+    A quota limits what the threads can use, not which cores others may be on.
+    """
+    cores = len(usable_cores())
+    wanted = min(torch.get_num_threads() * launched().local_world, cores, quota())
+    return cores - wanted + slack(math.ceil(wanted))
 
 
 def processor_time() -> tuple[float, float] | None:

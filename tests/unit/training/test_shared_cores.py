@@ -160,11 +160,10 @@ def test_the_line_of_progress_says_it(tmp_path, capsys):
     machine = Machine()
     pace = StepTimes(Parallel(0, 1, CPU))
     pace.cores = machine.cores
-    machine.cores.used = lambda: None
     with RunLog(tmp_path, 0, 2, 1, 8, main=True, energy=Energy(CPU)) as log:
         log.logged = -100.0
         log.add(1, {"loss": torch.tensor(1.0)}, 1e-3, pace)
-        machine.cores.others = 1.0
+        machine.go_on(others=1.0)
         log.add(2, {"loss": torch.tensor(1.0)}, 1e-3, pace)
     before, after = capsys.readouterr().err.splitlines()
     assert SHARED not in before

@@ -30,6 +30,10 @@ def wait_in_c(store):
     except Exception:
         pass
 
+def meet(rank, store):
+    # Process 0 holds the store: gone before the other has connected, it would block that one.
+    store.wait(["1 is there"]) if rank == 0 else store.set("1 is there", "")
+
 def hangs(rank, store, dog):
     dog.at(7, "waiting for images")
     if rank == 0:
@@ -47,12 +51,14 @@ def stopped(rank, store, dog):
 
 def first_stopped(rank, store, dog):
     dog.at(7, "computing")
+    meet(rank, store)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(1.7 * SECONDS)
 
 def first_killed(rank, store, dog):
     dog.at(7, "computing")
+    meet(rank, store)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(SECONDS / 2)

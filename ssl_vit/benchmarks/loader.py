@@ -41,7 +41,7 @@ def some_images(
     """
     data = config.data
     check(bool(data.train), "--data.train is missing; it names images, as folder:PATH")
-    source = open_source(data.train)
+    source = open_source(data.train, data)
     deep = bool(names) and is_deep(source, data.channels)
     check(
         not deep,
@@ -49,7 +49,7 @@ def some_images(
     )
     known = peers_of(method, "CHAINS")
     chains = {n: known[n](spec, data.channels, *statistics) for n in names}
-    opens: list[Callable[[Any], object]] = [lambda raw: decode(raw, data.channels)]
+    opens: list[Callable[[Any], object]] = [lambda raw: decode(raw, data.channels, data)]
     opens += [chain.open for chain in chains.values()]
     chosen, bad = readable(bounded(source, config.count, config.run.seed), opens)
     return chosen, bad, chains

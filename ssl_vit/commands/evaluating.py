@@ -6,11 +6,12 @@ import logging
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
 from ssl_vit.common.checks import check_least
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.sources import Source, check_classes, open_source
@@ -32,10 +33,8 @@ log = logging.getLogger("ssl_vit")
 
 
 @dataclass(frozen=True)
-class EvalData:
+class EvalData(ReadConfig):
     """Labelled images for training and evaluation."""
-
-    group: ClassVar[str] = "data"
 
     train: str = ""
     """Training images with labels, named as for pretraining: folder:PATH, tar:..., torchvision:...,
@@ -53,6 +52,7 @@ class EvalData:
     """Loader processes. -1: one for each core (on the CPU, for every second one), at most 16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_least(self, -1, "workers")
 
 
@@ -238,7 +238,7 @@ def open_labelled(data: EvalData) -> dict[str, Source]:
         spec = getattr(data, name)
         if not spec:
             continue
-        source = open_source(spec)
+        source = open_source(spec, data)
         if data.labels:
             source = labelled_by(source, Path(data.labels).expanduser(), classes)
             classes = source.classes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ssl_vit.common.checks import check_least, check_size
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Item
@@ -54,6 +55,7 @@ class PictureConfig:
     """Seed of the choice of images, of masks, and of a random encoder."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    data: ReadConfig = field(default_factory=ReadConfig)
 
     def __post_init__(self) -> None:
         check_least(self, 1, "count")
@@ -69,7 +71,8 @@ class PictureConfig:
 class Files(Source):
     """File source: image files by their paths, unlabelled."""
 
-    def __init__(self, paths: tuple[str, ...]) -> None:
+    def __init__(self, paths: tuple[str, ...], reading: ReadConfig) -> None:
+        self.reading = reading
         self.spec, self.paths = " ".join(paths), [Path(p).expanduser() for p in paths]
 
     def __len__(self) -> int:
@@ -124,7 +127,7 @@ class Drawn:
     backbone: Backbone
 
 
-def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
+def find_images(given: tuple[str, ...], reading: ReadConfig, count: int, seed: int) -> Source:
     """Source of ``--images``: all of the files, or at most ``count`` images of one source.
 
     Raises:
@@ -133,10 +136,10 @@ def find_images(given: tuple[str, ...], count: int, seed: int) -> Source:
     check(bool(given), "--images is missing; give image files, or one source such as folder:PATH")
     missing = [p for p in given if not Path(p).expanduser().is_file()]
     if not missing:
-        return Files(given)
+        return Files(given, reading)
     if len(given) == 1:
         try:
-            return bounded(open_source(given[0]), count, seed)
+            return bounded(open_source(given[0], reading), count, seed)
         except UserError as error:
             also = "" if ":" in given[0] else "; nor is there such a file"
             raise UserError(f"--images: {error}{also}") from None
@@ -150,7 +153,7 @@ def prepare(config: PictureConfig, most: int) -> Scene:
         UserError: the images or the encoder are missing or cannot be opened.
     """
     check(bool(config.encoder), "--encoder is missing")
-    source = find_images(config.images, most, config.seed)
+    source = find_images(config.images, config.data, most, config.seed)
     device = resolve_device(config.device)
     return Scene(source, open_backbone(config.encoder, config.seed, config.size), device)
 

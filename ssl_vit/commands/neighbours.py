@@ -18,6 +18,7 @@ from ssl_vit.commands.gallery import (
     read_images,
 )
 from ssl_vit.common.checks import check_least
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.evaluators.backbone import Backbone
@@ -32,7 +33,7 @@ _NEIGHBOURS = 7
 
 
 @dataclass(frozen=True)
-class GalleryData:
+class GalleryData(ReadConfig):
     """Images to search."""
 
     train: str = ""
@@ -65,7 +66,7 @@ def neighbours(config: NeighboursConfig) -> Drawn:
     scene = prepare(config, config.gallery if itself else config.count)
     gallery = scene.source
     if not itself:
-        gallery = bounded(_open_gallery(config.data.train), config.gallery, config.seed)
+        gallery = bounded(_open_gallery(config.data), config.gallery, config.seed)
     k = _enough(config.k, len(gallery), itself)
     feature = config.pooling or _default_feature(scene.backbone)
     allowed = scene.backbone.features
@@ -93,9 +94,9 @@ def neighbours(config: NeighboursConfig) -> Drawn:
     return Drawn(picture, len(asked), scene.backbone)
 
 
-def _open_gallery(spec: str) -> Source:
+def _open_gallery(data: GalleryData) -> Source:
     try:
-        return open_source(spec)
+        return open_source(data.train, data)
     except UserError as error:
         raise UserError(f"--data.train: {error}") from None
 

@@ -206,11 +206,12 @@ def _on_length(session: Pretraining) -> Iterator[str]:
 
 def _on_images(session: Pretraining) -> Iterator[str]:
     """Crops that are larger than the images they are cut from."""
-    config, shapes = session.config, []
+    config, data, shapes = session.config, session.config.data, []
     sample = bounded(session.images.train, 16, config.run.seed)
     for i in range(len(sample)):
         try:
-            shapes.append(tuple(decode(sample.read(i)[0], config.data.channels).shape[1:]))
+            image = decode(sample.read(i)[0], data.channels, data)
+            shapes.append(tuple(image.shape[1:]))
         except BadImage:
             continue
     height, width = max((crop.size for crop in session.views.crops), key=math.prod)

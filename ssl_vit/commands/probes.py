@@ -188,7 +188,7 @@ def segment(config: SegmentConfig) -> Result:
     data, seed = config.data, config.seed
     for option, spec in (("train", data.train), ("val", data.val)):
         check(bool(spec), f"--data.{option} is missing")
-    train, val = open_pairs(data.train), open_pairs(data.val)
+    train, val = open_pairs(data.train, data), open_pairs(data.val, data)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     machine = Machine(device, precision, data.workers, config.batch_size)

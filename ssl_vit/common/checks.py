@@ -80,6 +80,15 @@ def check_range(config: Any, *options: str, most: float = 1.0) -> None:
         check(fits, f"{flag(config, option)} is {low:g} {high:g}; it must be {allowed}")
 
 
+def is_number(text: str) -> bool:
+    """True if a text is a number; nan and infinity are."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def check_size(config: Any, *options: str) -> None:
     """Height and width in pixels, one number for both, or nothing."""
     for option in options:

@@ -12,6 +12,7 @@ from ssl_vit.common.checks import (
     check_share,
     check_size,
     flag,
+    is_number,
 )
 from ssl_vit.common.errors import check
 
@@ -73,10 +74,41 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Images and how they are read."""
+class ReadConfig:
+    """How files become images and labels, where they leave a choice."""
 
     group: ClassVar[str] = "data"
+
+    nodata: str = "auto"
+    """Pixels without data: those of this value. auto: NaN, and what a GeoTIFF declares. none: every
+    value is data."""
+    slices: str = "middle"
+    """Of files with several planes (z-stacks, time series, pages): all of them as images of their
+    own, the middle one, or the one of this number, from 0."""
+    key: Literal["webdataset", "full"] = "webdataset"
+    """Shards: a sample is named up to the first dot after the last slash, as in WebDataset. full:
+    up to the last dot, for names with dots of their own."""
+    image: str = ""
+    """Shards: extension of the member that is the image (rgb.png), where a sample has several.
+    Hugging Face: the column. Empty: the first."""
+    label_column: tuple[str, ...] = ()
+    """Columns of labels in a CSV or a Hugging Face data set; of several each holds 1 or 0. Empty:
+    told by the columns."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.nodata in ("auto", "none") or is_number(self.nodata),
+            f"{flag(self, 'nodata')} is {self.nodata!r}; allowed: auto, none, or a number",
+        )
+        check(
+            self.slices in ("all", "middle") or self.slices.isdecimal(),
+            f"{flag(self, 'slices')} is {self.slices!r}; allowed: all, middle, or a number from 0",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadConfig):
+    """Images and how they are read."""
 
     train: str = "digits:train"
     """Training images: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
@@ -101,6 +133,7 @@ class DataConfig:
     """Stop when more than this share of the images is unreadable."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_least(self, 1, "channels")
         check_least(self, 0, "holdout")
         check_least(self, -1, "workers")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
 
 Item = tuple[bytes | bytearray | np.ndarray, int | None]
@@ -18,6 +19,7 @@ class Source:
 
     Attributes:
         spec: the string given by the user.
+        reading: how its files become images and labels.
         classes: class names, None when unlabelled.
         labels: int64 (n,), available without reading images; None when unlabelled.
         targets: float32 (n, L), where an image may have several of L labels: 1, 0, NaN for unknown;
@@ -25,6 +27,7 @@ class Source:
     """
 
     spec: str
+    reading: ReadConfig = ReadConfig()
     classes: tuple[str, ...] | None = None
     labels: np.ndarray | None = None
     targets: np.ndarray | None = None
@@ -59,7 +62,7 @@ class Subset(Source):
             source = source.source
         self.source: Source = source
         self.indices: np.ndarray = indices
-        self.spec, self.classes = source.spec, source.classes
+        self.spec, self.classes, self.reading = source.spec, source.classes, source.reading
         self.labels = None if source.labels is None else source.labels[indices]
         self.targets = None if source.targets is None else source.targets[indices]
 

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from ssl_vit.common.config import ReadConfig
+
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 # Listed, because Pillow's full list contains EPS, which runs Ghostscript on the file.
 _PIL_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -30,8 +32,12 @@ class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
     """Unreadable image: it cannot be read or decoded; the message is the reason."""
 
 
-def decode(raw: bytes | bytearray | np.ndarray, channels: int) -> torch.Tensor:
+def decode(
+    raw: bytes | bytearray | np.ndarray, channels: int, reading: ReadConfig | None = None
+) -> torch.Tensor:
     """Decode an image to (channels, H, W), uint8, or float32 for deeper data.
+
+    `reading`: which plane of several, and which pixels are without data, if not as by default.
 
     With 3 channels gray is repeated, and alpha, palette and CMYK become RGB. With 1 channel RGB
     becomes luminance. Any other count must be the image's own; an array may be (H, W), (H, W, C)
@@ -200,8 +206,8 @@ def _to_number(array: np.ndarray) -> np.ndarray:
         raise BadImage(f"holds {array.dtype} values, not numbers")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, refused below
         array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise BadImage("holds values that are not finite")
+    if np.isinf(array).any():
+        raise BadImage("holds infinite values; --data.nodata inf takes them for missing ones")
     return array
 
 

@@ -44,9 +44,9 @@ def open_images(data: DataConfig, seed: int) -> Images:
     Raises:
         UserError: sources that do not exist, or do not match the options or each other.
     """
-    train = open_source(data.train)
+    train = open_source(data.train, data)
     if data.val:
-        val = open_source(data.val)
+        val = open_source(data.val, data)
     else:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
@@ -69,7 +69,7 @@ def is_deep(source: Source, channels: int) -> bool:
     reason = ""
     for i in range(min(100, len(source))):
         try:
-            return decode(source.read(i)[0], channels).dtype != torch.uint8
+            return decode(source.read(i)[0], channels, source.reading).dtype != torch.uint8
         except BadImage as error:
             reason = reason or f"{source.name(i)}: {error}"
     raise UserError(f"no image of {source.spec} can be read, the first is {reason}")
@@ -91,7 +91,7 @@ def estimate_statistics(
     reason = ""
     for index in picks:
         try:
-            image = decode(source.read(int(index))[0], channels)
+            image = decode(source.read(int(index))[0], channels, source.reading)
         except BadImage as error:
             reason = f"{source.name(int(index))}: {error}"
             continue

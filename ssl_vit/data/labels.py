@@ -25,6 +25,7 @@ class Labelled(Source):
 
     def __init__(self, source: Source, spec: str, classes: tuple[str, ...], values: np.ndarray):
         self.source, self.spec, self.classes = source, spec, classes
+        self.reading = source.reading
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 

@@ -84,7 +84,7 @@ class TrainImages(Dataset):
         for attempt in range(_ATTEMPTS):
             try:
                 raw, label = self.source.read(index)
-                return views_of(raw, self.channels, self.spec, key), label
+                return views_of(raw, self.channels, self.spec, key, self.source.reading), label
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
             index = fold(self.seed, index, attempt) % len(self.source)
@@ -202,7 +202,8 @@ class EvalImages(Dataset):
         for index in indices:
             try:
                 raw, label = self.source.read(index)
-                crops.append(center_view(decode(raw, self.channels), self.size, self.crop_ratio))
+                image = decode(raw, self.channels, self.source.reading)
+                crops.append(center_view(image, self.size, self.crop_ratio))
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
                 continue

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Views
 from ssl_vit.data.base import Item, Source
@@ -39,6 +40,7 @@ class Pairs(Source):
     ) -> None:
         """``couples``: (n, 2) indices into ``images`` and ``masks``."""
         self.spec, self.images, self.masks, self.couples = spec, images, masks, couples
+        self.reading = images.reading
         self.classes = read_classes(os.fsdecode(masks.root))
 
     def __len__(self) -> int:
@@ -67,8 +69,10 @@ class Pairs(Source):
         return Pairs(self.images, self.masks, self.couples[rows.numpy()], self.spec)
 
 
-def open_pairs(spec: str) -> Pairs:
+def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
     """Open ``pairs:IMAGES:MASKS`` or ``pairs:ROOT``; files at any depth, in the images' order.
+
+    ``reading``: of the images, as for ``open_source``.
 
     Class names, one per line, may be in ``classes.txt``, in the masks' folder or its parent.
 
@@ -81,6 +85,7 @@ def open_pairs(spec: str) -> Pairs:
     check(known, f"{spec!r} names no images with masks; allowed: {_FORM}")
     folders = parts if len(parts) == 2 else [os.path.join(rest, n) for n in ("images", "masks")]
     images, masks = (open_flat(spec, folder) for folder in folders)
+    images.reading = reading or ReadConfig()
     places, others = _by_stem(images), _by_stem(masks)
     _all_there(spec, "images without a mask", places, others, images)
     _all_there(spec, "masks without an image", others, places, masks)
@@ -215,7 +220,8 @@ class PairImages(EvalImages):
         for index in indices:
             try:
                 raw = self.source.read(index)[0]
-                image, mask = decode(raw, self.channels), self.source.read_mask(index)
+                image = decode(raw, self.channels, self.source.reading)
+                mask = self.source.read_mask(index)
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
                 continue

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.data.augment import Cut, DrawnCrop, ViewSpec, cut_views, draw_views, take_views
 from ssl_vit.data.decode import MAX_PIXELS, decode, jpeg_size
 
@@ -26,7 +27,11 @@ _SMALL = 1 << 18  # below this many pixels reduced decoding is not faster
 
 
 def views_of(
-    raw: bytes | bytearray | np.ndarray, channels: int, spec: ViewSpec, key: int
+    raw: bytes | bytearray | np.ndarray,
+    channels: int,
+    spec: ViewSpec,
+    key: int,
+    reading: ReadConfig | None = None,
 ) -> list[list[DrawnCrop]]:
     """Crops of one image, by kind of crop; all random numbers follow from ``key``.
 
@@ -36,7 +41,7 @@ def views_of(
         BadImage: the image cannot be decoded.
     """
     found = None if isinstance(raw, np.ndarray) else _reduced_views(raw, channels, spec, key)
-    return found or take_views(decode(raw, channels), spec, random.Random(key))
+    return found or take_views(decode(raw, channels, reading), spec, random.Random(key))
 
 
 def _reduced_views(

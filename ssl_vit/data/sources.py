@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
 
@@ -25,8 +26,8 @@ _FORMS = (
 )
 
 
-def open_source(spec: str) -> Source:
-    """Open the source that `spec` names.
+def open_source(spec: str, reading: ReadConfig | None = None) -> Source:
+    """Open the source that `spec` names; `reading`: how its files are read, if not as by default.
 
     - `digits`, `digits:train`, `digits:val`: scikit-learn's 8x8 digits; all, 80 %, the other 20 %.
     - `folder:PATH`: class sub-folders, or images directly in PATH, which are then unlabelled.
@@ -47,6 +48,7 @@ def open_source(spec: str) -> Source:
         raise UserError(f"{spec!r} lacks what follows '{scheme}:'; allowed: {_FORMS}")
     module, function = _OPENERS[scheme]
     source: Source = getattr(importlib.import_module(module), function)(spec, rest)
+    source.reading = reading or ReadConfig()
     return source
 
 

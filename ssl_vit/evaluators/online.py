@@ -161,7 +161,7 @@ class Numbered(Source):
     """
 
     def __init__(self, source: Source) -> None:
-        self.source, self.spec = source, source.spec
+        self.source, self.spec, self.reading = source, source.spec, source.reading
 
     def __len__(self) -> int:
         return len(self.source)

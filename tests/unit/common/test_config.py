@@ -45,8 +45,8 @@ def changed(**groups: dict) -> PretrainConfig:
 
 
 def docstrings(kind: type) -> Iterator[tuple[str, str]]:
-    """(field, the string below it) of a dataclass' source."""
-    source = inspect.getsource(kind)
+    """(field, the string below it) of a dataclass' source and its bases'."""
+    source = "".join(inspect.getsource(base) for base in kind.__mro__ if base is not object)
     for field in dataclasses.fields(kind):
         found = re.search(rf'^    {field.name}:[^\n]*\n    """(.*?)"""', source, re.M | re.S)
         yield field.name, found[1] if found else ""

@@ -35,7 +35,8 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.model.encoder import Encoder, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import resolve_device, resolve_precision
 
 M = TypeVar("M")

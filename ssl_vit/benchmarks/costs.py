@@ -19,7 +19,7 @@ from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.loader import draw_samples, whole_boxes
-from ssl_vit.model.encoder import checkpoint_activations, choose_attention
+from ssl_vit.model.execution import checkpoint_activations, choose_attention
 from ssl_vit.training.footprint import KeptBytes, flop_counter
 from ssl_vit.training.parallel import autocast
 

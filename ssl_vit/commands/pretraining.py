@@ -193,7 +193,8 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         given = open_weights(config.init.encoder)
         own = method.encoder
         state = resample_positions(given.encoder.vit.state_dict(), given.encoder, own)
-        if own.config.positions == given.encoder.config.positions == "sincos":
+        fixed = own.config.positions == given.encoder.config.positions == "sincos"
+        if fixed and not own.rotary:
             state = {**state, "pos_embed": own.vit.pos_embed}  # a formula, for any size
         method.begin_with(state, f"--init.encoder {config.init.encoder}")
         log.info("initial weights from %s: %s, %s", given.path, given.format, given.report)

@@ -17,7 +17,8 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import Length
 from ssl_vit.methods.base import Method
-from ssl_vit.model.encoder import Encoder, parameter_count, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder, parameter_count
 
 log = logging.getLogger("ssl_vit")
 M = TypeVar("M")

@@ -167,7 +167,20 @@ class EncoderConfig:
     heads: int = 0
     """Attention heads of each block; they divide the width."""
     positions: Literal["learned", "sincos"] = "learned"
-    """Position embedding: learned, or fixed two-dimensional sine-cosine."""
+    """Position embedding: learned, or fixed two-dimensional sine-cosine. Architectures of DINOv3
+    have none, but turn queries and keys (RoPE)."""
+    rope_coords: Literal["separate", "max", "min"] = "separate"
+    """RoPE: rows and columns of patches have coordinates from -1 to 1 each; max, min: the longer or
+    the shorter side has, and the other the same scale."""
+    rope_periods: tuple[float, ...] = (100.0,)
+    """RoPE: its base, or the least and the largest period, in such coordinates."""
+    rope_shift: float = 0.0
+    """RoPE in training: shift of each axis of the patches' coordinates (-1 to 1), at most this."""
+    rope_jitter: float = 0.0
+    """RoPE in training: factor of each axis, at most this, up or down. 0: none."""
+    rope_rescale: float = 0.0
+    """RoPE in training: factor of both axes together, at most this, up or down. 0: none; DINOv3's
+    released encoders were trained with 2."""
     registers: int = -1
     """Register tokens beside [CLS]. -1: as the architecture has."""
     layer_scale: float = 0.0
@@ -185,7 +198,13 @@ class EncoderConfig:
         check_least(self, 0, "patch_size", "width", "depth", "heads")
         check_least(self, -1, "registers")
         check_below_one(self, "drop_path", "norm_eps")
-        check_not_negative(self, "layer_scale")
+        check_not_negative(self, "layer_scale", "rope_shift", "rope_jitter", "rope_rescale")
+        check_positive(self, "rope_periods")
+        check(
+            len(self.rope_periods) in (1, 2),
+            f"{flag(self, 'rope_periods')} has {len(self.rope_periods)} values; allowed: the base, "
+            "or the least and the largest period",
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import FEATURES, Embed, pixels, pooled
-from ssl_vit.model.encoder import Encoder, without_memory
+from ssl_vit.model.architecture import plain_architectures, rotary_architectures, without_memory
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
 from ssl_vit.weights.from_timm import tensors_only
 from ssl_vit.weights.official import open_weights, weights_info
@@ -155,7 +156,7 @@ def _is_plain(architecture: str) -> bool:
     names = timm.list_models()
     base = architecture.partition(".")[0]
     check(base in names, f"timm knows no model {architecture!r}{did_you_mean(base, names)}")
-    return base in timm.list_models(module="vision_transformer")
+    return base in plain_architectures() + rotary_architectures()
 
 
 def _timm_backbone(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.model.architecture import set_norm_eps, timm_kwargs
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
-from ssl_vit.model.encoder import Encoder, set_norm_eps, timm_kwargs
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     HEAD,
@@ -209,9 +210,9 @@ def _of_encoder(
     config = encoder.config
     if size:
         config = dataclasses.replace(config, image_size=size)
-        prefix, patches = encoder.positions((size[0] // patch, size[-1] // patch))
-        parts = [patches] if prefix is None else [prefix, patches]
-        state["pos_embed"] = torch.cat(parts, dim=1).detach()
+        parts = encoder.positions((size[0] // patch, size[-1] // patch))
+        if not encoder.rotary:
+            state["pos_embed"] = torch.cat([p for p in parts if p is not None], dim=1).detach()
     kwargs = timm_kwargs(config, encoder.channels)
     kwargs |= {"num_classes": classes, "global_pool": _POOLS[pooling]}
     return TimmCall(config.arch, kwargs, config.norm_eps), state, (HEAD, "fc_norm.")

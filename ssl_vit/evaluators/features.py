@@ -18,7 +18,8 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
-from ssl_vit.model.encoder import Encoder, choose_attention
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.execution import choose_attention
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")

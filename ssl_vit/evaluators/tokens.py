@@ -18,7 +18,8 @@ from ssl_vit.data.pairs import PairBatch, PairImages, Pairs, nearest_mask
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
-from ssl_vit.model.encoder import Encoder, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")

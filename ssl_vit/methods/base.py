@@ -21,7 +21,8 @@ from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_samples
-from ssl_vit.model.encoder import Encoder, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 

@@ -19,7 +19,8 @@ from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.methods.base import Method, MethodConfig
-from ssl_vit.model.encoder import Encoder, set_norm_eps, sincos_positions, take
+from ssl_vit.model.architecture import set_norm_eps
+from ssl_vit.model.encoder import Encoder, sincos_positions, take
 from ssl_vit.model.init import xavier_init
 from ssl_vit.objectives.base import Objective, Reconstruction, Target
 from ssl_vit.objectives.masked_patches import (

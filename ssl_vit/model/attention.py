@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.figures import enlarged, heat, picture_rows
 from ssl_vit.common.task import at_least_fp32
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.rope import Rotation
 
 _WIDTH = 1400
 _GOLDEN = 0.618034
@@ -29,20 +31,21 @@ def cls_features(encoder: Encoder, images: Float[Tensor, "b c h w"]) -> Float[Te
     Raises:
         UserError: the encoder has no [CLS], or the patch does not divide the images.
     """
-    x = _before_last_block(encoder, images)
-    return encoder.vit.norm(encoder.vit.blocks[-1](x, rows=slice(0, 1)))[:, 0]
+    x, last, turn = _before_last_block(encoder, images)
+    return encoder.vit.norm(last(x, rows=slice(0, 1), **turn))[:, 0]
 
 
 def _before_last_block(
     encoder: Encoder, images: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b m d"]:
-    """All tokens, [CLS] first, as the last block gets them."""
-    vit = encoder.vit
-    check(vit.cls_token is not None, _NO_CLS)
-    x = encoder.with_prefix(encoder.embed(images))
-    for block in vit.blocks[:-1]:
-        x = block(x)
-    return x
+) -> tuple[Float[Tensor, "b m d"], Any, dict[str, Rotation]]:
+    """All tokens, [CLS] first, as the last block gets them; that block, and their rotation."""
+    check(encoder.vit.cls_token is not None, _NO_CLS)
+    tokens = encoder.embed(images)
+    x = encoder.with_prefix(tokens)
+    *before, (last, turn) = encoder.blocks(tokens)
+    for block, own in before:
+        x = block(x, **own)
+    return x, last, turn
 
 
 def cls_attention_rows(
@@ -57,11 +60,10 @@ def cls_attention_rows(
     Raises:
         UserError: the encoder has no [CLS], or the patch does not divide the images.
     """
-    x = _before_last_block(encoder, images)
+    x, last, turn = _before_last_block(encoder, images)
     # Fused kernels never hold the probabilities, so the row is computed here, from the
     # projections of the block's own attention.
-    last = encoder.vit.blocks[-1]
-    q, k, _ = last.attn.project(last.norm1(x), slice(0, 1))
+    q, k, _ = last.attn.project(last.norm1(x), slice(0, 1), **turn)
     # Not a matrix product, which autocast would round to bfloat16.
     return ((at_least_fp32(q) * last.attn.scale) * at_least_fp32(k)).sum(-1).softmax(dim=-1)
 

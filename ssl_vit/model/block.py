@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from timm.layers import Attention, Mlp
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -17,10 +18,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.model.drop_path import DropPath, redraw
+from ssl_vit.model.rope import Rotation
 
 
 def _attend(
-    qkv: Float[Tensor, "b n 3 h d"], scale: float
+    qkv: Float[Tensor, "b n 3 h d"], scale: float, rotation: Rotation | None
 ) -> tuple[Float[Tensor, "b n hd"], Float[Tensor, "3 bh n d"], Float[Tensor, "bh n n"]]:
     """softmax(q k^T scale) v for CPUs; queries, keys and values in order; attention weights.
 
@@ -29,6 +31,8 @@ def _attend(
     """
     b, n, _, h, d = qkv.shape
     apart = qkv.permute(2, 0, 3, 1, 4).reshape(3, b * h, n, d)
+    if rotation is not None:
+        rotation.turn_(apart[:2].view(2, b, h, n, d))
     q, k, v = apart.unbind()
     weights = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale).softmax(-1)
     out = torch.bmm(weights, v).view(b, h, n, d).transpose(1, 2).reshape(b, n, h * d)
@@ -39,15 +43,17 @@ class _Attend(torch.autograd.Function):
     """``_attend``, whose gradients are brought into order together, too."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Float[Tensor, "b n 3 h d"], scale: float) -> Float[Tensor, "b n hd"]:
-        out, apart, weights = _attend(qkv, scale)
+    def forward(
+        ctx: Any, qkv: Float[Tensor, "b n 3 h d"], scale: float, rotation: Rotation | None
+    ) -> Float[Tensor, "b n hd"]:
+        out, apart, weights = _attend(qkv, scale, rotation)
         ctx.save_for_backward(apart, weights)
-        ctx.scale = scale
+        ctx.scale, ctx.rotation = scale, rotation
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "b n hd"]) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Float[Tensor, "b n hd"]) -> tuple[Tensor, None, None]:
         apart, weights = ctx.saved_tensors
         q, k, v = apart.unbind()
         b, (n, d) = len(grad), q.shape[1:]
@@ -57,57 +63,98 @@ class _Attend(torch.autograd.Function):
         inner = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
         torch.baddbmm(own[0], inner, k, beta=0, alpha=ctx.scale, out=own[0])
         torch.baddbmm(own[1], inner.mT, q, beta=0, alpha=ctx.scale, out=own[1])
-        return own.view(3, b, -1, n, d).permute(1, 3, 0, 2, 4), None
+        own = own.view(3, b, -1, n, d)
+        if ctx.rotation is not None:
+            ctx.rotation.turn_(own[:2], back=True)
+        return own.permute(1, 3, 0, 2, 4), None, None
 
 
-class LeanAttention(Attention):
-    """timm's attention; of some tokens alone if so asked, and without needless copies on CPUs."""
+class _Lean:
+    """Attention of some tokens alone if so asked, and without needless copies on CPUs."""
 
-    def forward(self, x: Tensor, *mask: Any, rows: slice | None = None, **masks: Any) -> Tensor:
-        """As timm's for (B, N, D) tokens; ``rows``: of these tokens only, attending to all."""
+    qkv: nn.Linear
+    num_heads: int
+
+    def forward(
+        self,
+        x: Tensor,
+        *mask: Any,
+        rows: slice | None = None,
+        rotation: Rotation | None = None,
+        **masks: Any,
+    ) -> Tensor:
+        """As timm's for (B, N, D) tokens; ``rows``: of these tokens only, attending to all;
+        ``rotation``: of queries and keys."""
+        own: Any = self
         if any(value is not None and value is not False for value in (*mask, *masks.values())):
             assert rows is None, "a mask is for all tokens"
-            return super().forward(x, *mask, **masks)
-        dropout = self.attn_drop.p if self.training else 0.0
-        normed = any(not isinstance(m, nn.Identity) for m in (self.q_norm, self.k_norm))
-        if rows is None and not (self.fused_attn or normed or dropout) and x.device.type == "cpu":
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-            grad = torch.is_grad_enabled()
-            out = _Attend.apply(qkv, self.scale) if grad else _attend(qkv, self.scale)[0]
+            return super().forward(x, *mask, **masks)  # type: ignore[misc]
+        dropout = own.attn_drop.p if own.training else 0.0
+        normed = any(not isinstance(m, nn.Identity) for m in (own.q_norm, own.k_norm))
+        if rows is None and not (own.fused_attn or normed or dropout) and x.device.type == "cpu":
+            qkv = _part(self.qkv, self._bias(), x).unflatten(-1, (3, self.num_heads, -1))
+            args = qkv, own.scale, rotation
+            out = _Attend.apply(*args) if torch.is_grad_enabled() else _attend(*args)[0]
         else:
-            q, k, v = self.project(x, rows)
-            if self.fused_attn:
+            q, k, v = self.project(x, rows, rotation)
+            if own.fused_attn:
                 out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             else:
-                out = self.attn_drop(((q * self.scale) @ k.mT).softmax(dim=-1)) @ v
+                out = own.attn_drop(((q * own.scale) @ k.mT).softmax(dim=-1)) @ v
             out = rearrange(out, "b h n d -> b n (h d)")
-        out = self.norm(out)
+        out = own.norm(out)
         gate = getattr(self, "gate", None)  # which older releases lack
         if gate is not None:
             out = out * gate(x if rows is None else x[:, rows]).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return own.proj_drop(own.proj(out))
 
     def project(
-        self, x: Float[Tensor, "b n w"], rows: slice | None = None
+        self,
+        x: Float[Tensor, "b n w"],
+        rows: slice | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-        """Queries (of ``rows``, if not of all), keys and values."""
-        heads = self.num_heads
+        """Queries (of ``rows``, if not of all), keys and values; the first two turned, if so."""
+        own: Any = self
+        heads, bias = self.num_heads, self._bias()
         if rows is None:
-            qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=heads)
-            q, k, v = qkv.unbind()
+            joined = _part(self.qkv, bias, x)
+            q, k, v = rearrange(joined, "b n (t h d) -> t b h n d", t=3, h=heads).unbind()
         else:
             width = self.qkv.out_features // 3
-            q = _part(self.qkv, x[:, rows], slice(0, width))
-            kv = _part(self.qkv, x, slice(width, None))
+            q = _part(self.qkv, bias, x[:, rows], slice(0, width))
+            kv = _part(self.qkv, bias, x, slice(width, None))
             q = rearrange(q, "b m (h d) -> b h m d", h=heads)
             k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=heads).unbind()
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = own.q_norm(q), own.k_norm(k)
+        if rotation is not None:
+            q, k = rotation.rows(rows)(q), rotation(k)
+        return q, k, v
+
+    def _bias(self) -> Tensor | None:
+        return self.qkv.bias
 
 
-def _part(linear: Any, x: Tensor, outputs: slice) -> Tensor:
-    """Some of a linear layer's outputs."""
-    bias = None if linear.bias is None else linear.bias[outputs]
-    return F.linear(x, linear.weight[outputs], bias)
+class LeanAttention(_Lean, Attention):
+    """timm's attention, for less work."""
+
+
+class LeanEvaAttention(_Lean, EvaAttention):
+    """timm's attention of Eva, whose keys have no bias."""
+
+    def _bias(self) -> Tensor | None:
+        if self.q_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+
+def _part(
+    linear: nn.Linear, bias: Tensor | None, x: Tensor, outputs: slice | None = None
+) -> Tensor:
+    """A linear layer with another bias; some of its outputs alone."""
+    if outputs is None:
+        return linear(x) if bias is linear.bias else F.linear(x, linear.weight, bias)
+    return F.linear(x, linear.weight[outputs], None if bias is None else bias[outputs])
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -158,8 +205,8 @@ class LeanMlp(Mlp):
         return self.drop2(_GeluLinear.apply(h, weight, bias))
 
 
-class LeanBlock(Block):
-    """timm's block. Stochastic depth leaves out the work on what it drops.
+class LeanResidual(nn.Module):
+    """A transformer block in which stochastic depth leaves out the work on what it drops.
 
     ``recomputes``: in training it keeps its input alone, and computes the rest again in backward.
     That is inside the block's own call: hooks upon the block or its parts (FSDP's, which gather
@@ -170,36 +217,84 @@ class LeanBlock(Block):
     recomputes = False
     whole = False
 
-    def forward(self, x: Tensor, *mask: Any, rows: slice | None = None, **masks: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *mask: Any,
+        rows: slice | None = None,
+        rotation: Rotation | None = None,
+        **masks: Any,
+    ) -> Tensor:
         """As timm's block for (B, N, D) tokens; ``rows``: of these tokens only, of all the rest
-        nothing but keys and values."""
-
+        nothing but keys and values; ``rotation``: of queries and keys, from the tokens' places."""
+        options = {"rows": rows, "rotation": rotation, **masks}
         if not (self.recomputes and self.training and torch.is_grad_enabled()):
-            return self._layers(x, *mask, rows=rows, **masks)
+            return self._layers(x, *mask, **options)
         # The compiler takes no context; and what it compiles whole has nothing to draw.
         drops = not isinstance(self.drop_path1, nn.Identity)
         context: dict[str, Any] = {"context_fn": redraw} if drops else {}
-        layers = self._layers
-        return checkpoint(layers, x, *mask, use_reentrant=False, **context, rows=rows, **masks)
+        return checkpoint(self._layers, x, *mask, use_reentrant=False, **context, **options)
 
-    def _layers(self, x: Tensor, *mask: Any, rows: slice | None, **masks: Any) -> Tensor:
-        def attend(some: Tensor) -> Tensor:
-            if rows is not None and isinstance(self.attn, LeanAttention):
-                return self.ls1(self.attn(some, rows=rows))
-            out = self.ls1(self.attn(some, *mask, **masks))
+    def _layers(
+        self, x: Tensor, *mask: Any, rows: slice | None, rotation: Rotation | None, **masks: Any
+    ) -> Tensor:
+        own: Any = self
+
+        def attend(some: Tensor, kept: Tensor | None) -> Tensor:
+            turn = {} if rotation is None else {"rotation": rotation.images(kept)}
+            if rows is not None and isinstance(own.attn, LeanAttention | LeanEvaAttention):
+                return self._scaled(1, own.attn(some, rows=rows, **turn))
+            out = self._scaled(1, own.attn(some, *mask, **turn, **masks))
             return out if rows is None else out[:, rows]
 
-        def perceive(some: Tensor) -> Tensor:
-            return self.ls2(self.mlp(some))
+        def perceive(some: Tensor, kept: Tensor | None) -> Tensor:
+            return self._scaled(2, own.mlp(some))
 
         # Norms are of all rows: those of some alone would keep another copy of their input.
-        out = self._add(x if rows is None else x[:, rows], self.norm1(x), attend, self.drop_path1)
-        return self._add(out, self.norm2(out), perceive, self.drop_path2)
+        out = self._add(x if rows is None else x[:, rows], own.norm1(x), attend, own.drop_path1)
+        return self._add(out, own.norm2(out), perceive, own.drop_path2)
+
+    def _scaled(self, branch: int, x: Tensor) -> Tensor:
+        """Layer scale of a branch, where there is one."""
+        raise NotImplementedError
 
     def _add(self, to: Tensor, x: Tensor, branch: Any, drop: nn.Module) -> Tensor:
         if self.whole or not isinstance(drop, DropPath):
-            return to + drop(branch(x))
+            return to + drop(branch(x, None))
         return drop.add(to, x, branch)
+
+
+class LeanBlock(LeanResidual, Block):
+    """timm's block, for less work."""
+
+    def _scaled(self, branch: int, x: Tensor) -> Tensor:
+        return (self.ls1 if branch == 1 else self.ls2)(x)
+
+
+class LeanEvaBlock(LeanResidual, EvaBlock):
+    """timm's block of Eva, for less work."""
+
+    def forward(self, x: Tensor, *mask: Any, rope: Tensor | None = None, **options: Any) -> Tensor:
+        """``rope``: as Eva itself gives it, sines and cosines of all patches."""
+        if rope is None:
+            return super().forward(x, *mask, **options)
+        if rope.ndim != 2 or not self.attn.rotate_half:
+            return super().forward(x, *mask, rope=rope, **options)
+        rotation = Rotation.of_timm(rope, self.attn.num_prefix_tokens)
+        return super().forward(x, *mask, rotation=rotation, **options)
+
+    def _scaled(self, branch: int, x: Tensor) -> Tensor:
+        gamma = self.gamma_1 if branch == 1 else self.gamma_2
+        return x if gamma is None else gamma * x
+
+
+_LEAN: dict[type, type] = {
+    Attention: LeanAttention,
+    Block: LeanBlock,
+    EvaAttention: LeanEvaAttention,
+    EvaBlock: LeanEvaBlock,
+    Mlp: LeanMlp,
+}
 
 
 def nothing_spared(network: nn.Module) -> AbstractContextManager[None]:
@@ -214,7 +309,7 @@ def recomputing_nothing(network: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _set(network: nn.Module, name: str, value: bool) -> Iterator[None]:
-    blocks = [part for part in network.modules() if isinstance(part, LeanBlock)]
+    blocks = [part for part in network.modules() if isinstance(part, LeanResidual)]
     before = [getattr(block, name) for block in blocks]
     try:
         for block in blocks:
@@ -231,9 +326,4 @@ def lean_blocks(network: nn.Module) -> None:
     In place: states, names of weights and whatever refers to the blocks stay.
     """
     for part in network.modules():
-        if type(part) is Block:
-            part.__class__ = LeanBlock
-        elif type(part) is Attention:
-            part.__class__ = LeanAttention
-        elif type(part) is Mlp:
-            part.__class__ = LeanMlp
+        part.__class__ = _LEAN.get(type(part), type(part))

@@ -53,6 +53,12 @@ def batch_share(part: int, parts: int, images: int, key: int) -> AbstractContext
     return _Within(_Share(part, parts, images, key))
 
 
+def batch_key() -> int | None:
+    """Key of the batch at hand, the same for all its shares; None outside :func:`batch_share`."""
+    share = _current.get()
+    return None if share is None else share.key
+
+
 def redraw() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """``context_fn`` of ``torch.utils.checkpoint``: what is computed again drops the same rows.
 
@@ -81,19 +87,20 @@ class DropPath(layers.DropPath):
         self,
         to: Float[Tensor, "n ..."],
         x: Float[Tensor, "n ..."],
-        branch: Callable[[Tensor], Tensor],
+        branch: Callable[[Tensor, Tensor | None], Tensor],
     ) -> Float[Tensor, "n ..."]:
         """``to + self(branch(x))``, where the branch is computed of the rows that are kept only.
 
-        The branch must treat rows apart; it is called even if none is kept.
+        The branch must treat rows apart, and is told which of them it gets (None: all); it is
+        called even if none is kept.
         """
         if not self.training or self.drop_prob == 0:
-            return to + branch(x)
+            return to + branch(x, None)
         kept = self.draw(len(x)).nonzero().flatten()
         if len(kept) == len(x):
-            return torch.add(to, branch(x), alpha=self._scale)
+            return torch.add(to, branch(x, None), alpha=self._scale)
         kept = kept.to(x.device, non_blocking=True)
-        found = branch(x.index_select(0, kept)).to(to.dtype)
+        found = branch(x.index_select(0, kept), kept).to(to.dtype)
         return to.index_add(0, kept, found, alpha=self._scale)
 
     def draw(self, rows: int) -> Bool[Tensor, " n"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,16 @@ import timm
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import check, did_you_mean
-from ssl_vit.model.block import LeanBlock, lean_blocks
+from ssl_vit.common.errors import check
+from ssl_vit.model.architecture import check_sizes, set_norm_eps, timm_kwargs, without_memory
+from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
+from ssl_vit.model.rope import Augmentation, Rope, Rotation
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Tokens:
         values: (B, K, D), positions that are added to tokens included.
         grid: rows and columns of patches in the images they come from.
         places: (B, K) each token's patch in that grid, row by row; None: all patches in order.
-            What rotates queries and keys (RoPE) by a token's own position finds it here.
+            What turns queries and keys (RoPE) by a token's own position finds it here.
     """
 
     values: Tensor
@@ -68,7 +67,8 @@ class Tokens:
 class Encoder(nn.Module):
     """A Vision Transformer (Dosovitskiy et al. 2021) that can embed only some of its patches.
 
-    ``vit`` is a timm ``VisionTransformer``, so ``encoder.vit.state_dict()`` has timm's keys.
+    ``vit`` is a timm ``VisionTransformer`` or, with rotary positions (DINOv3), its ``Eva``, so
+    ``encoder.vit.state_dict()`` has timm's keys.
 
     Args:
         config: architecture and changes to it.
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         UserError: an unknown or unsuitable architecture, or sizes that do not fit together.
     """
 
-    vit: Any  # a VisionTransformer, whose submodules timm leaves untyped
+    vit: Any  # timm leaves its submodules untyped
 
     def __init__(self, config: EncoderConfig, channels: int = 3) -> None:
         super().__init__()
@@ -100,8 +100,23 @@ class Encoder(nn.Module):
         self.width: int = self.vit.embed_dim
         if self.vit.attn_pool is not None:
             self.vit.attn_pool.requires_grad_(False)  # kept for its names; features do not use it
-        if config.positions == "sincos":
+        self.augmented = True
+        """Whether training changes the coordinates of patches (RoPE), as ``config`` says."""
+        if self.rotary:
+            self.rope = Rope(
+                self.width // self.vit.blocks[0].attn.num_heads,
+                self.vit.num_prefix_tokens,
+                config.rope_periods,
+                config.rope_coords,
+                Augmentation(config.rope_shift, config.rope_jitter, config.rope_rescale),
+            )
+        if config.positions == "sincos" and not self.rotary:
             self._fix_positions()
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions turn queries and keys, instead of being added to tokens."""
+        return self.vit.pos_embed is None
 
     def _fix_positions(self) -> None:
         """Sine-cosine values in timm's own parameter, which then is not trained."""
@@ -134,12 +149,17 @@ class Encoder(nn.Module):
         """Rows and columns of patches in these images."""
         return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
 
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
-        """Positions of (prefix tokens, patches), resampled bicubically for another grid.
+    def positions(
+        self, grid: tuple[int, int]
+    ) -> tuple[Tensor | None, Float[Tensor, "1 n d"] | None]:
+        """Positions of (prefix tokens, patches), resampled bicubically for another grid; None where
+        they have none.
 
         A larger grid as timm does; a smaller one, that of DINO's local crops, as the original DINO
         does: not antialiased, and by a factor for a grid of a tenth of a patch more.
         """
+        if self.rotary:
+            return None, None
         position = self.vit.pos_embed
         prefix = position.shape[1] - self.grid[0] * self.grid[1]
         if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
@@ -173,7 +193,7 @@ class Encoder(nn.Module):
         position = self.positions(grid)[1]
         if keep is not None:
             patches = take(patches, keep)
-            position = position[0][keep]
+            position = None if position is None else position[0][keep]
         # The stride-P convolution of timm is this linear map, with its weights reordered.
         weight = rearrange(self.vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
         tokens = F.linear(patches, weight, self.vit.patch_embed.proj.bias)
@@ -182,14 +202,27 @@ class Encoder(nn.Module):
             assert token is not None, "masked patches need a token that stands for them"
             masked = masked if keep is None else masked.gather(1, keep)
             tokens = torch.where(masked[:, :, None], token.to(tokens.dtype), tokens)
-        return Tokens(tokens + position, grid, keep)
+        # The sum of all blocks is kept in the weights' precision, whatever a block computes in.
+        placed = tokens.to(weight.dtype) if position is None else tokens + position
+        return Tokens(placed, grid, keep)
 
     def encode(self, tokens: Tokens) -> Float[Tensor, "b m d"]:
         """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""
         x = self.with_prefix(tokens)
-        for block in self.vit.blocks:
-            x = block(x)
+        for block, turn in self.blocks(tokens):
+            x = block(x, **turn)
         return self.vit.norm(x)
+
+    def blocks(self, tokens: Tokens) -> Iterator[tuple[nn.Module, dict[str, Rotation]]]:
+        """All blocks in order, each with what it is told of these tokens' positions."""
+        if not self.rotary:
+            yield from ((block, {}) for block in self.vit.blocks)
+            return
+        blocks, like = self.vit.blocks, self.vit.patch_embed.proj.weight
+        changed = self.training and self.augmented
+        turns = self.rope.turns(tokens.grid, tokens.places, like, len(blocks), changed)
+        for block, turn in zip(blocks, turns, strict=True):
+            yield block, {"rotation": turn}
 
     def with_prefix(self, embedded: Tokens) -> Float[Tensor, "b m d"]:
         """Input of the first block: [CLS] and registers, if any, before the patch tokens."""
@@ -215,15 +248,15 @@ class Encoder(nn.Module):
 
     def intermediate(self, images: Float[Tensor, "b c h w"], last: int) -> list[Features]:
         """Features after each of the ``last`` blocks, in order, all through the final norm."""
-        blocks = self.vit.blocks
-        check(1 <= last <= len(blocks), f"{last} last blocks asked; the encoder has {len(blocks)}")
-        grid = self.grid_of(images)
-        x = self.with_prefix(self.embed(images))
+        depth = len(self.vit.blocks)
+        check(1 <= last <= depth, f"{last} last blocks asked; the encoder has {depth}")
+        tokens = self.embed(images)
+        x = self.with_prefix(tokens)
         outputs = []
-        for i, block in enumerate(blocks):
-            x = block(x)
-            if i >= len(blocks) - last:
-                outputs.append(self.split(self.vit.norm(x), grid))
+        for i, (block, turn) in enumerate(self.blocks(tokens)):
+            x = block(x, **turn)
+            if i >= depth - last:
+                outputs.append(self.split(self.vit.norm(x), tokens.grid))
         return outputs
 
 
@@ -246,91 +279,6 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
     return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()
 
 
-def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
-    """Arguments of ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights.
-
-    It can be written as JSON, and so leaves out ``config.norm_eps``: :func:`set_norm_eps` after it.
-    """
-    kwargs: dict[str, Any] = {}
-    if channels != 3:
-        kwargs["in_chans"] = channels
-    if config.image_size:
-        size = config.image_size
-        kwargs["img_size"] = size[0] if len(size) == 1 else list(size)
-    names = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth"}
-    names |= {"heads": "num_heads", "layer_scale": "init_values"}
-    for ours, theirs in names.items():
-        if getattr(config, ours):
-            kwargs[theirs] = getattr(config, ours)
-    if config.registers >= 0:
-        kwargs["reg_tokens"] = config.registers
-    if config.norm == "pooled":
-        kwargs |= {"global_pool": "avg", "fc_norm": True}
-    return kwargs
-
-
-def set_norm_eps(module: nn.Module, eps: float) -> None:
-    """Give every LayerNorm of a module the same epsilon."""
-    for part in module.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.eps = eps
-
-
-def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
-    """Refuse, before any memory is taken, what cannot be built, saying which option is at fault."""
-    known = timm.list_models(module="vision_transformer")
-    check(
-        config.arch in known,
-        f"--encoder.arch is {config.arch!r}; it must be a plain ViT of timm"
-        f"{did_you_mean(config.arch, known)}",
-    )
-    with without_memory():
-        pooling = {k: kwargs[k] for k in ("global_pool", "fc_norm") if k in kwargs}
-        vit: Any = timm.create_model(config.arch, num_classes=0, depth=1, **pooling)
-    plain = type(vit) is VisionTransformer and type(vit.patch_embed) is PatchEmbed
-    plain = plain and hasattr(vit.blocks[0], "attn")  # parallel blocks have theirs elsewhere
-    # A norm after the pooling leaves the patch tokens without one: only where that is asked for.
-    pooled = not isinstance(vit.fc_norm, nn.Identity)
-    check(
-        plain and pooled == (config.norm == "pooled") and vit.pos_embed is not None,
-        f"--encoder.arch is {config.arch!r}; it must be a plain ViT with absolute positions and "
-        f"a final norm on its {config.norm if config.norm == 'tokens' else 'pooled features'}",
-    )
-    patch = kwargs.get("patch_size", vit.patch_embed.patch_size[0])
-    size = config.image_size or vit.patch_embed.img_size
-    check(
-        all(s > 0 and s % patch == 0 for s in size),
-        f"--encoder.image-size is {'x'.join(map(str, size))}; "
-        f"it must be divisible by the patch size, {patch}",
-    )
-    heads = kwargs.get("num_heads", vit.blocks[0].attn.num_heads)
-    width = kwargs.get("embed_dim", vit.embed_dim)
-    check(width % heads == 0, f"--encoder.heads is {heads}; it must divide the width, {width}")
-
-
-class _RealNumbers(TorchFunctionMode):
-    """Keeps ``linspace`` on the CPU, from which older timm reads the rates of stochastic depth."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.linspace:
-            kwargs.setdefault("device", "cpu")
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Inside, modules are built with shapes only, on the meta device; it takes no time."""
-    with torch.device("meta"), _RealNumbers():
-        yield
-
-
 def image_size(config: EncoderConfig) -> tuple[int, int]:
     """Height and width in pixels of the images an architecture is made for."""
     with without_memory():
@@ -340,47 +288,3 @@ def image_size(config: EncoderConfig) -> tuple[int, int]:
 def parameter_count(module: nn.Module) -> int:
     """Number of weights of a module, trained or not."""
     return sum(p.numel() for p in module.parameters())
-
-
-def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
-    """Compile every transformer block of a module in place; its weights keep their names.
-
-    A block with stochastic depth is compiled in parts: each block has a probability of its own, for
-    each of which the compiler would start anew, and soon give up. ``in_parts``: every block, as
-    where something happens between its parts.
-    """
-    for block in module.modules():
-        if isinstance(block, LeanBlock):
-            whole = isinstance(block.drop_path1, nn.Identity) and not in_parts
-            block.whole = True
-            parts = [block] if whole else [block.norm1, block.attn, block.norm2, block.mlp]
-            for part in parts:
-                part.compile()
-
-
-def checkpoint_activations(module: nn.Module) -> None:
-    """Make every transformer block of a module forget its activations until backward, in place.
-
-    That costs a second forward pass of the blocks and saves most of the memory of training. Names
-    of weights, numbers and gradients stay. Call it before blocks are sharded (FSDP); before or
-    after :func:`compile_blocks`.
-
-    Raises:
-        UserError: the module has no such block.
-    """
-    blocks = [part for part in module.modules() if isinstance(part, LeanBlock)]
-    check(bool(blocks), "--run.activation-checkpointing is for plain ViTs; here is none")
-    for block in blocks:
-        block.recomputes = True
-
-
-def choose_attention(module: nn.Module, device: torch.device) -> None:
-    """Fused attention kernels where they are the faster ones: on GPUs, not on CPUs.
-
-    On CPUs torch's fused kernel was measured 1.6 to 8 times slower in bfloat16 than plain
-    matmul-softmax-matmul, forward and backward.
-    """
-    part: Any
-    for part in module.modules():
-        if hasattr(part, "fused_attn"):
-            part.fused_attn = device.type != "cpu"

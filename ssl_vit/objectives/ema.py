@@ -17,12 +17,15 @@ class Teacher(nn.Module):
     """An encoder and a head that follow a student's by exponential moving average.
 
     It begins equal to the student, whose first weights are drawn by then, gets no gradient, and has
-    no stochastic depth. ``head``: of the student; None: the encoder alone is followed.
+    no stochastic depth, and coordinates (RoPE) that training does not change. ``head``: of the
+    student; None: the encoder alone is followed.
     """
 
     def __init__(self, encoder: Encoder, head: nn.Module | None = None) -> None:
         super().__init__()
-        self.encoder = Encoder(replace(encoder.config, drop_path=0.0), encoder.channels)
+        config = replace(encoder.config, drop_path=0.0)
+        self.encoder = Encoder(config, encoder.channels)
+        self.encoder.augmented = False
         self.head = nn.Identity() if head is None else copy.deepcopy(head)
         self.start_from(encoder)
         self.requires_grad_(False)

@@ -26,12 +26,8 @@ from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
-from ssl_vit.model.encoder import (
-    checkpoint_activations,
-    choose_attention,
-    compile_blocks,
-    parameter_count,
-)
+from ssl_vit.model.encoder import parameter_count
+from ssl_vit.model.execution import checkpoint_activations, choose_attention, compile_blocks
 from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically
-from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
+from ssl_vit.model.architecture import timm_kwargs, without_memory
+from ssl_vit.model.encoder import Encoder
 
 ENCODER_FILE = "encoder.safetensors"
 _KEY = "ssl_vit"
@@ -56,7 +57,7 @@ def encoder_writer(path: Path, encoder: Encoder, info: EncoderInfo) -> Callable[
         "arch": info.config.arch,
         "kwargs": timm_kwargs(info.config, info.channels),
     }
-    if info.config.norm_eps:  # not an argument of timm: ssl_vit.model.encoder.set_norm_eps
+    if info.config.norm_eps:  # not an argument of timm: ssl_vit.model.architecture.set_norm_eps
         recipe["norm_eps"] = info.config.norm_eps
     content = {"timm": recipe, "info": dataclasses.asdict(info)}
     return lambda: write_own(path, tensors, content)
@@ -128,7 +129,8 @@ def read_info(path: Path) -> EncoderInfo:
     try:
         info = metadata["info"]
         config: dict[str, Any] = info.pop("config")
-        config["image_size"] = tuple(config["image_size"])
+        # JSON has no tuples.
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
         return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -191,6 +193,8 @@ def resample_positions(
     Raises:
         UserError: only one of the two has positions for [CLS] or registers.
     """
+    if source.rotary or target.rotary:
+        return state
     position = state["pos_embed"]
     prefixes = [e.vit.pos_embed.shape[1] - math.prod(e.grid) for e in (source, target)]
     check(

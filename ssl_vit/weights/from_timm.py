@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.hub import get_dir
 
 from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.model.encoder import without_memory
+from ssl_vit.model.architecture import without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")

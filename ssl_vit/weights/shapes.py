@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.model.encoder import Encoder, sincos_positions, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder, sincos_positions
 
 State = dict[str, Tensor]
 # By width: timm's plain ViTs, those of DINOv2, and the heads of either (not in any shape).

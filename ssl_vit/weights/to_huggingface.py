@@ -135,6 +135,7 @@ def huggingface_state(encoder: Encoder, kind: str) -> dict[str, Tensor]:
     """
     rest = {k: v.float() for k, v in contiguous_state(encoder.vit).items()}
     own, patches = encoder.positions(encoder.grid)
+    assert patches is not None, "rotary encoders have another model"
     tokens = torch.cat(
         [t for t in (encoder.vit.cls_token, encoder.vit.reg_token) if t is not None], 1
     )

@@ -12,7 +12,7 @@ from ssl_vit.commands import scale
 from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.task import Views
 from ssl_vit.methods.base import Method
-from ssl_vit.model.encoder import without_memory
+from ssl_vit.model.architecture import without_memory
 from tests.contract import tiny
 
 

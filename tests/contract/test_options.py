@@ -9,7 +9,7 @@ import pytest
 from ssl_vit import pretrain
 from ssl_vit.common.errors import UserError
 from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.model.encoder import without_memory
+from ssl_vit.model.architecture import without_memory
 from tests.contract import tiny
 
 _NO_SENSE = {int: -999, float: float("nan"), str: "no such thing"}

@@ -33,7 +33,9 @@ from ssl_vit.data.loader import Batch
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.methods.dino import DINOConfig
 from ssl_vit.methods.mae import MAEConfig
-from ssl_vit.model.encoder import Encoder, checkpoint_activations, choose_attention, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.execution import checkpoint_activations, choose_attention
 from ssl_vit.training.footprint import KeptBytes, measure_step, memory_of
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule

@@ -19,7 +19,7 @@ from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.mae import MAE
-from ssl_vit.model.encoder import checkpoint_activations
+from ssl_vit.model.execution import checkpoint_activations
 from ssl_vit.training.footprint import measure_step
 from tests.unit.answers import Answers
 from tests.unit.benchmarks.test_peers import SINCOS, SMALL_DINO, SMALL_MAE, TINY, work

@@ -34,7 +34,8 @@ from ssl_vit.evaluators.classifier import (
     saved_step,
 )
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, TuneConfig, erase, recipe
-from ssl_vit.model.encoder import Encoder, timm_kwargs, without_memory
+from ssl_vit.model.architecture import timm_kwargs, without_memory
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.optim import make_optimizer, set_rates
 from ssl_vit.training.resume import check_same_run
 from ssl_vit.weights.exchange import EncoderInfo

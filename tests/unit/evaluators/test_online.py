@@ -29,7 +29,8 @@ from ssl_vit.evaluators.published import (
     online_protocol,
 )
 from ssl_vit.evaluators.selection import NOT_CHOSEN, quality
-from ssl_vit.model.encoder import Encoder, choose_attention
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.execution import choose_attention
 from tests.unit.feature_sets import top1
 
 CPU = torch.device("cpu")

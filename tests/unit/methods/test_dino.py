@@ -15,7 +15,8 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
 from ssl_vit.methods.dino import DINO, DINOConfig
-from ssl_vit.model.encoder import Encoder, choose_attention
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.execution import choose_attention
 from ssl_vit.objectives.cross_entropy import cross_entropy_of_views
 from ssl_vit.objectives.ema import ema_update, move_where
 from ssl_vit.objectives.heads import ProjectionHead, PrototypeLayer

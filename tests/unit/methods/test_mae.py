@@ -15,7 +15,8 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.methods.base import find_method, method_names
 from ssl_vit.methods.mae import MAE, MAEConfig
-from ssl_vit.model.encoder import choose_attention, take
+from ssl_vit.model.encoder import take
+from ssl_vit.model.execution import choose_attention
 
 
 def make(

@@ -14,7 +14,7 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.methods.dino import DINO, DINOConfig
 from ssl_vit.methods.mae import MAE, MAEConfig
 from ssl_vit.methods.mae_dino import MAEDINO, DINOPart, MAEDINOConfig, MAEPart
-from ssl_vit.model.encoder import choose_attention
+from ssl_vit.model.execution import choose_attention
 from ssl_vit.pretrain import parse_options
 
 ENCODER = EncoderConfig(

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Task, Views
 from ssl_vit.model.drop_path import batch_share
-from ssl_vit.model.encoder import checkpoint_activations
+from ssl_vit.model.execution import checkpoint_activations
 from tests.unit.methods import test_dino, test_mae
 
 IMAGES = 6

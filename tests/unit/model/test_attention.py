@@ -22,7 +22,8 @@ from ssl_vit.model.attention import (
     mass_mask,
 )
 from ssl_vit.model.block import LeanAttention
-from ssl_vit.model.encoder import Encoder, choose_attention
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.execution import choose_attention
 from tests.unit.model.test_encoder import images, make
 
 DINOV2 = {"arch": "vit_base_patch14_reg4_dinov2", "image_size": (28, 42), "patch_size": 14}

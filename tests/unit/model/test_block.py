@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.model.block import LeanAttention, LeanBlock, lean_blocks
 from ssl_vit.model.drop_path import DropPath, batch_share, draw_for_whole_batch
-from ssl_vit.model.encoder import choose_attention
+from ssl_vit.model.execution import choose_attention
 
 WIDTH, HEADS, TOKENS, IMAGES = 24, 3, 7, 6
 KINDS = {

@@ -10,8 +10,9 @@ from timm import layers
 
 from ssl_vit.common.task import Views
 from ssl_vit.evaluators.classifier import TimmCall
+from ssl_vit.model.architecture import timm_kwargs
 from ssl_vit.model.drop_path import DropPath, batch_share
-from ssl_vit.model.encoder import Encoder, timm_kwargs
+from ssl_vit.model.encoder import Encoder
 from tests.unit.methods.test_dino import ENCODER, batch, dino
 
 IMAGES, KEY = 12, 7

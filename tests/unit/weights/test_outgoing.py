@@ -12,7 +12,8 @@ from torch import nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data.augment import Normalize
-from ssl_vit.model.encoder import Encoder, timm_kwargs
+from ssl_vit.model.architecture import timm_kwargs
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import outgoing, to_huggingface
 from ssl_vit.weights.exchange import EncoderInfo, load_encoder, save_encoder
 from ssl_vit.weights.outgoing import FORMATS, check_ready, export_encoder, sample_images

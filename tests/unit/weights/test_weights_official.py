@@ -6,7 +6,8 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.model.encoder import Encoder, without_memory
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.shapes import Hints, config_of

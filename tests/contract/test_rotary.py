@@ -1,0 +1,37 @@
+"""Every method on an encoder whose positions turn queries and keys, changed in training."""
+
+import torch
+
+from ssl_vit.weights.exchange import load_encoder, save_encoder
+from tests.contract import tiny
+
+ROTARY = ("--encoder.arch", "vit_small_patch16_dinov3", "--encoder.rope-rescale", "2")
+
+
+def test_it_trains(name):
+    """Every weight of the encoder moves."""
+    made = tiny.session(name, *ROTARY)
+    before = tiny.state(made.task)
+    said = tiny.train(made)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in said)
+    after = made.task.state_dict()
+    still = {n for n in after if torch.equal(before[n], after[n])}
+    assert not [n for n in still if n.startswith("encoder.")]
+
+
+def test_parts_of_a_batch_are_the_batch(name):
+    """What is done to coordinates is drawn for the whole batch, not for a part."""
+    one, two = tiny.session(name, *ROTARY), tiny.session(name, *ROTARY, "--optim.accumulate", "2")
+    first = tiny.state(one.task)
+    tiny.train(one)
+    tiny.train(two)
+    tiny.assert_same_training(first, tiny.state(one.task), tiny.state(two.task))
+
+
+def test_its_encoder_opens_again(name, tmp_path):
+    made = tiny.session(name, *ROTARY)
+    encoder = made.task.exported_encoder().eval()
+    save_encoder(tmp_path / "encoder.safetensors", encoder, made.info())
+    again = load_encoder(tmp_path / "encoder.safetensors")[0]
+    images = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(again(images).patches, encoder(images).patches)

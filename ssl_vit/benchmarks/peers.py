@@ -129,10 +129,28 @@ def check_plain(work: Workload, who: str, square: bool = True) -> Encoder:
         encoder = Encoder(work.encoder, work.channels)
     vit = encoder.vit
     obstacles = {
+        "rotary positions": encoder.rotary,
         "no [CLS], or registers": vit.cls_token is None or vit.num_prefix_tokens != 1,
         "a norm after the pooling": work.encoder.norm == "pooled",
         "images that are not square": square and len(set(encoder.image_size)) > 1,
     }
     for what, there in obstacles.items():
         check(not there, f"--against {who}: the encoder has {what}, which {who} does not support")
+    return encoder
+
+
+def check_rotary(work: Workload, who: str) -> Encoder:
+    """Encoder without weights, checked to have rotary positions: for others there are other peers.
+
+    Raises:
+        UserError: it has not, or other coordinates than DINOv3's.
+    """
+    with without_memory():
+        encoder = Encoder(work.encoder, work.channels)
+    plain = work.encoder.rope_coords == "separate" and work.encoder.rope_periods == (100.0,)
+    check(
+        encoder.rotary and plain and work.encoder.norm == "tokens",
+        f"--against {who} is for encoders of DINOv3 as released (--encoder.arch "
+        f"vit_small_patch16_dinov3); this is {work.encoder.arch}",
+    )
     return encoder

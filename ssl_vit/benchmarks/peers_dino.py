@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from ssl_vit.benchmarks.chains import OriginalChain
-from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
+from ssl_vit.benchmarks.peers import Peer, check_plain, check_rotary, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.errors import check
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.photometric import Photometric
+from ssl_vit.model.encoder import Encoder
 
 _PARTS = ("models.modules", "models.utils", "loss")
 
@@ -56,15 +57,19 @@ class OriginalDINO(_TeacherAndStudent):
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
-        check_plain(work, "original", square=False)
+        self.encoder = self._checked()
         self.center = torch.zeros(1, work.method.prototypes, device=work.device)
         self.begin_both([self._network(rate) for rate in self.drop_paths])
 
+    def _checked(self) -> Encoder:
+        return check_plain(self.work, "original", square=False)
+
     def _network(self, drop_path: float) -> nn.Module:
-        method, vit = self.work.method, self.vit(drop_path)
-        for block in vit.blocks:
-            block.attn.fused_attn = False
-        widths = [vit.embed_dim, *[method.head_width] * (method.head_depth - 1), method.bottleneck]
+        method, vit, width = self.work.method, self.vit(drop_path), self.encoder.width
+        for part in vit.modules():
+            if hasattr(part, "fused_attn"):
+                part.fused_attn = False
+        widths = [width, *[method.head_width] * (method.head_depth - 1), method.bottleneck]
         layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(widths)]
         layers[-1].pop(-1)
         last = weight_norm(nn.Linear(method.bottleneck, method.prototypes, bias=False))
@@ -114,6 +119,84 @@ class OriginalDINO(_TeacherAndStudent):
         keep, net = self.work.method.momentum, self.networks
         for old, new in zip(net.teacher.parameters(), net.student.parameters(), strict=True):
             old.mul_(keep).add_((1 - keep) * new)
+
+
+class TimmDINO(OriginalDINO):
+    """Original DINO step on timm's own encoder of DINOv3, with plain attention.
+
+    Coordinates are changed in training as ours are, but by timm: drawn once for all blocks.
+    """
+
+    def _checked(self) -> Encoder:
+        return check_rotary(self.work, "timm")
+
+    def vit(self, drop_path: float) -> Any:
+        """timm's Eva, whose output is [CLS]."""
+        config = self.work.encoder
+        changed = {
+            "rope_shift_coords": config.rope_shift or None,
+            "rope_jitter_coords": config.rope_jitter or None,
+            "rope_rescale_coords": config.rope_rescale or None,
+        }
+        return timm_vit(self.work, drop_path_rate=drop_path, global_pool="token", **changed)
+
+
+class HuggingFaceDINO(OriginalDINO):
+    """Original DINO step on transformers' own DINOv3, with plain attention."""
+
+    @staticmethod
+    def load() -> None:
+        """Import of transformers."""
+        library("huggingface", "transformers", "")
+
+    def _checked(self) -> Encoder:
+        return check_rotary(self.work, "huggingface")
+
+    def vit(self, drop_path: float) -> Any:
+        """transformers' DINOv3, whose output is [CLS]."""
+        return _Cls(self._model(drop_path))
+
+    def _model(self, drop_path: float) -> Any:
+        (transformers,) = library("huggingface", "transformers", "")
+        encoder, config = self.encoder, self.work.encoder
+        block: Any = encoder.vit.blocks[0]
+        gated = hasattr(block.mlp, "fc1_g")
+        biased = block.attn.q_bias is not None
+        made = transformers.DINOv3ViTConfig(
+            hidden_size=encoder.width,
+            intermediate_size=block.mlp.fc2.in_features,
+            num_hidden_layers=len(encoder.vit.blocks),
+            num_attention_heads=block.attn.num_heads,
+            patch_size=encoder.patch_size,
+            image_size=encoder.image_size,
+            num_channels=encoder.channels,
+            num_register_tokens=encoder.vit.num_prefix_tokens - 1,
+            use_gated_mlp=gated,
+            hidden_act="silu" if gated else "gelu",
+            query_bias=biased,
+            value_bias=biased,
+            layerscale_value=block.init_values,
+            drop_path_rate=drop_path,
+            pos_embed_shift=config.rope_shift or None,
+            pos_embed_jitter=config.rope_jitter or None,
+            pos_embed_rescale=config.rope_rescale or None,
+            attn_implementation="eager",
+        )
+        model = transformers.DINOv3ViTModel(made)
+        model.embeddings.mask_token.requires_grad_(False)  # nothing is masked
+        return model
+
+
+class _Cls(nn.Module):
+    """[CLS] of a model of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.model(images).last_hidden_state
+        return tokens[:, 0]
 
 
 class LightlyDINO(_TeacherAndStudent):
@@ -239,6 +322,8 @@ class LightlyChain(OriginalChain):
 
 PEERS: dict[str, type[Peer]] = {
     "original": OriginalDINO,
+    "timm": TimmDINO,
+    "huggingface": HuggingFaceDINO,
     "lightly": LightlyDINO,
     "lightly-grouped": LightlyGroupedDINO,
 }

@@ -11,10 +11,12 @@ from ssl_vit.benchmarks.loader import one_thread, readable
 from ssl_vit.benchmarks.measured import Speed, cpu_model
 from ssl_vit.benchmarks.peers import peer_names
 from ssl_vit.benchmarks.peers_dino import (
+    HuggingFaceDINO,
     LightlyChain,
     LightlyDINO,
     LightlyGroupedDINO,
     OriginalDINO,
+    TimmDINO,
 )
 from ssl_vit.benchmarks.peers_mae import HuggingFaceMAE, LightlyMAE, OriginalMAE
 from ssl_vit.benchmarks.side import Workload
@@ -35,6 +37,7 @@ TINY = EncoderConfig(
     arch="vit_tiny_patch16_224", image_size=(16,), patch_size=4, width=16, depth=2, heads=2
 )
 SINCOS = replace(TINY, positions="sincos")
+ROTARY = replace(TINY, arch="vit_small_patch16_dinov3")
 SMALL_DINO = DINOConfig(
     prototypes=24, head_width=12, bottleneck=8, local_crops=3, local_size=(8,), teacher_temp=0.05
 )
@@ -261,11 +264,12 @@ def test_sizes_that_a_peer_cannot_have_are_refused():
 
 def our_dino(shared):
     """Ours, and the loss of the batch that peers have."""
-    ours = DINO(shared.method, TINY, 3)
+    ours = DINO(shared.method, shared.encoder, 3)
     scattered(ours.encoder)
     scattered(ours.objective.head)
     # Peers resample positions for local crops by other rules; here every place has the same.
-    ours.encoder.vit.pos_embed.data[:] = ours.encoder.vit.pos_embed.data[:, -1:]
+    if not ours.encoder.rotary:
+        ours.encoder.vit.pos_embed.data[:] = ours.encoder.vit.pos_embed.data[:, -1:]
     ours.objective.teacher.encoder.load_state_dict(ours.encoder.state_dict())
     ours.objective.teacher.head.load_state_dict(ours.objective.head.state_dict())
     batch = random_batch(shared.spec, shared.batch_size, 3, shared.seed)
@@ -273,12 +277,15 @@ def our_dino(shared):
     return ours, lambda: ours(views, 0)["loss"]
 
 
-@pytest.mark.parametrize("local_crops", [3, 0])
-def test_the_originals_dino_is_ours_in_other_modules(local_crops):
+@pytest.mark.parametrize(
+    ("local_crops", "kind", "encoder"),
+    [(3, OriginalDINO, TINY), (0, OriginalDINO, TINY), (3, TimmDINO, ROTARY)],
+)
+def test_the_originals_dino_is_ours_in_other_modules(local_crops, kind, encoder):
     """Loss, centre and clipped gradients with our weights."""
-    shared = work(replace(SMALL_DINO, local_crops=local_crops))
+    shared = work(replace(SMALL_DINO, local_crops=local_crops), encoder)
     ours, loss = our_dino(shared)
-    peer = OriginalDINO(shared)
+    peer = kind(shared)
     assert peer.parameters() == parameter_count(ours)
     head = {f"mlp.{i}": f"mlp.{i // 2}.0" if i < 4 else "mlp.2.0" for i in (0, 2, 4)}
     head |= {"last_layer.weight_g": "last.parametrizations.weight.original0"}
@@ -305,6 +312,25 @@ def test_the_originals_dino_is_ours_in_other_modules(local_crops):
     assert torch.isfinite(peer.step())
     after = list(peer.networks.teacher.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_transformers_dinov3_does_what_timms_does():
+    """As many weights, but for its mask token, and operations; ours are mapped elsewhere."""
+    pytest.importorskip("transformers")
+    shared = work(SMALL_DINO, replace(ROTARY, arch="vit_small_plus_patch16_dinov3"))
+    theirs, timms = HuggingFaceDINO(shared), TimmDINO(shared)
+    assert theirs.parameters() == timms.parameters() + 2 * 16
+    assert abs(theirs.flops() / timms.flops() - 1) < 0.01
+    assert torch.isfinite(theirs.step())
+
+
+@pytest.mark.parametrize("kind", [TimmDINO, HuggingFaceDINO])
+def test_peers_of_dinov3_are_for_its_encoders(kind):
+    for encoder in (TINY, replace(ROTARY, rope_coords="max")):
+        with pytest.raises(UserError, match=r"for encoders of DINOv3 as released"):
+            kind(work(SMALL_DINO, encoder))
+    with pytest.raises(UserError, match=r"--against original: .*rotary positions"):
+        OriginalDINO(work(SMALL_DINO, ROTARY))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

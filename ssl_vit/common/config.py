@@ -168,6 +168,9 @@ class EncoderConfig:
     """Attention heads of each block; they divide the width."""
     positions: Literal["learned", "sincos"] = "learned"
     """Position embedding: learned, or fixed two-dimensional sine-cosine."""
+    resampling: Literal["mixed", "timm", "mae", "dino"] = "mixed"
+    """Resampling of positions for images of another size, bicubic. timm: to the size, antialiased.
+    mae: to the size. dino: by (new + 0.1) / old. mixed: timm's, but dino's for smaller crops."""
     registers: int = -1
     """Register tokens beside [CLS]. -1: as the architecture has."""
     layer_scale: float = 0.0

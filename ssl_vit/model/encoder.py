@@ -12,7 +12,7 @@ import timm
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check, did_you_mean
 from ssl_vit.model.block import LeanBlock, lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
+from ssl_vit.model.positions import resampled
 
 
 @dataclass
@@ -135,23 +136,19 @@ class Encoder(nn.Module):
         return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Float[Tensor, "1 n d"]]:
-        """Positions of (prefix tokens, patches), resampled bicubically for another grid.
+        """Positions of (prefix tokens, patches), resampled for another grid.
 
-        A larger grid as timm does; a smaller one, that of DINO's local crops, as the original DINO
-        does: not antialiased, and by a factor for a grid of a tenth of a patch more.
+        As ``config.resampling`` says; ``mixed``: for a smaller grid, that of DINO's local crops, as
+        the original DINO does, for a larger one as timm does.
         """
         position = self.vit.pos_embed
         prefix = position.shape[1] - self.grid[0] * self.grid[1]
-        if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
-            old = position[:, prefix:].unflatten(1, self.grid).permute(0, 3, 1, 2)
-            factor = [(new + 0.1) / own for new, own in zip(grid, self.grid, strict=True)]
-            new = F.interpolate(old, scale_factor=factor, mode="bicubic")
-            position = torch.cat([position[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
-        elif grid != self.grid:
-            position = resample_abs_pos_embed(
-                position, list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
-            )
-        return (position[:, :prefix] if prefix else None), position[:, prefix:]
+        kind: str = self.config.resampling
+        if kind == "mixed":
+            smaller = grid[0] < self.grid[0] or grid[1] < self.grid[1]
+            kind = "dino" if smaller else "timm"
+        patches = resampled(position[:, prefix:], self.grid, grid, kind)
+        return (position[:, :prefix] if prefix else None), patches
 
     def embed(
         self,

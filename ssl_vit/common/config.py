@@ -181,6 +181,9 @@ class EncoderConfig:
     rope_rescale: float = 0.0
     """RoPE in training: factor of both axes together, at most this, up or down. 0: none; DINOv3's
     released encoders were trained with 2."""
+    resampling: Literal["mixed", "timm", "mae", "dino"] = "mixed"
+    """Resampling of positions for images of another size, bicubic. timm: to the size, antialiased.
+    mae: to the size. dino: by (new + 0.1) / old. mixed: timm's, but dino's for smaller crops."""
     registers: int = -1
     """Register tokens beside [CLS]. -1: as the architecture has."""
     layer_scale: float = 0.0

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
@@ -22,6 +21,7 @@ from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.architecture import set_norm_eps
 from ssl_vit.model.encoder import Encoder, sincos_positions, take
 from ssl_vit.model.init import xavier_init
+from ssl_vit.model.positions import resampled
 from ssl_vit.objectives.base import Objective, Reconstruction, Target
 from ssl_vit.objectives.masked_patches import (
     Decoder,
@@ -231,12 +231,8 @@ class MAEObjective(Objective):
         assert isinstance(other, MAEObjective)
         self.target_known_from = other.target_known_from
         set_norm_eps(self.decoder, other.decoder.norm.eps)
-        self.decoder.positions = resample_abs_pos_embed(
-            other.decoder.positions[None],
-            list(self.grid),
-            old_size=list(other.grid),
-            num_prefix_tokens=0,
-        )[0]
+        table = other.decoder.positions[None]
+        self.decoder.positions = resampled(table, other.grid, self.grid, "timm")[0]
 
 
 class MAE(Method):

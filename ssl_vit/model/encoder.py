@@ -11,7 +11,6 @@ import timm
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from ssl_vit.common.errors import check
 from ssl_vit.model.architecture import check_sizes, set_norm_eps, timm_kwargs, without_memory
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
+from ssl_vit.model.positions import resampled
 from ssl_vit.model.rope import Augmentation, Rope, Rotation
 
 
@@ -152,26 +152,22 @@ class Encoder(nn.Module):
     def positions(
         self, grid: tuple[int, int]
     ) -> tuple[Tensor | None, Float[Tensor, "1 n d"] | None]:
-        """Positions of (prefix tokens, patches), resampled bicubically for another grid; None where
-        they have none.
+        """Positions of (prefix tokens, patches), resampled for another grid; None where they have
+        none.
 
-        A larger grid as timm does; a smaller one, that of DINO's local crops, as the original DINO
-        does: not antialiased, and by a factor for a grid of a tenth of a patch more.
+        As ``config.resampling`` says; ``mixed``: for a smaller grid, that of DINO's local crops, as
+        the original DINO does, for a larger one as timm does.
         """
         if self.rotary:
             return None, None
         position = self.vit.pos_embed
         prefix = position.shape[1] - self.grid[0] * self.grid[1]
-        if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
-            old = position[:, prefix:].unflatten(1, self.grid).permute(0, 3, 1, 2)
-            factor = [(new + 0.1) / own for new, own in zip(grid, self.grid, strict=True)]
-            new = F.interpolate(old, scale_factor=factor, mode="bicubic")
-            position = torch.cat([position[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
-        elif grid != self.grid:
-            position = resample_abs_pos_embed(
-                position, list(grid), old_size=list(self.grid), num_prefix_tokens=prefix
-            )
-        return (position[:, :prefix] if prefix else None), position[:, prefix:]
+        kind: str = self.config.resampling
+        if kind == "mixed":
+            smaller = grid[0] < self.grid[0] or grid[1] < self.grid[1]
+            kind = "dino" if smaller else "timm"
+        patches = resampled(position[:, prefix:], self.grid, grid, kind)
+        return (position[:, :prefix] if prefix else None), patches
 
     def embed(
         self,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
@@ -22,6 +21,7 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically
 from ssl_vit.model.architecture import timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.positions import resampled
 
 ENCODER_FILE = "encoder.safetensors"
 _KEY = "ssl_vit"
@@ -187,8 +187,8 @@ def resample_positions(
 ) -> dict[str, Tensor]:
     """Resample positions: ``state``, of ``source.vit``, for the image size of ``target``.
 
-    Positions of patches are resampled bicubically, those of [CLS] and registers kept; every other
-    tensor is the same object.
+    Positions of patches are resampled as ``source.config.resampling`` says (``mixed``: as timm
+    does), those of [CLS] and registers kept; every other tensor is the same object.
 
     Raises:
         UserError: only one of the two has positions for [CLS] or registers.
@@ -197,19 +197,16 @@ def resample_positions(
         return state
     position = state["pos_embed"]
     prefixes = [e.vit.pos_embed.shape[1] - math.prod(e.grid) for e in (source, target)]
+    prefix = prefixes[0]
     check(
-        prefixes[0] == prefixes[1],
-        f"positions of {prefixes[0]} prefix tokens do not fit an encoder with {prefixes[1]}",
+        prefix == prefixes[1],
+        f"positions of {prefix} prefix tokens do not fit an encoder with {prefixes[1]}",
     )
     if source.grid == target.grid:
         return state
-    resampled = resample_abs_pos_embed(
-        position,
-        list(target.grid),
-        old_size=list(source.grid),
-        num_prefix_tokens=prefixes[0],
-    )
-    return {**state, "pos_embed": resampled}
+    kind = "timm" if source.config.resampling == "mixed" else source.config.resampling
+    patches = resampled(position[:, prefix:], source.grid, target.grid, kind)
+    return {**state, "pos_embed": torch.cat([position[:, :prefix], patches], dim=1)}
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +75,21 @@ class Mapped:
     def method(self) -> str:
         """Pretraining method of the format; empty if unknown."""
         return _METHODS.get(self.format, "")
+
+    def resampling(self, arch: str) -> Literal["timm", "mae", "dino"]:
+        """Resampling of positions in the code that trained the network (``EncoderConfig``).
+
+        DINOv2's own is that of its weights in any library's file: neither timm nor Hugging Face
+        resamples as the official code does where there are no registers.
+
+        Args:
+            arch: timm's name of the architecture, where it was given.
+        """
+        if self.method == "dinov2" or "dinov2" in arch:
+            return "timm" if "reg_token" in self.state else "dino"
+        if self.format == DINO:
+            return "dino"
+        return "timm" if self.format == TIMM else "mae"
 
 
 def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Mapped:

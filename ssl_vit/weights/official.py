@@ -6,7 +6,7 @@ of the encoder are required.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssl_vit.common.errors import UserError, check
@@ -25,6 +25,7 @@ from ssl_vit.weights.exchange import (
 from ssl_vit.weights.keymaps import HUGGING_FACE, TIMM, Mapped, to_timm
 from ssl_vit.weights.reading import (
     Statistics,
+    heads_of,
     hints_of,
     preprocessing,
     read_content,
@@ -154,7 +155,8 @@ def _foreign(path: Path, name: str, shapes_only: bool = False) -> _Found:
         known = from_timm.pixel_statistics(name)
     elif mapped.format != TIMM:
         known = (IMAGENET_MEAN, IMAGENET_STD)
-    return _found(mapped, path, Hints(from_timm.architecture(name) if name else ""), known)
+    hints = Hints(from_timm.architecture(name) if name else "", heads_of(config, path))
+    return _found(mapped, path, hints, known)
 
 
 def _has_value(key: str) -> bool:
@@ -165,6 +167,7 @@ def _has_value(key: str) -> bool:
 def _found(mapped: Mapped, path: Path, hints: Hints, known: Statistics | None) -> _Found:
     """Add the architecture and the image statistics, assumed if unknown."""
     config, channels = config_of(mapped.state, str(path), hints)
+    config = replace(config, resampling=mapped.resampling(hints.arch))
     if known is not None and len(known[0]) == channels:
         return _Found(EncoderInfo(config, channels, *known, mapped.method), mapped, path, "")
     usual: Statistics = (IMAGENET_MEAN, IMAGENET_STD)

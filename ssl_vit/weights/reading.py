@@ -102,6 +102,17 @@ def unwrapped(content: Any, where: str) -> tuple[str, dict[str, Tensor]]:
     return wrapper, dict(state)
 
 
+def heads_of(config: dict[str, Any], where: Path) -> int:
+    """Number of attention heads in the configuration beside a file; 0 if it does not say.
+
+    Raises:
+        UserError: a value of the wrong type.
+    """
+    heads = config.get("num_attention_heads", 0)
+    check(type(heads) is int, f"{where.parent / 'config.json'}: num_attention_heads is {heads!r}")
+    return int(heads)
+
+
 def hints_of(config: dict[str, Any], kind: str, where: Path) -> Hints:
     """Architecture hints of a Hugging Face configuration; an empty one gives the usual values.
 

@@ -1,5 +1,7 @@
 """The official releases of MAE, DINO and DINOv2 against timm's forward pass."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -47,7 +49,8 @@ def test_official_mae(tmp_path):
     agree(opened, model.forward_features(images()))
     assert opened.format == "MAE (official)"
     assert opened.report == f"{counted(opened)}; left out: decoder 31, mask_token 1"
-    assert opened.info == EncoderInfo(TINY_CONFIG, 3, *IMAGENET, method="mae")
+    config = replace(TINY_CONFIG, resampling="mae")
+    assert opened.info == EncoderInfo(config, 3, *IMAGENET, method="mae")
     # The encoder alone, as the smaller of the released files.
     alone = open_weights(saved({"model": model.state_dict()}, tmp_path))
     agree(alone, model.forward_features(images()))
@@ -86,7 +89,8 @@ def test_official_dino(tmp_path, wrapping):
     agree(opened, model.forward_features(images()))
     assert opened.format == "DINO (official)"
     assert opened.report == f"{counted(opened)}; left out: head 2"
-    assert opened.info == EncoderInfo(TINY_CONFIG, 3, *IMAGENET, method="dino")
+    config = replace(TINY_CONFIG, resampling="dino")
+    assert opened.info == EncoderInfo(config, 3, *IMAGENET, method="dino")
     alone = open_weights(saved(model.state_dict(), tmp_path))
     agree(alone, model.forward_features(images()))
 
@@ -122,7 +126,8 @@ def test_official_dinov2(tmp_path, arch, chunked):
     agree(opened, model.forward_features(images((56, 56))), (56, 56), prefix)
     assert opened.format == "DINOv2 (official)"
     assert opened.report == f"{counted(opened)}; left out: mask_token 1"
-    config = EncoderConfig(arch, image_size=(56,), depth=2)
+    resampling = "timm" if "reg4" in arch else "dino"
+    config = EncoderConfig(arch, image_size=(56,), depth=2, resampling=resampling)
     assert opened.info == EncoderInfo(config, 3, *IMAGENET, method="dinov2")
 
 
@@ -135,7 +140,7 @@ def test_official_dinov2_giant(tmp_path, registers):
     prefix = model.num_prefix_tokens
     agree(opened, model.forward_features(images((56, 56))), (56, 56), prefix)
     config = EncoderConfig(arch, image_size=(56,), width=192, depth=2, heads=3)
-    assert opened.info.config == config
+    assert replace(opened.info.config, resampling="mixed") == config
 
 
 def test_teacher_of_a_dinov2_training(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
@@ -36,7 +37,8 @@ def test_timm_files(tmp_path, wrapper, prefix, channels):
     agree(opened, model.forward_features(images(channels=channels)))
     assert opened.format == "timm"
     statistics = IMAGENET if channels == 3 else ((0.5,) * 5, (0.5,) * 5)
-    assert opened.info == EncoderInfo(TINY_CONFIG, channels, *statistics)
+    config = replace(TINY_CONFIG, resampling="timm")
+    assert opened.info == EncoderInfo(config, channels, *statistics)
     said = f"; left out: head 2; mean {statistics[0]} and deviation {statistics[1]} are assumed"
     assert opened.report == counted(opened) + said
 
@@ -81,7 +83,7 @@ def test_heads_that_no_shape_tells(tmp_path):
 
 def test_timm_pretrained_needs_no_download_for_its_architecture():
     info, path = weights_info("timm:vit_small_patch14_reg4_dinov2.lvd142m")
-    config = EncoderConfig("vit_small_patch14_reg4_dinov2")
+    config = EncoderConfig("vit_small_patch14_reg4_dinov2", resampling="timm")
     assert (info, path) == (EncoderInfo(config, 3, *IMAGENET), None)
     assert weights_info("timm:vit_base_patch16_224")[0].mean == (0.5, 0.5, 0.5)
 

@@ -185,7 +185,8 @@ def _from_pil(image: Image.Image, channels: int, reading: ReadConfig, scale: int
         stored = stored[..., :-1]
     missing = find_missing(stored // scale if scale > 1 else stored, reading)
     if missing is not None and missing.shape[2] != pixels.shape[2]:
-        missing = np.repeat(missing.any(axis=2, keepdims=True), pixels.shape[2], axis=2)
+        lost = np.logical_or.reduce(missing, axis=2, keepdims=True)
+        missing = np.repeat(lost, pixels.shape[2], axis=2)
     return Raster(pixels, missing)
 
 

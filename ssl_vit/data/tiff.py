@@ -193,7 +193,8 @@ def _of_any(missing: np.ndarray | None, bands: int) -> np.ndarray | None:
     """Missing in RGB: where any of the first ``bands`` is that it was made of."""
     if missing is None:
         return None
-    return np.repeat(missing[..., :bands].any(axis=2)[..., None], 3, axis=2)
+    lost = np.logical_or.reduce(missing[..., :bands], axis=2, keepdims=True)
+    return np.repeat(lost, 3, axis=2)
 
 
 def inverted(stored: np.ndarray, bits: Any, colours: int) -> np.ndarray:

@@ -1,82 +1,103 @@
 """Image decoding: encoded bytes or arrays to tensors; any failure raises `BadImage`.
 
-Values: 8-bit images stay uint8. Unsigned 16-bit images become float32 in [0, 1] by division by
-65535, so that they keep their depth; 12-bit data in a 16-bit file then lies in [0, 1/16], which
-the data statistics take care of. Floats and all other integers become float32 as they are; bool
-becomes 0 and 255. Orientation tags (EXIF) are not applied, as in the reference pipelines.
-16-bit colour PPM and gray-with-alpha PNG files are read at 8 bits.
+What a file is, is known by its first bytes, independent of its name. How values become numbers is
+said in ``raster``, what is done with TIFF in ``tiff`` and with all other formats in ``stills``.
 """
 
 import io
-import warnings
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ssl_vit.common.config import ReadConfig
+from ssl_vit.data import stills
+from ssl_vit.data.formats import HEAD, format_of
+from ssl_vit.data.headers import jpeg_size
+from ssl_vit.data.raster import (
+    MAX_PIXELS,
+    BadImage,
+    Raster,
+    check_pixels,
+    choose_plane,
+    counts_for,
+    find_missing,
+    other_channels,
+    to_tensor,
+)
 
-MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
-# Listed, because Pillow's full list contains EPS, which runs Ghostscript on the file.
-_PIL_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-# Pillow warns at half as many, without naming the image.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-Image.init()  # Pillow knows the formats only once its plugins are loaded
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG
+__all__ = ["MAX_PIXELS", "BadImage", "Decoded", "array_planes", "decode"]
+
+_DEFAULT = ReadConfig()
+_READERS: dict[str, Callable[[bytes | bytearray, int, ReadConfig], Raster]] = {
+    "PNG": stills.read_png,
+    "PPM": stills.read_ppm,
+    "JPEG2000": stills.read_jpeg2000,
+    "JPEGXL": stills.read_jpegxl,
+    "HEIF": stills.read_heif,
+}
 
 
-class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
-    """Unreadable image: it cannot be read or decoded; the message is the reason."""
+class Decoded(np.ndarray):
+    """Decoded image, (C, H, W) uint8 or float32: one that ``decode`` has made, and only passes."""
 
 
 def decode(
     raw: bytes | bytearray | np.ndarray, channels: int, reading: ReadConfig | None = None
 ) -> torch.Tensor:
-    """Decode an image to (channels, H, W), uint8, or float32 for deeper data.
+    """Decode an image to (channels, H, W), uint8, or float32 for deeper data; NaN where missing.
 
     `reading`: which plane of several, and which pixels are without data, if not as by default.
 
     With 3 channels gray is repeated, and alpha, palette and CMYK become RGB. With 1 channel RGB
     becomes luminance. Any other count must be the image's own; an array may be (H, W), (H, W, C)
-    or (C, H, W); if both of the latter fit, (H, W, C) is used. The tensor owns its memory.
+    or (C, H, W); if both of the latter fit, (H, W, C) is used. Elements that an array masks are
+    missing. The tensor owns its memory.
 
     Raises:
         BadImage: truncated, corrupt, empty, too large, not an image, or another channel count.
     """
+    reading = reading or _DEFAULT
     try:
-        array = raw if isinstance(raw, np.ndarray) else _read(raw, channels)
-        if isinstance(array, torch.Tensor):
-            return array
-        return torch.from_numpy(_to_chw(_to_number(array), channels))
+        if isinstance(raw, Decoded):
+            return torch.from_numpy(np.array(raw))
+        if isinstance(raw, np.ndarray):
+            raster: Raster | torch.Tensor = _from_array(raw, channels, reading, planes=1)
+        else:
+            raster = _read(raw, channels, reading)
+        return raster if isinstance(raster, torch.Tensor) else to_tensor(raster, channels)
     except BadImage:
         raise
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, zlib.error
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def _read(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tensor:
+def _read(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster | torch.Tensor:
     """Decode by the file's first bytes, independent of its name and extension."""
     if not raw:
         raise BadImage("is empty (0 bytes)")
     if raw[:2] == b"\xff\xd8":
-        return _read_jpeg(raw, channels)
-    if raw[:6] == b"\x93NUMPY":
-        return np.load(io.BytesIO(raw), allow_pickle=False)
-    if raw[:4] in _TIFF_MAGIC:
-        return _read_tiff(raw, channels)
-    if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) > 25 and raw[24] == 16 and raw[25] in (2, 6):
-        return _read_deep_png(raw, channels)
-    return _read_pil(raw, channels)
+        return _read_jpeg(raw, channels, reading)
+    kind = "JPEGXL" if raw[:2] == b"\xff\x0a" else format_of(bytes(raw[:HEAD]))
+    if kind == "TIFF":
+        from ssl_vit.data.tiff import read_tiff  # tifffile takes as long to import as Pillow
+
+        return read_tiff(raw, channels, reading)
+    if kind == "NPY":
+        array = np.load(io.BytesIO(raw), allow_pickle=False)
+        return _from_array(array, channels, reading, array_planes(array.shape, channels))
+    if kind in _READERS:
+        return _READERS[kind](raw, channels, reading)
+    return stills.read_pil(raw, kind, channels, reading)
 
 
-def _read_jpeg(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tensor:
+def _read_jpeg(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster | torch.Tensor:
+    choose_plane(reading, 1)
     size = jpeg_size(raw)
-    if channels not in (1, 3) or size is None:
-        return _read_pil(raw, channels)
-    _check_pixels(size[0] * size[1])
+    if channels not in (1, 3) or size is None or stills.nodata_given(reading):
+        return stills.other_jpeg(raw, channels, reading)
+    check_pixels(size[0] * size[1])  # torchvision allocates any size in the header
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
     buffer = raw if isinstance(raw, bytearray) else bytearray(raw)  # torch wants it writable
     try:
@@ -84,157 +105,51 @@ def _read_jpeg(raw: bytes | bytearray, channels: int) -> np.ndarray | torch.Tens
     except RuntimeError as error:
         if "truncated" in str(error):
             raise BadImage("truncated JPEG") from error
-        return _read_pil(raw, channels)  # Pillow reads some that torchvision does not
+        return stills.other_jpeg(raw, channels, reading)
 
 
-def jpeg_size(raw: bytes | bytearray) -> tuple[int, int] | None:
-    """JPEG size: height and width from the frame header; None if not found.
-
-    torchvision allocates any size in the header, so it is checked first.
-    """
-    at = 2
-    while at + 9 <= len(raw) and raw[at] == 0xFF:
-        marker = raw[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = raw[at + 5 : at + 7], raw[at + 7 : at + 9]
-            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
-        else:
-            at += 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
-    return None
+def array_planes(shape: tuple[int, ...], channels: int) -> int:
+    """Number of planes in the array of a file: 1 for an image, else as long as its first axis."""
+    counts = counts_for(channels)
+    if len(shape) == 3:
+        return 1 if shape[2] in counts or shape[0] in counts else shape[0]
+    return shape[0] if len(shape) == 4 else 1
 
 
-def _check_pixels(pixels: int) -> None:
-    if pixels > MAX_PIXELS:
-        raise BadImage(f"has {pixels} values per channel, more than {MAX_PIXELS}: too large")
-
-
-def _read_deep_png(raw: bytes | bytearray, channels: int) -> np.ndarray:
-    """Read a 16-bit colour PNG at full depth; Pillow alone returns only the high bytes.
-
-    With the other byte order it returns the low ones. torchvision would read both at once, but its
-    PNG decoder (0.29) crashes the process on some damaged files.
-    """
-    halves = []
-    for order in ("B", "L"):
-        with Image.open(io.BytesIO(raw), formats=("PNG",)) as image:
-            rawmode = f"{image.mode};16{order}"
-            image.tile = [(*tile[:3], rawmode) for tile in image.tile]  # type: ignore[misc]
-            image.load()
-            halves.append(np.array(image).astype(np.uint16))
-    array = halves[0] << 8 | halves[1]
-    return array[..., :3] if channels in (1, 3) else array
-
-
-def _read_pil(raw: bytes | bytearray, channels: int) -> np.ndarray:
-    with Image.open(io.BytesIO(raw), formats=_PIL_FORMATS) as image:
-        image.load()
-        if image.mode == "I" and image.format in ("PNG", "PPM"):
-            return np.asarray(image).astype(np.uint16)  # a 16-bit file; only TIFF has 32-bit ones
-        return np.array(_to_mode(image, channels))
-
-
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert an image to the colour mode with the wanted channels, where there is one."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return image
-    if image.mode in ("P", "PA"):  # through RGBA, as transparency may be in the palette
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if image.mode == "1" or channels == 1:
-        return image.convert("L")
-    if channels == 3 or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
-        return image.convert("RGB")
-    return image
-
-
-def _read_tiff(raw: bytes | bytearray, channels: int) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise BadImage("a TIFF image needs `pip install tifffile`") from error
-    with tifffile.TiffFile(io.BytesIO(raw)) as file:
-        series = file.series[0]
-        page = series.keyframe
-        _check_pixels(int(np.prod(series.shape)) // max(channels, page.samplesperpixel))
-        for part in series.pages:
-            if part is not None:
-                _check_tiff_page(part, len(raw))
-        if len(series.pages) == 1 and _pil_keeps(page):
-            return _read_pil(raw, channels)
-        array = series.asarray()
-        alpha = page.photometric == 2 and tuple(page.extrasamples) in ((1,), (2,))  # 2: RGB
-        if alpha and channels in (1, 3) and array.ndim == 3:
-            array = array[:3] if page.planarconfig == 2 else array[..., :3]
-        return array
-
-
-def _check_tiff_page(page: Any, size: int) -> None:
-    """Check that all strips or tiles of a page are in the file, before decoding.
-
-    tifffile detects most of this itself, but may search for seconds.
-    """
-    if len(page.dataoffsets) < int(np.prod(page.chunked)):
-        raise BadImage("truncated TIFF: parts of it are not listed")
-    ends = (at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True))
-    if max(ends, default=0) > size:
-        raise BadImage("truncated TIFF")
-
-
-def _pil_keeps(page: Any) -> bool:
-    """True if Pillow returns this page with full depth and all channels."""
-    if page.planarconfig == 2 and page.samplesperpixel > 1:
-        return False
-    samples, alpha = page.samplesperpixel, tuple(page.extrasamples) in ((1,), (2,))
-    if page.dtype == np.uint8:
-        cmyk = page.photometric == 5
-        return samples in (1, 3) or (samples == 2 and alpha) or (samples == 4 and (alpha or cmyk))
-    return samples == 1 and page.dtype in (np.bool_, np.uint16, np.int32, np.float32)
-
-
-def _to_number(array: np.ndarray) -> np.ndarray:
-    """Convert to uint8 or float32 by the rules in the module's docstring."""
+def _from_array(array: np.ndarray, channels: int, reading: ReadConfig, planes: int) -> Raster:
+    """Take an array (H, W), (H, W, C) or (C, H, W), or one of ``planes`` such in a stack."""
     if array.size == 0:
         raise BadImage(f"is empty: an array of shape {array.shape}")
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind == "b":
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        return array.astype(np.float32) / np.float32(65535)
-    if array.dtype.kind not in "iuf":
-        raise BadImage(f"holds {array.dtype} values, not numbers")
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, refused below
-        array = array.astype(np.float32)
-    if np.isinf(array).any():
-        raise BadImage("holds infinite values; --data.nodata inf takes them for missing ones")
-    return array
+    if planes > 1 and array.ndim == 3 and not reading.slices.isdecimal():
+        raise BadImage(_unclear(array.shape, channels))
+    number = choose_plane(reading, planes)
+    stored = _channels_last(array[number] if planes > 1 else array, channels)
+    pixels = np.asarray(stored)
+    missing = find_missing(pixels, reading)
+    if isinstance(stored, np.ma.MaskedArray) and reading.nodata != "none":
+        masked = np.ma.getmaskarray(stored)
+        missing = masked if missing is None else masked | missing
+        missing = missing if missing.any() else None
+    return Raster(pixels, missing)
 
 
-def _to_chw(array: np.ndarray, channels: int) -> np.ndarray:
-    """Convert (H, W), (H, W, C) or (C, H, W) to a new contiguous (channels, H, W)."""
+def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
+    """(H, W, C) of one image; (H, W, C) if that and (C, H, W) both fit."""
     if array.ndim == 2:
-        array = array[..., None]
+        return array[..., None]
     if array.ndim != 3:
         raise BadImage(f"has shape {array.shape}, which is not an image")
-    for count in (channels, *{1: (3,), 3: (1,)}.get(channels, ())):
-        hwc = _channels_last(array, count)
-        if hwc is None:
-            continue
-        if count == 3 and channels == 1:
-            hwc = _luminance(hwc)
-        hwc = np.broadcast_to(hwc, (*hwc.shape[:2], channels))
-        return np.array(hwc.transpose(2, 0, 1), order="C")
-    has = min(array.shape[0], array.shape[-1])
-    raise BadImage(f"has {has} channel{'s' * (has != 1)}, --data.channels is {channels}")
+    for count in counts_for(channels):
+        if array.shape[2] == count:
+            return array
+        if array.shape[0] == count:
+            return array.transpose(1, 2, 0)
+    raise BadImage(other_channels(min(array.shape[0], array.shape[2]), channels))
 
 
-def _channels_last(array: np.ndarray, count: int) -> np.ndarray | None:
-    if array.shape[2] == count:
-        return array
-    return array.transpose(1, 2, 0) if array.shape[0] == count else None
-
-
-def _luminance(rgb: np.ndarray) -> np.ndarray:
-    gray = (rgb.astype(np.float32) @ _LUMINANCE)[..., None]
-    return np.rint(gray).astype(np.uint8) if rgb.dtype == np.uint8 else gray
+def _unclear(shape: tuple[int, ...], channels: int) -> str:
+    """Reason for refusing an array of three axes of which none are the channels."""
+    text = other_channels(min(shape[0], shape[2]), channels)
+    if shape[0] > shape[2]:
+        return text
+    return f"{text}; if they are planes of a stack, --data.slices takes one, or all as images"

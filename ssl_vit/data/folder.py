@@ -9,9 +9,10 @@ import numpy as np
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.formats import EXTENSIONS
+from ssl_vit.data.listing import Listing, identity
 
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "npy", "gif", "ppm", "pgm")
-_SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+__all__ = ["EXTENSIONS", "FolderSource", "open_flat", "open_folder"]
 
 
 class FolderSource(Source):
@@ -52,7 +53,8 @@ def open_folder(spec: str, path: str) -> FolderSource:
         UserError: PATH is not a readable folder, or contains no images.
     """
     root = _root(spec, path)
-    top_images, folders = _list(spec, root)
+    listing = Listing(spec)
+    top_images, folders = listing.list(root)
     if top_images or not folders:
         return open_flat(spec, path)
     counts: list[int] = []
@@ -60,11 +62,11 @@ def open_folder(spec: str, path: str) -> FolderSource:
     def files() -> Iterator[bytes]:
         for folder in folders:
             counts.append(0)
-            for file in _walk(spec, root, folder, (_identity(root),)):
+            for file in listing.walk(root, folder, (identity(root),)):
                 counts[-1] += 1
                 yield file
 
-    names = _not_empty(spec, Names.of(files()))
+    names = _not_empty(listing, Names.of(files()))
     labels = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
     classes = tuple(os.fsdecode(folder) for folder in folders)
     return FolderSource(spec, root, names, labels, classes)
@@ -73,7 +75,8 @@ def open_folder(spec: str, path: str) -> FolderSource:
 def open_flat(spec: str, path: str) -> FolderSource:
     """Open `flat:PATH`: the images at any depth, unlabelled. Raises as `open_folder`."""
     root = _root(spec, path)
-    return FolderSource(spec, root, _not_empty(spec, Names.of(_walk(spec, root, b"", ()))))
+    listing = Listing(spec)
+    return FolderSource(spec, root, _not_empty(listing, Names.of(listing.walk(root))))
 
 
 def _root(spec: str, path: str) -> bytes:
@@ -84,53 +87,14 @@ def _root(spec: str, path: str) -> bytes:
     return os.fsencode(os.path.abspath(folder))
 
 
-def _not_empty(spec: str, files: Names) -> Names:
+def _not_empty(listing: Listing, files: Names) -> Names:
+    """The files of a listing, with a word on what was left out.
+
+    Raises:
+        UserError: there are none.
+    """
     if not len(files):
-        raise UserError(f"{spec!r} holds no image; looked for files in {', '.join(EXTENSIONS)}")
+        left = listing.left_out() or f"looked for files in {', '.join(EXTENSIONS)}"
+        raise UserError(f"{listing.spec!r} holds no image; {left}")
+    listing.tell()
     return files
-
-
-def _identity(folder: bytes) -> tuple[int, int]:
-    stat = os.stat(folder)
-    return stat.st_dev, stat.st_ino
-
-
-def _list(spec: str, folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """List the images and the sub-folders of a folder, each sorted by bytes.
-
-    A broken link named like an image is listed: reading it reports the reason.
-    """
-    images: list[bytes] = []
-    folders: list[bytes] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(_SUFFIXES):
-                    images.append(entry.name)
-    except OSError as error:
-        raise UserError(
-            f"{spec!r}: cannot list {os.fsdecode(folder)!r}: {error.strerror}"
-        ) from None
-    return sorted(images), sorted(folders)
-
-
-def _walk(
-    spec: str, root: bytes, inside: bytes, above: tuple[tuple[int, int], ...]
-) -> Iterator[bytes]:
-    """Walk the images within `root`, below `inside`: a folder's own first, then its sub-folders'.
-
-    `above` identifies the parent folders, so that links back to one of them are not followed.
-    """
-    folder = os.path.join(root, inside)
-    here = _identity(folder)
-    if here in above:
-        return
-    images, folders = _list(spec, folder)
-    for image in images:
-        yield os.path.join(inside, image)
-    for sub_folder in folders:
-        yield from _walk(spec, root, os.path.join(inside, sub_folder), (*above, here))

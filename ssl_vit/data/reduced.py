@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.data.augment import Cut, DrawnCrop, ViewSpec, cut_views, draw_views, take_views
-from ssl_vit.data.decode import MAX_PIXELS, decode, jpeg_size
+from ssl_vit.data.decode import MAX_PIXELS, decode
+from ssl_vit.data.headers import jpeg_size
+from ssl_vit.data.stills import nodata_given
 
 GAP = 2
 """Minimum pixels of the reduced image per output pixel and direction, as in Pillow's thumbnails."""
@@ -40,7 +42,10 @@ def views_of(
     Raises:
         BadImage: the image cannot be decoded.
     """
-    found = None if isinstance(raw, np.ndarray) else _reduced_views(raw, channels, spec, key)
+    plain = reading is None or (not nodata_given(reading) and not reading.slices.isdecimal())
+    found = None
+    if plain and not isinstance(raw, np.ndarray):
+        found = _reduced_views(raw, channels, spec, key)
     return found or take_views(decode(raw, channels, reading), spec, random.Random(key))
 
 

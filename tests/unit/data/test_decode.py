@@ -279,7 +279,6 @@ def test_damaged_bytes_raise_nothing_but_bad_image():
         np.zeros((0, 5), np.uint8),
         np.zeros((5, 0, 3), np.uint8),
         np.array(3.0),
-        np.array([[1.0, np.nan]]),
         np.array([[1.0, np.inf]]),
         np.array([[1.0, 1e300]]),
     ],
@@ -310,7 +309,7 @@ def test_decompression_bombs_are_bad_before_memory_is_taken(monkeypatch):
     bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(BadImage, match="DecompressionBomb"):
         decode(bomb, 3)
-    with pytest.raises(BadImage, match="DecompressionBomb"):
+    with pytest.raises(BadImage, match="too large"):
         decode(png16(RGB16, 2, size=(20_000, 20_000)), 3)
 
 

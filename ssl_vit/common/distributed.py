@@ -1,5 +1,7 @@
 """Collectives for single-device code; without a process group they do nothing."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,6 +38,38 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / world
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Maximum of ``value`` over all processes (itself if there is one). Not differentiable."""
+    if rank_and_world()[1] == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Gather rows (n, ...) of all processes, n each, in rank order; itself for a single process.
+
+    Differentiable, for a loss that every process computes alike from all rows: each gets its own
+    rows' gradient times the number of processes, of which averaging over them makes the loss's.
+    """
+    return rows if rank_and_world()[1] == 1 else _Gather.apply(rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rank, world = rank_and_world()
+        parts = [torch.empty_like(rows) for _ in range(world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        world = rank_and_world()[1]
+        return grad.chunk(world)[ctx.rank] * world
 
 
 def gather_rows(rows: Tensor) -> Tensor:

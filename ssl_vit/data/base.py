@@ -1,5 +1,6 @@
 """Image sources: the common interface, subsets, held-out splits, and compact name lists."""
 
+import io
 from array import array
 from collections.abc import Iterable
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.data.raster import BadImage
 
 Item = tuple[bytes | bytearray | np.ndarray, int | None]
 
@@ -24,6 +26,8 @@ class Source:
         labels: int64 (n,), available without reading images; None when unlabelled.
         targets: float32 (n, L), where an image may have several of L labels: 1, 0, NaN for unknown;
             ``classes`` are then their names, and ``labels`` is None.
+        whole: the source of whole files, where an image is one plane of a file; else None.
+        file_of: int64 (n,), the file of each image in ``whole``; None without it.
     """
 
     spec: str
@@ -31,6 +35,8 @@ class Source:
     classes: tuple[str, ...] | None = None
     labels: np.ndarray | None = None
     targets: np.ndarray | None = None
+    whole: "Source | None" = None
+    file_of: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -42,6 +48,17 @@ class Source:
             BadImage: the image cannot be read.
         """
         raise NotImplementedError
+
+    def stream(self, i: int) -> io.IOBase:
+        """Return what image i is read from, for those who need only a part of it.
+
+        Raises:
+            BadImage: the image cannot be read, or is no file.
+        """
+        raw = self.read(i)[0]
+        if isinstance(raw, np.ndarray):
+            raise BadImage("is an array, not a file")
+        return io.BytesIO(raw)
 
     def name(self, i: int) -> str:
         """Return the name of image i for the log."""
@@ -65,6 +82,8 @@ class Subset(Source):
         self.spec, self.classes, self.reading = source.spec, source.classes, source.reading
         self.labels = None if source.labels is None else source.labels[indices]
         self.targets = None if source.targets is None else source.targets[indices]
+        self.whole = source.whole
+        self.file_of = None if source.file_of is None else source.file_of[indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,16 +98,24 @@ class Subset(Source):
 def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset]:
     """Split a source into (train, held out): `count` images by `seed`, at most a tenth of all.
 
-    Both keep the order of the source. With fewer than 10 images none is held out.
+    Both keep the order of the source. With fewer than 10 images none is held out. Planes of one
+    file are alike, and stay together: whole files are held out, at least one, and none of fewer
+    than 10.
     """
     if count < 0:
         raise ValueError(f"count must not be negative, is {count}")
     # RandomState, because its stream is frozen: a newer numpy must not move held-out images
     # into the training set of a resumed run.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-    order = random.permutation(len(source))
     held = min(count, len(source) // 10)
-    return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
+    if source.file_of is None:
+        order = random.permutation(len(source))
+        return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
+    files, file_of, sizes = np.unique(source.file_of, return_inverse=True, return_counts=True)
+    order = random.permutation(len(files))
+    whole = max(1, int((np.cumsum(sizes[order]) <= held).sum())) if count and len(files) > 9 else 0
+    out = np.isin(file_of, order[:whole])
+    return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
 
 
 def check_classes(train: Source, val: Source) -> None:

@@ -18,16 +18,16 @@ from ssl_vit.data.headers import jpeg_size
 from ssl_vit.data.raster import (
     MAX_PIXELS,
     BadImage,
+    OtherChannels,
     Raster,
     check_pixels,
     choose_plane,
     counts_for,
     find_missing,
-    other_channels,
     to_tensor,
 )
 
-__all__ = ["MAX_PIXELS", "BadImage", "Decoded", "array_planes", "decode"]
+__all__ = ["MAX_PIXELS", "BadImage", "Decoded", "OtherChannels", "array_planes", "decode"]
 
 _DEFAULT = ReadConfig()
 _READERS: dict[str, Callable[[bytes | bytearray, int, ReadConfig], Raster]] = {
@@ -61,7 +61,7 @@ def decode(
     reading = reading or _DEFAULT
     try:
         if isinstance(raw, Decoded):
-            return torch.from_numpy(np.array(raw))
+            return _again(raw, channels)
         if isinstance(raw, np.ndarray):
             raster: Raster | torch.Tensor = _from_array(raw, channels, reading, planes=1)
         else:
@@ -71,6 +71,12 @@ def decode(
         raise
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, zlib.error
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _again(image: Decoded, channels: int) -> torch.Tensor:
+    """Take a decoded image, in the wanted channels."""
+    hwc = np.asarray(image).transpose(1, 2, 0)
+    return to_tensor(Raster(hwc, np.isnan(hwc) if hwc.dtype.kind == "f" else None), channels)
 
 
 def _read(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster | torch.Tensor:
@@ -118,12 +124,10 @@ def array_planes(shape: tuple[int, ...], channels: int) -> int:
 
 def _from_array(array: np.ndarray, channels: int, reading: ReadConfig, planes: int) -> Raster:
     """Take an array (H, W), (H, W, C) or (C, H, W), or one of ``planes`` such in a stack."""
-    if array.size == 0:
-        raise BadImage(f"is empty: an array of shape {array.shape}")
     if planes > 1 and array.ndim == 3 and not reading.slices.isdecimal():
-        raise BadImage(_unclear(array.shape, channels))
+        raise _unclear(array.shape, channels)
     number = choose_plane(reading, planes)
-    stored = _channels_last(array[number] if planes > 1 else array, channels)
+    stored = _channels_last(array if planes == 1 else array[number], channels)
     pixels = np.asarray(stored)
     missing = find_missing(pixels, reading)
     if isinstance(stored, np.ma.MaskedArray) and reading.nodata != "none":
@@ -144,12 +148,10 @@ def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
             return array
         if array.shape[0] == count:
             return array.transpose(1, 2, 0)
-    raise BadImage(other_channels(min(array.shape[0], array.shape[2]), channels))
+    raise OtherChannels(min(array.shape[0], array.shape[2]), channels)
 
 
-def _unclear(shape: tuple[int, ...], channels: int) -> str:
-    """Reason for refusing an array of three axes of which none are the channels."""
-    text = other_channels(min(shape[0], shape[2]), channels)
-    if shape[0] > shape[2]:
-        return text
-    return f"{text}; if they are planes of a stack, --data.slices takes one, or all as images"
+def _unclear(shape: tuple[int, ...], channels: int) -> OtherChannels:
+    """Refusal of an array of three axes of which none are the channels."""
+    more = "; if they are planes of a stack, --data.slices takes one, or all as images"
+    return OtherChannels(min(shape[0], shape[2]), channels, more if shape[0] <= shape[2] else "")

@@ -1,5 +1,6 @@
 """Folder source: images as files in folders."""
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,12 @@ class FolderSource(Source):
         try:
             with open(os.path.join(self.root, self.files[i]), "rb") as file:
                 return file.read(), self.label(i)
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+    def stream(self, i: int) -> io.IOBase:
+        try:
+            return open(os.path.join(self.root, self.files[i]), "rb")
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
 

@@ -16,9 +16,19 @@ from ssl_vit.common.config import ReadConfig
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG
 
+_COUNTS = {1: (1, 3), 3: (3, 1)}
+
 
 class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
     """Unreadable image: it cannot be read or decoded; the message is the reason."""
+
+
+class OtherChannels(BadImage):
+    """Image of ``has`` channels, where ``asked`` are asked for."""
+
+    def __init__(self, has: int, asked: int, more: str = "") -> None:
+        super().__init__(f"has {has} channel{'s' * (has != 1)}, --data.channels is {asked}{more}")
+        self.has, self.asked = has, asked
 
 
 class Raster(NamedTuple):
@@ -44,7 +54,7 @@ def check_pixels(pixels: int) -> None:
 
 def counts_for(channels: int) -> tuple[int, ...]:
     """Channel counts of files that can be read as ``channels``, the best first."""
-    return (channels, *{1: (3,), 3: (1,)}.get(channels, ()))
+    return _COUNTS.get(channels) or (channels,)
 
 
 def choose_plane(reading: ReadConfig, count: int) -> int:
@@ -53,7 +63,7 @@ def choose_plane(reading: ReadConfig, count: int) -> int:
     Raises:
         BadImage: there is no such plane.
     """
-    if not reading.slices.isdecimal():
+    if reading.slices == "middle" or not reading.slices.isdecimal():
         return count // 2
     if int(reading.slices) >= count:
         planes = "plane" if count == 1 else "planes, from 0"
@@ -109,32 +119,29 @@ def to_tensor(raster: Raster, channels: int) -> torch.Tensor:
         BadImage: empty, no numbers, infinite values, or another channel count.
     """
     hwc = to_number(*raster)
-    for count in counts_for(channels):
-        if hwc.shape[2] != count:
-            continue
-        if count == 3 and channels == 1:
-            hwc = _luminance(hwc)
-        hwc = np.broadcast_to(hwc, (*hwc.shape[:2], channels))
-        return torch.from_numpy(np.array(hwc.transpose(2, 0, 1), order="C"))
-    raise BadImage(other_channels(hwc.shape[2], channels))
-
-
-def other_channels(has: int, channels: int) -> str:
-    """Reason for refusing an image of another channel count."""
-    return f"has {has} channel{'s' * (has != 1)}, --data.channels is {channels}"
+    has = hwc.shape[2]
+    if has not in counts_for(channels):
+        raise OtherChannels(has, channels)
+    if has == 3 and channels == 1:
+        hwc = _luminance(hwc)
+    if has == 1 and channels == 3:
+        hwc = np.broadcast_to(hwc, (*hwc.shape[:2], 3))
+    return torch.from_numpy(np.array(hwc.transpose(2, 0, 1), order="C"))
 
 
 def to_number(pixels: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
     """Convert to uint8 or float32 by the rules in the module's docstring."""
-    kind, size = pixels.dtype.kind, pixels.dtype.itemsize
     if pixels.size == 0:
         raise BadImage(f"is empty: an array of shape {pixels.shape}")
+    if pixels.dtype == np.uint8 and missing is None:
+        return pixels
+    kind, size = pixels.dtype.kind, pixels.dtype.itemsize
     if kind not in "biuf":
         raise BadImage(f"holds {pixels.dtype} values, not numbers")
     if kind == "b":
         pixels = pixels.astype(np.uint8) * np.uint8(255)
-    if pixels.dtype == np.uint8 and missing is None:
-        return pixels
+        if missing is None:
+            return pixels
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, refused below
         numbers = pixels.astype(np.float32)
     if kind == "b" or (kind == "u" and size <= 2):

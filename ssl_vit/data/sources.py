@@ -8,6 +8,7 @@ import numpy as np
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
+from ssl_vit.data.slices import with_planes
 
 __all__ = ["Source", "Subset", "check_classes", "open_source", "split_holdout"]
 
@@ -26,8 +27,13 @@ _FORMS = (
 )
 
 
-def open_source(spec: str, reading: ReadConfig | None = None) -> Source:
+def open_source(
+    spec: str, reading: ReadConfig | None = None, channels: int | None = None
+) -> Source:
     """Open the source that `spec` names; `reading`: how its files are read, if not as by default.
+
+    `channels` that its images are decoded to, by default those of `reading`, or 3: what is a plane
+    of a file and what a channel may depend on it.
 
     - `digits`, `digits:train`, `digits:val`: scikit-learn's 8x8 digits; all, 80 %, the other 20 %.
     - `folder:PATH`: class sub-folders, or images directly in PATH, which are then unlabelled.
@@ -49,7 +55,7 @@ def open_source(spec: str, reading: ReadConfig | None = None) -> Source:
     module, function = _OPENERS[scheme]
     source: Source = getattr(importlib.import_module(module), function)(spec, rest)
     source.reading = reading or ReadConfig()
-    return source
+    return with_planes(source, channels or int(getattr(reading, "channels", 3)))
 
 
 def _hint(spec: str, scheme: str) -> str:

@@ -177,7 +177,7 @@ def _from_pil(image: Image.Image, channels: int, reading: ReadConfig, scale: int
     """Pixels in the wanted colour mode; those without data by the values before, over ``scale``."""
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return _with_missing(_bands(np.asarray(image).astype(np.uint16)), reading)  # a 16-bit file
-    pixels = _bands(np.array(_to_mode(image, channels)))
+    pixels = _bands(np.asarray(_to_mode(image, channels)))
     if not nodata_given(reading):
         return _with_missing(pixels, reading) if pixels.dtype.kind == "f" else Raster(pixels)
     stored = _bands(np.asarray(image))
@@ -192,6 +192,8 @@ def _from_pil(image: Image.Image, channels: int, reading: ReadConfig, scale: int
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     """Convert an image to the colour mode with the wanted channels, where there is one."""
+    if image.mode == "L" and channels in (1, 3):
+        return image  # gray is repeated later
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return image
     if image.mode in ("P", "PA"):  # through RGBA, as transparency may be in the palette
@@ -199,5 +201,5 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "1" or channels == 1:
         return image.convert("L")
     if channels == 3 or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     return image

@@ -12,8 +12,8 @@ from ssl_vit.common.distributed import all_reduce_mean
 class Center(nn.Module):
     """The centre ``c <- m c + (1 - m) mean(outputs)``, over the global batch of each step.
 
-    It moves after the step that it was used in. Outputs may come in several calls; each counts by
-    its rows, of which every process has as many.
+    It moves after the step that it was used in. Outputs may come in several calls and processes;
+    each row counts as much as another.
 
     Args:
         outputs: K, the length of an output.
@@ -26,27 +26,30 @@ class Center(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(outputs))
-        self._seen: list[tuple[Tensor, int]] = []
+        self._seen: list[Tensor] = []
 
-    def forward(self, outputs: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """The outputs less the centre; in training their mean is kept for :meth:`update`."""
+    def forward(
+        self, outputs: Float[Tensor, "n k"], valid: Float[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n k"]:
+        """The outputs less the centre; in training their sum is kept for :meth:`update`.
+
+        ``valid``: 1 for rows that count, 0 for padding.
+        """
         if self.training:
-            self._seen.append((outputs.detach().mean(0), len(outputs)))
+            rows = outputs.detach()
+            total = rows.sum(0) if valid is None else valid @ rows
+            count = rows.new_full((), len(rows)) if valid is None else valid.sum()
+            self._seen.append(torch.cat([total, count[None]]))
         return outputs - self.value
 
     @torch.no_grad()
     def update(self, took: Bool[Tensor, ""]) -> None:
         """Move by all outputs seen since the last update, of all parts of a step and processes;
-        not at all unless ``took``."""
+        not at all unless ``took``, or where there were none."""
         if not self._seen:
             return
-        means, rows = [mean for mean, _ in self._seen], [n for _, n in self._seen]
+        found = all_reduce_mean(torch.stack(self._seen).sum(0))
         self._seen.clear()
-        if len(set(rows)) == 1:
-            mean = torch.stack(means).mean(0)
-        else:
-            shares = [n / sum(rows) for n in rows]
-            mean = torch.stack([m * share for m, share in zip(means, shares, strict=True)]).sum(0)
-        mean = all_reduce_mean(mean)
-        moved = self.value.lerp(mean, 1 - self.momentum)
-        self.value.copy_(torch.where(took, moved, self.value))
+        total, count = found[:-1], found[-1]
+        moved = self.value.lerp(total / count, 1 - self.momentum)
+        self.value.copy_(torch.where(took & (count > 0), moved, self.value))

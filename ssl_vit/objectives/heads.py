@@ -77,17 +77,24 @@ class ProjectionHead(nn.Module):
         widths: features before and after each linear layer of the MLP; the last is the bottleneck.
         prototypes: outputs.
         fixed_gain: every prototype has length 1, and is not trained in length.
+        plain: the last layer is an ordinary linear one, without bias (as DINOv3's).
     """
 
-    def __init__(self, widths: Sequence[int], prototypes: int, fixed_gain: bool) -> None:
+    def __init__(
+        self, widths: Sequence[int], prototypes: int, fixed_gain: bool, plain: bool = False
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(pairwise(widths)):
             layers += [nn.GELU()] if i else []
             layers.append(nn.Linear(before, after))
         self.mlp = nn.Sequential(*layers)
-        self.last_layer = PrototypeLayer(widths[-1], prototypes, fixed_gain)
+        self.last_layer: nn.Module
+        if plain:
+            self.last_layer = nn.Linear(widths[-1], prototypes, bias=False)
+        else:
+            self.last_layer = PrototypeLayer(widths[-1], prototypes, fixed_gain)
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Inner products with the prototypes, one row an image."""
-        return self.last_layer(F.normalize(self.mlp(features), dim=-1))
+        return at_least_fp32(self.last_layer(F.normalize(self.mlp(features), dim=-1)))

@@ -143,7 +143,7 @@ def test_no_gradient_goes_through_a_centre():
     center = Center(3, 0.5).train()
     outputs = torch.ones(2, 3, requires_grad=True)
     center(outputs).sum().backward()
-    assert not any(mean.requires_grad for mean, _ in center._seen)  # it would keep the graph alive
+    assert not any(seen.requires_grad for seen in center._seen)  # it would keep the graph alive
     assert outputs.grad.tolist() == [[1.0] * 3] * 2
     center.update(torch.tensor(True))
     assert not center.value.requires_grad

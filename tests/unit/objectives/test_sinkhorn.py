@@ -1,0 +1,49 @@
+"""Sinkhorn-Knopp against its closed form, at extremes, and what it leaves to do."""
+
+import math
+
+import pytest
+import torch
+
+from ssl_vit.objectives.sinkhorn import sinkhorn_knopp, unevenness
+
+
+def test_many_iterations_use_every_prototype_equally_often():
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double()
+    once, often = sinkhorn_knopp(logits, 1), sinkhorn_knopp(logits, 200)
+    torch.testing.assert_close(often.sum(1), torch.ones(40).double())
+    torch.testing.assert_close(often.sum(0), torch.full((5,), 8.0).double())
+    assert unevenness(often) < 1e-6 < unevenness(once) < unevenness(logits.softmax(1))
+
+
+def test_one_iteration_by_hand():
+    """Columns to one sum, then rows to 1."""
+    mass = torch.tensor([[1.0, 3.0], [1.0, 1.0]]).double()
+    expected = torch.tensor([[0.5, 0.75], [0.5, 0.25]]).double()
+    expected /= expected.sum(1, keepdim=True)
+    torch.testing.assert_close(sinkhorn_knopp(mass.log(), 1), expected)
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 500.0])
+def test_sharp_outputs_neither_overflow_nor_vanish(shift):
+    """exp() of float32 ends at 88."""
+    logits = torch.tensor([[50.0, 0.0], [0.0, 40.0], [-45.0, 0.0]]) + shift
+    found = sinkhorn_knopp(logits)
+    torch.testing.assert_close(found.sum(1), torch.ones(3))
+
+
+def test_a_prototype_that_nobody_has_gets_nothing():
+    logits = torch.tensor([[0.0, -500.0], [1.0, -500.0]])
+    assert sinkhorn_knopp(logits).tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_unevenness_is_a_share_of_the_mass():
+    """One prototype of four takes all: three quarters would have to move."""
+    targets = torch.zeros(6, 4)
+    targets[:, 1] = 1
+    assert unevenness(targets).item() == pytest.approx(0.75)
+    valid = torch.tensor([1.0, 1, 1, 1, 0, 0])
+    even = torch.zeros(6, 2)
+    even[:2, 0], even[2:4, 1] = 1, 1
+    assert unevenness(even, valid).item() == 0
+    assert math.isfinite(unevenness(even, torch.zeros(6)).item())

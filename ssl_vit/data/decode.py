@@ -18,16 +18,16 @@ from ssl_vit.data.headers import jpeg_size
 from ssl_vit.data.raster import (
     MAX_PIXELS,
     BadImage,
+    OtherChannels,
     Raster,
     check_pixels,
     choose_plane,
     counts_for,
     find_missing,
-    other_channels,
     to_tensor,
 )
 
-__all__ = ["MAX_PIXELS", "BadImage", "Decoded", "array_planes", "decode"]
+__all__ = ["MAX_PIXELS", "BadImage", "Decoded", "OtherChannels", "array_planes", "decode"]
 
 _DEFAULT = ReadConfig()
 _READERS: dict[str, Callable[[bytes | bytearray, int, ReadConfig], Raster]] = {
@@ -121,7 +121,7 @@ def _from_array(array: np.ndarray, channels: int, reading: ReadConfig, planes: i
     if array.size == 0:
         raise BadImage(f"is empty: an array of shape {array.shape}")
     if planes > 1 and array.ndim == 3 and not reading.slices.isdecimal():
-        raise BadImage(_unclear(array.shape, channels))
+        raise _unclear(array.shape, channels)
     number = choose_plane(reading, planes)
     stored = _channels_last(array[number] if planes > 1 else array, channels)
     pixels = np.asarray(stored)
@@ -144,12 +144,11 @@ def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
             return array
         if array.shape[0] == count:
             return array.transpose(1, 2, 0)
-    raise BadImage(other_channels(min(array.shape[0], array.shape[2]), channels))
+    raise OtherChannels(min(array.shape[0], array.shape[2]), channels)
 
 
-def _unclear(shape: tuple[int, ...], channels: int) -> str:
-    """Reason for refusing an array of three axes of which none are the channels."""
-    text = other_channels(min(shape[0], shape[2]), channels)
-    if shape[0] > shape[2]:
-        return text
-    return f"{text}; if they are planes of a stack, --data.slices takes one, or all as images"
+def _unclear(shape: tuple[int, ...], channels: int) -> OtherChannels:
+    """Refusal of an array of three axes of which none are the channels."""
+    stack = "; if they are planes of a stack, --data.slices takes one, or all as images"
+    more = stack if shape[0] <= shape[2] else ""
+    return OtherChannels(min(shape[0], shape[2]), channels, more)

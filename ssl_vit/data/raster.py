@@ -21,6 +21,14 @@ class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
     """Unreadable image: it cannot be read or decoded; the message is the reason."""
 
 
+class OtherChannels(BadImage):
+    """Image of ``has`` channels, where ``asked`` are asked for; ``more``: said beside that."""
+
+    def __init__(self, has: int, asked: int, more: str = "") -> None:
+        super().__init__(f"has {has} channel{'s' * (has != 1)}, --data.channels is {asked}{more}")
+        self.has, self.asked, self.more = has, asked, more
+
+
 class Raster(NamedTuple):
     """Pixels as a file stores them.
 
@@ -116,12 +124,7 @@ def to_tensor(raster: Raster, channels: int) -> torch.Tensor:
             hwc = _luminance(hwc)
         hwc = np.broadcast_to(hwc, (*hwc.shape[:2], channels))
         return torch.from_numpy(np.array(hwc.transpose(2, 0, 1), order="C"))
-    raise BadImage(other_channels(hwc.shape[2], channels))
-
-
-def other_channels(has: int, channels: int) -> str:
-    """Reason for refusing an image of another channel count."""
-    return f"has {has} channel{'s' * (has != 1)}, --data.channels is {channels}"
+    raise OtherChannels(hwc.shape[2], channels)
 
 
 def to_number(pixels: np.ndarray, missing: np.ndarray | None) -> np.ndarray:

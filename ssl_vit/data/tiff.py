@@ -23,12 +23,12 @@ from ssl_vit.data.headers import coded_size
 from ssl_vit.data.ome import lone_name
 from ssl_vit.data.raster import (
     BadImage,
+    OtherChannels,
     Raster,
     check_pixels,
     counts_for,
     find_missing,
     nodata_value,
-    other_channels,
 )
 from ssl_vit.data.tiff_planes import Stack
 
@@ -79,7 +79,7 @@ def read_plane(file: Any, channels: int, reading: ReadConfig) -> Raster:
     number = stack.choose(reading)
     has = _colour_count(page, stack.bands, channels)
     if has not in counts_for(channels):
-        raise BadImage(_refusal(stack, has, channels))
+        raise _refusal(stack, has, channels)
     check_pixels(stack.height * stack.width)
     for part in stack.parts(number):
         _check_page(part, file.filehandle)
@@ -96,13 +96,14 @@ def read_plane(file: Any, channels: int, reading: ReadConfig) -> Raster:
     return _coloured(stored, missing, page, channels)
 
 
-def _refusal(stack: Stack, has: int, channels: int) -> str:
-    """Reason for refusing a file of another channel count."""
-    text = other_channels(has, channels)
+def _refusal(stack: Stack, has: int, channels: int) -> BadImage:
+    """Refusal of a file of another channel count."""
     if stack.set_of > 1:
-        return f"{text}: it is one of {stack.set_of} files of an image; join them in one file"
+        join = f": it is one of {stack.set_of} files of an image; join them in one file"
+        return BadImage(f"{OtherChannels(has, channels)}{join}")
     planes = len(stack.planes)
-    return f"{text} (in each of {planes} planes, axes {stack.names})" if planes > 1 else text
+    more = f" (in each of {planes} planes, axes {stack.names})" if planes > 1 else ""
+    return OtherChannels(has, channels, more)
 
 
 def _colour_count(page: Any, bands: int, channels: int) -> int:

@@ -74,7 +74,7 @@ class Survey:
         if owner:
             asked = f"{owner} takes images of {others[0].asked}"
         some = "channel" if has == "1" else "channels"
-        raise UserError(f"the images of {self.spec} have {has} {some}; {asked}")
+        raise UserError(f"the images of {self.spec} have {has} {some}{others[0].more}; {asked}")
 
     @property
     def missing(self) -> float:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize, center_view
-from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.decode import BadImage, OtherChannels, decode
 from ssl_vit.data.loader import stack
+from ssl_vit.data.missing import with_data
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.evaluators.features import ready
@@ -33,7 +34,8 @@ class LoadedEncoder:
 
     Images are paths, encoded bytes, ``PIL.Image``, arrays (H, W) or (H, W, C), tensors (C, H, W):
     one, or a sequence of any sizes; or a tensor (B, C, H, W). Tensors and arrays hold pixel values
-    as in a file, not normalised: uint8, or float for images of more than 8 bits.
+    as in a file, not normalised: uint8, or float for images of more than 8 bits, with NaN where
+    there is no data.
 
     Attributes:
         name: the name it was loaded by.
@@ -50,10 +52,10 @@ class LoadedEncoder:
     def transform(self, images: Images) -> Float[Tensor, "b c h w"]:
         """Preprocessed images: central crop, resized bicubically, normalised, on the device.
 
-        The preprocessing is that of the evaluators.
+        The preprocessing is that of the evaluators; pixels without data are 0, the mean.
 
         Raises:
-            UserError: an image cannot be read, is no image, or has other channels.
+            UserError: an image cannot be read, is no image, has other channels, or holds no data.
         """
         crops = [self._crop(image, i) for i, image in enumerate(_each(images))]
         check(bool(crops), "no image is given")
@@ -86,12 +88,16 @@ class LoadedEncoder:
         return torch.cat([rows for rows, _ in made]).unflatten(-1, made[0][1])
 
     def _crop(self, image: ImageLike, number: int) -> Tensor:
+        what = image if isinstance(image, str | os.PathLike) else f"image {number}"
         try:
             pixels = decode(_raw(image), self.view.channels)
+            view = center_view(pixels, self.view.size, self.view.crop_ratio)
+            return with_data(view, "the central crop")
+        except OtherChannels as error:
+            takes = f"{self.name} takes images of {error.asked}"
+            raise UserError(f"{what}: has {error.has} channels; {takes}") from None
         except (BadImage, OSError) as error:
-            what = image if isinstance(image, str | os.PathLike) else f"image {number}"
             raise UserError(f"{what}: {getattr(error, 'strerror', None) or error}") from None
-        return center_view(pixels, self.view.size, self.view.crop_ratio)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.view.size))

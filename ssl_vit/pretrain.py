@@ -23,6 +23,7 @@ from ssl_vit.commands.pretraining import (
     build,
     carry_out,
     default_options,
+    with_statistics,
     with_weights,
 )
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
@@ -33,6 +34,7 @@ from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.records.run_folder import read_run
 from ssl_vit.training.session import slug
 from ssl_vit.weights.exchange import ENCODER_FILE, sha256
+from ssl_vit.weights.official import weights_info
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.pretrain"
@@ -54,8 +56,10 @@ def parse_options(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[An
     files = [find_recipe(c) for c in configs]
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
     if config.init.encoder:
-        default = with_weights(default, config.init.encoder)
+        info = weights_info(config.init.encoder)[0]
+        default = with_weights(default, info)
         config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
+        config = with_statistics(config, info)
     if not config.run.out:
         out = f"runs/{name}-{slug(config.data.train)}"
         config = replace(config, run=replace(config.run, out=out))

@@ -13,16 +13,17 @@ from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config, s
 from ssl_vit.commands.gallery import (
     Drawn,
     PictureConfig,
+    images_of,
     in_parts,
     normalized,
     prepare,
-    read_images,
 )
 from ssl_vit.commands.neighbours import NeighboursConfig, neighbours
 from ssl_vit.commands.reconstruction import open_reconstruction, reconstruction_panel
 from ssl_vit.common.checks import check_portion
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
+from ssl_vit.data.missing import missing_in
 from ssl_vit.evaluators.backbone import result_file
 from ssl_vit.evaluators.features import ready
 from ssl_vit.model.attention import attention_panel, cls_attention
@@ -47,7 +48,7 @@ class AttentionConfig(PictureConfig):
 def attention(config: AttentionConfig) -> Drawn:
     """Attention maps of some images."""
     scene = prepare(config, config.count)
-    images = read_images(scene.source, scene.view)
+    images = images_of(scene)
     encoder = scene.plain_vit("attention")
     shown, maps, grid = [], [], encoder.grid
     for part in in_parts(images):
@@ -81,13 +82,13 @@ def reconstruction(config: ReconstructionConfig) -> Drawn:
     """Reconstructions of some images."""
     scene = prepare(config, config.count)
     method = open_reconstruction(scene.backbone, scene.view.size)
-    images = read_images(scene.source, scene.view)
+    images = images_of(scene)
     ready(method, scene.device)
     batch = normalized(images, scene.view, scene.device)[0]
     display = scene.view.display(images).to(scene.device)
-    picture = reconstruction_panel(
-        method, batch, display, config.mask_ratio, config.target, config.seed
-    )
+    missing = next(iter(missing_in([images.to(scene.device)])), None)
+    how = config.mask_ratio, config.target, config.seed
+    picture = reconstruction_panel(method, batch, display, *how, missing=missing)
     return Drawn(picture, len(images), scene.backbone)
 
 
@@ -99,7 +100,7 @@ class PcaConfig(PictureConfig):
 def pca(config: PcaConfig) -> Drawn:
     """Patch PCA of some images."""
     scene = prepare(config, config.count)
-    images = read_images(scene.source, scene.view)
+    images = images_of(scene)
     encoder = scene.plain_vit("pca")
     shown, patches, grid = [], [], encoder.grid
     for part in in_parts(images):

@@ -18,9 +18,9 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source, Subset
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.images import is_deep
 from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import open_source
+from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.watch import bounded
 
 log = logging.getLogger("ssl_vit")
@@ -42,7 +42,7 @@ def some_images(
     data = config.data
     check(bool(data.train), "--data.train is missing; it names images, as folder:PATH")
     source = open_source(data.train, data)
-    deep = bool(names) and is_deep(source, data.channels)
+    deep = bool(names) and is_deep(source, config)
     check(
         not deep,
         f"--against {','.join(names)} reads 8-bit images; those of {data.train} are deeper",
@@ -53,6 +53,17 @@ def some_images(
     opens += [chain.open for chain in chains.values()]
     chosen, bad = readable(bounded(source, config.count, config.run.seed), opens)
     return chosen, bad, chains
+
+
+def is_deep(source: Source, config: Any) -> bool:
+    """True if images of a source have more than 8 bits.
+
+    Raises:
+        UserError: none is readable.
+    """
+    found = survey(source, config.data.channels, config.run.seed, FEW)
+    found.check()
+    return bool(found.deep)
 
 
 def measure_loader(
@@ -68,7 +79,7 @@ def measure_loader(
     chosen, bad, chains = some_images(config, spec, statistics, names, method)
     size = min(config.batch_size or config.optim.batch_size, len(chosen))
     images = TrainImages(chosen, spec, data.channels, seed)
-    normalize = Normalize(*statistics, bounded=not is_deep(chosen, data.channels))
+    normalize = Normalize(*statistics, bounded=not is_deep(chosen, config))
     speeds = time_loader(images, normalize, chains, size, config.repeats)
     ratios = {
         f"{half} / {name}": speeds[half].rate / speeds[name].rate

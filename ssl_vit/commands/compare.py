@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ssl_vit.commands import finetuning as finetune
 from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
 from ssl_vit.commands.probes import KnnConfig, LinearConfig, Result, best_pooling, knn, linear
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
@@ -114,6 +115,10 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
     options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
     options += ["--tune.image-size", *map(str, config.size)] if config.size else []
+    for option in fields(ReadConfig):
+        given = getattr(config.data, option.name)
+        texts = [given] if isinstance(given, str) else given
+        options += [f"--data.{option.name.replace('_', '-')}", *texts]
     options += ["--data.workers", str(config.data.workers), "--run.seed", str(config.seed)]
     return [*options, "--run.device", config.device, "--run.precision", config.precision]
 

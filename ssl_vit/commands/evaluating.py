@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.sources import Source, check_classes, open_source
+from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import cached, content_sha256
 from ssl_vit.evaluators.features import (
@@ -137,6 +138,7 @@ class Evaluation:
         how = (config.data.workers, config.batch_size)
         self.machine = Machine(self.device, self.precision, *how)
         self.backbone: Backbone = open_backbone(config.encoder, config.seed, config.size)
+        look_at(self.sources["train"], self.backbone, config.seed)
         if self.backbone.module is not None:
             ready(self.backbone.module, self.device)
         self.names = self._named(plain)
@@ -187,6 +189,7 @@ class Evaluation:
             "network": backbone.network,
             "parts": parts,
             "view": asdict(backbone.view),
+            "reading": {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)},
             "device": self.device.type,
             "precision": str(self.precision),
             "content": content or content_sha256(source),
@@ -224,6 +227,20 @@ class Evaluation:
     def out(self, evaluator: str) -> Path:
         """Path of the result file."""
         return result_file(self.config.out, self.backbone, f"{evaluator}.json")
+
+
+def look_at(source: Source, backbone: Backbone, seed: int = 0) -> None:
+    """Look at some images of a source before an encoder is given them: a warning if their values
+    are far from those that it was trained on.
+
+    Raises:
+        UserError: none is readable, or they have other channels than the encoder takes.
+    """
+    found = survey(source, backbone.view.channels, seed, FEW)
+    found.check(f"--encoder {backbone.name}")
+    if wrong := found.misfit(backbone.view.mean, backbone.view.std):
+        remedy = "scale them as the images were that it was trained on"
+        log.warning("warning: the images of %s %s; %s", source.spec, wrong, remedy)
 
 
 def open_labelled(data: EvalData) -> dict[str, Source]:

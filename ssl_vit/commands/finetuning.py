@@ -16,7 +16,7 @@ from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source
-from ssl_vit.data.images import Images, open_images
+from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.classifier import (
@@ -65,7 +65,7 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
         data.channels == start.channels,
         f"--data.channels is {data.channels}; {config.encoder} takes images of {start.channels}",
     )
-    if not data.mean:
+    if not data.mean and data.statistics == "default":
         config = replace(config, data=replace(data, mean=start.mean, std=start.std))
     if not config.run.out:
         config = replace(config, run=replace(config.run, out=str(default_folder(config, start))))
@@ -106,7 +106,9 @@ class Finetuning(Session):
     task: FineTune
 
     def __init__(self, config: FinetuneConfig, start: Start) -> None:
-        images = open_images(config.data, config.run.seed)
+        own = Given(f"--encoder {config.encoder}", start.mean, start.std)
+        given = None if config.encoder == "none" else own
+        images = open_images(config.data, config.run.seed, given)
         self.classes, self.start = count_classes(images), start
         tune, seed = config.tune, config.run.seed
         size, drop_path = tune.image_size, tune.drop_path

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ssl_vit.commands.evaluating import look_at
 from ssl_vit.common.checks import check_least, check_size
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
@@ -156,6 +157,20 @@ def prepare(config: PictureConfig, most: int) -> Scene:
     source = find_images(config.images, config.data, most, config.seed)
     device = resolve_device(config.device)
     return Scene(source, open_backbone(config.encoder, config.seed, config.size), device)
+
+
+def images_of(scene: Scene) -> Tensor:
+    """Images of a scene, as of :func:`read_images`, with a warning if their values are far from
+    those that the encoder was trained on.
+
+    Raises:
+        UserError: as :func:`read_images`, or they have other channels than the encoder takes.
+    """
+    try:
+        look_at(scene.source, scene.backbone)
+    except UserError as error:
+        raise UserError(f"--images: {error}") from None
+    return read_images(scene.source, scene.view)
 
 
 def read_images(source: Source, view: View) -> Tensor:

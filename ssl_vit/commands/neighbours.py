@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ssl_vit.commands.evaluating import look_at
 from ssl_vit.commands.gallery import (
     Drawn,
     Files,
@@ -71,6 +72,7 @@ def neighbours(config: NeighboursConfig) -> Drawn:
     feature = config.pooling or _default_feature(scene.backbone)
     allowed = scene.backbone.features
     check(feature in allowed, f"--pooling is {feature!r}; of this encoder: {', '.join(allowed)}")
+    look_at(gallery, scene.backbone, config.seed)
     if isinstance(scene.source, Files):
         read_images(scene.source, scene.view)  # raises for a file that cannot be read
     found = _features(scene, gallery, feature)

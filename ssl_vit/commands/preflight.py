@@ -146,6 +146,7 @@ def advice(session: Pretraining, found: Found) -> list[str]:
         per_crop=found.per_crop,
     )
     lines = [
+        *session.images.warnings,
         *_on_memory(session, found),
         *session.task.advice(setting),
         *_on_rate(session),

@@ -15,8 +15,9 @@ import torch
 
 from ssl_vit.commands.cli import RESUMABLE, show_table
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.task import Task
-from ssl_vit.data.images import Images, open_images
+from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
 from ssl_vit.methods.base import Method
@@ -59,6 +60,8 @@ def carry_out(
     prepare_folder(session)
     if session.parallel.main:
         show_table(f"{session.name}: {session.out}", session.plan(about))
+        for line in session.images.warnings:
+            log.warning("warning: %s", line)
     with recorded(session, command) as note:
         stopped = train(session) if session.trainer.step < session.trainer.schedule.total else 0
         if stopped:
@@ -192,6 +195,11 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
     if config.init.encoder:
         given = open_weights(config.init.encoder)
         own = method.encoder
+        check(
+            given.encoder.channels == own.channels,
+            f"--init.encoder {config.init.encoder} takes images of {given.encoder.channels} "
+            f"channels; --data.channels is {own.channels}: they must agree",
+        )
         state = resample_positions(given.encoder.vit.state_dict(), given.encoder, own)
         fixed = own.config.positions == given.encoder.config.positions == "sincos"
         if fixed and not own.rotary:
@@ -201,16 +209,19 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
     return method
 
 
-def with_weights(default: PretrainConfig[Any], name: str) -> PretrainConfig[Any]:
-    """Default options for initial weights: the encoder's architecture, channels and statistics.
-
-    Raises:
-        UserError: no such encoder.
-    """
-    info = weights_info(name)[0]
+def with_weights(default: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:
+    """Default options for initial weights: the encoder's architecture and channels."""
     encoder = replace(info.config, drop_path=default.encoder.drop_path)
-    data = replace(default.data, channels=info.channels, mean=info.mean, std=info.std)
-    return replace(default, encoder=encoder, data=data)
+    return replace(default, encoder=encoder, data=replace(default.data, channels=info.channels))
+
+
+def with_statistics(config: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:
+    """Options with the statistics of the initial encoder, where none are given, or wanted of the
+    images, or of other channels."""
+    data = config.data
+    if data.mean or data.statistics == "auto" or data.channels != info.channels:
+        return config
+    return replace(config, data=replace(data, mean=info.mean, std=info.std))
 
 
 def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretraining:
@@ -219,7 +230,10 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretrai
     Raises:
         UserError: options contradict each other, or images do not exist.
     """
-    method = initial_method(kind, config)
-    images: Images = open_images(config.data, config.run.seed)
+    method, given = initial_method(kind, config), None
+    if config.init.encoder:
+        info = weights_info(config.init.encoder)[0]
+        given = Given(f"--init.encoder {config.init.encoder}", info.mean, info.std)
+    images: Images = open_images(config.data, config.run.seed, given)
     views = method.view_spec(config.method, method.encoder)
     return Pretraining(name, config, method, views, images)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ssl_vit.commands.evaluating import EvalConfig, Evaluation, FeatureConfig
+from ssl_vit.commands.evaluating import EvalConfig, Evaluation, FeatureConfig, look_at
 from ssl_vit.common.checks import check_given, check_least, check_portion
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
@@ -193,6 +193,7 @@ def segment(config: SegmentConfig) -> Result:
     precision = resolve_precision(config.precision, device)
     machine = Machine(device, precision, data.workers, config.batch_size)
     backbone = open_backbone(config.encoder, seed, config.size)
+    look_at(train, backbone, seed)
     if backbone.module is not None:
         ready(backbone.module, device)
     options = SegmentOptions(**{f.name: getattr(config, f.name) for f in fields(SegmentOptions)})

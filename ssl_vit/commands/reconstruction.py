@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_vit.commands.cli import layered
@@ -112,10 +112,11 @@ def reconstruction_panel(
     mask_ratio: float = 0.0,
     target: Target = "auto",
     seed: int = 0,
+    missing: Bool[Tensor, "b c h w"] | None = None,
 ) -> Any:
     """Original, masked image, prediction and reconstruction of normalised images, one row each:
     (height, width, 3) uint8. Arguments are those of ``Method.reconstruct``."""
     keys = mask_keys(len(images), seed).to(images.device)
-    found = method.reconstruct(images, keys, display, mask_ratio, target)
+    found = method.reconstruct(images, keys, display, mask_ratio, target, missing)
     log.info("%s", found.caption.partition(". ")[0])
     return picture_rows(found.pictures, found.caption)

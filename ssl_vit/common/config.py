@@ -120,12 +120,13 @@ class DataConfig(ReadConfig):
     channels: int = 3
     """Channels of an image: 3 (gray is repeated), 1 (colour turns gray), or what the files have."""
     statistics: Literal["default", "auto"] = "default"
-    """default: ImageNet's mean and standard deviation for 3 channels, estimated for others.
-    auto: estimated from 2000 training images. Without effect when --data.mean is given."""
+    """default: those of the encoder that training begins with; else ImageNet's mean and standard
+    deviation for 8-bit images of 3 channels, estimated for others. auto: estimated from 2000
+    training images. Without effect when --data.mean is given."""
     mean: tuple[float, ...] = ()
-    """Mean per channel, images scaled to 0..1."""
+    """Mean per channel; images of 8 and unsigned 16 bits are scaled to 0..1, others as they are."""
     std: tuple[float, ...] = ()
-    """Standard deviation per channel, images scaled to 0..1."""
+    """Standard deviation per channel, as the mean."""
     workers: int = -1
     """Loader processes for each training process. -1: one for each core it has (when it trains on
     the CPU itself, for every second one), at most 16."""

@@ -34,6 +34,9 @@ class Views:
         boxes: for each kind of crop (n B, 5) float32: top, left, height and width of the crop in
             its image, as shares of the image's sides, and 1 where it is flipped; empty in
             evaluation. For losses between places that two crops share.
+        missing: for each kind of crop (n B, C, H, W) bool: True where a value is missing, which is
+            NaN in crops from the workers, and 0 after the device half; empty where no value of the
+            batch is, which is known without asking the device.
     """
 
     crops: list[Tensor]
@@ -43,6 +46,7 @@ class Views:
     key: int = 0
     drawn: dict[str, Tensor] = field(default_factory=dict)
     boxes: list[Tensor] = field(default_factory=list)
+    missing: list[Tensor] = field(default_factory=list)
 
     def part(self, kinds: slice, name: str = "") -> Views:
         """The same samples with these kinds of crops, and with what was drawn as ``name.*``, if a
@@ -54,8 +58,13 @@ class Views:
             crops=self.crops[kinds],
             photometric=self.photometric[kinds],
             boxes=self.boxes[kinds],
+            missing=self.missing[kinds],
             drawn=drawn,
         )
+
+    def missing_of(self, kind: int) -> Tensor | None:
+        """``missing`` of a kind of crop; None: none of its values is."""
+        return self.missing[kind] if self.missing else None
 
     def redrawn(self, i: int) -> Views:
         """The same batch with other keys: an independent draw for each ``i``."""
@@ -79,7 +88,19 @@ class Views:
             self.key,
             {name: change(d) for name, d in self.drawn.items()},
             [change(b) for b in self.boxes],
+            [change(m) for m in self.missing],
         )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        found: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._each(keep)
+        return found
 
 
 class Scalar(NamedTuple):

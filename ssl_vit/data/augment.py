@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from ssl_vit.common.task import Views
+from ssl_vit.data.decode import BadImage
+from ssl_vit.data.missing import has_missing, resized, valid_share
 from ssl_vit.data.photometric import Photometric, photometric
 from ssl_vit.data.policy import Policy
 
@@ -23,17 +24,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Draw = Callable[[np.random.Generator], dict[str, np.ndarray]]
 """Draws for one sample in the workers, by name: arrays of fixed shapes."""
 
+# A crop of which less has data is drawn again, this many times at most.
+_LEAST_DATA, _DRAWS = 0.1, 10
+
 
 class DrawnCrop(NamedTuple):
     """A crop with what was drawn for it.
 
     ``photometric``: its photometric parameters, ``WIDTH`` of them or none. ``place``: top, left,
     height and width of its box as shares of the image's sides, and 1 if it is flipped.
+    ``missing``: whether any of its pixels is (NaN).
     """
 
     crop: Tensor
     photometric: list[float]
     place: tuple[float, ...]
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,24 +113,30 @@ def draw_views(
     ``policies``: whether the image is one that a policy can be applied to.
     """
 
-    def draw(crop: Crop) -> Cut:
-        box, flip = crop_box(height, width, crop, rng), rng.random() < crop.flip
-        key = rng.getrandbits(63) if crop.policy and policies else 0
-        top, left, h, w = box
-        place = top / height, left / width, h / height, w / width, float(flip)
-        return Cut(box, flip, key, crop.photometric.draw(rng) if crop.photometric else [], place)
-
-    return [[draw(crop) for _ in range(crop.count)] for crop in spec.crops]
+    return [
+        [draw_cut(height, width, crop, rng, policies) for _ in range(crop.count)]
+        for crop in spec.crops
+    ]
 
 
-def cut_out(image: Tensor, crop: Crop, cut: Cut) -> Tensor:
+def draw_cut(height: int, width: int, crop: Crop, rng: random.Random, policies: bool) -> Cut:
+    """What is drawn for one crop; ``policies`` as for :func:`draw_views`."""
+    box, flip = crop_box(height, width, crop, rng), rng.random() < crop.flip
+    key = rng.getrandbits(63) if crop.policy and policies else 0
+    top, left, h, w = box
+    place = top / height, left / width, h / height, w / width, float(flip)
+    return Cut(box, flip, key, crop.photometric.draw(rng) if crop.photometric else [], place)
+
+
+def cut_out(image: Tensor, crop: Crop, cut: Cut, missing: bool = False) -> Tensor:
     """The crop of a (C, H, W) image that was drawn, without its photometric operations.
 
     It is resized bicubically, antialiased (uint8 stays so), flipped after that, and what its policy
-    says is done last.
+    says is done last. ``missing``: whether pixels of the image may be.
     """
     top, left, height, width = cut.box
-    image = resized(image[:, top : top + height, left : left + width], crop.size)
+    part = image[:, top : top + height, left : left + width]
+    image = resized(part, crop.size, None if missing else False)
     image = image.flip(-1) if cut.flip else image
     if crop.policy is None or not crop.policy.applies(image):
         return image
@@ -132,10 +144,44 @@ def cut_out(image: Tensor, crop: Crop, cut: Cut) -> Tensor:
 
 
 def take_views(image: Tensor, spec: ViewSpec, rng: random.Random) -> list[list[DrawnCrop]]:
-    """The workers' half: for each kind of crop its crops of this image, all parameters drawn."""
+    """The workers' half: for each kind of crop its crops of this image, all parameters drawn.
+
+    Raises:
+        BadImage: so many pixels are missing that a crop holds nothing.
+    """
     height, width = image.shape[1:]
     drawn = draw_views(height, width, spec, rng, policies=Policy.applies(image))
-    return cut_views(image, spec, drawn)
+    if not has_missing(image):
+        return cut_views(image, spec, drawn)
+    if not valid_share(image):
+        raise BadImage("holds no data")
+    return [
+        [_with_data(image, crop, cut, rng) for cut in cuts]
+        for crop, cuts in zip(spec.crops, drawn, strict=True)
+    ]
+
+
+def _with_data(image: Tensor, crop: Crop, cut: Cut, rng: random.Random) -> DrawnCrop:
+    """The crop that was drawn or, if hardly any of it has data, the next one that has; if none of
+    some has, the one that has most.
+
+    Raises:
+        BadImage: none of them holds anything.
+    """
+    height, width = image.shape[1:]
+    best, most = None, 0.0
+    for _ in range(_DRAWS):
+        made = cut_out(image, crop, cut, missing=True)
+        share = valid_share(made)
+        if share > most:
+            best, most = DrawnCrop(made, cut.photometric, cut.place, has_missing(made)), share
+        if share >= _LEAST_DATA:
+            break
+        cut = draw_cut(height, width, crop, rng, policies=False)
+    if best is None:
+        has = f"holds data in {100 * valid_share(image):.2g} % of its pixels"
+        raise BadImage(f"{has}, and none of {_DRAWS} crops of it holds any")
+    return best
 
 
 def cut_views(image: Tensor, spec: ViewSpec, drawn: list[list[Cut]]) -> list[list[DrawnCrop]]:
@@ -144,18 +190,6 @@ def cut_views(image: Tensor, spec: ViewSpec, drawn: list[list[Cut]]) -> list[lis
         [DrawnCrop(cut_out(image, crop, cut), cut.photometric, cut.place) for cut in cuts]
         for crop, cuts in zip(spec.crops, drawn, strict=True)
     ]
-
-
-def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A (C, H, W) image at another size, bicubically, antialiased; uint8 stays so.
-
-    What torchvision's ``resize`` does, but that an image laid out pixel by pixel is seen as such, a
-    batch of one, and stays so: a quarter faster, and nothing is transposed.
-    """
-    if tuple(image.shape[1:]) == size:
-        return image
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return F.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
 def center_view(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
@@ -187,28 +221,39 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def images(self, images: Tensor) -> Float[Tensor, "b c h w"]:
-        """Normalised images from uint8 (0..255) or float ones."""
-        return self._standardised(_scaled(images))
+        """Normalised images from uint8 (0..255) or float ones; missing pixels (NaN) become 0."""
+        made = self._standardised(_scaled(images))
+        if not images.is_floating_point():
+            return made
+        return made.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
     def inverse(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Normalised images back to their own scale (0..1 for uint8)."""
         return images * self.std + self.mean
 
     def forward(self, views: Views) -> Views:
-        """The same batch with its crops augmented, by what parameters there are, and normalised.
+        """The same batch with its crops augmented, by what parameters there are, and normalised;
+        pixels that are missing are 0.
 
         ``bounded`` says whether the data set's images lie in 0..1, and have to stay there; it is no
         matter of a batch, where 8-bit images may meet deeper ones.
         """
-        if not views.photometric:
-            return replace(views, crops=[self.images(crop) for crop in views.crops])
-        crops = []
-        for images, parameters in zip(views.crops, views.photometric, strict=True):
-            scaled = _scaled(images)
-            if parameters.shape[1]:
-                scaled = photometric(scaled, parameters, bounded=self.bounded)
-            crops.append(self._standardised(scaled))
-        return replace(views, crops=crops, photometric=[])
+        none: list[None] = [None] * len(views.crops)
+        found = zip(views.crops, views.photometric or none, views.missing or none, strict=True)
+        return replace(views, crops=[self._crops(*kind) for kind in found], photometric=[])
+
+    def _crops(
+        self, images: Tensor, parameters: Tensor | None, missing: Tensor | None
+    ) -> Float[Tensor, "b c h w"]:
+        """Crops of one kind; those without data are the mean from the beginning, for photometric
+        operations spread it, and again after them."""
+        scaled = _scaled(images)
+        if missing is not None:
+            scaled = torch.where(missing, self.mean, scaled).contiguous()
+        if parameters is not None and parameters.shape[1]:
+            scaled = photometric(scaled, parameters, bounded=self.bounded)
+        made = self._standardised(scaled)
+        return made if missing is None else made.masked_fill_(missing, 0.0)
 
     def _standardised(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Overwrites ``images``: none of this is worth another pass over memory."""

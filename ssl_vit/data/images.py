@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
+from typing import Any, NamedTuple
 
 from ssl_vit.common.config import DataConfig
-from ssl_vit.common.errors import UserError
-from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
+from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
+
+# Channels whose statistics a row shows.
+_SHOWN = 4
+
+
+class Given(NamedTuple):
+    """Encoder that training begins with: the option that names it, and the statistics of its own
+    images."""
+
+    option: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass
 class Images:
-    """Images of a run: training and held-out sources, and pixel statistics."""
+    """Images of a run: training and held-out sources, and pixel statistics.
+
+    ``origin``: where the statistics are from. ``survey``: the training images that were looked at.
+    ``warnings``: what looks wrong with them, with remedies.
+    """
 
     train: Source
     val: Source
@@ -27,6 +38,9 @@ class Images:
     std: tuple[float, ...]
     deep: bool
     """More than 8 bits per channel, so values have no fixed range."""
+    origin: str
+    survey: Survey
+    warnings: tuple[str, ...] = ()
 
     @property
     def held_out(self) -> bool:
@@ -37,9 +51,24 @@ class Images:
         """Fingerprint that detects a changed training set, JSON-serialisable."""
         return {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
 
+    def about(self) -> list[tuple[str, str]]:
+        """Plan rows on their values."""
+        rest = f" ... ({len(self.mean)} channels)" if len(self.mean) > _SHOWN else ""
+        mean, std = (", ".join(f"{v:.4g}" for v in s[:_SHOWN]) for s in (self.mean, self.std))
+        rows = [("normalised by", f"mean {mean}{rest}, deviation {std}{rest}: {self.origin}")]
+        looked = self.survey
+        if looked.missing:
+            how = f"--data.nodata {self.train.reading.nodata}"
+            share = f"{100 * looked.missing:.3g} % of the pixels of {len(looked):,} images"
+            none = f"; {looked.empty:,} of them hold none" if looked.empty else ""
+            rows.append(("no data", f"{share} looked at ({how}){none}"))
+        return rows
 
-def open_images(data: DataConfig, seed: int) -> Images:
+
+def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Images:
     """Open the sources of a run, split off held-out images, check channels, get statistics.
+
+    ``given``: the encoder that it begins with, if any.
 
     Raises:
         UserError: sources that do not exist, or do not match the options or each other.
@@ -50,61 +79,44 @@ def open_images(data: DataConfig, seed: int) -> Images:
     else:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
-    deep, _ = (is_deep(source, data.channels) for source in (train, val))
+    fixed = given.option if given else ""
+    few = survey(train, data.channels, seed, FEW)
+    few.check(fixed)
+    if val is not train:
+        survey(val, data.channels, seed, 1).check(fixed)
     check_classes(train, val)
-    mean, std = data.mean, data.std
-    if not mean and data.channels == 3 and data.statistics == "default":
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    elif not mean:
-        mean, std = estimate_statistics(train, data.channels, seed)
-    return Images(train, val, mean, std, deep)
+    usual = data.channels == 3 and data.statistics == "default" and not few.deep
+    if not data.mean and not usual:
+        return _estimated(train, val, data, seed, deep=bool(few.deep))
+    mean, std = (data.mean, data.std) if data.mean else (IMAGENET_MEAN, IMAGENET_STD)
+    origin = "as given by --data.mean and --data.std" if data.mean else "ImageNet's"
+    remedy = "give --data.statistics auto"
+    if given and (given.mean, given.std) == (mean, std):
+        origin = f"those of {given.option}"
+    elif data.mean:
+        remedy = "8 and unsigned 16 bits are decoded to 0..1, other values as they are"
+    warnings = list(_on_missing(few, data))
+    if wrong := few.misfit(mean, std):
+        warnings.append(f"the training images {wrong} ({origin}); {remedy}")
+    return Images(train, val, mean, std, bool(few.deep), origin, few, tuple(warnings))
 
 
-def is_deep(source: Source, channels: int) -> bool:
-    """True if the first readable image has more than 8 bits per channel.
-
-    Raises:
-        UserError: it has other channels than asked for, or none of the first hundred is readable.
-    """
-    reason = ""
-    for i in range(min(100, len(source))):
-        try:
-            return decode(source.read(i)[0], channels, source.reading).dtype != torch.uint8
-        except BadImage as error:
-            reason = reason or f"{source.name(i)}: {error}"
-    raise UserError(f"no image of {source.spec} can be read, the first is {reason}")
+def _estimated(train: Source, val: Source, data: DataConfig, seed: int, deep: bool) -> Images:
+    """Images with statistics of their own."""
+    many = survey(train, data.channels, seed, MANY)
+    mean, std, warnings = estimate_statistics(many)
+    origin = f"estimated from {len(many):,} training images"
+    if many.deep < len(many) and many.deep:
+        origin += f", {many.deep:,} of them of more than 8 bits"
+    warnings += _on_missing(many, data)
+    return Images(train, val, mean, std, deep or bool(many.deep), origin, many, tuple(warnings))
 
 
-def estimate_statistics(
-    source: Source, channels: int, seed: int, count: int = 2000
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Estimate the mean and standard deviation of each channel on ``count`` random images.
-
-    Images weigh equally, independent of size; uint8 images are scaled to 0..1. Unreadable images
-    are skipped.
-
-    Raises:
-        UserError: no image could be read, or a channel is constant.
-    """
-    picks = permute(np.arange(min(count, len(source)), dtype=np.int64), len(source), fold(seed))
-    first, second, n = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
-    reason = ""
-    for index in picks:
-        try:
-            image = decode(source.read(int(index))[0], channels, source.reading)
-        except BadImage as error:
-            reason = f"{source.name(int(index))}: {error}"
-            continue
-        pixels = image.double() / (255 if image.dtype == torch.uint8 else 1)
-        first += pixels.mean((1, 2))
-        second += pixels.square().mean((1, 2))
-        n += 1
-    if not n:
-        raise UserError(f"none of {len(picks)} images of {source.spec} can be read: {reason}")
-    mean = first / n
-    std = (second / n - mean.square()).clamp(min=0).sqrt()
-    if not (std > 1e-6).all():
-        raise UserError(
-            f"a channel of {source.spec} is constant (standard deviations {std.tolist()})"
+def _on_missing(looked: Survey, data: DataConfig) -> Iterator[str]:
+    """The warning of more images without any data than a run allows."""
+    if looked.empty > data.max_bad * len(looked):
+        yield (
+            f"{looked.empty} of {len(looked)} images looked at hold no data, and are replaced by "
+            f"others; when more than --data.max-bad {data.max_bad:g} of all are found, the run "
+            "stops: raise it, or leave such images out"
         )
-    return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())

@@ -22,6 +22,7 @@ from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view
 from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.missing import missing_in, with_data
 from ssl_vit.data.order import Order
 from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import Source
@@ -66,14 +67,17 @@ class TrainImages(Dataset):
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
         counts = [c.count for c in self.spec.crops]
         kinds = [_by_view(kind, n) for kind, n in zip(taken, counts, strict=True)]
+        stacked = [stack([c.crop for c in kind]) for kind in kinds]
+        missing = any(c.missing for kind in kinds for c in kind)
         views = Views(
-            crops=[stack([c.crop for c in kind]) for kind in kinds],
+            crops=stacked,
             keys=torch.tensor(keys),
             labels=torch.tensor(labels),
             photometric=[torch.tensor([c.photometric for c in kind]) for kind in kinds],
             key=fold(*keys),
             drawn=draw_samples(self.spec.draw, keys) if self.spec.draw else {},
             boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
+            missing=[kind.isnan() for kind in stacked] if missing else [],
         )
         return Batch(views, bad)
 
@@ -203,7 +207,8 @@ class EvalImages(Dataset):
             try:
                 raw, label = self.source.read(index)
                 image = decode(raw, self.channels, self.source.reading)
-                crops.append(center_view(image, self.size, self.crop_ratio))
+                view = center_view(image, self.size, self.crop_ratio)
+                crops.append(with_data(view, "the central crop"))
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
                 continue
@@ -211,7 +216,9 @@ class EvalImages(Dataset):
             labels.append(-1 if label is None else label)
         if not crops:
             return Batch(Views([], torch.tensor([]).long(), torch.tensor([]).long()), bad)
-        return Batch(Views([stack(crops)], torch.tensor(keys), torch.tensor(labels)), bad)
+        made = [stack(crops)]
+        views = Views(made, torch.tensor(keys), torch.tensor(labels), missing=missing_in(made))
+        return Batch(views, bad)
 
 
 def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Integer
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
@@ -24,6 +22,7 @@ from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.folder import FolderSource, open_flat
 from ssl_vit.data.loader import Batch, EvalImages, stack
+from ssl_vit.data.missing import missing_in, resized, with_data
 
 CLASSES_FILE = "classes.txt"
 _FORM = "pairs:IMAGES_FOLDER:MASKS_FOLDER, or pairs:ROOT with ROOT/images and ROOT/masks"
@@ -221,6 +220,7 @@ class PairImages(EvalImages):
             try:
                 raw = self.source.read(index)[0]
                 image = decode(raw, self.channels, self.source.reading)
+                view = with_data(resized(image, self.size))
                 mask = self.source.read_mask(index)
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
@@ -231,17 +231,9 @@ class PairImages(EvalImages):
                 f"{self.source.name(index)} has {sizes[0]} pixels, its mask {sizes[1]} (rows x "
                 "columns); they must agree",
             )
-            crops.append(whole_view(image, self.size))
+            crops.append(view)
             masks.append(mask)
             keys.append(index)
-        views = [stack(crops)] if crops else []
-        unlabelled = torch.full((len(keys),), -1)
-        return PairBatch(Views(views, torch.tensor(keys).long(), unlabelled), bad, masks)
-
-
-def whole_view(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a whole (C, H, W) image, bicubically, antialiased; uint8 stays uint8."""
-    if tuple(image.shape[1:]) == size:
-        return image
-    bicubic = v2.InterpolationMode.BICUBIC
-    return tvf.resize(image, list(size), interpolation=bicubic, antialias=True)
+        kinds = [stack(crops)] if crops else []
+        views = Views(kinds, torch.tensor(keys).long(), torch.full((len(keys),), -1))
+        return PairBatch(replace(views, missing=missing_in(kinds)), bad, masks)

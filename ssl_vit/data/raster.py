@@ -24,11 +24,11 @@ class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
 
 
 class OtherChannels(BadImage):
-    """Image of ``has`` channels, where ``asked`` are asked for."""
+    """Image of ``has`` channels, where ``asked`` are asked for; ``more``: said beside that."""
 
     def __init__(self, has: int, asked: int, more: str = "") -> None:
         super().__init__(f"has {has} channel{'s' * (has != 1)}, --data.channels is {asked}{more}")
-        self.has, self.asked = has, asked
+        self.has, self.asked, self.more = has, asked, more
 
 
 class Raster(NamedTuple):

@@ -40,7 +40,7 @@ def views_of(
     The boxes are those of the whole image, independent of the reduction.
 
     Raises:
-        BadImage: the image cannot be decoded.
+        BadImage: the image cannot be decoded, or holds no data.
     """
     plain = reading is None or (not nodata_given(reading) and not reading.slices.isdecimal())
     found = None

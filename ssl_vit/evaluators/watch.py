@@ -94,7 +94,7 @@ class Watch:
         keys = torch.tensor([fold(self.seed, int(i)) for i in views.keys])
         seen, display = as_rgb(views.crops[0], self.view), self.view.display(views.crops[0])
         normalize = Normalize(self.view.mean, self.view.std).to(self.device)
-        ready_made = normalize(Views(views.crops, keys, views.labels).to(self.device))
+        ready_made = normalize(dataclasses.replace(views, keys=keys).to(self.device))
         pictures = painter(ready_made, display.to(self.device))
         with torch.inference_mode():
             tokens = encoder(ready_made.crops[0])

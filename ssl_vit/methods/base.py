@@ -130,7 +130,8 @@ class Method(Task):
         reconstructions, where it ``reconstructs``."""
         if not self.reconstructs:
             return {}
-        return self.reconstruct(views.crops[0], views.keys, normalize).panel()
+        first, missing = views.crops[0], views.missing_of(0)
+        return self.reconstruct(first, views.keys, normalize, missing=missing).panel()
 
     def reconstruct(
         self,
@@ -139,12 +140,14 @@ class Method(Task):
         normalize: Normalize,
         mask_ratio: float = 0.0,
         target: Target = "auto",
+        missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Reconstruction:
         """Masked images and what is predicted of them, where ``reconstructs``; arguments and errors
         are those of :meth:`Objective.reconstruct`."""
         able = [o for _, o in self.parts() if type(o).reconstruct is not Objective.reconstruct]
         assert able, f"no objective of {type(self).__name__} reconstructs"
-        return able[0].reconstruct(self.encoder, images, keys, normalize, mask_ratio, target)
+        how = mask_ratio, target, missing
+        return able[0].reconstruct(self.encoder, images, keys, normalize, *how)
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
@@ -27,7 +27,9 @@ from ssl_vit.objectives.masked_patches import (
     Decoder,
     explained_shares,
     masked_pictures,
+    mean_of_valid,
     patch_statistics,
+    visible_first,
 )
 from ssl_vit.weights.decoders import read_decoder
 from ssl_vit.weights.exchange import load_strictly
@@ -107,25 +109,39 @@ class MAEObjective(Objective):
 
     def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """The loss of a batch, each image masked by its own key."""
-        return {"loss": self.loss(encoder, views.crops[0], self.noise(views.keys))}
+        noise = self.noise(views.keys)
+        return {"loss": self.loss(encoder, views.crops[0], noise, views.missing_of(0))}
 
     def noise(self, keys: Int64[Tensor, " b"]) -> Float[Tensor, "b n"]:
         """Noise that decides which patches of images with these keys are kept."""
         return uniform(keys, self.grid[0] * self.grid[1])
 
     def loss(
-        self, encoder: Encoder, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"]
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b n"],
+        missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean squared error of the masked patches' pixels.
+        """Mean squared error of the masked patches' pixels, in this part of the batch.
 
-        ``noise`` decides what is kept: the patches with the ``n_visible`` smallest numbers.
+        ``noise`` decides what is kept: the patches with the ``n_visible`` smallest numbers, those
+        without data last. Pixels that are ``missing`` (None: none) are no target, nor is a patch
+        too few of whose pixels are there; the loss is 0 where nothing is.
         """
-        order = noise.argsort(dim=1, stable=True)
+        valid = None if missing is None else encoder.patchify(~missing)
+        order = visible_first(noise, valid)
         # What the loss does not use is not computed: it is of masked patches.
         tokens = self.decode(encoder, images, order, self.n_visible, masked_only=True)
         prediction = at_least_fp32(self.decoder.predict(tokens))
-        target = self.target(take(encoder.patchify(images), order[:, self.n_visible :]))
-        return (prediction - target).square().mean()
+        masked = order[:, self.n_visible :]
+        patches = take(encoder.patchify(images), masked)
+        if valid is None:
+            return (prediction - self.target(patches)).square().mean()
+        valid = take(valid, masked)
+        if self.config.normalize_target:  # a value alone has no variance
+            valid = valid & (valid.sum(-1, keepdim=True) > 1)
+        return mean_of_valid((prediction - self.target(patches, valid)).square(), valid)
 
     def decode(
         self,
@@ -140,12 +156,14 @@ class MAEObjective(Objective):
         latent = encoder.encode(encoder.embed(images, order[:, :visible]))
         return self.decoder(latent, order, encoder.vit.num_prefix_tokens, masked_only)
 
-    def target(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n ppc"]:
-        """Target of patches: their pixels; normalised by each patch's own mean and unbiased
-        variance if so set."""
+    def target(
+        self, patches: Float[Tensor, "b n ppc"], valid: Bool[Tensor, "b n ppc"] | None = None
+    ) -> Float[Tensor, "b n ppc"]:
+        """Target of patches: their pixels; normalised by the mean and unbiased variance of each
+        patch's own valid values (None: all are) if so set."""
         if not self.config.normalize_target:
             return patches
-        mean, std = patch_statistics(patches)
+        mean, std = patch_statistics(patches, valid)
         return (patches - mean) / std
 
     def predict(
@@ -154,11 +172,13 @@ class MAEObjective(Objective):
         images: Float[Tensor, "b c h w"],
         noise: Float[Tensor, "b n"],
         visible: int | None = None,
+        valid: Bool[Tensor, "b n ppc"] | None = None,
     ) -> tuple[Float[Tensor, "b n ppc"], Float[Tensor, "b n"]]:
         """Predictions for all patches in image order, and the mask (1 where masked); ``visible``:
-        how many patches the encoder sees, if not as many as in training."""
+        how many patches the encoder sees, if not as many as in training; ``valid``: as for
+        ``visible_first``."""
         visible = visible or self.n_visible
-        order = noise.argsort(dim=1, stable=True)
+        order = visible_first(noise, valid)
         tokens = self.decode(encoder, images, order, visible)
         restore = order.argsort(dim=1)
         masked = torch.arange(order.shape[1], device=order.device)[None] >= visible
@@ -174,6 +194,7 @@ class MAEObjective(Objective):
         normalize: Normalize,
         mask_ratio: float = 0.0,
         target: Target = "auto",
+        missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Reconstruction:
         """Masked images and what is predicted of them; arguments are those of a method's.
 
@@ -184,29 +205,35 @@ class MAEObjective(Objective):
         noise = self.noise(keys)
         n = noise.shape[1]
         visible = self.config.visible(n, mask_ratio)
-        prediction, mask = self.predict(encoder, images, noise, visible)
+        valid = None if missing is None else encoder.patchify(~missing)
+        prediction, mask = self.predict(encoder, images, noise, visible, valid)
         hidden, patches = mask > 0, encoder.patchify(images)
-        normalized, why = self._target(patches, prediction, hidden, target)
+        normalized, why = self._target(patches, prediction, hidden, target, valid)
         if normalized:
-            mean, std = patch_statistics(patches)
+            mean, std = patch_statistics(patches, valid)
             prediction = prediction * std + mean
         caption = (
             f"{self._target_shown(normalized)} ({why}). {n - visible} of {n} patches are masked. "
             "prediction: all patches as predicted, of which training knows the masked ones only; "
             "reconstruction: the visible patches as they are, the masked ones as predicted."
         )
-        pictures = masked_pictures(encoder, images, prediction, hidden, normalize)
+        pictures = masked_pictures(encoder, images, prediction, hidden, normalize, missing)
         return Reconstruction(pictures, caption)
 
     def _target(
-        self, patches: Tensor, prediction: Tensor, hidden: Tensor, asked: Target
+        self,
+        patches: Tensor,
+        prediction: Tensor,
+        hidden: Tensor,
+        asked: Target,
+        valid: Tensor | None,
     ) -> tuple[bool, str]:
         """True for a normalised target, and how that is known."""
         if asked != "auto":
             return asked == "normalized", f"as given by --target {asked}"
         if self.target_known_from:
             return self.config.normalize_target, f"as given by {self.target_known_from}"
-        shares = explained_shares(patches, prediction, hidden)
+        shares = explained_shares(patches, prediction, hidden, valid)
         why = (
             "the file does not state it; decided on these images: of their masked patches "
             f"the prediction explains {_percent(shares['normalized'])} as normalised patches and "

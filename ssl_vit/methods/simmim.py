@@ -22,7 +22,7 @@ from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init
 from ssl_vit.objectives.base import Objective, Reconstruction, Target
-from ssl_vit.objectives.masked_patches import masked_pictures
+from ssl_vit.objectives.masked_patches import masked_pictures, mean_of_valid, without_data
 from ssl_vit.objectives.masks import random_units
 
 
@@ -78,14 +78,28 @@ class SimMIMObjective(Objective):
 
     def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """The loss of a batch, each image masked as its worker drew it."""
-        return {"loss": self.loss(encoder, views.crops[0], views.drawn["masked"])}
+        return {
+            "loss": self.loss(encoder, views.crops[0], views.drawn["masked"], views.missing_of(0))
+        }
 
     def loss(
-        self, encoder: Encoder, images: Float[Tensor, "b c h w"], masked: Bool[Tensor, "b n"]
+        self,
+        encoder: Encoder,
+        images: Float[Tensor, "b c h w"],
+        masked: Bool[Tensor, "b n"],
+        missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean of |prediction - pixel| over the pixels of masked patches."""
+        """Mean of |prediction - pixel| over the pixels of masked patches, in this part of a batch.
+
+        Pixels that are ``missing`` (None: none) are no target, and a patch of which all are is
+        masked, too; the loss is 0 where there is no target.
+        """
+        valid = None if missing is None else encoder.patchify(~missing)
+        masked = masked if valid is None else masked | without_data(valid)
         error = (self.predict(encoder, images, masked) - encoder.patchify(images)).abs()
-        return (error.mean(2) * masked).sum() / masked.sum()
+        if valid is None:
+            return (error.mean(2) * masked).sum() / masked.sum()
+        return mean_of_valid(error, valid & masked[:, :, None])
 
     def predict(
         self, encoder: Encoder, images: Float[Tensor, "b c h w"], masked: Bool[Tensor, "b n"]
@@ -103,6 +117,7 @@ class SimMIMObjective(Objective):
         normalize: Normalize,
         mask_ratio: float = 0.0,
         target: Target = "auto",
+        missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Reconstruction:
         """As in the base; the target is raw pixels."""
         check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
@@ -110,10 +125,12 @@ class SimMIMObjective(Objective):
         config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)
         draw = partial(SimMIM.draw, config, encoder.grid)
         masked = draw_samples(draw, keys.tolist())["masked"].to(images.device)
+        n, hidden = masked.shape[1], int(masked[0].sum())
+        if missing is not None:
+            masked = masked | without_data(encoder.patchify(~missing))
         prediction = self.predict(encoder, images, masked)
-        n = masked.shape[1]
-        caption = f"target: raw pixels. {int(masked[0].sum())} of {n} patches are masked."
-        pictures = masked_pictures(encoder, images, prediction, masked, normalize)
+        caption = f"target: raw pixels. {hidden} of {n} patches are masked."
+        pictures = masked_pictures(encoder, images, prediction, masked, normalize, missing)
         return Reconstruction(pictures, caption)
 
 

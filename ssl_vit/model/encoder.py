@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
             position[0, prefix:] = sincos_positions(self.grid, self.width)
         position.requires_grad_(False)
 
-    def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n ppc"]:
+    def patchify(self, images: Shaped[Tensor, "b c h w"]) -> Shaped[Tensor, "b n ppc"]:
         """Images as flattened patches; pixels of a patch are ordered (row, column, channel)."""
         p = self.patch_size
         height, width = images.shape[-2:]
@@ -256,7 +256,7 @@ class Encoder(nn.Module):
         return outputs
 
 
-def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+def take(tokens: Shaped[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Shaped[Tensor, "b k d"]:
     """Of each image's tokens those at its own indices."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 

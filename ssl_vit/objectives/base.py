@@ -98,6 +98,7 @@ class Objective(nn.Module):
         normalize: Normalize,
         mask_ratio: float = 0.0,
         target: Target = "auto",
+        missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Reconstruction:
         """Masked images and what is predicted of them, where it can.
 
@@ -106,6 +107,7 @@ class Objective(nn.Module):
             keys: what the masks are drawn from.
             mask_ratio: share of the patches to hide. 0: as it was trained.
             target: what its predictions are; auto: as it was trained, where that is known.
+            missing: where the images have no data; None: nowhere.
 
         Raises:
             UserError: a ratio or a target that it cannot show.

@@ -16,6 +16,9 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.encoder import Encoder, sincos_positions
 
+# Of masked patches and missing pixels in pictures.
+_GRAY = 0.5
+
 
 class Decoder(nn.Module):
     """The light decoder of MAE: a narrow ViT over visible latents and mask tokens, to pixels.
@@ -69,28 +72,66 @@ class Decoder(nn.Module):
 
 
 def patch_statistics(
-    patches: Float[Tensor, "b n ppc"],
+    patches: Float[Tensor, "b n ppc"], valid: Bool[Tensor, "b n ppc"] | None = None
 ) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
-    """Mean and standard deviation (unbiased, 1e-6 added to the variance) of each patch."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
+    """Mean and standard deviation (unbiased, 1e-6 added to the variance) of each patch.
+
+    ``valid``: the values that count; None: all. A patch with none has the mean 0, and one with less
+    than two the variance 0.
+    """
+    if valid is None:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return mean, (variance + 1e-6).sqrt()
+    count = valid.sum(-1, keepdim=True)
+    mean = (patches * valid).sum(-1, keepdim=True) / count.clamp(min=1)
+    squares = ((patches - mean) * valid).square().sum(-1, keepdim=True)
+    return mean, (squares / (count - 1).clamp(min=1) + 1e-6).sqrt()
+
+
+def mean_of_valid(
+    errors: Float[Tensor, "b n ppc"], valid: Bool[Tensor, "b n ppc"]
+) -> Float[Tensor, ""]:
+    """Mean of the errors whose target is valid; 0 where none is."""
+    return (errors * valid).sum() / valid.sum().clamp(min=1)
+
+
+def without_data(valid: Bool[Tensor, "b n ppc"]) -> Bool[Tensor, "b n"]:
+    """Patches of which no value is valid: they have nothing to show, or to be predicted."""
+    return ~valid.any(-1)
+
+
+def visible_first(
+    noise: Float[Tensor, "b n"], valid: Bool[Tensor, "b n ppc"] | None
+) -> Int64[Tensor, "b n"]:
+    """Order of patches, of which the encoder sees the first ones: by their noise (0 <= noise < 1).
+
+    ``valid``: their values that are there (None: all); patches without any come last, so that they
+    are seen only where there are too few others.
+    """
+    if valid is not None:
+        noise = noise + without_data(valid)
+    return noise.argsort(dim=1, stable=True)
 
 
 def explained_shares(
     patches: Float[Tensor, "b n ppc"],
     prediction: Float[Tensor, "b n ppc"],
     hidden: Bool[Tensor, "b n"],
+    valid: Bool[Tensor, "b n ppc"] | None = None,
 ) -> dict[str, float]:
     """The share of the masked patches' target that a prediction explains, for each target.
 
     ``pixels`` and ``normalized``: 1 - (mean squared error) / (mean square about the target's mean),
     as if the decoder had been trained on that. One of another target explains nothing: less than 0.
+    ``valid``: the values that count; None: all.
     """
-    mean, std = patch_statistics(patches)
+    mean, std = patch_statistics(patches, valid)
     targets = {"pixels": patches, "normalized": (patches - mean) / std}
+    counted = hidden[:, :, None].expand_as(patches)
+    counted = counted if valid is None else counted & valid
     shares = {}
     for name, target in targets.items():
-        wanted, given = target[hidden].double(), prediction[hidden].double()
+        wanted, given = target[counted].double(), prediction[counted].double()
         about_mean = (wanted - wanted.mean()).square().mean().clamp(min=1e-12)
         shares[name] = 1 - float((given - wanted).square().mean() / about_mean)
     return shares
@@ -102,18 +143,21 @@ def masked_pictures(
     prediction: Float[Tensor, "b n ppc"],
     hidden: Bool[Tensor, "b n"],
     normalize: Normalize,
+    missing: Bool[Tensor, "b c h w"] | None = None,
 ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
     """Original, masked image, prediction, and reconstruction: the masked patches as predicted.
 
     ``images`` and ``prediction`` (of all patches, as pixels) are normalised; the inverse of
-    ``normalize`` shows them.
+    ``normalize`` shows them. Pixels that are ``missing`` are gray in the original and in what is
+    seen of it.
     """
     grid, over = encoder.grid_of(images), hidden[:, :, None]
     patches = encoder.patchify(images)
     prediction = prediction.to(patches.dtype)
     pasted = torch.where(over, prediction, patches)
     shown = normalize.inverse(images)
-    masked = torch.where(over, 0.5, encoder.patchify(shown))
+    shown = shown if missing is None else shown.masked_fill(missing, _GRAY)
+    masked = torch.where(over, _GRAY, encoder.patchify(shown))
     return {
         "original": to_rgb(shown),
         "masked": to_rgb(encoder.unpatchify(masked, grid)),

@@ -36,11 +36,9 @@ def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
 
 def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """Make a batch usable on the current stream, which waits for this copy and no later one."""
-    views = batch.views
-    tensors = [*views.crops, views.keys, views.labels, *views.photometric]
-    current = torch.cuda.current_stream(views.keys.device)
+    current = torch.cuda.current_stream(batch.views.keys.device)
     current.wait_event(copied)
-    for tensor in tensors:
+    for tensor in batch.views.tensors():
         # The memory belongs to the copy stream, which must not reuse it before this one is done.
         tensor.record_stream(current)
     return batch

@@ -131,6 +131,7 @@ class Session:
             ("precision", str(trainer.precision).removeprefix("torch.")),
             *about,
             ("images", f"{order.n:,} train, {held_out}"),
+            *self.images.about(),
             ("views", self.describe_views()),
             ("effective batch", f"{optim.batch_size} = {split}"),
             ("learning rate", rate),

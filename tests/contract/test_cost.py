@@ -1,5 +1,6 @@
 """A step without numbers: on the meta device, and counted by benchmark scale."""
 
+import dataclasses
 import json
 from contextlib import nullcontext
 
@@ -31,11 +32,15 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("meta")
 
 
-def test_a_whole_step_runs_on_the_meta_device(name, kind, meta):
-    """With all that is called around the update: nothing reads a number from the device."""
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_whole_step_runs_on_the_meta_device(name, kind, meta, holes):
+    """With all that is called around the update: nothing reads a number from the device, nor where
+    pixels are missing."""
     task = weightless(kind, name).train()
     task.set_length(tiny.STEPS, 2)
-    views = tiny.first_views(tiny.session(name)).to(meta)
+    views = tiny.first_views(tiny.session(name))
+    missing = [crop > 1 for crop in views.crops] if holes else []
+    views = dataclasses.replace(views, missing=missing).to(meta)
     for step in range(2):
         scalars = task(views, step)
         scalars["loss"].backward()

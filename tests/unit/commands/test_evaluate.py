@@ -255,8 +255,26 @@ def test_images_of_other_channels_than_the_encoder_are_named(run, tmp_path):
         np.save(tmp_path / "set" / "ab"[i % 2] / f"{i}.npy", np.zeros((8, 8, 5), np.uint8))
     sets = (f"folder:{tmp_path / 'set'}",) * 2
     options = ("--data.train", sets[0], "--data.val", sets[1], "--data.workers", "0")
-    with pytest.raises(UserError, match="5 channels"):
+    takes = f"have 5 channels; --encoder {run} takes images of 1"
+    with pytest.raises(UserError, match=takes):
         evaluate.main(["knn", "--encoder", str(run), *options])
+
+
+def test_values_far_from_the_encoders_are_a_warning(run, tmp_path, caplog):
+    """Features of them are measured all the same; missing pixels among them do no harm."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        image = rng.normal(2000, 300, (8, 8)).astype(np.float32)
+        image[:2] = np.nan
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "set" / "ab"[i % 2] / f"{i}.npy", image)
+    spec = f"folder:{tmp_path / 'set'}"
+    options = ("--data.train", spec, "--data.val", spec, "--data.workers", "0", "--k", "3")
+    out = tmp_path / "x.json"
+    assert evaluate.main(["knn", "--encoder", str(run), *options, "--out", str(out)]) == 0
+    (said,) = [r.message for r in caplog.records if r.message.startswith("warning: the images of")]
+    assert "the encoder is given values around" in said
+    assert json.loads(out.read_text())["train"]["unreadable"] == 0
 
 
 def test_low_shot_is_a_mean_over_seeds(run, tmp_path):

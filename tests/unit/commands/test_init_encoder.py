@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ssl_vit.commands.pretraining import initial_method
+from ssl_vit.commands.pretraining import build, initial_method
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.methods.base import find_method
@@ -82,3 +83,41 @@ def test_without_it_nothing_changes():
     _, kind, config = parse_options(flags)
     assert config.init.encoder == ""
     assert kind is find_method("mae")
+
+
+def folder_of(path: Path, channels: int, kind: str = "f4") -> str:
+    """Images of these channels, of mean 2000 and deviation 300."""
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        np.save(path / f"{i}.npy", rng.normal(2000, 300, (8, 8, channels)).astype(kind))
+    return f"flat:{path}"
+
+
+def test_statistics_of_the_images_are_estimated_where_that_is_asked(given, tmp_path):
+    """Where it is not, they are the encoder's, with a warning that names the remedy."""
+    path, _ = given
+    flags = ["mae", "--data.train", folder_of(tmp_path / "2", 2), "--init.encoder", str(path)]
+    flags += ["--optim.batch-size", "4"]
+    kept, own = (build(*parse_options([*flags, *m])) for m in ((), ("--data.statistics", "auto")))
+    assert kept.images.mean == (0.1, 0.2)
+    assert f"those of --init.encoder {path}" in dict(kept.plan([]))["normalised by"]
+    assert kept.images.warnings[0].endswith("give --data.statistics auto")
+    assert own.images.mean == pytest.approx((2000, 2000), rel=0.01)
+    assert own.images.warnings == ()
+    assert own.info().mean == own.images.mean
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_channels_than_the_encoders_are_named(given, tmp_path, channels):
+    """Whether they are asked for, or the images have them; never --data.mean, which nobody gave."""
+    path, _ = given
+    spec = folder_of(tmp_path / "other", channels)
+    flags = ["mae", "--data.train", spec, "--init.encoder", str(path)]
+    asked = parse_options([*flags, "--data.channels", f"{channels}"])
+    with pytest.raises(
+        UserError, match=f"takes images of 2 channels; --data.channels is {channels}"
+    ):
+        build(*asked)
+    with pytest.raises(UserError, match=f"have {channels} channels?; --init.encoder .* of 2"):
+        build(*parse_options(flags))

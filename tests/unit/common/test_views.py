@@ -17,12 +17,13 @@ def made(b: int = 3) -> Views:
         key=fold(*keys.tolist()),
         drawn={"mask": torch.rand(b, 4), "a.mask": torch.rand(b, 5), "b.order": torch.rand(b, 6)},
         boxes=[torch.rand(b, 5), torch.rand(2 * b, 5)],
+        missing=[torch.rand(b, 1, 2, 2) < 0.5, torch.rand(2 * b, 1, 1, 1) < 0.5],
     )
 
 
 def tensors(views: Views) -> list[torch.Tensor]:
     found = [*views.crops, views.keys, views.labels, *views.photometric]
-    return [*found, *views.drawn.values(), *views.boxes]
+    return [*found, *views.drawn.values(), *views.boxes, *views.missing]
 
 
 @pytest.mark.parametrize("how", ["to", "pin_memory"])
@@ -37,7 +38,7 @@ def test_everything_is_moved(how, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     other = views.to(torch.device("meta")) if how == "to" else views.pin_memory()
     assert (other.key, list(other.drawn)) == (views.key, list(views.drawn))
-    assert len(tensors(other)) == len(tensors(views)) == 11
+    assert len(tensors(other)) == len(tensors(views)) == 13
     for a, b in zip(tensors(views), tensors(other), strict=True):
         if how == "to":
             assert b.device.type == "meta"
@@ -45,7 +46,7 @@ def test_everything_is_moved(how, monkeypatch):
         else:
             assert a.data_ptr() != b.data_ptr() or not a.numel()
             assert torch.equal(a, b)
-    assert how == "to" or len(moved) == 11
+    assert how == "to" or len(moved) == 13
 
 
 def test_a_second_draw_is_independent_and_a_function_of_the_first():
@@ -70,7 +71,7 @@ def test_a_second_draw_is_independent_and_a_function_of_the_first():
 def test_a_part_is_of_some_kinds_and_one_name():
     views = made()
     part = views.part(slice(1, 2), "a")
-    for name in ("crops", "photometric", "boxes"):
+    for name in ("crops", "photometric", "boxes", "missing"):
         (found,) = getattr(part, name)
         assert found is getattr(views, name)[1]
     assert list(part.drawn) == ["mask"]
@@ -88,3 +89,12 @@ def test_a_part_without_a_name_keeps_what_was_drawn():
     assert len(part.crops) == 1
     evaluated = Views(views.crops, views.keys, views.labels).part(slice(0, 1))
     assert (evaluated.photometric, evaluated.boxes, evaluated.drawn) == ([], [], {})
+    assert evaluated.missing == []
+    assert evaluated.missing_of(0) is None
+
+
+def test_all_tensors_are_named_once():
+    """What a second stream of a GPU must keep until it is used: each field's."""
+    views = made()
+    assert [id(t) for t in views.tensors()] == [id(t) for t in tensors(views)]
+    assert views.missing_of(1) is views.missing[1]

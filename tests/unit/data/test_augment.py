@@ -165,7 +165,7 @@ def test_views_without_photometric_operations_draw_nothing_for_them():
     rng, again = random.Random(1), random.Random(1)
     views = take_views(image, ViewSpec(crops), rng)
     expected = [random_crop(image, c, again) for c in (crops[0], *crops)]
-    for (crop, drawn, _), same in zip([*views[0], *views[1]], expected, strict=True):
+    for (crop, drawn, *_), same in zip([*views[0], *views[1]], expected, strict=True):
         assert torch.equal(crop, same)
         assert drawn == []
     assert rng.random() == again.random()
@@ -176,7 +176,7 @@ def test_photometric_parameters_are_drawn_after_their_crop():
     image, photometric = picture(40, 40), Photometric(jitter=0.5, blur=0.5)
     crop = Crop((8, 8), count=2, photometric=photometric)
     again = random.Random(1)
-    for taken, drawn, _ in take_views(image, ViewSpec((crop,)), random.Random(1))[0]:
+    for taken, drawn, *_ in take_views(image, ViewSpec((crop,)), random.Random(1))[0]:
         assert torch.equal(taken, random_crop(image, crop, again))
         assert drawn == photometric.draw(again)
 
@@ -188,7 +188,7 @@ def test_a_crop_is_its_box_of_the_image(shape, flip):
     image, flips = picture(*shape), []
     spec = ViewSpec((Crop((12, 9), (0.05, 0.9), flip=flip, count=8), Crop((6, 6), flip=flip)))
     for kind in take_views(image, spec, random.Random(3)):
-        for crop, _, place in kind:
+        for crop, _, place, _ in kind:
             assert all(0 <= share <= 1 for share in place)
             edges = [share * side for share, side in zip(place, [*shape, *shape], strict=False)]
             top, left, height, width = map(round, edges)

@@ -1,4 +1,4 @@
-"""Batches: the same at any number of workers and from any start; bad images; statistics."""
+"""Batches: the same at any number of workers and from any start; bad images."""
 
 import io
 import logging
@@ -18,7 +18,6 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, ViewSpec, resized, take_views
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.images import estimate_statistics
 from ssl_vit.data.loader import (
     BadImages,
     Batch,
@@ -31,6 +30,7 @@ from ssl_vit.data.loader import (
 from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import WIDTH, Photometric
 from ssl_vit.data.sources import open_source
+from ssl_vit.data.statistics import MANY, estimate_statistics, survey
 from tests.conftest import ROOT
 
 COLOUR = Photometric(jitter=0.8, gray=0.2, blur=0.5, solarize=0.2)
@@ -118,7 +118,7 @@ def test_crops_and_their_parameters_are_in_one_order():
     for i, index in enumerate((4, 0)):
         image = torch.from_numpy(source.read(index)[0]).permute(2, 0, 1)
         taken = take_views(image, SPEC, random.Random(fold(1, 2, index)))
-        for view, (crop, drawn, place) in enumerate(taken[1]):
+        for view, (crop, drawn, place, _) in enumerate(taken[1]):
             assert torch.equal(views.crops[1][view * 2 + i], crop)
             assert torch.equal(views.photometric[1][view * 2 + i], torch.tensor(drawn))
             assert torch.equal(views.boxes[1][view * 2 + i], torch.tensor(place))
@@ -342,40 +342,6 @@ def test_evaluation_sees_every_readable_image_once_in_order(workers):
     assert {tuple(b.views.crops[0].shape[1:]) for b in found[1:]} == {(3, 8, 8)}
 
 
-# --- statistics ---------------------------------------------------------------------------------
-
-
-def test_statistics_are_those_of_all_pixels():
-    """With images of one size, mean and (biased) deviation over all pixels of each channel."""
-    source = MadeUp(40, bad=(7,), shape=(6, 9, 3))
-    pixels = np.stack([source.read(i)[0] for i in range(40) if i != 7]) / 255
-    mean, std = estimate_statistics(source, 3, seed=0)
-    assert mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-6)
-    assert std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-6)
-
-
-def test_statistics_weigh_images_equally_and_sample_them():
-    """A big image counts as much as a small one; a sample is a function of the seed."""
-    source = MadeUp(40)
-    means = np.stack([source.read(i)[0].mean((0, 1)) for i in range(40)]) / 255
-    assert estimate_statistics(source, 3, seed=0)[0] == pytest.approx(means.mean(0), abs=1e-6)
-    some = estimate_statistics(source, 3, seed=0, count=5)
-    assert some == estimate_statistics(source, 3, seed=0, count=5)
-    assert some != estimate_statistics(source, 3, seed=1, count=5)
-
-
-def test_statistics_refuse_what_has_none():
-    with pytest.raises(UserError, match=r"none of 5 images of made up can be read.*garbage"):
-        estimate_statistics(MadeUp(5, bad=tuple(range(5))), 3, seed=0)
-
-    class Gray(MadeUp):
-        def read(self, i: int) -> tuple[np.ndarray, int]:
-            return np.full((4, 4, 3), 128, dtype=np.uint8), 0
-
-    with pytest.raises(UserError, match="constant"):
-        estimate_statistics(Gray(5), 3, seed=0)
-
-
 # --- folders of uncommon images -----------------------------------------------------------------
 
 
@@ -420,7 +386,7 @@ def test_a_folder_of_five_channel_arrays(tmp_path, dtype):
     assert batch.views.labels.tolist() == [-1, -1, -1]
     assert list(batch.bad) == [2]
     assert "4 channels, --data.channels is 5" in batch.bad[2]
-    mean, _ = estimate_statistics(source, 5, seed=0)
+    mean, _, _ = estimate_statistics(survey(source, 5, 0, MANY))
     scale = 255 if dtype == np.uint8 else 1
     assert mean == pytest.approx(arrays[:2].mean((0, 1, 2)) / scale, rel=1e-4)
 

@@ -120,7 +120,7 @@ def test_crops_are_those_of_the_whole_image(picture, reductions):
         ours = views_of(raw, 3, plain, key)
         whole = take_views(decode(raw, 3), plain, random.Random(key))
         for kind, same in zip(ours, whole, strict=True):
-            for (crop, drawn, place), (expected, theirs, box) in zip(kind, same, strict=True):
+            for (crop, drawn, place, _), (expected, theirs, box, _) in zip(kind, same, strict=True):
                 assert drawn == theirs
                 assert place == box
                 assert crop.dtype == torch.uint8

@@ -20,15 +20,17 @@ def batch(i: int) -> Batch:
     """Of the shapes that workers send; every number in it is ``i``."""
     crops = [torch.full((8, 3, 64, 64), i, dtype=torch.uint8), torch.full((16, 3, 32, 32), 1.0 * i)]
     numbers = torch.full((8,), i)
-    views = Views(crops, numbers, numbers + 1, [torch.full((8, 10), 0.5 * i)], key=i)
+    drawn, boxes = {"order": torch.full((8, 4), i)}, [torch.full((8, 5), 2.0 * i)]
+    missing = [torch.full_like(crop, i % 2, dtype=torch.bool) for crop in crops]
+    colours = [torch.full((8, 10), 0.5 * i)]
+    views = Views(crops, numbers, numbers + 1, colours, i, drawn, boxes, missing)
     return Batch(views.pin_memory() if torch.cuda.is_available() else views, {i: "bad"})
 
 
 def numbers(found: Batch) -> tuple[float, ...]:
     views = found.views
-    tensors = [*views.crops, views.keys, views.labels, *views.photometric]
-    assert all((t == t.flatten()[0]).all() for t in tensors)
-    return *(t.flatten()[0].item() for t in tensors), views.key, *found.bad
+    assert all((t == t.flatten()[0]).all() for t in views.tensors())
+    return *(t.flatten()[0].item() for t in views.tensors()), views.key, *found.bad
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -44,7 +46,7 @@ def test_batches_arrive_whole_and_in_order(device, n):
         if len(held) == 3:
             found.append(numbers(held.pop(0)))
     found += [numbers(one) for one in held]
-    assert found == [(i, i, i, i + 1, 0.5 * i, i, i) for i in range(n)]
+    assert found == [(i, i, i, i + 1, 0.5 * i, i, 2 * i, i % 2, i % 2, i, i) for i in range(n)]
 
 
 @pytest.mark.parametrize(

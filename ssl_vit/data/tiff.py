@@ -44,6 +44,7 @@ _REFUSED = {
     32845: "LogLuv colours",
     34892: "the raw data of a camera",
 }
+_WEBP, _SEPARATE = 50001, 2  # of compression and planar configuration
 _ALPHA = ((1,), (2,))  # associated and unassociated
 _JPEG = (6, 7, 33007, 34892)
 # Codecs that allocate what the header of their own data asks for, not what the TIFF says.
@@ -131,6 +132,9 @@ def _check_page(page: Any, file: Any) -> None:
     if max((at + count for at, count in segments), default=0) > file.size:
         raise BadImage("truncated TIFF")
     if frame.is_tiled:
+        if frame.compression == _WEBP and frame.planarconfig == _SEPARATE:
+            # GDAL stores three channels in each, of which tifffile makes nothing.
+            raise BadImage("holds WebP tiles of single bands: write it with INTERLEAVE=PIXEL")
         check_pixels(frame.tilewidth * frame.tilelength * frame.tiledepth)
     if frame.compression in _OWN_SIZE:
         for at, count in segments:

@@ -13,8 +13,9 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.labels import align_classes
 from ssl_vit.data.order import permute
-from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
+from ssl_vit.data.sources import Source, open_source, split_holdout
 
 
 @dataclass
@@ -51,7 +52,7 @@ def open_images(data: DataConfig, seed: int) -> Images:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
     deep, _ = (is_deep(source, data.channels) for source in (train, val))
-    check_classes(train, val)
+    val = val if val is train else align_classes(train, val)
     mean, std = data.mean, data.std
     if not mean and data.channels == 3 and data.statistics == "default":
         mean, std = IMAGENET_MEAN, IMAGENET_STD

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ssl_vit.commands import finetuning as finetune
 from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
 from ssl_vit.commands.probes import KnnConfig, LinearConfig, Result, best_pooling, knn, linear
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
@@ -59,7 +60,6 @@ class CompareConfig:
         check(bool(self.evaluators), "--evaluators is empty; allowed: " + ", ".join(_EVALUATORS))
         needs = "finetune" in self.evaluators
         check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
-        check(not (needs and self.data.labels), "--data.labels is not for finetune")
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
     """Command line options of ``finetune`` for one encoder."""
     options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
+    for option in fields(ReadConfig):
+        value = getattr(config.data, option.name)
+        if value != option.default:
+            values = value if isinstance(value, tuple) else (value,)
+            options += [f"--data.{option.name.replace('_', '-')}", *map(str, values)]
     options += ["--tune.image-size", *map(str, config.size)] if config.size else []
     options += ["--data.workers", str(config.data.workers), "--run.seed", str(config.seed)]
     return [*options, "--run.device", config.device, "--run.precision", config.precision]
@@ -142,7 +147,7 @@ def shown(cell: Cell | None) -> str:
     if cell is None:
         return "-"
     low, high = cell.score.interval
-    return f"{next(iter(cell.score.metrics.values())):.1f} ±{(high - low) / 2:.1f}"
+    return f"{cell.score.value:.1f} ±{(high - low) / 2:.1f}"
 
 
 def write(config: CompareConfig, table: Table) -> list[Path]:
@@ -167,7 +172,7 @@ def write(config: CompareConfig, table: Table) -> list[Path]:
     for name, row in table.items():
         for evaluator, cell in row.items():
             low, high = cell.score.interval
-            value = next(iter(cell.score.metrics.values()))
+            value = cell.score.value
             values.setdefault(name, {})[evaluator] = (value, low, high)
     metric = next(iter(next(iter(next(iter(table.values())).values())).score.metrics))
     write_atomically(out / "compare.png", lambda path: bars(path, values, f"{metric} in %"))

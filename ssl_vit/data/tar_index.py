@@ -151,19 +151,14 @@ def _scan(shard: Path, descriptor: int, size: int, columns: tuple[str, ...]) -> 
     """Scan the headers of a shard, the files of labels, and the first bytes of other members."""
     images: dict[str, tuple[int, int]] = {}
     found = _LabelFiles(columns)
-
-    def is_image(name: str, member: tarfile.TarInfo) -> bool:
-        if not is_unclear(os.fsencode(kind)) or found.takes(name):
-            return False
-        return format_of(os.pread(descriptor, min(HEAD, member.size), member.offset_data)) != ""
-
     passed: Counter[str] = Counter()
     for member in _members(shard, descriptor, size):
         name = member.name.removeprefix("./")
         if _is_hidden(name):
             continue
         kind = split_name(name, full=True)[1].lower()
-        if kind in EXTENSIONS or is_image(name, member):
+        unclear = is_unclear(os.fsencode(kind)) and not found.takes(name)
+        if kind in EXTENSIONS or (unclear and _is_image(descriptor, member)):
             images[name] = (member.offset_data, member.size)  # of equal names the last, as in tar
             continue
         passed[kind] += 1
@@ -177,6 +172,11 @@ def _scan(shard: Path, descriptor: int, size: int, columns: tuple[str, ...]) -> 
     return ShardIndex(
         places[:, 0].copy(), places[:, 1].copy(), names, alone, labels, values, dict(passed)
     )
+
+
+def _is_image(descriptor: int, member: tarfile.TarInfo) -> bool:
+    """True for a member that begins like an image."""
+    return format_of(os.pread(descriptor, min(HEAD, member.size), member.offset_data)) != ""
 
 
 def _is_hidden(name: str) -> bool:

@@ -110,12 +110,15 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
             precision=str(watch.precision).removeprefix("torch."),
         )
         write_scores(path, table, card)
-    rows = [(n, f"{row['knn'].top1:.1f}", f"{row['linear'].top1:.1f}") for n, row in table.items()]
+    rows = [
+        (n, f"{row['knn'].value:.1f}", f"{row['linear'].value:.1f}") for n, row in table.items()
+    ]
     k = table["raw pixels"]["knn"].setting
-    title = f"accuracy in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
+    kind = "accuracy" if watch.val.targets is None else "mean average precision"
+    title = f"{kind} in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
     own = table[f"{session.name} encoder"]
-    return {f"final/{evaluator}": score.top1 for evaluator, score in own.items()}
+    return {f"final/{evaluator}": score.value for evaluator, score in own.items()}
 
 
 def measure(session: Pretraining, watch: Watch) -> ScoreTable:

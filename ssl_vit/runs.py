@@ -110,6 +110,7 @@ class Row:
             "loss": run.latest("loss"),
             "knn": dict([run.knn]) if run.knn else {},
             "val_top1": run.latest("val_top1"),
+            "val_map": run.latest("val_map"),
             **{name: getattr(run, name) for name in later},
             "status": asdict(run.status) if run.status else None,
         }
@@ -133,11 +134,14 @@ def _number(value: float | None, kind: str) -> str:
 
 
 def score(run: Run) -> str:
-    """Score cell: k-NN accuracy in percent; of fine-tuning, the classifier's top-1 accuracy."""
+    """Score cell: k-NN score in percent; of fine-tuning, the classifier's top-1 accuracy or, of
+    several labels an image, mean average precision."""
     if run.knn:
         return f"{run.knn[1]:.1f}"
-    top1 = run.latest("val_top1")
-    return "" if top1 is None else f"{top1:.1f}\ntop-1"
+    for name, shown in (("val_top1", "top-1"), ("val_map", "mAP")):
+        if (found := run.latest(name)) is not None:
+            return f"{found:.1f}\n{shown}"
+    return ""
 
 
 def scan_runs(folders: Iterable[str], known: Mapping[Path, Run]) -> list[Row]:

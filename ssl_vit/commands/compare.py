@@ -60,7 +60,6 @@ class CompareConfig:
         check(bool(self.evaluators), "--evaluators is empty; allowed: " + ", ".join(_EVALUATORS))
         needs = "finetune" in self.evaluators
         check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
-        check(not (needs and self.data.labels), "--data.labels is not for finetune")
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,11 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
     """Command line options of ``finetune`` for one encoder."""
     options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
+    for option in fields(ReadConfig):
+        value = getattr(config.data, option.name)
+        if value != option.default:
+            values = value if isinstance(value, tuple) else (value,)
+            options += [f"--data.{option.name.replace('_', '-')}", *map(str, values)]
     options += ["--tune.image-size", *map(str, config.size)] if config.size else []
     for option in fields(ReadConfig):
         given = getattr(config.data, option.name)
@@ -147,7 +151,7 @@ def shown(cell: Cell | None) -> str:
     if cell is None:
         return "-"
     low, high = cell.score.interval
-    return f"{next(iter(cell.score.metrics.values())):.1f} ±{(high - low) / 2:.1f}"
+    return f"{cell.score.value:.1f} ±{(high - low) / 2:.1f}"
 
 
 def write(config: CompareConfig, table: Table) -> list[Path]:
@@ -172,7 +176,7 @@ def write(config: CompareConfig, table: Table) -> list[Path]:
     for name, row in table.items():
         for evaluator, cell in row.items():
             low, high = cell.score.interval
-            value = next(iter(cell.score.metrics.values()))
+            value = cell.score.value
             values.setdefault(name, {})[evaluator] = (value, low, high)
     metric = next(iter(next(iter(next(iter(table.values())).values())).score.metrics))
     write_atomically(out / "compare.png", lambda path: bars(path, values, f"{metric} in %"))

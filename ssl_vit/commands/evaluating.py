@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ssl_vit.common.checks import check_least
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
-from ssl_vit.data.labels import labelled_by
-from ssl_vit.data.sources import Source, check_classes, open_source
+from ssl_vit.data.base import describe_labels, known_labels
+from ssl_vit.data.labels import align_classes
+from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import cached, content_sha256
@@ -45,10 +47,6 @@ class EvalData(ReadConfig):
     held_out: str = ""
     """Held-out images with labels, to choose settings. Empty: a seeded tenth of the training
     images."""
-    labels: str = ""
-    """CSV file of labels for images without labels of their own: the first column is the image's
-    name; one more column holds its class, several hold 1 or 0 for labels that do not exclude each
-    other (blank: unknown)."""
     workers: int = -1
     """Loader processes. -1: one for each core (on the CPU, for every second one), at most 16."""
 
@@ -246,23 +244,34 @@ def look_at(source: Source, backbone: Backbone, seed: int = 0) -> None:
 def open_labelled(data: EvalData) -> dict[str, Source]:
     """Labelled sources of an evaluation: ``train``, and ``val`` and ``held_out`` if given.
 
+    Images without a label are left out; what is taken for labels is logged.
+
     Raises:
         UserError: one has no labels, or their classes differ.
     """
     sources: dict[str, Source] = {}
-    classes: tuple[str, ...] | None = None
     for name in ("train", "val", "held_out"):
         spec = getattr(data, name)
-        if not spec:
-            continue
-        source = open_source(spec, data)
-        if data.labels:
-            source = labelled_by(source, Path(data.labels).expanduser(), classes)
-            classes = source.classes
-        option = f"--data.{name.replace('_', '-')}"
-        known = source.labels is not None or source.targets is not None
-        check(known, f"{option} {spec} has no labels; give class folders, or --data.labels CSV")
-        if name != "train":
-            check_classes(sources["train"], source)
-        sources[name] = source
+        if spec:
+            option = f"--data.{name.replace('_', '-')}"
+            source = with_labels(open_source(spec, data), option)
+            sources[name] = align_classes(sources["train"], source) if sources else source
     return sources
+
+
+def with_labels(source: Source, option: str) -> Source:
+    """Images of a source that have a label; what is taken for it is logged.
+
+    Raises:
+        UserError: none has; the line says what was looked for, and what to give.
+    """
+    about, known = describe_labels(source), known_labels(source)
+    check(
+        bool(known.any()),
+        f"{option} {source.spec} has no labels ({about}); give class folders, or --data.labels CSV",
+    )
+    log.info("%s %s: %s", option, source.spec, about)
+    if known.all():
+        return source
+    log.warning("warning: %s: images without a label are left out of the score", option)
+    return Subset(source, np.flatnonzero(known))

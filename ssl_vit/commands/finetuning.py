@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
+from ssl_vit.commands.evaluating import with_labels
 from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
@@ -30,8 +32,10 @@ from ssl_vit.evaluators.classifier import (
 )
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, recipe
+from ssl_vit.evaluators.online import Numbered, source_targets
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
+from ssl_vit.evaluators.selection import guesses_of, outputs_of, quality
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted, slug
@@ -80,24 +84,36 @@ def default_folder(config: FinetuneConfig, start: Start) -> Path:
 
 
 def count_classes(images: Images) -> int:
-    """Number of classes of the training images.
+    """Number of classes of the training images, or of labels where an image may have several.
 
     Raises:
-        UserError: labels are missing, there is only one class, no image is held out, or the
-            validation set has a class that the training set lacks.
+        UserError: there is only one class, or the validation set has a class that the training set
+            lacks.
     """
-    check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
     train, val = (labels_of(source) for source in (images.train, images.val))
     names = max(images.train.classes or (), images.val.classes or (), key=len)
     check_labels(train, val, names)
-    return int(train.labels.max()) + 1
+    return outputs_of(train.labels)
 
 
 def labels_of(source: Source) -> FeatureSet:
     """Labels of all images, without reading an image."""
-    if source.labels is None:
-        raise UserError(f"{source.spec} has no labels, one for each image; fine-tuning needs them")
-    return FeatureSet({}, torch.from_numpy(source.labels), 0, torch.arange(len(source)))
+    return FeatureSet({}, source_targets(source), 0, torch.arange(len(source)))
+
+
+def labelled_images(config: FinetuneConfig, given: Given | None) -> Images:
+    """Images of a run, those with a label; what is taken for labels is logged.
+
+    ``given``: the encoder that training begins with.
+
+    Raises:
+        UserError: there are none, or none is held out.
+    """
+    images = open_images(config.data, config.run.seed, given)
+    check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
+    train = with_labels(images.train, "--data.train")
+    val = with_labels(images.val, "--data.val" if config.data.val else "held-out images of")
+    return replace(images, train=train if train.targets is None else Numbered(train), val=val)
 
 
 class Finetuning(Session):
@@ -107,13 +123,14 @@ class Finetuning(Session):
 
     def __init__(self, config: FinetuneConfig, start: Start) -> None:
         own = Given(f"--encoder {config.encoder}", start.mean, start.std)
-        given = None if config.encoder == "none" else own
-        images = open_images(config.data, config.run.seed, given)
+        images = labelled_images(config, None if config.encoder == "none" else own)
         self.classes, self.start = count_classes(images), start
         tune, seed = config.tune, config.run.seed
         size, drop_path = tune.image_size, tune.drop_path
         self.made: Classifier = classifier(start, self.classes, tune.pooling, size, drop_path, seed)
-        task = FineTune(self.made.network, tune, self.classes)
+        several = images.train.targets
+        targets = None if several is None else torch.from_numpy(several)
+        task = FineTune(self.made.network, tune, self.classes, targets)
         views = tune.views(self.made.size, images.mean)
         super().__init__("finetune", config, task, views, images)
         check(
@@ -155,15 +172,20 @@ class Finetuning(Session):
         return saved_step(self.out / MODEL_FILE)
 
     def probe(self, whole: Task, step: int, log: RunLog) -> None:
-        """Evaluation during training: accuracy on held-out images."""
+        """Evaluation during training: accuracy on held-out images, or mean average precision."""
         assert isinstance(whole, FineTune)
         run = self.config.run
         guesses, found = self.guess(whole, bounded(self.images.val, run.probe_images, run.seed))
-        tops = {f"val_top{n}": accuracy(guesses, found.labels, top=n) for n in (1, 5)}
-        log.write(step, tops, "probe")
+        if found.labels.ndim == 1:
+            scores = {f"val_top{n}": accuracy(guesses, found.labels, top=n) for n in (1, 5)}
+        else:
+            precision = quality(guesses, found.labels)
+            scores = {} if math.isnan(precision) else {"val_map": precision}
+        log.write(step, scores, "probe")
 
     def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
-        """Predicted classes (n, at most 5), best first, and features, of the readable images."""
+        """Predicted classes (n, at most 5), best first, or each label's probability (n, L); and
+        features, of the readable images."""
         network = task.evaluated
         ready(network, self.parallel.device)
 
@@ -171,8 +193,7 @@ class Finetuning(Session):
             return {"logits": network(images)}
 
         found = extract(embed, source, self.view, self.machine)
-        logits = found.parts["logits"]
-        return logits.topk(min(5, self.classes), dim=1).indices, found
+        return guesses_of(found.parts["logits"], found.labels), found
 
     def card(self, found: FeatureSet) -> dict[str, Any]:
         """Protocol card of the score."""
@@ -199,8 +220,9 @@ class Finetuning(Session):
         weights = made.loaded if self.start.pretrained else "random"
         augmentation = f"RandAugment {tune.randaugment}, erasing {tune.erasing:g}"
         mixing = f"mixup {tune.mixup:g}, cutmix {tune.cutmix:g}, smoothing {tune.smoothing:g}"
+        outputs = "classes" if self.images.train.targets is None else "labels, several an image"
         return [
-            ("network", f"{made.call.arch}, {size} px{pooling}, {self.classes} classes"),
+            ("network", f"{made.call.arch}, {size} px{pooling}, {self.classes} {outputs}"),
             ("weights", f"{self.start.identity['given']}: {weights}"),
             ("parameters", counted(made.network)),
             ("rates", f"layer decay {tune.layer_decay:g}, drop path {tune.drop_path:g}"),
@@ -221,8 +243,11 @@ def show_results(session: Finetuning) -> dict[str, float]:
     n, m = len(guesses), len(session.images.train)
     title = f"finetune: {session.config.encoder}, {n:,} evaluation and {m:,} training images"
     low, high = score.interval
-    row = (score.setting, f"{score.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{score.top5:.2f}")
-    show_table(f"{title}, accuracy in %", [row], header=("weights", "top-1", "95%", "top-5"))
+    first, second = (f"{value:.2f}" for value in score.metrics.values())
+    row = (score.setting, first, f"{low:.2f} to {high:.2f}", second)
+    kinds = ("accuracy", "top-1", "top-5") if "top1" in score.metrics else ("score", "mAP", "AUROC")
+    header = ("weights", kinds[1], "95%", kinds[2])
+    show_table(f"{title}, {kinds[0]} in %", [row], header=header)
     print(f"model:    {session.out / MODEL_FILE}")
     print(f"protocol and scores: {session.out / CARD_FILE}")
     print(f"curves:   tensorboard --logdir {shlex.quote(str(session.out))}")

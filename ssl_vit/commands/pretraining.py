@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 
 from ssl_vit.commands.cli import RESUMABLE, show_table
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Task
+from ssl_vit.data.base import Source, known_labels
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
@@ -150,16 +152,38 @@ class Pretraining(Session):
         """Plan rows on the encoder."""
         encoder = self.task.exported_encoder()
         size = "x".join(map(str, encoder.image_size))
-        return [
+        rows = [
             ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
             ("parameters", f"{counted(encoder)} encoder, {counted(self.task)} in all"),
         ]
+        reason = self.why_no_knn() if known_labels(self.images.train).any() else ""
+        return rows + ([("k-NN", f"not measured while training: {reason}")] if reason else [])
 
     def untrained_encoder(self) -> Encoder:
         """Encoder with its weights before the first step."""
         kind = type(self.trainer.blank)  # the type of a sharded task is changed by FSDP
         assert issubclass(kind, Method)
         return initial_method(kind, self.config).exported_encoder()
+
+    def why_no_knn(self) -> str:
+        """Reason why no k-NN is measured while training; empty if it is."""
+        train, val = self.watched
+        if not self.images.held_out:  # each image would be its own nearest neighbour
+            return "no image is held out"
+        for source in (train, val):
+            if not known_labels(source).any():
+                return f"{source.spec} has no labels"
+        if (train.targets is None) != (val.targets is None):
+            return "one set has one class an image, the other several labels"
+        classes = 2 if train.labels is None else len(np.unique(train.labels[known_labels(train)]))
+        return "" if classes > 1 else "the labels are all of one class"
+
+    @functools.cached_property
+    def watched(self) -> tuple[Source, Source]:
+        """Training and held-out images of which features are looked at while training."""
+        run, images = self.config.run, self.images
+        train, val = (bounded(s, run.probe_images, run.seed) for s in (images.train, images.val))
+        return train, val
 
     @functools.cached_property
     def watch(self) -> Watch:
@@ -168,17 +192,14 @@ class Pretraining(Session):
         encoder = self.task.exported_encoder()
         view = View(encoder.image_size, encoder.channels, images.mean, images.std)
         return Watch(
-            train=bounded(images.train, run.probe_images, run.seed),
-            val=bounded(images.val, run.probe_images, run.seed),
+            train=self.watched[0],
+            val=self.watched[1],
             view=view,
             device=self.parallel.device,
             precision=self.trainer.precision,
             workers=self.config.data.workers,
             seed=run.seed,
-            # Without held-out images, each image would be its own nearest neighbour.
-            labelled=images.held_out
-            and images.train.labels is not None
-            and images.val.labels is not None,
+            labelled=not self.why_no_knn(),
             pooling=self.task.pooling,
         )
 

@@ -107,6 +107,12 @@ class LinearConfig(FeatureConfig):
 def linear(config: LinearConfig) -> Result:
     """Linear probe scores: one, or one for each low-shot amount."""
     evaluation = Evaluation(config)
+    train = evaluation.sources["train"]
+    check(
+        train.targets is None or not config.per_class,
+        f"--per-class is {' '.join(map(str, config.per_class))}; images of {train.spec} have "
+        "several labels and no single class: give a share of all images, as --fraction 0.25",
+    )
     if "held_out" in evaluation.sources:
         source_targets(evaluation.sources["held_out"], "the held-out set")
     if config.protocol in ONLINE:
@@ -235,4 +241,4 @@ def best_pooling(evaluation: Evaluation) -> str:
     some = train.take(torch.from_numpy(rows))
     found = knn_predictions(some, None, (20,), poolings, evaluation.device)
     scores = scores_of(found, some.labels, evaluation)
-    return max(scores, key=lambda s: next(iter(s.metrics.values()))).features
+    return max(scores, key=lambda score: score.value).features

@@ -85,15 +85,18 @@ class ReadConfig:
     slices: str = "middle"
     """Of files with several planes (z-stacks, time series, pages): all of them as images of their
     own, the middle one, or the one of this number, from 0."""
-    key: Literal["webdataset", "full"] = "webdataset"
-    """Shards: a sample is named up to the first dot after the last slash, as in WebDataset. full:
-    up to the last dot, for names with dots of their own."""
+    key: Literal["auto", "webdataset", "full"] = "auto"
+    """Shards: a sample is named up to the first dot after the last slash (webdataset), or up to the
+    last one (full), for names with dots of their own. auto: full where that is certain."""
     image: str = ""
     """Shards: extension of the member that is the image (rgb.png), where a sample has several.
-    Hugging Face: the column. Empty: the first."""
+    Hugging Face: the column. Empty: chosen by the names, and said."""
+    labels: str = ""
+    """CSV file of labels for any images: a column with the image's name, and one with its class or
+    several of 1 and 0 for labels that do not exclude each other (blank: unknown)."""
     label_column: tuple[str, ...] = ()
-    """Columns of labels in a CSV or a Hugging Face data set; of several each holds 1 or 0. Empty:
-    told by the columns."""
+    """Columns of labels in the CSV, in a Hugging Face data set, or in the .json files of shards (or
+    txt: their whole text); of several each holds 1 or 0. Empty: told by their names, and said."""
 
     def __post_init__(self) -> None:
         check(

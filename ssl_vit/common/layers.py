@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from ssl_vit.common.errors import UserError, check, did_you_mean
+from ssl_vit.common.spread import refuse_spread
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -93,6 +94,7 @@ def parse(
     if {"-h", "--help"} & set(flags):
         _run_tyro(default, ["--help"], prog, about, kind)
     if where == COMMAND_LINE:
+        refuse_spread(flags)
         flags = _switches(default, flags)
     box = io.StringIO()
     try:
@@ -101,6 +103,8 @@ def parse(
     except SystemExit:
         raise UserError(f"{where}: {_first_paragraph(box.getvalue())}") from None
     if unknown:
+        if where == COMMAND_LINE:
+            refuse_spread(flags, unknown)
         known = [f"--{key.replace('_', '-')}" for key in _values(default)]
         name = unknown[0].split("=")[0]
         raise UserError(f"{where}: unknown option {unknown[0]!r}{did_you_mean(name, known)}")

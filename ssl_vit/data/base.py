@@ -23,11 +23,13 @@ class Source:
         spec: the string given by the user.
         reading: how its files become images and labels.
         classes: class names, None when unlabelled.
-        labels: int64 (n,), available without reading images; None when unlabelled.
+        labels: int64 (n,), -1 where unknown, available without reading images; None when no image
+            has one.
         targets: float32 (n, L), where an image may have several of L labels: 1, 0, NaN for unknown;
             ``classes`` are then their names, and ``labels`` is None.
         whole: the source of whole files, where an image is one plane of a file; else None.
         file_of: int64 (n,), the file of each image in ``whole``; None without it.
+        labels_from: where the labels are from; or, without labels, why there are none.
     """
 
     spec: str
@@ -37,6 +39,7 @@ class Source:
     targets: np.ndarray | None = None
     whole: "Source | None" = None
     file_of: np.ndarray | None = None
+    labels_from: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -65,8 +68,8 @@ class Source:
         raise NotImplementedError
 
     def label(self, i: int) -> int | None:
-        """Return the label of image i, None when unlabelled."""
-        return None if self.labels is None else int(self.labels[i])
+        """Return the label of image i, None when unknown."""
+        return None if self.labels is None or self.labels[i] < 0 else int(self.labels[i])
 
 
 class Subset(Source):
@@ -80,6 +83,7 @@ class Subset(Source):
         self.source: Source = source
         self.indices: np.ndarray = indices
         self.spec, self.classes, self.reading = source.spec, source.classes, source.reading
+        self.labels_from = source.labels_from
         self.labels = None if source.labels is None else source.labels[indices]
         self.targets = None if source.targets is None else source.targets[indices]
         self.whole = source.whole
@@ -119,7 +123,7 @@ def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset
 
 
 def check_classes(train: Source, val: Source) -> None:
-    """Check that two labelled sources have the same classes.
+    """Check that two sources whose masks hold class numbers have the same classes.
 
     One may have additional classes at the end.
 
@@ -134,6 +138,25 @@ def check_classes(train: Source, val: Source) -> None:
                 f"class {number} is {ours!r} in {train.spec} and {theirs!r} in {val.spec}; "
                 "both must have the same classes"
             )
+
+
+def known_labels(source: Source) -> np.ndarray:
+    """Images whose label is known, bool (n,); of several labels: any of them."""
+    if source.targets is not None:
+        return ~np.isnan(source.targets).all(1)
+    return np.zeros(len(source), dtype=bool) if source.labels is None else source.labels >= 0
+
+
+def describe_labels(source: Source) -> str:
+    """Labels of a source in a line: how many classes, and what was taken for them."""
+    origin = source.labels_from
+    if source.labels is None and source.targets is None:
+        return f"none: {origin}" if origin else "none"
+    count = len(source.classes or ())
+    what = f"{count:,} classes" if source.targets is None else f"{count:,} labels, several an image"
+    unknown = len(source) - int(known_labels(source).sum())
+    rest = f"; unknown for {unknown:,} of {len(source):,} images" if unknown else ""
+    return what + (f", from {origin}" if origin else "") + rest
 
 
 class Names:
@@ -158,6 +181,11 @@ class Names:
         starts = np.cumsum([0] + [len(part.buffer) for part in parts])
         ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
         return cls(np.concatenate([part.buffer for part in parts]), np.concatenate(ends))
+
+    def take(self, rows: np.ndarray) -> "Names":
+        """Names at these indices, in this order."""
+        same = len(rows) == len(self) and bool((rows == np.arange(len(self))).all())
+        return self if same else Names.of(self[int(i)] for i in rows)
 
     def __len__(self) -> int:
         return len(self.ends)

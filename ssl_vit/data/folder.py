@@ -1,19 +1,30 @@
 """Folder source: images as files in folders."""
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Item, Names, Source
+from ssl_vit.data.class_folders import (
+    images_and_masks,
+    refuse_masks,
+    refuse_splits,
+    split_words,
+    splits_among,
+    why_no_classes,
+)
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.formats import EXTENSIONS
 from ssl_vit.data.listing import Listing, identity
 
 __all__ = ["EXTENSIONS", "FolderSource", "open_flat", "open_folder"]
+log = logging.getLogger("ssl_vit")
 
 
 class FolderSource(Source):
@@ -26,9 +37,10 @@ class FolderSource(Source):
         files: Names,
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] | None = None,
+        labels_from: str = "",
     ):
         self.spec, self.root, self.files = spec, root, files
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.labels_from = labels, classes, labels_from
 
     def __len__(self) -> int:
         return len(self.files)
@@ -50,44 +62,76 @@ class FolderSource(Source):
         return os.fsdecode(os.path.join(self.root, self.files[i]))
 
 
-def open_folder(spec: str, path: str) -> FolderSource:
+def open_folder(spec: str, path: str, reading: ReadConfig | None = None) -> FolderSource:
     """Open `folder:PATH`: each top-level sub-folder is a class, at any depth below it.
 
-    A sub-folder without images keeps its class number, so that parts of one data set agree.
-    If there are images directly in PATH, sub-folders are not classes: all are unlabelled.
+    A sub-folder without images keeps its class number, so that parts of one data set agree. Few
+    images directly in PATH are of no class; with many of them, or one sub-folder only, there are
+    no classes (``why_no_classes``).
 
     Raises:
-        UserError: PATH is not a readable folder, or contains no images.
+        UserError: PATH is not a readable folder, contains no images, or contains splits or masks.
     """
     root = _root(spec, path)
     listing = Listing(spec)
-    top_images, folders = listing.list(root)
-    if top_images or not folders:
-        return open_flat(spec, path)
+    beside, folders = listing.list(root)
+    names = tuple(os.fsdecode(folder) for folder in folders)
+    refuse_splits(spec, path, splits_among(names))
     counts: list[int] = []
 
     def files() -> Iterator[bytes]:
+        yield from beside
         for folder in folders:
             counts.append(0)
             for file in listing.walk(root, folder, (identity(root),)):
                 counts[-1] += 1
                 yield file
 
-    names = _not_empty(listing, Names.of(files()))
-    labels = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
-    classes = tuple(os.fsdecode(folder) for folder in folders)
-    return FolderSource(spec, root, names, labels, classes)
+    found = _not_empty(listing, Names.of(files()))
+    if both := images_and_masks(names):
+        refuse_masks(spec, path, both, found)
+    reason = why_no_classes(names, counts, len(beside))
+    if reason:
+        if len(names) > 1:
+            log.warning("warning: %s is taken without labels: %s", spec, reason)
+        return FolderSource(spec, root, found, labels_from=reason)
+    for name in split_words(names):
+        log.warning("warning: %s: folder %r is taken for a class, not a split", spec, name)
+    if beside:
+        first = os.fsdecode(beside[0])
+        text = "warning: %s: %d of %d images lie beside the class folders (%s) and have no label"
+        log.warning(text, spec, len(beside), len(found), first)
+    labels = np.repeat(np.arange(-1, len(folders), dtype=np.int64), [len(beside), *counts])
+    return FolderSource(spec, root, found, labels, names, "class folders")
 
 
-def open_flat(spec: str, path: str) -> FolderSource:
+def open_flat(spec: str, path: str, reading: ReadConfig | None = None) -> FolderSource:
     """Open `flat:PATH`: the images at any depth, unlabelled. Raises as `open_folder`."""
+    source = all_images(spec, path)
+    names = [os.fsdecode(folder) for folder in Listing(spec).list(source.root)[1]]
+    if both := images_and_masks(names):
+        refuse_masks(spec, path, both, source.files)
+    if splits := splits_among(names):
+        log.warning("warning: %s takes the images of %s together", spec, ", ".join(splits))
+    return source
+
+
+def all_images(spec: str, path: str) -> FolderSource:
+    """All images of a folder at any depth, unlabelled.
+
+    Raises:
+        UserError: it is not a readable folder, or contains no images.
+    """
     root = _root(spec, path)
     listing = Listing(spec)
-    return FolderSource(spec, root, _not_empty(listing, Names.of(listing.walk(root))))
+    files = _not_empty(listing, Names.of(listing.walk(root)))
+    return FolderSource(spec, root, files, labels_from="flat: has no classes")
 
 
 def _root(spec: str, path: str) -> bytes:
     folder = Path(path).expanduser()
+    if "*" in path and not folder.exists():
+        raise UserError(f"{spec!r}: a folder is needed, not a pattern of files: give the folder")
     if not path or not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"{spec!r}: {path!r} {what}; a folder of images is needed")

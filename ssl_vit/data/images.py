@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from ssl_vit.common.config import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from ssl_vit.data.sources import Source, check_classes, open_source, split_holdout
+from ssl_vit.data.labels import align_classes
+from ssl_vit.data.sources import Source, open_source, split_holdout
 from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
 
 # Channels whose statistics a row shows.
@@ -84,7 +85,7 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
     few.check(fixed)
     if val is not train:
         survey(val, data.channels, seed, 1).check(fixed)
-    check_classes(train, val)
+    val = val if val is train else align_classes(train, val)
     usual = data.channels == 3 and data.statistics == "default" and not few.deep
     if not data.mean and not usual:
         return _estimated(train, val, data, seed, deep=bool(few.deep))

@@ -1,31 +1,56 @@
-"""CSV labels for the images of any source."""
+"""CSV labels for the images of any source; equal class numbers for two sources."""
 
 from __future__ import annotations
 
-import csv
-import math
-import os
+import io
+import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.errors import UserError, check, did_you_mean
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.base import Item, Source
-from ssl_vit.data.folder import EXTENSIONS
+from ssl_vit.data.classes import (
+    LABEL_NAMES,
+    NoClasses,
+    classes_of,
+    is_label_name,
+    is_outcome,
+    outcomes_of,
+)
+from ssl_vit.data.matching import Rows, is_image_name
+from ssl_vit.data.table import Table, read_table
 
-_DELIMITERS = ",;\t"
-_UNKNOWN = ("", "-1")
-_OUTCOMES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, **dict.fromkeys(_UNKNOWN, math.nan)}
+log = logging.getLogger("ssl_vit")
+# Names of columns that name images, the surest first.
+_IMAGES = (
+    *("image_path", "img_path", "path", "filepath", "file_path", "filename", "file_name", "file"),
+    *("image_name", "image_file", "image_index", "image", "img", "name", "image_id", "isic_id"),
+    *("id_code", "key", "sample", "uid", "id"),
+)
+# Names of columns that say something else of an image.
+_ASIDE = ("split", "fold", "set", "subset", "partition", "phase", "is_train", "url")
+_FRACTION = re.compile(r"[+-]?\d*\.\d*[1-9]\d*")
+_INDEX = re.compile(r"|unnamed: \d+|index", re.IGNORECASE)
 
 
 class Labelled(Source):
-    """Labelled source: a source with labels from a CSV file, one class or several labels."""
+    """Labelled source: a source with other labels, one class an image or several labels."""
 
-    def __init__(self, source: Source, spec: str, classes: tuple[str, ...], values: np.ndarray):
+    def __init__(
+        self,
+        source: Source,
+        spec: str,
+        classes: tuple[str, ...],
+        values: np.ndarray,
+        labels_from: str = "",
+    ):
         self.source, self.spec, self.classes = source, spec, classes
-        self.reading = source.reading
+        self.reading, self.labels_from = source.reading, labels_from
+        self.whole, self.file_of = source.whole, source.file_of
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 
@@ -35,177 +60,200 @@ class Labelled(Source):
     def read(self, i: int) -> Item:
         return self.source.read(i)[0], self.label(i)
 
+    def stream(self, i: int) -> io.IOBase:
+        return self.source.stream(i)
+
     def name(self, i: int) -> str:
         return self.source.name(i)
 
-    def label(self, i: int) -> int | None:
-        """Return the class of image i, None when unknown."""
-        number = super().label(i)
-        return None if number == -1 else number
 
+def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labelled:
+    """Label the images of ``source`` by a CSV file (``read_table``, ``Rows``).
 
-def labelled_by(
-    source: Source,
-    path: Path,
-    classes: Sequence[str] | None = None,
-    columns: Sequence[str] = (),
-) -> Labelled:
-    """Label the images of ``source`` by a CSV file.
+    Lines of other images are ignored, so one file may serve several sources; images without a line
+    have no label. What is taken for names and labels is logged, and is in ``labels_from``.
 
-    The file is UTF-8, separated by commas, semicolons or tabs, with a header. Its first column is
-    the image's name: any suffix of the source's name for it that starts after a slash (so the file
-    name, or the path within a folder), or a tar sample's key; the image extension may be missing on
-    either side. Lines of other images are ignored, so one file may serve several sources.
-
-    One further column contains one class per image, a name or a number; several contain 1 or 0 for
-    independent labels. Blank or -1 is unknown.
+    One column contains one class per image, a name or a number; several contain 1 or 0 for
+    independent labels. Blank, NaN or negative is unknown. Classes are those in the whole file,
+    numbers sorted numerically, names alphabetically.
 
     Args:
-        classes: the classes, in order, or the columns; as of a source labelled before. None: all in
-            the file, numbers sorted numerically, names alphabetically.
-        columns: use only these of the further columns.
+        columns: of labels; empty: chosen by ``label_columns``.
 
     Raises:
-        UserError: the file cannot be read; an image matches no line or several, or a line several
-            images; a value is not allowed.
+        UserError: the file cannot be read; no image has a line, an image several, or a line several
+            images; a value is not allowed, or it is not clear which column has the labels.
     """
-    table = read_table(path)
-    wanted = list(columns) or table.columns
+    table = with_header(read_table(path))
+    image, rows = image_column(table, source, columns)
+    wanted = list(columns) or label_columns(table, image)
     several = len(wanted) > 1
-    if several and classes is not None and not columns:
-        wanted = list(classes)
     for name in wanted:
-        known = f"; allowed: {', '.join(table.columns[:20])}"
-        check(name in table.columns, f"{path} has no column {name!r}{known}")
-    cells = [[row[table.columns.index(name) + 1].strip() for name in wanted] for row in table.rows]
+        allowed = ", ".join([name for name in table.header if name != image][:20])
+        check(name in table.header, f"{path} has no column {name!r}; allowed: {allowed}")
     if several:
-        values, named = _outcomes(table, wanted, cells), tuple(wanted)
+        values, named = _outcomes(table, wanted), tuple(wanted)
+        values = np.concatenate([values, np.full((1, len(wanted)), np.nan, dtype=np.float32)])
     else:
-        values, named = _numbers(table, [cell[0] for cell in cells], classes)
-    rows = _rows_of(source, table)
-    return Labelled(source, f"{source.spec} labelled by {path}", named, values[rows])
+        numbers, named = _numbers(table, wanted[0])
+        values = np.append(numbers, -1)
+    found = rows.of(source, str(path), table.lines)
+    missing = np.flatnonzero(found < 0)
+    if len(missing):
+        text = "warning: %s has no line for %s of %s images, which have no label; the first: %s"
+        first = source.name(int(missing[0]))
+        log.warning(text, path, f"{len(missing):,}", f"{len(source):,}", first)
+    shown = ", ".join(wanted[:4]) + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
+    origin = f"{'columns' if several else 'column'} {shown} of {path.name}"
+    unused = ", ".join(name for name in table.header if name and name not in (image, *wanted))
+    text = "%s: labels from %s, images by column %s%s"
+    log.info(text, path, shown, image, f"; not used: {unused}" if unused else "")
+    return Labelled(source, f"{source.spec} labelled by {path}", named, values[found], origin)
 
 
-@dataclass(frozen=True)
-class Table:
-    """CSV table: column names after the first, and rows with their line numbers."""
+def with_header(table: Table) -> Table:
+    """The table; where its first line names an image, that is a row, and columns are numbered."""
+    if not any(is_image_name(name) for name in table.header):
+        return table
+    numbered = [f"column {i + 1}" for i in range(len(table.header))]
+    log.warning("warning: %s has no header: its columns are %s", table.path, ", ".join(numbered))
+    lines = [table.lines[0] - 1, *table.lines]
+    return replace(table, header=numbered, rows=[table.header, *table.rows], lines=lines)
 
-    path: Path
-    columns: list[str]
-    rows: list[list[str]]
-    lines: list[int]
+
+def image_column(table: Table, source: Source, taken: Sequence[str] = ()) -> tuple[str, Rows]:
+    """Column that names the images, the one by which most of them are found, and its rows.
+
+    Tried in this order: columns with a usual name, the first column, the others but ``taken``.
+    """
+    usual = {_plain(name): name for name in reversed(table.header)}
+    first = [name for name in table.header[:1] if not _INDEX.fullmatch(name)]
+    order = [usual[name] for name in _IMAGES if name in usual] + first + table.header
+    best: tuple[float, str, Rows] | None = None
+    for name in dict.fromkeys(order):
+        if name in taken:
+            continue
+        rows = Rows(table.column(name))
+        share = rows.share(source)
+        if not share:
+            rows = Rows(rows.names, short=True)
+            share = rows.share(source)
+        if best is None or share > best[0]:
+            best = share, name, rows
+        if share == 1:
+            break
+    check(best is not None, f"{table.path} has no column for the images' names")
+    assert best is not None
+    return best[1], best[2]
 
 
-def read_table(path: Path) -> Table:
-    """Read a whole CSV file, and check its shape.
+def label_columns(table: Table, image: str) -> list[str]:
+    """Columns of labels: the only further column; or all, where they are 1, 0 or blank; or the one
+    with a usual name; or those of 1, 0 or blank; or the only one in which values recur.
+
+    Indices and columns on splits are left aside.
 
     Raises:
-        UserError: it cannot be read, or a row has another number of cells than the header.
+        UserError: none of this tells.
     """
-    rows, lines = [], []
+    rest = [name for name in table.header if name != image]
+    if len(rest) == 1:
+        return rest
+    usable = [n for n in rest if not _INDEX.fullmatch(n) and _plain(n) not in _ASIDE]
+    binary = [name for name in usable if all(map(is_outcome, set(table.column(name))))]
+    if len(usable) == 1 or (usable and len(binary) == len(usable)):
+        return usable
+    named = sorted(filter(is_label_name, usable), key=lambda n: LABEL_NAMES.index(n.lower()))
+    if named:
+        return named[:1]
+    if len(binary) > 1:
+        return binary
+    likely = [name for name in usable if _recurs(table.column(name))]
+    if len(likely) == 1:
+        return likely
+    some = ", ".join((likely or usable or rest)[:12])
+    raise UserError(
+        f"{table.path} has several columns that may be labels ({some}): name one with "
+        "--data.label-column, or several that hold 1, 0, or nothing for unknown"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s\-]+", "_", name.strip().lower())
+
+
+def _recurs(cells: list[str]) -> bool:
+    """True for values that may be classes, of which at least one occurs twice."""
+    known = [cell for cell in cells if cell]
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=max(_DELIMITERS, key=first.count), strict=True)
-            for row in reader:
-                if any(row):
-                    rows.append(row)
-                    lines.append(reader.line_num)
-    except OSError as error:
-        raise UserError(f"cannot read the labels {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the labels {path} are no CSV file in UTF-8: {error}") from None
-    check(len(rows) > 1, f"{path} holds no labels: a header and a line for each image are needed")
-    header = [name.strip() for name in rows[0]]
-    check(len(header) > 1, f"{path}, line {lines[0]} is {header[0]!r}: it needs a name and a label")
-    twice = [name for i, name in enumerate(header) if name in header[:i]]
-    check(not twice, f"{path} has two columns named {twice[:1]}")
-    for row, line in zip(rows, lines, strict=True):
-        there = f"{path}, line {line} has {len(row)} cells"
-        check(len(row) == len(header), f"{there}; the header has {len(header)}")
-    return Table(path, header[1:], rows[1:], lines[1:])
+        classes_of(sorted(set(known)))
+    except NoClasses:
+        return False
+    return len(set(known)) < len(known) and not any(map(_FRACTION.fullmatch, known))
 
 
-def _numbers(
-    table: Table, cells: list[str], classes: Sequence[str] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class numbers, int64 (n,), -1 where unknown, and class names."""
-    if classes is None:
-        found = set(cells) - set(_UNKNOWN)
-        check(bool(found), f"{table.path} holds no label: {table.columns[0]} is always blank")
-        try:
-            classes = sorted(found, key=lambda name: (int(name), name))
-        except ValueError:
-            classes = sorted(found)
-    number = {name: i for i, name in enumerate(classes)} | dict.fromkeys(_UNKNOWN, -1)
-    for cell, line in zip(cells, table.lines, strict=True):
-        if cell not in number:
-            hint = did_you_mean(cell, classes)
-            raise UserError(f"{table.path}, line {line}: {cell!r} is none of the classes{hint}")
-    return np.array([number[cell] for cell in cells], dtype=np.int64), tuple(classes)
+def _numbers(table: Table, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class numbers of all rows, int64 (n,), -1 where unknown, and class names."""
+    cells = table.column(column)
+    distinct = sorted(set(cells))
+    broken = [cell for cell in distinct if _FRACTION.fullmatch(cell)]
+    check(
+        not broken or 2 * len(distinct) <= len(cells),
+        f"{table.path}: column {column!r} holds numbers such as {broken[:1]}, which are no classes",
+    )
+    try:
+        numbers, classes = classes_of(distinct)
+    except NoClasses as error:
+        raise UserError(f"{table.path}: column {column!r} {error}") from None
+    number = dict(zip(distinct, numbers.tolist(), strict=True))
+    return np.array([number[cell] for cell in cells], dtype=np.int64), classes
 
 
-def _outcomes(table: Table, columns: list[str], cells: list[list[str]]) -> np.ndarray:
+def _outcomes(table: Table, columns: list[str]) -> np.ndarray:
     """Outcomes of independent labels, float32 (n, L): 1, 0, or NaN for unknown."""
-    for row, line in zip(cells, table.lines, strict=True):
-        for cell, name in zip(row, columns, strict=True):
-            if cell not in _OUTCOMES:
+    made = []
+    for name in columns:
+        cells = table.column(name)
+        distinct = sorted(set(cells))
+        strange = {cell for cell in distinct if not is_outcome(cell)}
+        for cell, line in zip(cells, table.lines, strict=True):
+            if cell in strange:
                 there = f"{table.path}, line {line}: {name} is {cell!r}"
                 raise UserError(f"{there}; several columns hold 1, 0, or nothing for unknown")
-    return np.array([[_OUTCOMES[cell] for cell in row] for row in cells], dtype=np.float32)
+        place = {cell: i for i, cell in enumerate(distinct)}
+        made.append(outcomes_of(distinct)[[place[cell] for cell in cells]])
+    return np.stack(made, axis=1)
 
 
-def _rows_of(source: Source, table: Table) -> np.ndarray:
-    """Match images to rows: the row of each image, int64 (n,)."""
-    names = [row[0].strip().removeprefix("./") for row in table.rows]
-    exact, bare = _places(names), _places([_bare(name) for name in names])
-    depths = sorted({name.count("/") + 1 for name in names}, reverse=True)
-    rows = np.full(len(source), -1, dtype=np.int64)
-    image_of = np.full(len(names), -1, dtype=np.int64)
-    missing, first = 0, ""
-    for i in range(len(source)):
-        name = source.name(i)
-        found = _find(name, depths, exact, bare)
-        if not found:
-            missing, first = missing + 1, first or name
-            continue
-        lines = " and ".join(str(table.lines[row]) for row in found[:2])
-        check(len(found) == 1, f"{name}: lines {lines} of {table.path} both name it")
-        row, other = found[0], int(image_of[found[0]])
-        if other >= 0:
-            there = f"{table.path}, line {table.lines[row]}: {names[row]!r} may be"
-            raise UserError(f"{there} {source.name(other)} or {name}; give more of the path")
-        rows[i], image_of[row] = row, i
+def align_classes(train: Source, val: Source) -> Source:
+    """``val`` with the class numbers of ``train``: equal names are one class.
+
+    Classes that only ``val`` has come after those of ``train``.
+
+    Raises:
+        UserError: they have no class in common, or not the same labels.
+    """
+    ours, theirs = train.classes, val.classes
+    if ours is None or theirs is None or ours == theirs:
+        return val
+    if (train.targets is None) != (val.targets is None):
+        return val  # one class an image here, several labels there: nothing to align
+    common = [name for name in theirs if name in set(ours)]
+    if val.targets is not None:
+        check(
+            len(common) == len(ours) == len(theirs),
+            f"{val.spec} has the labels {', '.join(theirs[:8])}; {train.spec} has "
+            f"{', '.join(ours[:8])}; both must have the same",
+        )
+        values = val.targets[:, [theirs.index(name) for name in ours]]
+        return Labelled(val, val.spec, ours, values, val.labels_from)
     check(
-        not missing,
-        f"{table.path} has no line for {missing:,} of {len(source):,} images; first: {first}",
+        bool(common),
+        f"class 0 is {ours[0]!r} in {train.spec} and {theirs[0]!r} in {val.spec}; "
+        "both must have the same classes",
     )
-    return rows
-
-
-def _places(names: list[str]) -> dict[str, list[int]]:
-    """Index of names: the positions of each."""
-    places: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        places.setdefault(name, []).append(i)
-    return places
-
-
-def _find(
-    name: str, depths: list[int], exact: dict[str, list[int]], bare: dict[str, list[int]]
-) -> list[int]:
-    """Find the rows of an image: by the longest suffix of its name, first with its extension."""
-    # A tar sample is "SHARD.tar:KEY"; other names are kept whole.
-    pieces, key = name.split("/"), name.rpartition(".tar:")[2].split("/")
-    ends = ["/".join(whole[-depth:]) for depth in depths for whole in (pieces, key)]
-    for end in ends:
-        if end in exact:
-            return exact[end]
-    return next((bare[_bare(end)] for end in ends if _bare(end) in bare), [])
-
-
-def _bare(name: str) -> str:
-    """Name without an image extension; other dots belong to the name."""
-    stem, extension = os.path.splitext(name)
-    return stem if extension[1:].lower() in EXTENSIONS else name
+    classes = ours + tuple(name for name in theirs if name not in set(ours))
+    assert val.labels is not None
+    number = {name: i for i, name in enumerate(classes)}
+    place = np.array([*(number[name] for name in theirs), -1], dtype=np.int64)
+    return Labelled(val, val.spec, classes, place[val.labels], val.labels_from)

@@ -44,6 +44,11 @@ def is_junk(name: bytes) -> bool:
     return name.startswith(b".") or name.lower() in _JUNK
 
 
+def is_unclear(extension: bytes) -> bool:
+    """True for an extension, in lower case, of which the content tells whether it is an image."""
+    return extension not in _TAKEN and extension not in _OTHER and extension not in _NOT_TAKEN
+
+
 class Listing:
     """Listing of the images below a folder, and a count of what was passed over.
 
@@ -100,7 +105,7 @@ class Listing:
     def _is_image(self, entry: "os.DirEntry[bytes]") -> bool:
         """Whether a file with none of the extensions is an image; counts it if it is not."""
         extension = _extension(entry.name)
-        opened = extension not in _OTHER and extension not in _NOT_TAKEN and entry.is_file()
+        opened = is_unclear(extension) and entry.is_file()
         kind = self._look(extension, entry) if opened else ""
         if kind == "HEIF" and not self._heif:
             self.lacking[extension] += 1

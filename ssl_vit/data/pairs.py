@@ -20,7 +20,7 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Views
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.folder import FolderSource, open_flat
+from ssl_vit.data.folder import FolderSource, all_images
 from ssl_vit.data.loader import Batch, EvalImages, stack
 from ssl_vit.data.missing import missing_in, resized, with_data
 
@@ -83,7 +83,7 @@ def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
     known = scheme == "pairs" and all(parts) and len(parts) <= 2
     check(known, f"{spec!r} names no images with masks; allowed: {_FORM}")
     folders = parts if len(parts) == 2 else [os.path.join(rest, n) for n in ("images", "masks")]
-    images, masks = (open_flat(spec, folder) for folder in folders)
+    images, masks = (all_images(spec, folder) for folder in folders)
     images.reading = reading or ReadConfig()
     places, others = _by_stem(images), _by_stem(masks)
     _all_there(spec, "images without a mask", places, others, images)

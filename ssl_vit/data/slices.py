@@ -39,6 +39,7 @@ class Planes(Source):
         self.starts = np.cumsum(np.concatenate([[0], counts])).astype(np.int64)
         self.file_of: np.ndarray = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         self.spec, self.classes, self.reading = whole.spec, whole.classes, whole.reading
+        self.labels_from = whole.labels_from
         self.labels = None if whole.labels is None else whole.labels[self.file_of]
         self.targets = None if whole.targets is None else whole.targets[self.file_of]
 

@@ -1,16 +1,19 @@
 """Source opening: one string names a source of any kind."""
 
 import importlib
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ssl_vit.common.config import ReadConfig
-from ssl_vit.common.errors import UserError, did_you_mean
-from ssl_vit.data.base import Item, Source, Subset, check_classes, split_holdout
+from ssl_vit.common.errors import UserError, check, did_you_mean
+from ssl_vit.data.base import Item, Source, Subset, split_holdout
+from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.slices import with_planes
 
-__all__ = ["Source", "Subset", "check_classes", "open_source", "split_holdout"]
+__all__ = ["Source", "Subset", "open_source", "split_holdout"]
 
 # Imported on demand, so that no source needs another's libraries.
 _OPENERS = {
@@ -18,12 +21,13 @@ _OPENERS = {
     "folder": ("ssl_vit.data.folder", "open_folder"),
     "flat": ("ssl_vit.data.folder", "open_flat"),
     "tar": ("ssl_vit.data.tar", "open_tar"),
-    "torchvision": ("ssl_vit.data.libraries", "open_torchvision"),
-    "hf": ("ssl_vit.data.libraries", "open_hf"),
+    "torchvision": ("ssl_vit.data.torchvision_sets", "open_torchvision"),
+    "hf": ("ssl_vit.data.huggingface", "open_hf"),
 }
+_ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://|pipe:")
 _FORMS = (
     "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, "
-    "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]"
+    "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT]"
 )
 
 
@@ -36,16 +40,20 @@ def open_source(
     of a file and what a channel may depend on it.
 
     - `digits`, `digits:train`, `digits:val`: scikit-learn's 8x8 digits; all, 80 %, the other 20 %.
-    - `folder:PATH`: class sub-folders, or images directly in PATH, which are then unlabelled.
+    - `folder:PATH`: class sub-folders; with many images directly in PATH all are unlabelled.
     - `flat:PATH`: the images at any depth, unlabelled; sub-folders are not classes.
-    - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, wildcards, or one file.
+    - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, lists, wildcards, or one file.
     - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
-    - `hf:NAME_OR_PATH[:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
+    - `hf:NAME_OR_PATH[#CONFIG][:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
+
+    Labels are the source's own, or those of `reading.labels`, a CSV file.
 
     Raises:
         UserError: `spec` cannot be opened; the message lists the allowed forms.
     """
+    reading = reading or ReadConfig()
     scheme, _, rest = spec.partition(":")
+    _refuse_address(spec, scheme, rest)
     if scheme not in _OPENERS:
         raise UserError(
             f"{spec!r} names no source of images{_hint(spec, scheme)}; allowed: {_FORMS}"
@@ -53,16 +61,48 @@ def open_source(
     if not rest and scheme != "digits":
         raise UserError(f"{spec!r} lacks what follows '{scheme}:'; allowed: {_FORMS}")
     module, function = _OPENERS[scheme]
-    source: Source = getattr(importlib.import_module(module), function)(spec, rest)
-    source.reading = reading or ReadConfig()
+    own = replace(reading, label_column=()) if reading.labels else reading  # columns of the CSV
+    source: Source = getattr(importlib.import_module(module), function)(spec, rest, own)
+    source.reading = reading
+    if reading.labels:
+        source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
     return with_planes(source, channels or int(getattr(reading, "channels", 3)))
+
+
+def _refuse_address(spec: str, scheme: str, rest: str) -> None:
+    """Refuse an address of the network, a command, or joined patterns, where a path is needed.
+
+    Raises:
+        UserError: it is one; the line says what can be given.
+    """
+    given = rest if scheme in _OPENERS else spec
+    found = _ADDRESS.match(given)
+    if found is None:
+        joined = scheme == "tar" and "::" in given and not Path(given).exists()
+        check(
+            not joined,
+            f"{spec!r} joins patterns by '::'; give one: with braces, as tar:PATH/{{a,b}}-"
+            "{000..009}.tar, or a wildcard, as 'tar:PATH/*.tar'",
+        )
+        return
+    if scheme == "hf" or "huggingface.co/" in given:
+        raise UserError(f"{spec!r}: name a data set of Hugging Face as hf:OWNER/NAME")
+    if found[0] == "file://":
+        raise UserError(f"{spec!r}: give the path alone, without file://")
+    kind = scheme if scheme in _OPENERS else "tar"
+    last = "NAME.tar" if found[0] == "pipe:" else given.rpartition("/")[2]
+    raise UserError(
+        f"{spec!r}: images are read at random from a disk, not by {found[0].rstrip(':/')}: copy "
+        "them first, or mount them (rclone, gcsfuse, mount-s3), and give the path: "
+        f"'{kind}:/PATH/{last}'"
+    )
 
 
 def _hint(spec: str, scheme: str) -> str:
     path = Path(spec).expanduser()
     if path.is_dir():
         return f" (did you mean 'folder:{spec}'?)"
-    if path.is_file() and ".tar" in path.name:
+    if ".tar" in path.name and ":" not in spec:
         return f" (did you mean 'tar:{spec}'?)"
     return did_you_mean(scheme.lower(), _OPENERS)
 
@@ -73,6 +113,7 @@ class DigitsSource(Source):
     def __init__(self, spec: str, images: np.ndarray, labels: np.ndarray, numbers: np.ndarray):
         self.spec, self.classes = spec, tuple(str(digit) for digit in range(10))
         self.images, self.labels, self.numbers = images, labels, numbers
+        self.labels_from = "scikit-learn"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -84,7 +125,7 @@ class DigitsSource(Source):
         return f"digits[{self.numbers[i]}]"
 
 
-def open_digits(spec: str, part: str) -> DigitsSource:
+def open_digits(spec: str, part: str, reading: ReadConfig | None = None) -> DigitsSource:
     """Open `digits`, or its fixed stratified part `train` (80 %) or `val` (20 %)."""
     from sklearn.datasets import load_digits
 

@@ -1,21 +1,24 @@
 """Tar source: WebDataset shards, read at random through an index of member offsets."""
 
+import logging
 import os
-import re
-from collections import OrderedDict
-from glob import glob
-from itertools import product
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.tar_index import INDEX_SUFFIX, ShardIndex, load_index
+from ssl_vit.data.shard_names import find_shards
+from ssl_vit.data.tar_index import ShardIndex, load_index, split_name
+from ssl_vit.data.tar_labels import read_labels
+from ssl_vit.data.tar_samples import Rows, choose_samples
 
+log = logging.getLogger("ssl_vit")
 _MAX_OPEN = 64  # open shards per process, far below the usual limit of 1024 files
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class TarSource(Source):
@@ -24,18 +27,18 @@ class TarSource(Source):
     Attributes:
         shards: the paths of the shards.
         starts: int64 (shards + 1,); shard s has the samples from starts[s] to before starts[s+1].
+        full: a sample's name is its member's up to the last dot, not the first.
     """
 
-    def __init__(self, spec: str, shards: list[str], indexes: list[ShardIndex]):
-        self.spec, self.shards = spec, tuple(shards)
-        self.starts = np.cumsum([0] + [len(index.offsets) for index in indexes], dtype=np.int64)
-        self.offsets = np.concatenate([index.offsets for index in indexes])
-        self.sizes = np.concatenate([index.sizes for index in indexes])
-        self.keys = Names.joined([index.keys for index in indexes])
-        labels = np.concatenate([index.labels for index in indexes])
-        if len(labels) and labels.min() >= 0:  # -1 marks a sample without a label
-            self.labels = labels
-            self.classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+    def __init__(
+        self, spec: str, shards: list[str], indexes: list[ShardIndex], rows: Rows, full: bool
+    ):
+        self.spec, self.shards, self.full = spec, tuple(shards), full
+        both = list(zip(indexes, rows, strict=True))
+        self.starts = np.cumsum([0] + [len(own) for own in rows], dtype=np.int64)
+        self.offsets = np.concatenate([index.offsets[own] for index, own in both])
+        self.sizes = np.concatenate([index.sizes[own] for index, own in both])
+        self.names = Names.joined([index.names.take(own) for index, own in both])
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __len__(self) -> int:
@@ -55,7 +58,8 @@ class TarSource(Source):
 
     def name(self, i: int) -> str:
         i = range(len(self))[i]
-        return f"{self.shards[self._shard(i)]}:{os.fsdecode(self.keys[i])}"
+        key = split_name(os.fsdecode(self.names[i]), self.full)[0]
+        return f"{self.shards[self._shard(i)]}:{key}"
 
     def _shard(self, i: int) -> int:
         return int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -85,45 +89,34 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-def open_tar(spec: str, pattern: str) -> TarSource:
+def open_tar(spec: str, pattern: str, reading: ReadConfig | None = None) -> TarSource:
     """Open the shards of a pattern: `{000000..000146}` ranges, wildcards, or one file.
 
     Raises:
         UserError: a shard is missing, compressed or damaged, or there are no images.
     """
+    reading = reading or ReadConfig()
     shards = find_shards(spec, pattern)
-    source = TarSource(spec, shards, [load_index(Path(shard)) for shard in shards])
-    if not len(source):
-        raise UserError(f"{spec!r} holds no image in {len(shards)} shard(s)")
+    indexes = [load_index(Path(shard), reading.label_column) for shard in shards]
+    if not any(len(index.sizes) for index in indexes):
+        there = _by_extension(indexes)
+        raise UserError(f"{spec!r} holds no image in {len(shards)} shard(s)" + there)
+    rows, full = choose_samples(spec, indexes, reading)
+    source = TarSource(spec, shards, indexes, rows, full)
+    found = read_labels(spec, shards, indexes, rows, reading.label_column)
+    source.labels, source.targets, source.classes, source.labels_from = found[:4]
+    passed = _by_extension(indexes, without=found.member)
+    if passed:
+        log.info("%s: members passed over as no images%s", spec, passed)
     return source
 
 
-def find_shards(spec: str, pattern: str) -> list[str]:
-    """Return the absolute paths of the shards, in the order of the ranges, wildcards sorted."""
-    shards: list[str] = []
-    missing: list[str] = []
-    for path in _expand(spec, os.path.abspath(os.path.expanduser(pattern))):
-        found = [path] if os.path.isfile(path) else sorted(glob(path))
-        found = [name for name in found if os.path.isfile(name) and INDEX_SUFFIX not in name]
-        shards += found
-        missing += [] if found else [path]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{spec!r}: there is no {missing[0]}{more}")
-    return list(dict.fromkeys(shards))
-
-
-def _expand(spec: str, pattern: str) -> list[str]:
-    """Expand each `{first..last}`, with as many digits as `first` has."""
-    pieces = _RANGE.split(pattern)  # text, first, last, text, first, last, ..., text
-    ranges: list[list[str]] = []
-    for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
-        numbers = range(int(first), int(last) + 1)
-        if not numbers:
-            raise UserError(f"{spec!r}: the range {{{first}..{last}}} is empty")
-        ranges.append([f"{number:0{len(first)}}" for number in numbers])
-    texts = pieces[0::3]
-    return [
-        texts[0] + "".join(a + b for a, b in zip(numbers, texts[1:], strict=True))
-        for numbers in product(*ranges)
+def _by_extension(indexes: Sequence[ShardIndex], without: str = "") -> str:
+    """Members that are no images by extension: `: 240 .txt, 3 .md`; empty if there are none."""
+    count = sum((Counter(index.passed) for index in indexes), Counter())
+    if without:
+        del count[without]
+    kinds = [
+        f"{n:,} .{kind}" if kind else f"{n:,} without extension" for kind, n in count.most_common(8)
     ]
+    return f": {', '.join(kinds)}" if kinds else ""

@@ -1,44 +1,73 @@
-"""Tar index: offsets of the samples of a WebDataset shard, cached in a small file.
+"""Tar index: members of a WebDataset shard and their labels, cached in a small file.
 
 The index is NAME.tar.ssl_vit.npz next to the shard or, if that folder is read-only, in
 $SSL_VIT_CACHE or ~/.cache/ssl_vit. It is valid for a shard of the same size and modification time.
+It has what every choice of a key or an image needs; other columns of labels have a file of their
+own.
 """
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import tarfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.files import cache_folder
 from ssl_vit.data.base import Names
-from ssl_vit.data.folder import EXTENSIONS
+from ssl_vit.data.classes import LABEL_NAMES, NO_CLASS
+from ssl_vit.data.formats import EXTENSIONS, HEAD, format_of
+from ssl_vit.data.listing import is_junk, is_unclear
 
 INDEX_SUFFIX = ".ssl_vit.npz"
-_VERSION = 1
+_VERSION = 2
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_LARGEST_TEXT, _LARGEST_JSON = 256, 1 << 20
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardIndex:
-    """Shard index: int64 (n,) each, offsets in bytes from the start; label -1 for none."""
+    """Shard index: the n images among its members, in order, and labels by where they are from.
+
+    Attributes:
+        offsets, sizes: int64 (n,), in bytes from the start of the shard.
+        names: of the members, without "./".
+        alone: no two images have the same name up to the first dot.
+        labels: by column (".cls" and ".txt" are files, others keys of .json): for each image the
+            index of its value, int32 (n,), -1 for none.
+        values: by column: its distinct values.
+        passed: members that are no images, counted by extension.
+    """
 
     offsets: np.ndarray
     sizes: np.ndarray
-    labels: np.ndarray
-    keys: Names
+    names: Names
+    alone: bool
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    passed: dict[str, int] = field(default_factory=dict)
 
 
-def load_index(shard: Path) -> ShardIndex:
-    """Load the index of a shard, or create and save it.
+def split_name(name: str, full: bool = False) -> tuple[str, str]:
+    """Key and extension of a member: parted at the first dot after the last slash, as WebDataset
+    does; ``full``: at the last one."""
+    start = name.rfind("/") + 1
+    dot = name.rfind(".", start) if full else name.find(".", start)
+    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
+
+
+def load_index(shard: Path, columns: tuple[str, ...] = ()) -> ShardIndex:
+    """Load the index of a shard, or create and save it; ``columns``: of labels, if given.
 
     Raises:
         UserError: the shard is missing, compressed, truncated, or not a tar file.
@@ -47,13 +76,13 @@ def load_index(shard: Path) -> ShardIndex:
         with open(shard, "rb") as file:
             stat = os.fstat(file.fileno())
             stamp = np.array([_VERSION, stat.st_size, stat.st_mtime_ns], dtype=np.int64)
-            places = _places(shard)
+            places = _places(shard, columns)
             for place in places:
                 if (index := _load(place, stamp)) is not None:
                     return index
             if file.read(6).startswith(_COMPRESSED):
                 raise UserError(f"{shard} is compressed: decompress it to a plain .tar file first")
-            index = _scan(shard, file.fileno(), stat.st_size)
+            index = _scan(shard, file.fileno(), stat.st_size, columns)
     except OSError as error:
         raise UserError(f"cannot read the shard {shard}: {error.strerror or error}") from error
     if not any(_save(place, index, stamp) for place in places):
@@ -61,13 +90,14 @@ def load_index(shard: Path) -> ShardIndex:
     return index
 
 
-def _places(shard: Path) -> list[Path]:
+def _places(shard: Path, columns: tuple[str, ...]) -> list[Path]:
     """Possible paths of the index, by preference."""
     real = os.path.realpath(shard)  # relative paths and links must not share another shard's index
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+    of = f"-{hashlib.sha256(repr(columns).encode()).hexdigest()[:8]}" if columns else ""
     cache = cache_folder()
-    beside = shard.with_name(shard.name + INDEX_SUFFIX)
-    return [beside, cache / f"{shard.name}-{digest}{INDEX_SUFFIX}"]
+    beside = shard.with_name(f"{shard.name}{of}{INDEX_SUFFIX}")
+    return [beside, cache / f"{shard.name}-{digest}{of}{INDEX_SUFFIX}"]
 
 
 def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
@@ -76,20 +106,24 @@ def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
         with np.load(place, allow_pickle=False) as file:
             if not np.array_equal(file["stamp"], stamp):
                 return None
-            names = ("offsets", "sizes", "labels", "key_ends")
-            offsets, sizes, labels, key_ends = (file[name].astype(np.int64) for name in names)
-            index = ShardIndex(offsets, sizes, labels, Names(file["key_buffer"], key_ends))
+            about = json.loads(file["about"].tobytes())
+            offsets, sizes, ends = (file[n].astype(np.int64) for n in ("offsets", "sizes", "ends"))
+            labels = dict(zip(about["values"], file["labels"].astype(np.int32), strict=True))
+            names = Names(file["names"], ends)
+            rest = about["alone"], labels, about["values"], about["passed"]
+            return ShardIndex(offsets, sizes, names, *rest)
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged zip files raise all kinds
         _log.warning("%s is damaged and will be rebuilt: %s", place, error)
         return None
-    return index
 
 
 def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:
     """Save the index atomically; False where it cannot be written."""
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")  # several ranks may write
+    about = {"alone": index.alone, "values": index.values, "passed": index.passed}
+    columns = [index.labels[name] for name in index.values]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.parent.stat().st_mode & 0o222:
@@ -100,9 +134,10 @@ def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:
                 stamp=stamp,
                 offsets=index.offsets,
                 sizes=index.sizes,
-                labels=index.labels,
-                key_buffer=index.keys.buffer,
-                key_ends=index.keys.ends,
+                names=index.names.buffer,
+                ends=index.names.ends,
+                labels=np.array(columns, dtype=np.int32).reshape(len(columns), len(index.sizes)),
+                about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
             )
         os.replace(temporary, place)
         return True
@@ -112,25 +147,107 @@ def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:
         return False
 
 
-def _scan(shard: Path, descriptor: int, size: int) -> ShardIndex:
-    """Scan the headers of a shard. A sample is all members with the same key."""
+def _scan(shard: Path, descriptor: int, size: int, columns: tuple[str, ...]) -> ShardIndex:
+    """Scan the headers of a shard, the files of labels, and the first bytes of other members."""
     images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+    found = _LabelFiles(columns)
+    passed: Counter[str] = Counter()
     for member in _members(shard, descriptor, size):
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if not stem:  # a hidden file
+        name = member.name.removeprefix("./")
+        if _is_hidden(name):
             continue
-        if extension == "cls":
-            text = os.pread(descriptor, min(member.size, 64), member.offset_data)
-            labels[key] = _label(shard, member.name, text)
-        elif extension.rpartition(".")[2].lower() in EXTENSIONS:
-            images.setdefault(key, (member.offset_data, member.size))
+        kind = split_name(name, full=True)[1].lower()
+        unclear = is_unclear(os.fsencode(kind)) and not found.takes(name)
+        if kind in EXTENSIONS or (unclear and _is_image(descriptor, member)):
+            images[name] = (member.offset_data, member.size)  # of equal names the last, as in tar
+            continue
+        passed[kind] += 1
+        if found.takes(name):
+            length = min(member.size, _LARGEST_JSON)
+            found.add(name, os.pread(descriptor, length, member.offset_data))
     places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
-    numbers = np.array([labels.get(key, -1) for key in images], dtype=np.int64)
-    keys = Names.of(os.fsencode(key) for key in images)
-    return ShardIndex(places[:, 0].copy(), places[:, 1].copy(), numbers, keys)
+    alone = len({split_name(name)[0] for name in images}) == len(images)
+    names = Names.of(os.fsencode(name) for name in images)
+    labels, values = found.of_images(list(images))
+    return ShardIndex(
+        places[:, 0].copy(), places[:, 1].copy(), names, alone, labels, values, dict(passed)
+    )
+
+
+def _is_image(descriptor: int, member: tarfile.TarInfo) -> bool:
+    """True for a member that begins like an image."""
+    return format_of(os.pread(descriptor, min(HEAD, member.size), member.offset_data)) != ""
+
+
+def _is_hidden(name: str) -> bool:
+    """True for a member that is junk, or in a folder that is."""
+    return any(is_junk(os.fsencode(part)) for part in name.split("/") if part not in (".", ".."))
+
+
+class _LabelFiles:
+    """Values of labels by column and by the key of the member that holds them.
+
+    Args:
+        columns: keys of .json files or extensions of whole files; empty: all that are usual.
+    """
+
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        self.columns = columns
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def takes(self, name: str) -> bool:
+        """True for members that may hold labels."""
+        ending = split_name(name, full=True)[1].lower()
+        return ending in ("cls", "txt", "json") or ending in self.columns
+
+    def add(self, name: str, raw: bytes) -> None:
+        """Take the labels that a member holds."""
+        key, ending = split_name(name, full=True)
+        for column, value in self._values(ending.lower(), raw):
+            self.found.setdefault(column, {})[key] = value
+
+    def _values(self, ending: str, raw: bytes) -> Iterator[tuple[str, Any]]:
+        if ending == "json":
+            yield from self._of_json(raw)
+        elif not self.columns or ending in self.columns:
+            text = raw.decode("utf-8", "replace").strip()
+            whole = text.removeprefix("-").isdecimal()
+            long = len(text) > _LARGEST_TEXT
+            # A text beside an image is mostly its caption: only numbers are classes unasked.
+            if long or (ending == "txt" and not whole and not self.columns):
+                yield f".{ending}", {NO_CLASS: "a text"}
+            else:
+                yield f".{ending}", int(text) if whole else text
+
+    def _of_json(self, raw: bytes) -> Iterator[tuple[str, Any]]:
+        try:
+            made = json.loads(raw)
+        except ValueError:  # cut or damaged: no label
+            return
+        for name, value in made.items() if isinstance(made, dict) else ():
+            wanted = name in self.columns if self.columns else name.lower() in LABEL_NAMES
+            if wanted:
+                plain = isinstance(value, (str, int, float, bool)) or value is None
+                small = plain and len(str(value)) <= _LARGEST_TEXT
+                yield name, value if small else {NO_CLASS: f"a {type(value).__name__}"}
+
+    def of_images(self, images: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+        """Labels of images: by column, the index of each image's value, and the values.
+
+        An image's own label comes first, then that of its WebDataset sample.
+        """
+        labels, values = {}, {}
+        for column, by_key in self.found.items():
+            number: dict[str, int] = {}
+            ids = np.full(len(images), -1, dtype=np.int32)
+            for i, name in enumerate(images):
+                keys = (split_name(name, full=True)[0], split_name(name)[0])
+                for key in keys:
+                    if key in by_key:
+                        ids[i] = number.setdefault(json.dumps(by_key[key]), len(number))
+                        break
+            labels[column], values[column] = ids, [json.loads(text) for text in number]
+        return labels, values
 
 
 def _members(shard: Path, descriptor: int, size: int) -> Iterator[tarfile.TarInfo]:
@@ -152,13 +269,3 @@ def _members(shard: Path, descriptor: int, size: int) -> Iterator[tarfile.TarInf
     except tarfile.TarError as error:
         reason = f"the shard {shard} is truncated or damaged ({error}): copy it again"
         raise UserError(reason) from error
-
-
-def _label(shard: Path, member: str, text: bytes) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        label = -1
-    if label < 0:
-        raise UserError(f"{shard}: {member} holds {text!r}, not a class number from 0 up")
-    return label

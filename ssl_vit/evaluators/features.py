@@ -68,6 +68,11 @@ class FeatureSet:
         """True if all parts of a feature are available."""
         return all(part in self.parts for part in FEATURES[name])
 
+    def known(self) -> FeatureSet:
+        """Subset of the images whose label, or one of whose labels, is known."""
+        unknown = self.labels < 0 if self.labels.ndim == 1 else self.labels.isnan().all(1)
+        return self.take((~unknown).nonzero()[:, 0]) if bool(unknown.any()) else self
+
     def take(self, rows: Int64[Tensor, " k"]) -> FeatureSet:
         """Subset of these rows, in this order."""
         parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}

@@ -39,7 +39,11 @@ def subsets(
     shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, n)))
     labels = labels.cpu()
     if labels.ndim == 2:
-        check(per_class is None, "images with several labels have no single class; give a fraction")
+        check(
+            per_class is None,
+            "images with several labels have no single class; give a share of all images, as "
+            "--fraction 0.25",
+        )
         assert fraction is not None
         return shuffled[: max(1, round(fraction * n))].sort().values
     check(bool((labels >= 0).all()), "a subset by class needs the label of every image")

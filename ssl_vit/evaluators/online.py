@@ -155,13 +155,15 @@ def seen(
 
 
 class Numbered(Source):
-    """Numbered source: labels are the images' indices, so that any targets can be looked up.
+    """Numbered source: an image is read with its index as label, by which targets are looked up.
 
     An unreadable image is replaced by another one, with that one's index.
     """
 
     def __init__(self, source: Source) -> None:
         self.source, self.spec, self.reading = source, source.spec, source.reading
+        self.classes, self.targets = source.classes, source.targets
+        self.labels_from = source.labels_from
 
     def __len__(self) -> int:
         return len(self.source)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ssl_vit.common.errors import check
@@ -55,14 +55,14 @@ class Score:
         object.__setattr__(self, "interval", tuple(self.interval))  # JSON makes a list of it
 
     @property
+    def value(self) -> float:
+        """First metric in percent: accuracy, or mean average precision over labels."""
+        return next(iter(self.metrics.values()))
+
+    @property
     def top1(self) -> float:
         """Accuracy in percent."""
         return self.metrics["top1"]
-
-    @property
-    def top5(self) -> float:
-        """Share of images, in percent, whose class is among the first five guesses."""
-        return self.metrics["top5"]
 
 
 def score_predictions(
@@ -158,6 +158,11 @@ def labelled(labels: Tensor, whose: str) -> Tensor:
     return labels
 
 
+def both_outcomes(targets: Tensor) -> Bool[Tensor, " l"]:
+    """Labels of (n, L) that some images have and others have not."""
+    return (targets == 1).any(0) & (targets == 0).any(0)
+
+
 def check_labels(train: FeatureSet, val: FeatureSet, classes: Sequence[str] | None) -> None:
     """Check that the labels of training and validation sets allow training and scoring.
 
@@ -177,8 +182,9 @@ def check_labels(train: FeatureSet, val: FeatureSet, classes: Sequence[str] | No
     if ours.ndim == 2:
         n, m = ours.shape[1], theirs.shape[1]
         check(n == m, f"the training set has {n} labels, the validation set {m}")
-        useful = ((ours == 1).any(0) & (ours == 0).any(0)).any()
-        check(bool(useful), "no label has both outcomes in the training set; nothing to learn")
+        useful, scored = (bool(both_outcomes(labels).any()) for labels in (ours, theirs))
+        check(useful, "no label has both outcomes in the training set; nothing to learn")
+        check(scored, "no label has both outcomes in the validation set; no score is possible")
         return
     there = set(ours.unique().tolist())
     one = class_name(classes, min(there))

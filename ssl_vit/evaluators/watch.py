@@ -71,14 +71,16 @@ class Watch:
 
     def probe(self, encoder: Encoder) -> tuple[dict[str, float], FeatureSet]:
         """Probe an encoder: collapse statistics of the method's feature and, with labels, k-NN
-        accuracy in percent for all features; and the features of the held-out images."""
+        scores in percent for all features, accuracy or, of several labels an image, mean average
+        precision; and the features of the held-out images."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
         numbers = health(val.parts[self.pooling]) | {"held_out_images": float(len(val.index))}
         if train is not None:
-            k = min(20, len(train.labels))
-            for score in knn_scores(train, val, (k,)):
-                numbers[f"knn{k}_{score.features}"] = score.top1
+            bank, asked = train.known(), val.known()
+            k = min(20, len(bank.labels))
+            for score in knn_scores(bank, asked, (k,)):
+                numbers[f"knn{k}_{score.features}"] = score.value
         return numbers, val
 
     def paint(
@@ -138,8 +140,8 @@ class Watch:
             return "labels", [
                 " + ".join(class_name(names, i) for i in row) or "none" for row in rows
             ]
-        if bool((labels >= 0).all()):
-            return "class", [class_name(names, i) for i in labels.tolist()]
+        if bool((labels >= 0).any()):
+            return "class", [class_name(names, i) if i >= 0 else "unknown" for i in labels.tolist()]
         return "unlabelled", ["" for _ in labels]
 
     def compare(self, embeds: dict[str, Embed]) -> dict[str, dict[str, Score]]:
@@ -149,7 +151,7 @@ class Watch:
         for name, embed in embeds.items():
             train, val = self.features(embed)
             assert train is not None
-            train, val = train.to(self.device), val.to(self.device)
+            train, val = train.known().to(self.device), val.known().to(self.device)
             shown = self.pooling if self.pooling in train.parts else next(iter(train.parts))
             k = min(20, len(train.labels))
             names = self.val.classes or self.train.classes

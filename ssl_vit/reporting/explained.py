@@ -13,7 +13,8 @@ _FIRST = {
     "knn": Scalar(
         "k-NN accuracy, %",
         "Held-out images classified by their nearest training images, on frozen features: the "
-        "number to watch. It should rise, and pass raw pixels.",
+        "number to watch. It should rise, and pass raw pixels. (Mean average precision, where an "
+        "image may have several labels.)",
     ),
     "feature_std": Scalar(
         "Feature spread",
@@ -32,6 +33,10 @@ _LAST = {
     ),
     "val_top5": Scalar(
         "Top-5 accuracy on held-out images, %", "Its class among the five best guesses."
+    ),
+    "val_map": Scalar(
+        "Mean average precision on held-out images, %",
+        "Of several labels an image, by the network as it is being fine-tuned.",
     ),
     "grad_norm": Scalar(
         "Gradient norm",

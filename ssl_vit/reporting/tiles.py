@@ -33,6 +33,9 @@ def tiles(story: Story) -> list[dict[str, str]]:
 def _quality_tile(story: Story) -> dict[str, str]:
     """Score on held-out images while training."""
     top, knn = story.run.latest("val_top1"), story.run.knn
+    precision = story.run.latest("val_map")
+    if precision is not None:
+        return _tile("held-out precision", f"{precision:.1f} %", "mean average, at the last look")
     if top is not None:
         return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")
     if knn is None:

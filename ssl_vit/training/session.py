@@ -22,6 +22,7 @@ from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Task
 from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.base import describe_labels
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
@@ -132,6 +133,7 @@ class Session:
             *about,
             ("images", f"{order.n:,} train, {held_out}"),
             *self.images.about(),
+            ("labels", describe_labels(self.images.train)),
             ("views", self.describe_views()),
             ("effective batch", f"{optim.batch_size} = {split}"),
             ("learning rate", rate),

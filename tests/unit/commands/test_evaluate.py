@@ -119,7 +119,9 @@ def test_any_timm_network_is_a_comparator(tmp_path):
 
 def test_features_come_from_the_cache_the_second_time(run, monkeypatch):
     options = FeatureConfig(
-        data=EvalData("digits:train", "digits:val", workers=0), encoder=str(run), batch_size=64
+        data=EvalData(train="digits:train", val="digits:val", workers=0),
+        encoder=str(run),
+        batch_size=64,
     )
     first = Evaluation(options).features("val")
     monkeypatch.setattr(
@@ -134,7 +136,7 @@ def test_heads_that_weights_do_not_tell_of_make_other_features(run, tmp_path):
     torch.manual_seed(0)
     info = EncoderInfo(other, 1, (0.3,), (0.35,), "mae", 3)
     save_encoder(tmp_path / "encoder.safetensors", Encoder(other, 1), info)
-    data = EvalData("digits:train", "digits:val", workers=0)
+    data = EvalData(train="digits:train", val="digits:val", workers=0)
     two, four = (Evaluation(FeatureConfig(data=data, encoder=str(f))) for f in (run, tmp_path))
     same = "weights_sha256"
     assert two.backbone.identity[same] == four.backbone.identity[same]
@@ -231,7 +233,7 @@ def folder_of(path: Path, classes: dict[str, int], size: int = 8) -> str:
 def test_bad_sets_are_refused_before_anything_is_written(run, tmp_path):
     two = folder_of(tmp_path / "two", {"a": 12, "b": 12})
     cases = {
-        folder_of(tmp_path / "one", {"a": 12}): "at least two",
+        folder_of(tmp_path / "one", {"a": 12}): "no labels .none: 'a' is the only folder",
         folder_of(tmp_path / "flat", {".": 3}): "no labels",
     }
     out = tmp_path / "x.json"
@@ -371,7 +373,7 @@ def test_compare_refuses(options, message):
 
 
 def test_of_many_images_only_the_features_asked_for_are_made(run, monkeypatch):
-    data = EvalData("digits:train", "digits:val", workers=0)
+    data = EvalData(train="digits:train", val="digits:val", workers=0)
     options = FeatureConfig(data=data, encoder=str(run), batch_size=359)
     assert len(Evaluation(options, plain=True).features("val").parts) == 5
     monkeypatch.setattr("ssl_vit.commands.evaluating._ALL_PARTS", 1000)

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from ssl_vit.common.errors import UserError
 from ssl_vit.data import tar as tar_module
 from ssl_vit.data import tar_index
-from ssl_vit.data.base import Names
+from ssl_vit.data.base import Names, check_classes, describe_labels
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.sources import Source, Subset, check_classes, open_source, split_holdout
+from ssl_vit.data.labels import align_classes
+from ssl_vit.data.shard_names import expand
+from ssl_vit.data.sources import Source, Subset, open_source, split_holdout
 from tests.conftest import SHARED
 
 
@@ -194,7 +196,8 @@ def test_shards_hold_samples_by_key(tmp_path, kind):
     }
     write_tar(tmp_path / "a.tar", members, kind)
     source = open_source(f"tar:{tmp_path / 'a.tar'}")
-    assert [source.read(i) for i in range(len(source))] == [(b"first", 4), (b"long", 1)]
+    # Of two images of one sample that with the more usual extension, here of the other sample.
+    assert [source.read(i) for i in range(len(source))] == [(b"second", 4), (b"long", 1)]
     assert source.name(0) == f"{tmp_path}/a.tar:d.ir/b"
     assert source.name(1).endswith(long)
     assert source.classes == ("0", "1", "2", "3", "4")
@@ -209,18 +212,29 @@ def test_patterns_name_shards_in_order(tmp_path):
     assert [ranged.read(i)[0] for i in (0, 2, 13)] == [png(80), png(90), png(114)]
     assert len(open_source(f"tar:{tmp_path}/s-*.tar")) == 14
     assert len(open_source(f"tar:{tmp_path}/s*")) == 14  # the indexes beside them are no shards
-    both = tar_module._expand("", "{0..1}/{08..10}")
+    both = expand("", "{0..1}/{08..10}")
     assert both == ["0/08", "0/09", "0/10", "1/08", "1/09", "1/10"]
+    assert expand("", "{00..04..2,7,a}.tar") == ["00.tar", "02.tar", "04.tar", "7.tar", "a.tar"]
+    assert expand("", "x{y}z.tar") == ["x{y}z.tar"]
+    for wrong, reason in (("{a..f}", "no range of numbers"), ("{{0..1},2}", "within braces")):
+        with pytest.raises(UserError, match=reason):
+            expand("", wrong)
     with pytest.raises(UserError, match=r"no .*s-012-0\.tar and 1 more"):
         open_source(f"tar:{tmp_path}/s-{{012..013}}-0.tar")
     with pytest.raises(UserError, match="empty"):
         open_source(f"tar:{tmp_path}/s-{{9..8}}.tar")
 
 
-def test_one_sample_without_label_makes_all_unlabelled(tmp_path):
+def test_samples_without_label_are_said_and_the_others_keep_theirs(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", samples(0, 3) | {"last.png": png(0)})
-    source = open_source(f"tar:{tmp_path / 'a.tar'}")
-    assert (len(source), source.labels, source.classes, source.read(0)[1]) == (4, None, None, None)
+    write_tar(tmp_path / "b.tar", {"0.png": png(0)})
+    source = open_source(f"tar:{tmp_path}/*.tar")
+    assert source.labels.tolist() == [0, 1, 2, -1, -1]
+    assert [source.read(i)[1] for i in (2, 3)] == [2, None]
+    assert (
+        "2 of 5 samples have no label in .cls of the shards, of 1 of 2 shards none" in caplog.text
+    )
+    assert describe_labels(source).endswith("; unknown for 2 of 5 images")
 
 
 def test_index_is_kept_checked_and_rebuilt(tmp_path, monkeypatch):
@@ -302,9 +316,6 @@ def test_what_a_shard_must_not_be(tmp_path):
     write_tar(tmp_path / "text.tar", {"a.txt": b"1"})
     with pytest.raises(UserError, match="no image"):
         open_source(f"tar:{tmp_path / 'text.tar'}")
-    write_tar(tmp_path / "cls.tar", {"a.png": b"1", "a.cls": b"cat"})
-    with pytest.raises(UserError, match=r"cls\.tar: a\.cls holds b'cat'"):
-        open_source(f"tar:{tmp_path / 'cls.tar'}")
     (tmp_path / "no.tar").write_bytes(b"no tar file" * 99)
     with pytest.raises(UserError, match=r"no\.tar"):
         open_source(f"tar:{tmp_path / 'no.tar'}")
@@ -447,7 +458,7 @@ def test_hugging_face_data_saved_on_disk(tmp_path):
 
     missing = make_hf(species=(kind, [1, None, 0]))
     missing.save_to_disk(tmp_path / "missing")
-    assert open_source(f"hf:{tmp_path / 'missing'}").labels is None
+    assert open_source(f"hf:{tmp_path / 'missing'}").labels.tolist() == [1, -1, 0]
     dataset.remove_columns("picture").save_to_disk(tmp_path / "blind")
     with pytest.raises(UserError, match="no image column, only: species, text"):
         open_source(f"hf:{tmp_path / 'blind'}")
@@ -502,14 +513,28 @@ def test_every_kind_of_source_has_its_opener():
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_class_numbers_of_two_sources_must_agree(tmp_path):
+def test_equal_names_are_one_class_in_two_sources(tmp_path):
     """A class missing from one of them would shift every label behind it."""
-    folders = {"train": ("cat", "dog", "owl"), "val": ("cat", "owl"), "more": ("cat", "dog")}
+    folders = {
+        "train": ("cat", "dog", "owl"),
+        "val": ("cat", "owl"),
+        "more": ("ape", "dog"),
+        "other": ("0", "1"),
+    }
     for name in (f"{part}/{label}" for part, labels in folders.items() for label in labels):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
-    train, val, more = (open_source(f"folder:{tmp_path / n}") for n in ("train", "val", "more"))
+    train, val, more, other = (open_source(f"folder:{tmp_path / n}") for n in folders)
     with pytest.raises(UserError, match=r"class 1 is 'dog' in .*train and 'owl' in .*val"):
         check_classes(train, val)
-    check_classes(train, more)
-    check_classes(train, open_source(f"flat:{tmp_path / 'val'}"))
+    assert align_classes(train, train) is train
+    same = align_classes(train, val)
+    assert (same.classes, same.labels.tolist()) == (train.classes, [0, 2])
+    assert (same.read(1)[1], same.name(1)) == (2, val.name(1))
+    assert same.labels_from == "class folders"
+    extra = align_classes(train, more)
+    assert (extra.classes, extra.labels.tolist()) == (("cat", "dog", "owl", "ape"), [3, 1])
+    with pytest.raises(UserError, match="both must have the same classes"):
+        align_classes(train, other)
+    flat = open_source(f"flat:{tmp_path / 'val'}")
+    assert align_classes(train, flat) is flat

@@ -63,7 +63,7 @@ def test_several_labels_an_image():
         (LABELS, 0, None, "0 images per class; at least 1"),
         (LABELS, None, 1.5, "a fraction of 1.5; above 0, at most 1"),
         (LABELS - 1, 1, None, "needs the label of every image"),
-        (torch.zeros(9, 2), 1, None, "have no single class; give a fraction"),
+        (torch.zeros(9, 2), 1, None, "have no single class; give a share of all images"),
     ],
 )
 def test_what_cannot_be_had_is_refused(labels, per_class, fraction, message):

@@ -54,8 +54,8 @@ def test_accuracies_and_confusion_are_scikit_learns():
     for k in (1, 5):
         theirs = top_k_accuracy_score(truth, scores.numpy(), k=k, labels=range(8))
         assert score.metrics[f"top{k}"] == pytest.approx(100 * theirs)
-    assert (score.top1, score.top5) == (score.metrics["top1"], score.metrics["top5"])
-    assert 40 < score.top1 < score.top5 < 99
+    assert (score.value, score.top1) == (score.metrics["top1"],) * 2
+    assert 40 < score.top1 < score.metrics["top5"] < 99
     table = confusion_matrix(truth, scores.argmax(1), labels=range(8))
     assert score.confusion == table.tolist()
     assert table[7].sum() == 0 < table[:, 7].sum()
@@ -188,6 +188,7 @@ NAN = math.nan
         ([[NAN], [NAN]], [[1.0]], "the training set has no known label"),
         ([[0.0], [1.0]], [[NAN]], "the validation set has no known label"),
         ([[0.0, 1.0], [NAN, 1.0]], [[0.0, 1.0]], "no label has both outcomes in the training set"),
+        ([[0.0], [1.0]], [[1.0], [NAN]], "no label has both outcomes in the validation set"),
     ],
 )
 def test_sets_that_do_not_fit_are_refused(train, val, message):
@@ -198,7 +199,7 @@ def test_sets_that_do_not_fit_are_refused(train, val, message):
 
 def test_sets_that_fit_pass():
     check_labels(made_set([0, 1, 2]), made_set([1, 1]), NAMES)
-    check_labels(made_set([[0.0, 1.0], [1.0, NAN]]), made_set([[0.0, NAN]]), None)
+    check_labels(made_set([[0.0, 1.0], [1.0, NAN]]), made_set([[0.0, NAN], [1.0, NAN]]), None)
 
 
 def test_what_cannot_be_judged_is_refused():

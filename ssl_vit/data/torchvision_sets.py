@@ -1,6 +1,5 @@
-"""Library sources: data sets of torchvision and Hugging Face."""
+"""torchvision source: data sets of torchvision that are on disk."""
 
-import contextlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
@@ -23,6 +23,7 @@ class TorchvisionSource(Source):
     def __init__(self, spec: str, dataset: Any):
         self.spec, self.dataset = spec, dataset
         self.labels = _torchvision_labels(dataset)
+        self.labels_from = "the data set's own list" if self.labels is not None else "it has none"
         if self.labels is not None:
             self.classes = _class_names(self.labels, getattr(dataset, "classes", None))
 
@@ -42,7 +43,7 @@ class TorchvisionSource(Source):
         return f"{self.spec}[{i}]"
 
 
-def open_torchvision(spec: str, rest: str) -> TorchvisionSource:
+def open_torchvision(spec: str, rest: str, reading: ReadConfig | None = None) -> TorchvisionSource:
     """Open `torchvision:NAME:ROOT[:SPLIT]`; nothing is downloaded.
 
     Raises:
@@ -140,13 +141,13 @@ def _torchvision_labels(dataset: Any) -> np.ndarray | None:
         except ValueError:  # several values per image, of unlike lengths
             continue
         if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels):
-            return _complete(labels)
+            return _known(labels)
     return None
 
 
-def _complete(labels: np.ndarray) -> np.ndarray | None:
-    """Labels as int64; None where one is missing (marked by a negative number)."""
-    return None if labels.min() < 0 else labels.astype(np.int64)
+def _known(labels: np.ndarray) -> np.ndarray | None:
+    """Labels as int64, -1 for all negative numbers, which mark missing ones; None if all are."""
+    return None if labels.max() < 0 else np.maximum(labels.astype(np.int64), -1)
 
 
 def _class_names(labels: np.ndarray, names: Any) -> tuple[str, ...]:
@@ -154,81 +155,3 @@ def _class_names(labels: np.ndarray, names: Any) -> tuple[str, ...]:
     if names is not None and len(names) >= count:
         return tuple(name if isinstance(name, str) else str(name) for name in names)
     return tuple(str(label) for label in range(count))
-
-
-class HuggingFaceSource(Source):
-    """Hugging Face source: a data set of `datasets`; images are encoded bytes."""
-
-    def __init__(self, spec: str, dataset: Any, image_column: str, label_column: str | None):
-        self.spec, self.column = spec, image_column
-        feature = type(dataset.features[image_column])
-        images = dataset.select_columns([image_column])
-        self.dataset = images.cast_column(image_column, feature(decode=False))
-        if label_column is not None:
-            table = dataset.select_columns([label_column]).with_format("arrow")[:]
-            labels = table.column(label_column).fill_null(-1).to_numpy()
-            self.labels = _complete(labels) if len(labels) else None
-        if self.labels is not None:
-            self.classes = _class_names(self.labels, dataset.features[label_column].names)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, i: int) -> Item:
-        try:
-            image = self.dataset[i][self.column]
-            if image is None:
-                raise BadImage("is missing: the row holds no image")
-            data = image["bytes"]
-            return (data if data is not None else Path(image["path"]).read_bytes()), self.label(i)
-        except (OSError, ValueError, TypeError) as error:
-            raise BadImage(f"cannot be read: {error}") from error
-
-    def name(self, i: int) -> str:
-        return f"{self.spec}[{i}]"
-
-
-def open_hf(spec: str, rest: str) -> HuggingFaceSource:
-    """Open `hf:NAME_OR_PATH[:SPLIT]`: a folder of `save_to_disk`, or what `load_dataset` takes.
-
-    Raises:
-        UserError: `datasets` is not installed, there is no such data set or split, or no image.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{spec!r} needs: pip install 'ssl_vit[hf]' ({error})") from error
-
-    name, _, split = rest.partition(":")
-    if Path(rest).expanduser().exists():
-        name, split = rest, ""
-    try:
-        dataset = _load_hf(datasets, spec, name, split)
-    except UserError:
-        raise
-    except Exception as error:  # errors of datasets, pyarrow and the network
-        raise UserError(f"{spec!r}: {' '.join(str(error).split())}") from error
-    columns = dataset.features.items()
-    images = [column for column, feature in columns if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in columns if isinstance(feature, datasets.ClassLabel)]
-    if not images:
-        raise UserError(f"{spec!r} has no image column, only: {', '.join(dataset.features)}")
-    if not len(dataset):
-        raise UserError(f"{spec!r} holds no image")
-    return HuggingFaceSource(spec, dataset, images[0], labels[0] if labels else None)
-
-
-def _load_hf(datasets: Any, spec: str, name: str, split: str) -> Any:
-    folder = Path(name).expanduser()
-    saved = ("dataset_info.json", "state.json", "dataset_dict.json")
-    if not any((folder / file).is_file() for file in saved):
-        name = str(folder) if folder.exists() else name
-        return datasets.load_dataset(name, split=split or "train")
-    dataset = datasets.load_from_disk(str(folder))
-    if isinstance(dataset, datasets.DatasetDict):
-        with contextlib.suppress(KeyError):
-            return dataset[split or "train"]
-        raise UserError(f"{spec!r}: no split {split or 'train'!r}, only: {', '.join(dataset)}")
-    if split not in ("", str(dataset.split)):
-        raise UserError(f"{spec!r}: this folder holds one split, drop ':{split}'")
-    return dataset

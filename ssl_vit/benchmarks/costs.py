@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import ViewSpec
-from ssl_vit.data.loader import draw_samples, whole_boxes
+from ssl_vit.data.loader import draw_all, whole_boxes
 from ssl_vit.model.execution import checkpoint_activations, choose_attention
 from ssl_vit.training.footprint import KeptBytes, flop_counter
 from ssl_vit.training.parallel import autocast
@@ -125,7 +125,7 @@ class _StepBytes:
 def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _StepBytes:
     crops = [torch.empty(images * c.count, channels, *c.size) for c in spec.crops]
     keys, labels = (torch.empty(images, dtype=torch.int64) for _ in range(2))
-    drawn = draw_samples(spec.draw, range(images)) if spec.draw else {}
+    drawn = draw_all(spec, range(images))
     views = Views(crops, keys, labels, drawn=drawn, boxes=whole_boxes(spec, images))
     kept = _BlockBytes(task)
     task.train()

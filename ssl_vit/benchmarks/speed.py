@@ -12,7 +12,7 @@ from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source
-from ssl_vit.data.loader import Batch, TrainImages, draw_samples, whole_boxes
+from ssl_vit.data.loader import Batch, TrainImages, draw_all, whole_boxes
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, reuse_memory
@@ -32,7 +32,7 @@ def random_batch(spec: ViewSpec, batch: int, channels: int, seed: int) -> Batch:
         for c in spec.crops
     ]
     keys = torch.arange(batch)
-    drawn = draw_samples(spec.draw, keys.tolist()) if spec.draw else {}
+    drawn = draw_all(spec, keys.tolist())
     boxes = whole_boxes(spec, batch)
     return Batch(Views(crops, keys, torch.full((batch,), -1), drawn=drawn, boxes=boxes))
 

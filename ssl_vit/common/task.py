@@ -30,7 +30,8 @@ class Views:
         key: one random key for the whole batch, a function of ``keys`` that is known without asking
             the device; 0 in evaluation.
         drawn: by name, (B, ...): what the method drew for each sample in the workers
-            (``Method.draw``: masks, index sets); empty in evaluation.
+            (``Method.draw``: masks, index sets), or for all together, of any shape
+            (``Method.draw_together``); empty in evaluation.
         boxes: for each kind of crop (n B, 5) float32: top, left, height and width of the crop in
             its image, as shares of the image's sides, and 1 where it is flipped; empty in
             evaluation. For losses between places that two crops share.

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 from ssl_vit.common.task import Views
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.missing import has_missing, resized, valid_share
+from ssl_vit.data.order import Places
 from ssl_vit.data.photometric import Photometric, photometric
 from ssl_vit.data.policy import Policy
 
@@ -23,6 +24,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Draw = Callable[[np.random.Generator], dict[str, np.ndarray]]
 """Draws for one sample in the workers, by name: arrays of fixed shapes."""
+DrawTogether = Callable[[Places], dict[str, np.ndarray]]
+"""Draws in the workers for images of a step together, by name."""
 
 # A crop of which less has data is drawn again, this many times at most.
 _LEAST_DATA, _DRAWS = 0.1, 10
@@ -65,11 +68,13 @@ class ViewSpec:
     """The crops a method wants of each image, and what else it wants drawn for it.
 
     ``draw``: called with a generator that is a function of (seed, epoch, image); its arrays arrive
-    stacked as ``Views.drawn``.
+    stacked as ``Views.drawn``. ``draw_together``: called with the images' places in their step; its
+    arrays arrive beside them, as they are.
     """
 
     crops: tuple[Crop, ...]
     draw: Draw | None = None
+    draw_together: DrawTogether | None = None
 
 
 def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[int, int, int, int]:

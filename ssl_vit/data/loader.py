@@ -7,7 +7,7 @@ import json
 import logging
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.missing import missing_in, with_data
-from ssl_vit.data.order import Order
+from ssl_vit.data.order import Order, Places
 from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import Source
 
@@ -53,7 +53,10 @@ class TrainImages(Dataset):
         self.seed = seed
 
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of these (epoch, index) pairs, collated here, in the worker."""
+        """The batch of these (epoch, index) pairs, collated here, in the worker.
+
+        A :class:`Part` is part of a step; a plain list is a step of its own.
+        """
         bad: dict[int, str] = {}
         taken: list[list[DrawnCrop]] = [[] for _ in self.spec.crops]
         keys, labels = [], []
@@ -75,7 +78,7 @@ class TrainImages(Dataset):
             labels=torch.tensor(labels),
             photometric=[torch.tensor([c.photometric for c in kind]) for kind in kinds],
             key=fold(*keys),
-            drawn=draw_samples(self.spec.draw, keys) if self.spec.draw else {},
+            drawn=draw_all(self.spec, keys, wanted.places if isinstance(wanted, Part) else None),
             boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
             missing=[kind.isnan() for kind in stacked] if missing else [],
         )
@@ -105,6 +108,18 @@ def whole_boxes(spec: ViewSpec, images: int) -> list[Tensor]:
     """``Views.boxes`` of crops that are whole images, not flipped: those of made-up batches."""
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]])
     return [box.repeat(images * crop.count, 1) for crop in spec.crops]
+
+
+def draw_all(
+    spec: ViewSpec, keys: Sequence[int], places: Places | None = None
+) -> dict[str, Tensor]:
+    """``Views.drawn`` of images of these keys; without ``places`` they are a step of their own."""
+    drawn = draw_samples(spec.draw, keys) if spec.draw else {}
+    if spec.draw_together:
+        places = places or Places(fold(*keys), len(keys), 0, len(keys))
+        together = spec.draw_together(places)
+        drawn |= {name: torch.from_numpy(array) for name, array in together.items()}
+    return drawn
 
 
 def draw_samples(draw: Draw, keys: Sequence[int]) -> dict[str, Tensor]:
@@ -159,8 +174,19 @@ class BadImages:
             )
 
 
+class Part(list[tuple[int, int]]):
+    """The (epoch, index) pairs of a part of a step, with their places in it."""
+
+    def __init__(self, pairs: Iterable[tuple[int, int]], places: Places) -> None:
+        super().__init__(pairs)
+        self.places = places
+
+    def __reduce__(self) -> tuple[type[Part], tuple[list[tuple[int, int]], Places]]:
+        return Part, (list(self), self.places)
+
+
 class _Positions:
-    """The (epoch, index) lists of every part of every step from ``start`` to ``stop``."""
+    """The :class:`Part` of every part of every step from ``start`` to ``stop``."""
 
     def __init__(self, order: Order, start: int, stop: int) -> None:
         self.order, self.start, self.stop = order, start, stop
@@ -168,11 +194,11 @@ class _Positions:
     def __len__(self) -> int:
         return (self.stop - self.start) * self.order.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Part]:
         for step in range(self.start, self.stop):
             for part in range(self.order.accumulate):
                 epoch, indices = self.order.part(step, part)
-                yield [(epoch, int(i)) for i in indices]
+                yield Part(((epoch, int(i)) for i in indices), self.order.places(step, part))
 
 
 def train_batches(

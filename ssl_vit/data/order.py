@@ -45,6 +45,22 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Places of some images, in a row, among all images of a step, over all processes and parts.
+
+    Attributes:
+        key: of the step; the same for all its images.
+        batch: images of the step.
+        start, count: these are the images from ``start`` on, ``count`` of them.
+    """
+
+    key: int
+    batch: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Order:
     """Batch order of a run, a function of (seed, step).
 
@@ -76,12 +92,18 @@ class Order:
         of processes and parts.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
-        size = self.batch_size // (self.world * self.accumulate)
-        start = within * self.batch_size + (part * self.world + self.rank) * size
-        positions = np.arange(start, start + size, dtype=np.int64)
+        own = self.places(step, part)
+        start = within * self.batch_size + own.start
+        positions = np.arange(start, start + own.count, dtype=np.int64)
         if self.n <= _SMALL:
             return epoch, _whole_epoch(self.n, self.seed, epoch)[positions]
         return epoch, permute(positions, self.n, fold(self.seed, epoch))
+
+    def places(self, step: int, part: int) -> Places:
+        """Where the images of :meth:`part` are in the step's global batch."""
+        size = self.batch_size // (self.world * self.accumulate)
+        start = (part * self.world + self.rank) * size
+        return Places(fold(self.seed, step), self.batch_size, start, size)
 
 
 @lru_cache(maxsize=2)

@@ -20,7 +20,8 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.data.loader import draw_samples
+from ssl_vit.data.loader import draw_all
+from ssl_vit.data.order import Places
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
@@ -98,6 +99,18 @@ class Method(Task):
 
         Args:
             grid: rows and columns of the encoder's patches.
+        """
+        return {}
+
+    @staticmethod
+    def draw_together(config: Any, grid: tuple[int, int], places: Places) -> dict[str, np.ndarray]:
+        """What is drawn for images of a step together, in the workers, by name.
+
+        For what an image's own generator cannot give: so many masked images in a batch, strata.
+        Called for each part of a step, on each process, with the places of its images in the whole
+        batch: a function of these alone, so that the parts together are the same at any number of
+        workers, processes and parts. Shapes are functions of (batch, count). Arrives in
+        ``views.drawn``, beside what :meth:`draw` gives, as it is.
         """
         return {}
 
@@ -192,19 +205,27 @@ class Method(Task):
             found |= objective.concerns(own)
         return found
 
-    def drawn(self, keys: Int64[Tensor, " b"]) -> dict[str, Tensor]:
-        """What :meth:`draw` gives for samples of these keys, on their device, as a loader does."""
-        draw = partial(self.draw, self.config, self.encoder.grid)
-        found = draw_samples(draw, keys.tolist())
+    def drawn(self, keys: Int64[Tensor, " b"], places: Places | None = None) -> dict[str, Tensor]:
+        """What :meth:`draw` and :meth:`draw_together` give for samples of these keys, on their
+        device, as a loader does; without ``places`` they are a step of their own."""
+        found = draw_all(
+            self._with_draws(self.config, self.encoder, ViewSpec(())), keys.tolist(), places
+        )
         return {name: value.to(keys.device) for name, value in found.items()}
 
     @classmethod
     def view_spec(cls, config: Any, encoder: Encoder) -> ViewSpec:
-        """:meth:`views`, with :meth:`draw` where the method has one."""
-        spec = cls.views(config, encoder)
-        if cls.draw is Method.draw:
-            return spec
-        return replace(spec, draw=partial(cls.draw, config, encoder.grid))
+        """:meth:`views`, with :meth:`draw` and :meth:`draw_together` where the method has them."""
+        return cls._with_draws(config, encoder, cls.views(config, encoder))
+
+    @classmethod
+    def _with_draws(cls, config: Any, encoder: Encoder, spec: ViewSpec) -> ViewSpec:
+        if cls.draw is not Method.draw:
+            spec = replace(spec, draw=partial(cls.draw, config, encoder.grid))
+        if cls.draw_together is not Method.draw_together:
+            together = partial(cls.draw_together, config, encoder.grid)
+            spec = replace(spec, draw_together=together)
+        return spec
 
     @classmethod
     def blank(cls, config: Any, encoder: EncoderConfig, channels: int) -> Method:

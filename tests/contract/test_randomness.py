@@ -47,7 +47,8 @@ def test_other_keys_are_another_step(name, kind):
     other = views.redrawn(1)
     other = replace(other, drawn=made.task.drawn(other.keys))
     same = numbers(made.task, views, seed=1) == numbers(made.task, other, seed=1)
-    assert not (same and (kind.reconstructs or made.views.draw))
+    drawn = made.views.draw or made.views.draw_together
+    assert not (same and (kind.reconstructs or drawn))
 
 
 def test_what_is_drawn_is_a_function_of_the_generator(name):
@@ -72,15 +73,35 @@ def test_what_is_drawn_has_one_shape_and_type(name):
 def test_the_loader_draws_what_the_method_does_for_the_same_keys(name):
     """Also when a worker, started anew, is told of the views by pickle."""
     made = tiny.session(name)
-    views = tiny.first_views(made)
-    assert views.drawn.keys() == made.task.drawn(views.keys).keys()
-    for key, value in made.task.drawn(views.keys).items():
+    views, places = tiny.first_views(made), made.order.places(0, 0)
+    again = made.task.drawn(views.keys, places)
+    assert views.drawn.keys() == again.keys()
+    for key, value in again.items():
         assert torch.equal(views.drawn[key], value)
     again = pickle.loads(pickle.dumps(made.views))
     assert again.crops == made.views.crops
     if again.draw:
         sample = again.draw(generator(fold(int(views.keys[0]))))
         assert all(np.array_equal(sample[n], views.drawn[n][0].numpy()) for n in sample)
+    if again.draw_together:
+        together = again.draw_together(places)
+        assert all(np.array_equal(together[n], views.drawn[n].numpy()) for n in together)
+
+
+def test_what_is_drawn_together_has_shapes_of_its_places_alone(name):
+    """At every step; and other numbers at each."""
+    made = tiny.session(name)
+    if not made.views.draw_together:
+        return
+    seed_all(1)
+    first = made.views.draw_together(made.order.places(0, 0))
+    others = [made.views.draw_together(made.order.places(step, 0)) for step in range(1, 20)]
+    for other in others:
+        assert {n: v.shape for n, v in other.items()} == {n: v.shape for n, v in first.items()}
+        assert any(not np.array_equal(other[n], first[n]) for n in first)
+    seed_all(2)
+    again = made.views.draw_together(made.order.places(0, 0))
+    assert all(np.array_equal(again[n], first[n]) for n in first)
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -27,7 +27,7 @@ from ssl_vit.data.loader import (
     eval_batches,
     train_batches,
 )
-from ssl_vit.data.order import Order
+from ssl_vit.data.order import Order, Places
 from ssl_vit.data.photometric import WIDTH, Photometric
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.statistics import MANY, estimate_statistics, survey
@@ -310,7 +310,7 @@ def test_an_error_does_not_wait_for_workers():
     script = """if True:
         from ssl_vit.data.augment import Crop, ViewSpec
         from ssl_vit.data.loader import TrainImages, train_batches
-        from ssl_vit.data.order import Order
+        from ssl_vit.data.order import Order, Places
         from ssl_vit.data.sources import open_source
         source = open_source("digits:train")
         images = TrainImages(source, ViewSpec((Crop((8, 8)),)), 1, 0)
@@ -435,3 +435,39 @@ def test_pinning_reaches_every_tensor(monkeypatch):
     assert len(pinned) == 6
     moved = views.to(torch.device("cpu"))
     assert moved.photometric[0] is drawn[0]
+
+
+def stepwise(places: Places) -> dict[str, np.ndarray]:
+    """Of each image its place in the step, and the step's key."""
+    own = np.arange(places.start, places.start + places.count)
+    return {"place": own, "key": np.full(places.count, places.key), "batch": np.array(places.batch)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (2, 2)])
+def test_what_is_drawn_together_knows_the_place_in_the_step(world, accumulate, workers):
+    """At any number of processes, parts and workers, the same for the same image."""
+    spec = replace(SPEC, draw_together=stepwise)
+    found = {}
+    for rank in range(world):
+        images = TrainImages(MadeUp(30), spec, 3, seed=1)
+        order = Order(30, 8, 1, accumulate, rank, world)
+        batches = train_batches(images, order, 2, 4, workers, pin=False)
+        for i, batch in enumerate(batches):
+            step, drawn = 2 + i // accumulate, batch.views.drawn
+            assert drawn["batch"].item() == 8
+            assert set(drawn["key"].tolist()) == {fold(1, step)}
+            for place, key in zip(drawn["place"].tolist(), batch.views.keys.tolist(), strict=True):
+                found[step, place] = key
+    alone = Order(30, 8, 1)
+    for step in (2, 3):
+        epoch, indices = alone.part(step, 0)
+        keys = [fold(fold(1, epoch, int(i))) for i in indices]
+        assert [found[step, place] for place in range(8)] == keys
+
+
+def test_images_of_no_step_are_one_of_their_own():
+    spec = replace(SPEC, draw_together=stepwise)
+    drawn = TrainImages(MadeUp(30), spec, 3, seed=1).__getitems__([(0, 5), (0, 6)]).views.drawn
+    assert drawn["place"].tolist() == [0, 1]
+    assert drawn["batch"].item() == 2

@@ -133,6 +133,8 @@ def _check_page(page: Any, file: Any) -> None:
     segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     if max((at + count for at, count in segments), default=0) > file.size:
         raise BadImage("truncated TIFF")
+    if not any(page.databytecounts) and 42113 not in frame.tags:  # with that number: all missing
+        raise BadImage("has no data: none of its strips or tiles is in the file")
     if frame.is_tiled:
         check_pixels(frame.tilewidth * frame.tilelength * frame.tiledepth)
     if frame.compression in _OWN_SIZE:

@@ -5,7 +5,9 @@ said in ``raster``, what is done with TIFF in ``tiff`` and with all other format
 """
 
 import io
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +93,7 @@ def _read(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster 
 
         return read_tiff(raw, channels, reading)
     if kind == "NPY":
-        array = np.load(io.BytesIO(raw), allow_pickle=False)
+        array = _read_npy(raw)
         return _from_array(array, channels, reading, array_planes(array.shape, channels))
     if kind in _READERS:
         return _READERS[kind](raw, channels, reading)
@@ -112,6 +114,24 @@ def _read_jpeg(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Ra
         if "truncated" in str(error):
             raise BadImage("truncated JPEG") from error
         return stills.other_jpeg(raw, channels, reading)
+
+
+def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the first index runs fastest, and kind of number of a NPY file."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
+
+
+def _read_npy(raw: bytes | bytearray) -> np.ndarray:
+    """The array of a NPY file, without a copy; Python objects are refused, not loaded."""
+    stream = io.BytesIO(raw)
+    shape, fortran, dtype = npy_header(stream)
+    if dtype.hasobject:
+        raise BadImage("holds Python objects, not numbers")
+    values = np.frombuffer(raw, dtype, math.prod(shape), stream.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def array_planes(shape: tuple[int, ...], channels: int) -> int:

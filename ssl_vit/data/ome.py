@@ -13,6 +13,12 @@ def lone_name(xml: str) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
+def plane_count(xml: str) -> int:
+    """Most planes that one of the images has, by its sizes: for which a reader makes room."""
+    sizes = [[int(e.get(f"Size{axis}", 1)) for axis in "CZT"] for e in _elements(xml, "Pixels")]
+    return max((math.prod(size) for size in sizes), default=0)
+
+
 def own_part(xml: str, series: Any) -> tuple[str, tuple[int, ...], int] | None:
     """Axes and shape of the part of a set that is in this file, and the number of the set's files.
 

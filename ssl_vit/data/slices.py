@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ssl_vit.data.base import Item, Source
-from ssl_vit.data.decode import BadImage, Decoded, array_planes, decode
+from ssl_vit.data.decode import BadImage, Decoded, array_planes, decode, npy_header
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.raster import to_tensor
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("ssl_vit")
 _FIRST = 8
 _THREADS = 16
 _AT_ONCE = 4096  # files whose counts are waited for at a time
-_FRAMES = {"GIF": "GIF", "PNG": "PNG", "WEBP": "WEBP", "AVIF": "AVIF"}
+_FRAMES = ("GIF", "PNG", "WEBP", "AVIF")
 
 
 class Planes(Source):
@@ -93,13 +93,14 @@ def with_planes(source: Source, channels: int) -> Source:
     if slices == "middle":
         _tell(source, channels)
         return source
-    counts = np.array([n for n, _ in _counted(source, range(len(source)), channels)], np.int64)
+    found = _counted(source, range(len(source)), channels)
+    counts = np.fromiter((file.planes for file in found), dtype=np.int64, count=len(source))
     if int(counts.max()) == 1:
         return source
-    found, several = int(counts.sum()), int((counts > 1).sum())
+    several = int((counts > 1).sum())
     text = "%s: %s images: each plane of %s files with several, and %s files with one"
-    rest = len(counts) - several
-    _log.info(text, source.spec, f"{found:,}", f"{several:,}", f"{rest:,}")
+    numbers = [f"{int(n):,}" for n in (counts.sum(), several, len(counts) - several)]
+    _log.info(text, source.spec, *numbers)
     return Planes(source, counts, channels)
 
 
@@ -114,34 +115,53 @@ def _is_array(source: Source) -> bool:
 def _tell(source: Source, channels: int) -> None:
     """Say which plane is read, where one of the first files has several."""
     first = range(min(_FIRST, len(source)))
-    found = [(n, axes) for n, axes in _counted(source, first, channels) if n > 1]
-    if not found:
-        return
-    counts = sorted({n for n, _ in found})
-    axes = Counter(axes for _, axes in found).most_common(1)[0][0]
-    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    what, which = (f"planes ({axes})", "middle") if axes else ("frames", "first")
-    text = "%s: %d of the first %d files have %s %s; the %s one is read (--data.slices all: each)"
-    _log.info(text, source.spec, len(found), len(first), many, what, which)
+    counted = list(_counted(source, first, channels))
+    if found := [file for file in counted if file.planes > 1]:
+        lowest, most = (f(file.planes for file in found) for f in (min, max))
+        many = str(most) if lowest == most else f"{lowest} to {most}"
+        axes = Counter(file.axes for file in found).most_common(1)[0][0]
+        what, which = (f"planes ({axes})", "middle") if axes else ("frames", "first")
+        also = "; --data.slices all makes each an image"
+        unnamed = bool(set(axes) & set("IQ"))
+        if unnamed and most != 3:  # three are a stack in any case
+            also += f", --data.channels {most} makes them channels"
+        _log.log(
+            logging.WARNING if unnamed else logging.INFO,
+            f"{source.spec}: {len(found)} of the first {len(first)} files have {many} {what}; "
+            f"the {which} one is read{also}",
+        )
+    if parts := [file.set_of for file in counted if file.set_of > 1]:
+        _log.warning(
+            f"{source.spec}: {len(parts)} of the first {len(first)} files are each one of "
+            f"{max(parts)} files of an OME-TIFF image; each is read as an image of its own"
+        )
 
 
-def _counted(source: Source, files: range, channels: int) -> Iterator[tuple[int, str]]:
-    """Number of planes and names of the axes, of each file."""
+class Counted(NamedTuple):
+    """What a file holds: planes, letters of its axes (none: frames), files of its set."""
 
-    def count(i: int) -> tuple[int, str]:
+    planes: int = 1
+    axes: str = ""
+    set_of: int = 1
+
+
+def _counted(source: Source, files: range, channels: int) -> Iterator[Counted]:
+    """Planes of each of these files."""
+
+    def count(i: int) -> Counted:
         try:
             with source.stream(i) as stream:
                 return count_planes(stream, channels)
         except Exception:  # a bad image is one image: reading it says why
-            return 1, ""
+            return Counted()
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(files), _AT_ONCE):
             yield from pool.map(count, files[start : start + _AT_ONCE])
 
 
-def count_planes(stream: Any, channels: int) -> tuple[int, str]:
-    """Number of planes of a file, and the names of its axes; empty for frames of an animation."""
+def count_planes(stream: Any, channels: int) -> Counted:
+    """Planes of a file, by its headers."""
     kind = format_of(stream.read(HEAD))
     stream.seek(0)
     if kind == "TIFF":
@@ -150,19 +170,13 @@ def count_planes(stream: Any, channels: int) -> tuple[int, str]:
 
         with open_tiff(stream) as file:
             stack = Stack.of(file, channels)
-            return len(stack.planes), stack.names
+            return Counted(len(stack.planes), stack.names, stack.set_of)
     if kind == "NPY":
-        shape = _npy_shape(stream)
-        return array_planes(shape, channels), "x".join(map(str, shape))
+        shape = npy_header(stream)[0]
+        return Counted(array_planes(shape, channels), "x".join(map(str, shape)))
     if kind in _FRAMES:
         from PIL import Image
 
-        with Image.open(stream, formats=(_FRAMES[kind],)) as image:
-            return getattr(image, "n_frames", 1), ""
-    return 1, ""
-
-
-def _npy_shape(stream: Any) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0
-    return (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)[0]
+        with Image.open(stream, formats=(kind,)) as image:
+            return Counted(getattr(image, "n_frames", 1))
+    return Counted()

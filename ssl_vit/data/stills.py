@@ -35,6 +35,8 @@ def other_jpeg(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Ra
     import imagecodecs
 
     _check_size(raw)
+    if raw.find(b"\xff\xd9", at) < 0:  # the end mark, which this decoder does not ask for
+        raise BadImage("truncated JPEG")
     return _with_missing(_bands(imagecodecs.jpeg8_decode(bytes(raw))), reading)
 
 

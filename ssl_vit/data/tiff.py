@@ -20,7 +20,7 @@ from PIL import Image
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.data.headers import coded_size
-from ssl_vit.data.ome import lone_name
+from ssl_vit.data.ome import lone_name, plane_count
 from ssl_vit.data.raster import (
     BadImage,
     OtherChannels,
@@ -30,7 +30,7 @@ from ssl_vit.data.raster import (
     find_missing,
     nodata_value,
 )
-from ssl_vit.data.tiff_planes import Stack
+from ssl_vit.data.tiff_planes import MOST_PLANES, Stack
 
 # What it says of single files would stand between the lines of a run; what matters is a BadImage.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -61,9 +61,12 @@ def open_tiff(stream: io.IOBase) -> Any:
     """Open a TIFF as a file of its own: nothing is read of other files of a set that it names."""
     opened: Any = tifffile.TiffFile  # its annotation lacks what Python's own streams are
     file = opened(stream, _multifile=False)
-    if not file.is_ome or (name := lone_name(file.ome_metadata)) is None:
+    if not file.is_ome:
         return file
-    return opened(stream, name=name, _multifile=False)
+    if plane_count(file.ome_metadata) > MOST_PLANES:
+        raise BadImage("has an OME description with too many planes")
+    name = lone_name(file.ome_metadata)
+    return file if name is None else opened(stream, name=name, _multifile=False)
 
 
 def read_plane(file: Any, channels: int, reading: ReadConfig) -> Raster:
@@ -131,6 +134,8 @@ def _check_page(page: Any, file: Any) -> None:
     segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     if max((at + count for at, count in segments), default=0) > file.size:
         raise BadImage("truncated TIFF")
+    if not any(page.databytecounts) and 42113 not in frame.tags:  # with that number: all missing
+        raise BadImage("has no data: none of its strips or tiles is in the file")
     if frame.is_tiled:
         if frame.compression == _WEBP and frame.planarconfig == _SEPARATE:
             # GDAL stores three channels in each, of which tifffile makes nothing.

@@ -11,6 +11,7 @@ exceptions, as arrays are written without a word on what their axes are:
 """
 
 import math
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,13 @@ from ssl_vit.common.config import ReadConfig
 from ssl_vit.data.ome import own_part
 from ssl_vit.data.raster import BadImage, choose_plane, counts_for
 
+MOST_PLANES = 1 << 24
 _UNNAMED = "IQ"
+# Tags without which pixels would be read as something else: bits, description (axes), palette,
+# opacity, kind of number, missing values.
+_OF_PIXELS = (258, 270, 320, 338, 339, 42113)
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}
+_WIDE = {4: "I", 8: "Q"}  # counts and offsets of a TIFF, and of a BigTIFF
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Stack:
         """Planes of an opened file; reads its headers only."""
         series = _full_size(file.series)
         _check_chain(file)
+        _check_tags(file, series.keyframe)
         names, shape = series.get_axes(True), tuple(series.get_shape(True))
         page, files = series.keyframe, 1
         if file.is_ome and series.kind != "ome":
@@ -51,6 +59,8 @@ class Stack:
             names = "Q" * (len(shape) - len(page.axes)) + page.axes
         if shape[len(shape) - len(page.shape) :] != tuple(page.shape):
             raise BadImage(f"has axes {names} of {shape}, which its pages of {page.shape} are not")
+        if math.prod(shape) // max(math.prod(page.shape), 1) > MOST_PLANES:
+            raise BadImage(f"has axes {names} of {shape}: too many planes")
         return cls(series, names, shape, _roles(names, shape, channels), files)
 
     @property
@@ -73,7 +83,8 @@ class Stack:
     def planes(self) -> np.ndarray:
         """Numbers of the planes that the file has: all, unless it lacks pages of them."""
         count = math.prod(self._sizes("p"))
-        lacks = [page is None for page in self.series] if self._by_page else []
+        spread = self._by_page and self.series.kind in ("ome", "mmstack")
+        lacks = [page is None for page in self.series] if spread else []
         if not any(lacks):
             return np.arange(count)
         return np.array([i for i in range(count) if not any(lacks[n] for n in self.pages(i))])
@@ -112,8 +123,11 @@ class Stack:
         return np.atleast_1d(grid[self._selection(plane)[: self._outer]]).ravel().tolist()
 
     def parts(self, plane: int) -> list[Any]:
-        """Pages of tifffile that a plane is read from."""
-        return [self.series[i] for i in self.pages(plane)] if self._by_page else [self.series[0]]
+        """Pages of tifffile that a plane is read from, and the last of all, which is cut first."""
+        if not self._by_page:
+            return [self.series[0]]
+        last = int(self.planes[-1])
+        return [self.series[i] for i in (*self.pages(plane), self.pages(last)[-1])]
 
     def read(self, plane: int) -> np.ndarray:
         """Read a plane: (H, W, C), as stored."""
@@ -138,11 +152,11 @@ class Stack:
         offset = self.series.dataoffset
         if offset is None:
             raise BadImage(f"lacks pages: it names {self.names} of {self.shape}")
-        file = keyframe.parent
+        file, pages = keyframe.parent, math.prod(self.shape[: self._outer])
+        if offset + pages * keyframe.nbytes > file.filehandle.size:
+            raise BadImage("truncated TIFF")
         file.filehandle.seek(offset + number * keyframe.nbytes)
         data = file.filehandle.read(keyframe.nbytes)
-        if len(data) < keyframe.nbytes:
-            raise BadImage("truncated TIFF")
         stored = np.frombuffer(data, keyframe.dtype.newbyteorder(file.byteorder))
         return stored.astype(keyframe.dtype).reshape(keyframe.shape)
 
@@ -166,11 +180,23 @@ def _check_chain(file: Any) -> None:
     at = file.pages.next_page_offset
     if at:
         file.filehandle.seek(at)
-        following = int.from_bytes(
-            file.filehandle.read(file.tiff.offsetsize), "little" if file.byteorder == "<" else "big"
-        )
-        if following >= file.filehandle.size:
-            raise BadImage("truncated TIFF: pages of it are missing")
+        if file.filehandle.read(file.tiff.offsetsize) != bytes(file.tiff.offsetsize):
+            raise BadImage("truncated TIFF: its list of pages is cut")
+
+
+def _check_tags(file: Any, page: Any) -> None:
+    """Check that what a page says of its pixels is in the file: tifffile reads on without it."""
+    handle, form = file.filehandle, file.tiff
+    handle.seek(page.offset)
+    count = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))[0]
+    entries = handle.read(count * form.tagsize)
+    wide = form.offsetsize
+    for at in range(0, len(entries), form.tagsize):
+        code, kind = struct.unpack_from(file.byteorder + "HH", entries, at)
+        number, offset = struct.unpack_from(form.byteorder + 2 * _WIDE[wide], entries, at + 4)
+        size = number * _SIZES.get(kind, 1)
+        if code in _OF_PIXELS and size > wide and offset + size > handle.size:
+            raise BadImage("truncated TIFF: what it says of itself is not all in it")
 
 
 def _roles(names: str, shape: tuple[int, ...], channels: int) -> str:

@@ -152,15 +152,15 @@ def masked_pictures(
     seen of it.
     """
     grid, over = encoder.grid_of(images), hidden[:, :, None]
-    patches = encoder.patchify(images)
-    prediction = prediction.to(patches.dtype)
-    pasted = torch.where(over, prediction, patches)
     shown = normalize.inverse(images)
     shown = shown if missing is None else shown.masked_fill(missing, _GRAY)
-    masked = torch.where(over, _GRAY, encoder.patchify(shown))
+    predicted = normalize.inverse(encoder.unpatchify(prediction.to(images.dtype), grid))
+    seen = encoder.patchify(shown)
+    masked = torch.where(over, _GRAY, seen)
+    pasted = torch.where(over, encoder.patchify(predicted), seen)
     return {
         "original": to_rgb(shown),
         "masked": to_rgb(encoder.unpatchify(masked, grid)),
-        "prediction": to_rgb(normalize.inverse(encoder.unpatchify(prediction, grid))),
-        "reconstruction": to_rgb(normalize.inverse(encoder.unpatchify(pasted, grid))),
+        "prediction": to_rgb(predicted),
+        "reconstruction": to_rgb(encoder.unpatchify(pasted, grid)),
     }

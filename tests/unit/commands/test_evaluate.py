@@ -1,5 +1,6 @@
 """The evaluation door, in this process: what it prints and writes, and what it refuses."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from ssl_vit import evaluate
+from ssl_vit.commands import compare
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
@@ -129,6 +131,31 @@ def test_features_come_from_the_cache_the_second_time(run, monkeypatch):
     )
     again = Evaluation(options).features("val")
     assert all(torch.equal(first.parts[k], again.parts[k]) for k in first.parts)
+
+
+def test_features_in_the_cache_are_of_images_read_in_the_same_way(run, tmp_path):
+    """Another value for missing pixels makes others of the same files."""
+    for i in range(4):
+        image = np.random.default_rng(i).integers(0, 9, (8, 8)).astype(np.uint8)
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        np.save(tmp_path / "ab"[i % 2] / f"{i}.npy", image)
+
+    def features(nodata: str) -> torch.Tensor:
+        data = EvalData(train=f"folder:{tmp_path}", workers=0, nodata=nodata)
+        config = FeatureConfig(data=data, encoder=str(run))
+        return Evaluation(config, needs_val=False).features("train").parts["cls"]
+
+    assert torch.equal(features("none"), features("none"))
+    assert not torch.equal(features("none"), features("3"))
+
+
+def test_fine_tuning_in_a_table_reads_images_in_the_same_way(tmp_path):
+    data = EvalData(train="folder:a", val="folder:b", nodata="-9999", label_column=("x", "y"))
+    config = compare.CompareConfig(data=data, encoders=("run",))
+    options = compare.tuning_options(config, "run", tmp_path)
+    found = list(itertools.pairwise(options))
+    assert ("--data.nodata", "-9999") in found
+    assert ("--data.label-column", "x") in found
 
 
 def test_heads_that_weights_do_not_tell_of_make_other_features(run, tmp_path):

@@ -257,6 +257,7 @@ def test_mae_advises_nothing(make):
             "enlarged at least 4.0 times",
         ),
         (("--encoder.image-size", "16"), None),
+        (("--data.mean", "1500", "--data.std", "300"), "the encoder is given values around -5"),
     ],
 )
 def test_advice_on_the_options(flags, said, make):

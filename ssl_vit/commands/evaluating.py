@@ -140,6 +140,8 @@ class Evaluation:
         if self.backbone.module is not None:
             ready(self.backbone.module, self.device)
         self.names = self._named(plain)
+        for name, source in self.sources.items():
+            log.info("labels of --data.%s: %s", name.replace("_", "-"), describe_labels(source))
         self._features: dict[str, FeatureSet] = {}
         self._content: dict[str, str] = {}
 
@@ -244,7 +246,7 @@ def look_at(source: Source, backbone: Backbone, seed: int = 0) -> None:
 def open_labelled(data: EvalData) -> dict[str, Source]:
     """Labelled sources of an evaluation: ``train``, and ``val`` and ``held_out`` if given.
 
-    Images without a label are left out; what is taken for labels is logged.
+    Images without a label are left out.
 
     Raises:
         UserError: one has no labels, or their classes differ.
@@ -260,7 +262,7 @@ def open_labelled(data: EvalData) -> dict[str, Source]:
 
 
 def with_labels(source: Source, option: str) -> Source:
-    """Images of a source that have a label; what is taken for it is logged.
+    """Images of a source that have a label; it is logged if some have none.
 
     Raises:
         UserError: none has; the line says what was looked for, and what to give.
@@ -270,8 +272,8 @@ def with_labels(source: Source, option: str) -> Source:
         bool(known.any()),
         f"{option} {source.spec} has no labels ({about}); give class folders, or --data.labels CSV",
     )
-    log.info("%s %s: %s", option, source.spec, about)
     if known.all():
         return source
-    log.warning("warning: %s: images without a label are left out of the score", option)
+    count = f"{len(known) - int(known.sum()):,} of {len(known):,}"
+    log.warning("warning: %s: %s images have no label and are left out", option, count)
     return Subset(source, np.flatnonzero(known))

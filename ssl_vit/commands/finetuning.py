@@ -102,7 +102,7 @@ def labels_of(source: Source) -> FeatureSet:
 
 
 def labelled_images(config: FinetuneConfig, given: Given | None) -> Images:
-    """Images of a run, those with a label; what is taken for labels is logged.
+    """Images of a run, those with a label.
 
     ``given``: the encoder that training begins with.
 
@@ -112,7 +112,7 @@ def labelled_images(config: FinetuneConfig, given: Given | None) -> Images:
     images = open_images(config.data, config.run.seed, given)
     check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
     train = with_labels(images.train, "--data.train")
-    val = with_labels(images.val, "--data.val" if config.data.val else "held-out images of")
+    val = with_labels(images.val, "--data.val" if config.data.val else "held out of")
     return replace(images, train=train if train.targets is None else Numbered(train), val=val)
 
 

@@ -18,7 +18,7 @@ from ssl_vit.commands.cli import RESUMABLE, show_table
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Task
-from ssl_vit.data.base import Source, known_labels
+from ssl_vit.data.base import Source, Subset, known_labels
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
@@ -180,10 +180,12 @@ class Pretraining(Session):
 
     @functools.cached_property
     def watched(self) -> tuple[Source, Source]:
-        """Training and held-out images of which features are looked at while training."""
-        run, images = self.config.run, self.images
-        train, val = (bounded(s, run.probe_images, run.seed) for s in (images.train, images.val))
-        return train, val
+        """Training images, with a label if any have, and held-out ones, to probe the encoder on."""
+        run, train = self.config.run, self.images.train
+        known = np.flatnonzero(known_labels(train))
+        train = Subset(train, known) if 0 < len(known) < len(train) else train
+        count, seed = run.probe_images, run.seed
+        return bounded(train, count, seed), bounded(self.images.val, count, seed)
 
     @functools.cached_property
     def watch(self) -> Watch:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from ssl_vit import evaluate
-from ssl_vit.commands import compare
+from ssl_vit.commands import compare, finetuning
+from ssl_vit.commands.compare import CompareConfig, tuning_options
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
-from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.config import EncoderConfig, ReadConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.encoder import Encoder
@@ -337,6 +338,98 @@ def test_labels_from_a_csv_one_or_several(run, tmp_path):
             assert made["scores"][0]["metrics"].keys() == metrics
             assert made["scores"][0]["per_class"].keys() <= {"a", "b", "odd", "third"}
             assert evaluate.main(["again", str(out)]) == 0
+
+
+def csv_of_several(folder: Path, count: int = 40) -> tuple[str, Path]:
+    """Images of which half are bright, and a CSV of whether they are, and of another label."""
+    folder.mkdir()
+    lines = ["image,bright,third"]
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 60, (8, 8)) + 150 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{i % 2},{'' if i == 3 else i % 3 % 2}")
+    path = folder.parent / "several.csv"
+    path.write_text("\n".join(lines))
+    return f"flat:{folder}", path
+
+
+TUNE = ("--tune.randaugment", "none", "--run.device", "cpu", "--run.precision", "fp32")
+TUNE += ("--optim.batch-size", "20", "--optim.warmup", "1st", "--data.workers", "0")
+
+
+def test_finetune_takes_several_labels_of_a_csv(run, tmp_path, capsys):
+    """Scored as the linear probe is, from the same file, mixed and smoothed as usual."""
+    spec, labels = csv_of_several(tmp_path / "x")
+    sets = ("--data.train", spec, "--data.val", spec, "--data.labels", str(labels))
+    options = (*TUNE, "--run.length", "30st", "--run.probe-every", "10st", "--optim.lr", "3e-3")
+    options += ("--tune.layer-decay", "1", "--tune.crop-scale", "0.5", "1")
+    out = tmp_path / "tuned"
+    argv = ["finetune", "--encoder", str(run), *sets, *options, "--run.out", str(out)]
+    assert evaluate.main(argv) == 0
+    made = card(out / "finetune.json")
+    (score,) = made["scores"]
+    assert score["metrics"].keys() == {"map", "auroc"}
+    assert score["per_class"].keys() == {"bright", "third"}
+    assert score["per_class"]["bright"] > 90
+    assert made["train"]["classes"] == made["val"]["classes"] == 2
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "val_map" in r] == [10, 20, 30]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 labels, several an image, from columns bright, third of several.csv" in shown
+    assert "mAP" in shown
+
+
+def test_finetune_takes_the_classes_of_a_csv_and_leaves_out_what_has_none(run, tmp_path, caplog):
+    spec, labels = csv_of_several(tmp_path / "x")
+    sets = ("--data.train", spec, "--data.val", spec, "--data.labels", str(labels))
+    options = (*TUNE, "--run.length", "1st", "--data.label-column", "third")
+    out = tmp_path / "tuned"
+    argv = ["finetune", "--encoder", str(run), *sets, *options, "--run.out", str(out)]
+    assert evaluate.main(argv) == 0
+    made = card(out / "finetune.json")
+    assert made["scores"][0]["metrics"].keys() == {"top1", "top5"}
+    assert (made["train"]["images"], made["val"]["images"]) == (39, 39)
+    assert "--data.train: 1 of 40 images have no label and are left out" in caplog.text
+
+
+def test_compare_gives_finetune_all_that_says_how_images_are_read(run, tmp_path):
+    recipe = tmp_path / "tune.yaml"
+    recipe.write_text("optim: {batch_size: 20}")
+    data = EvalData(
+        *("-9999", "all", "full", "rgb.png", "labels.csv", ("third", "bright")),
+        train="flat:a",
+        val="flat:b",
+        workers=0,
+    )
+    assert data.label_column == ("third", "bright")
+    config = CompareConfig(data=data, encoders=("x",), recipe=str(recipe))
+    options, _ = finetuning.parse_options(tuning_options(config, str(run), tmp_path / "tuned"))
+    for option in fields(ReadConfig):
+        assert getattr(options.data, option.name) == getattr(data, option.name) != option.default
+    assert (options.data.train, options.data.workers) == ("flat:a", 0)
+
+
+def test_images_without_a_label_are_left_out_of_a_score_with_a_word(run, tmp_path, caplog):
+    spec, labels = csv_of_several(tmp_path / "x")
+    text = labels.read_text().splitlines()
+    labels.write_text("\n".join(text[:-4]))
+    out = tmp_path / "x.json"
+    sets = ("--data.train", spec, "--data.labels", str(labels), "--data.label-column", "bright")
+    options = ("--k", "5", "--out", str(out), "--data.workers", "0")
+    caplog.set_level("INFO")
+    assert evaluate.main(["knn", "--encoder", str(run), *sets, *options]) == 0
+    assert card(out)["train"]["images"] == 36
+    assert "has no line for 4 of 40 images" in caplog.text
+    assert "--data.train: 4 of 40 images have no label and are left out" in caplog.text
+    assert "labels of --data.train: 2 classes, from column bright of several.csv" in caplog.text
+
+
+def test_per_class_of_several_labels_names_the_option_to_give(run, tmp_path):
+    spec, labels = csv_of_several(tmp_path / "x")
+    sets = ("--data.train", spec, "--data.val", spec, "--data.labels", str(labels))
+    argv = ["linear", "--encoder", str(run), *sets, "--data.workers", "0", "--per-class", "1", "5"]
+    with pytest.raises(UserError, match=r"--per-class is 1 5; .* give a share .* --fraction 0.25"):
+        evaluate.main(argv)
 
 
 def test_segment_learns_what_patches_show_and_can_be_done_again(run, tmp_path, capsys):

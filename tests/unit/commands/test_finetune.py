@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from torch import nn
 from torch.nn import functional as F
@@ -302,6 +303,56 @@ def test_mixup_is_the_formula():
     target = target * share + target.flip(0) * (1 - share)
     expected = F.cross_entropy(task.network(images), target)
     torch.testing.assert_close(step(task, views)["loss"], expected)
+
+
+NAN = float("nan")
+OUTCOMES = torch.tensor([[1, 0, NAN], [0, 1, 1], [1, 1, 0], [0, 0, 1]] * 2).float()
+
+
+def several(config: TuneConfig) -> tuple[FineTune, Views]:
+    """A task of three labels an image, and a batch of rows of its outcomes."""
+    start = start_of()
+    made = classifier(start, 3, config.pooling, (), 0.0, seed=3)
+    nn.init.normal_(made.network.head.weight)
+    rows = torch.tensor([7, 0, 3, 3, 5, 2, 1, 6])
+    views = dataclasses.replace(batch(), labels=rows)
+    return FineTune(made.network, config, 3, OUTCOMES), views
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_several_labels_are_binary_cross_entropies(smoothing):
+    """Each label a yes or no; an unknown one adds nothing."""
+    task, views = several(dataclasses.replace(PLAIN, smoothing=smoothing))
+    logits = task.network(views.crops[0])
+    total = 0.0
+    for logit, row in zip(logits, views.labels, strict=True):
+        for value, outcome in zip(logit, OUTCOMES[row], strict=True):
+            if not outcome.isnan():
+                target = outcome * (1 - smoothing) + smoothing / 2
+                share = value.sigmoid()
+                total = total - target * share.log() - (1 - target) * (1 - share).log()
+    found = step(task, views)
+    torch.testing.assert_close(found["loss"], total / logits.numel())
+    assert found.keys() == {"loss"}
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
+def test_outcomes_are_mixed_as_their_images_are(alphas):
+    """Shares of both images' outcomes; unknown where one of the two is."""
+    config = dataclasses.replace(PLAIN, mixup=alphas[0], cutmix=alphas[1])
+    task, views = several(config)
+    with seeded(views.key):
+        images, shares = Mixup(*alphas, label_smoothing=0.0, num_classes=8)(
+            views.crops[0].clone(), torch.arange(8)
+        )
+    own, other = OUTCOMES[views.labels], OUTCOMES[views.labels].flip(0)
+    weight = shares.diag()[:, None]
+    mixed = own * weight + other * (1 - weight)  # NaN of either stays
+    logits = task.network(images)
+    known = (~mixed.isnan()).float()
+    expected = F.binary_cross_entropy_with_logits(logits, mixed.nan_to_num(), known)
+    torch.testing.assert_close(step(task, views)["loss"], expected)
+    assert 0 < float(known.mean()) < 1
 
 
 def test_erasing_changes_some_images_by_rectangles():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ssl_vit import evaluate
-from ssl_vit.commands import compare, finetuning
+from ssl_vit.commands import finetuning
 from ssl_vit.commands.compare import CompareConfig, tuning_options
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
 from ssl_vit.common.config import EncoderConfig, ReadConfig
@@ -152,8 +152,8 @@ def test_features_in_the_cache_are_of_images_read_in_the_same_way(run, tmp_path)
 
 def test_fine_tuning_in_a_table_reads_images_in_the_same_way(tmp_path):
     data = EvalData(train="folder:a", val="folder:b", nodata="-9999", label_column=("x", "y"))
-    config = compare.CompareConfig(data=data, encoders=("run",))
-    options = compare.tuning_options(config, "run", tmp_path)
+    config = CompareConfig(data=data, encoders=("run",))
+    options = tuning_options(config, "run", tmp_path)
     found = list(itertools.pairwise(options))
     assert ("--data.nodata", "-9999") in found
     assert ("--data.label-column", "x") in found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
+from ssl_vit.common.checks import check_size
 from ssl_vit.common.errors import check, did_you_mean
 from ssl_vit.data.view import View
 from ssl_vit.weights.exchange import ENCODER_FILE
@@ -26,6 +27,9 @@ class ExportConfig:
     encoder: str = ""
     """A run folder, an encoder file, or other weights: an official file of MAE, DINO or DINOv2, a
     Hugging Face folder, timm:NAME:FILE, timm:NAME."""
+    size: tuple[int, ...] = ()
+    """Height and width in pixels of the images that the encoder was trained on, where its file does
+    not say and its positions are no square grid."""
     to: str = ""
     """timm (a file for timm.create_model), huggingface (a folder for transformers.AutoModel), onnx,
     or safetensors (our own encoder file)."""
@@ -35,6 +39,7 @@ class ExportConfig:
     export/encoder.safetensors in the run folder, or beside the encoder file."""
 
     def __post_init__(self) -> None:
+        check_size(self, "size")
         names = ", ".join(FORMATS)
         check(
             self.to in ("", *FORMATS),
@@ -76,7 +81,7 @@ def main(argv: list[str]) -> int:
     config = layered(ExportConfig(), files, flags, _PROG, about, ExportConfig)
     for option, value in (("encoder", config.encoder), ("to", config.to)):
         check(bool(value), f"--{option} is missing")
-    opened = open_weights(config.encoder)
+    opened = open_weights(config.encoder, config.size)
     log.info("%s", opened.report)
     encoder, info = opened.encoder, opened.info
     out = place_for(config, opened.path)

@@ -58,11 +58,14 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
         about = FinetuneConfig.__doc__ or ""
         return layered(default, files, flags, _PROG, about, FinetuneConfig)
 
+    scratch = True
     try:
         first = read(FinetuneConfig())  # the default recipe depends on the encoder
-        start = open_start(first.encoder, first.scratch, first.data.channels, first.run.seed)
+        scratch, size = first.encoder == "none", first.tune.image_size
+        start = open_start(first.encoder, first.scratch, first.data.channels, first.run.seed, size)
     except UserError as error:
-        raise UserError(str(error).replace("--encoder.", "--scratch.")) from None
+        message = str(error).replace("--encoder.", "--scratch.") if scratch else str(error)
+        raise UserError(message) from None
     config = read(recipe(start.pretrained, start.depth, start.channels))
     data = config.data
     check(

@@ -216,7 +216,7 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         torch.manual_seed(config.run.seed)
         method = kind(config.method, config.encoder, config.data.channels)
     if config.init.encoder:
-        given = open_weights(config.init.encoder)
+        given = open_weights(config.init.encoder, config.encoder.image_size)
         own = method.encoder
         check(
             given.encoder.channels == own.channels,
@@ -255,7 +255,7 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretrai
     """
     method, given = initial_method(kind, config), None
     if config.init.encoder:
-        info = weights_info(config.init.encoder)[0]
+        info = weights_info(config.init.encoder, config.encoder.image_size)[0]
         given = Given(f"--init.encoder {config.init.encoder}", info.mean, info.std)
     images: Images = open_images(config.data, config.run.seed, given)
     views = method.view_spec(config.method, method.encoder)

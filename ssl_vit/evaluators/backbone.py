@@ -20,7 +20,8 @@ from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
 from ssl_vit.weights.from_timm import tensors_only
 from ssl_vit.weights.official import open_weights, weights_info
-from ssl_vit.weights.reading import read_content, unwrapped
+from ssl_vit.weights.reading import read_content
+from ssl_vit.weights.unwrapping import unwrapped
 
 log = logging.getLogger("ssl_vit")
 
@@ -108,11 +109,11 @@ def open_backbone(name: str, seed: int, size: tuple[int, ...] = ()) -> Backbone:
         if not _is_plain(architecture.partition(":")[0]):
             return _timm_backbone(name, architecture, kind == "random", seed, size)
     if kind in ("random", "pixels") and rest:
-        info, path = weights_info(rest)
+        info, path = weights_info(rest, size)
         module = random_like(info, seed) if kind == "random" else None
         origin: dict[str, Any] = {"format": kind, "seed": seed}
     else:
-        opened = open_weights(name)
+        opened = open_weights(name, size)
         info, path, module = opened.info, opened.path, opened.encoder
         origin = {"format": opened.format, "tensors": opened.report}
         made = f", {info.method} at step {info.step}" if info.step else ""
@@ -215,7 +216,7 @@ def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, .
 
 def _load(module: Any, path: Path) -> None:
     """Load all weights of a timm network from a file with timm's names, without a classifier."""
-    state, own = unwrapped(read_content(path), str(path))[1], module.state_dict()
+    state, own = unwrapped(read_content(path), str(path)).state, module.state_dict()
     classifier = module.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     head = tuple(f"{name}." for name in names)

@@ -61,10 +61,13 @@ class Start:
         return len(self.module.vit.blocks) if isinstance(self.module, Encoder) else None
 
 
-def open_start(name: str, scratch: EncoderConfig, channels: int, seed: int) -> Start:
+def open_start(
+    name: str, scratch: EncoderConfig, channels: int, seed: int, size: tuple[int, ...] = ()
+) -> Start:
     """Open an ``--encoder`` argument as the initialization of fine-tuning.
 
     ``none``: the architecture ``scratch`` with random weights, for ``channels`` image channels.
+    ``size``: of the images, which a file that does not say its own is taken to be for.
 
     Raises:
         UserError: no such encoder, or it cannot be trained.
@@ -79,7 +82,9 @@ def open_start(name: str, scratch: EncoderConfig, channels: int, seed: int) -> S
             encoder = Encoder(scratch, channels)
         identity = {"given": name, "seed": seed, "config": dataclasses.asdict(scratch)}
         return Start(encoder, False, encoder.image_size, channels, (), (), identity)
-    found = open_backbone(name, seed)
+    # Only some of timm's other networks are built for a size.
+    other = name.removeprefix("random:").startswith("timm:")
+    found = open_backbone(name, seed, () if other else size)
     if found.module is None:
         raise UserError(f"--encoder is {name!r}; raw pixels cannot be fine-tuned")
     view, identity = found.view, found.identity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from ssl_vit.common.errors import check
 from ssl_vit.weights.keymaps import HUGGING_FACE, MAE, State, hugging_face_names
-from ssl_vit.weights.official import FILES
-from ssl_vit.weights.reading import read_content, read_json, unwrapped
+from ssl_vit.weights.reading import FILES, INDEX, read_content, read_json
+from ssl_vit.weights.unwrapping import unwrapped
 
 _OFFICIAL_HEADS = 16  # in every decoder of the release, whatever its width
 _EMBED = "decoder_embed.weight"
@@ -70,12 +69,10 @@ def read_decoder(path: Path) -> DecoderWeights | None:
     Raises:
         UserError: damaged, or an incomplete decoder.
     """
-    content = read_content(path)
-    state = unwrapped(content, str(path))[1]
+    content = unwrapped(read_content(path), str(path))
+    state = content.state
     if _EMBED in state:
-        options = content.get("args") if isinstance(content, dict) else None
-        options = vars(options) if isinstance(options, argparse.Namespace) else options
-        return _official(state, options if isinstance(options, dict) else {}, path)
+        return _official(state, content.options, path)
     if f"decoder.{_EMBED}" in state:
         return _hugging_face(state, path)
     return None
@@ -105,8 +102,9 @@ def _hugging_face(state: State, path: Path) -> DecoderWeights:
     # Their layers have the names of encoder layers.
     layers = {k.removeprefix("decoder_"): v for k, v in blocks.items()}
     own = _ours({**others, **hugging_face_names(layers, str(path))})
-    where = path.parent / "config.json" if path.name in FILES else path
-    config = read_json(where) if path.name in FILES else {}
+    in_folder = path.name.removesuffix(INDEX) in FILES
+    where = path.parent / "config.json" if in_folder else path
+    config = read_json(where) if in_folder else {}
     heads, eps = config.get("decoder_num_attention_heads", 16), config.get("layer_norm_eps", 1e-12)
     width = positions.shape[1]
     whole = type(heads) is int and heads > 0 and width % heads == 0

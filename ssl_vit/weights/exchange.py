@@ -156,7 +156,7 @@ def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encod
     """Build the encoder that ``info`` describes, with all of ``state``, in evaluation mode.
 
     Raises:
-        UserError: names or shapes differ (:func:`load_strictly`).
+        UserError: names or shapes differ (:func:`load_strictly`), or values are no numbers.
     """
     _check_claims(info.config, state, where)
     # On the meta device first: random initialization takes longer than reading a file.
@@ -164,6 +164,12 @@ def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encod
         encoder = Encoder(info.config, info.channels)
     encoder.to_empty(device="cpu")
     load_strictly(encoder.vit, state, where)
+    strange = [k for k, v in encoder.vit.state_dict().items() if not v.isfinite().all()]
+    check(
+        not strange,
+        f"{where}: {len(strange)} of {len(state)} tensors have values that are infinite or no "
+        f"numbers (NaN): {', '.join(strange[:3])}",
+    )
     return encoder.eval()
 
 

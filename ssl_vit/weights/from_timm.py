@@ -29,12 +29,17 @@ def architecture(name: str) -> str:
     arch = name.partition(".")[0]
     known = timm.list_models(module="vision_transformer")
     message = f"timm:{name}: {arch!r} is not a plain ViT of timm{did_you_mean(arch, known)}"
-    check(arch in known, message)
+    check(is_plain(arch), message)
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise UserError(f"timm:{name}: {one_line(error)}") from None
     return arch
+
+
+def is_plain(arch: str) -> bool:
+    """True for the name of a plain ViT of timm."""
+    return arch in timm.list_models(module="vision_transformer")
 
 
 def pixel_statistics(name: str) -> Statistics | None:

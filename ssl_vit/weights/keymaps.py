@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from ssl_vit.common.errors import check
+from ssl_vit.common.errors import UserError, check
+from ssl_vit.weights.lookalikes import looks_like
+from ssl_vit.weights.unwrapping import STEMS, State, network
 
-State = dict[str, Tensor]
 MAE, DINO, DINOV2, TIMM = "MAE (official)", "DINO (official)", "DINOv2 (official)", "timm"
 HUGGING_FACE = {
     "vit": "Hugging Face ViT",
@@ -29,18 +29,19 @@ _METHODS |= {HUGGING_FACE[kind]: "dinov2" for kind in ("dinov2", "dinov2_with_re
 # Tensors that do not belong to the encoder, by the name they are reported under.
 _LEFT_OUT = {
     MAE: r"(decoder)_|(mask_token)$|(head)\.",
-    DINO: r"(head|dino_head|ibot_head)\.",
+    DINO: r"(head)\.|(masked_embed)$",
     DINOV2: r"(mask_token)$|(head)\.",
-    TIMM: r"(head)\.",
+    TIMM: r"(head)\.|(masked_embed)$",
     "Hugging Face": r"(decoder|pooler|classifier)\.|embeddings\.(mask_token)$",
 }
+_HEADS = {"head", "dino_head", "ibot_head"}  # beside the backbone, in files of DINO
 _DINOV2_NAMES = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # in chunks; the second number is the block index
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
     (r"^register_tokens$", "reg_token"),
 )
-_PATCHES = "embeddings.patch_embeddings.projection.weight"
+_PATCHES = STEMS[1]
 # Original names and those of transformers 5, which keeps the former on disk.
 _HUGGING_FACE_JOINED = (
     ("attn.qkv", tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))),
@@ -65,11 +66,13 @@ _HUGGING_FACE_NAMES = (
 
 @dataclass(frozen=True)
 class Mapped:
-    """Mapped weights: an encoder under timm's names, its format, and counts of left-out tensors."""
+    """Mapped weights: an encoder under timm's names, its format, counts of left-out tensors, and
+    which of several networks it is."""
 
     format: str
     state: State
     left_out: Counter[str]
+    chosen: str = ""
 
     @property
     def method(self) -> str:
@@ -101,23 +104,43 @@ def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Map
     Raises:
         UserError: not a Vision Transformer, or its tensors cannot be joined.
     """
-    if any(k.endswith(_PATCHES) for k in state):
-        return _from_hugging_face(state, where, model_type)
-    heads: Counter[str] = Counter()
-    if any(k.startswith("backbone.") for k in state):
-        kept, heads = _without(state, _LEFT_OUT[DINO])
-        state = {k.removeprefix("backbone."): v for k, v in kept.items()}
-    names = ", ".join(list(state)[:3])
-    check(
-        "patch_embed.proj.weight" in state and "pos_embed" in state,
-        f"{where}: not a known Vision Transformer: no patch_embed.proj.weight and pos_embed among "
-        f"{len(state)} tensors ({names}, ...)",
+    own, others, chosen = network(state, where)
+    if any(k.endswith(_PATCHES) for k in own):
+        has_decoder = any(k.endswith("decoder.decoder_embed.weight") for k in state)
+        found = _from_hugging_face(own, has_decoder, where, model_type)
+    else:
+        has_heads = wrapper != "state_dict" and bool(_HEADS & others.keys())
+        _check_plain(own, state, where)
+        found = _from_official(wrapper, own, has_heads, where)
+    return replace(found, left_out=others + found.left_out, chosen=chosen)
+
+
+def _check_plain(state: State, whole: State, where: str) -> None:
+    """Check that tensors are a plain Vision Transformer's; ``whole``: all of the file.
+
+    Raises:
+        UserError: they are not; what they look like is said.
+    """
+    # Of a SAM, an EVA and an adapter, which have a plain one's tensors, too.
+    strange = [k for k in state if k.endswith(("rel_pos_h", ".q_bias")) or ".lora_" in k]
+    plain = "patch_embed.proj.weight" in state and "pos_embed" in state and not strange
+    if plain:
+        return
+    looks = looks_like(whole)
+    raise UserError(
+        f"{where}: not a known Vision Transformer{f'; it looks like {looks}' if looks else ''}: no "
+        f"patch_embed.proj.weight and pos_embed alone among {len(whole)} tensors "
+        f"({', '.join(list(whole)[:3])}, ...)"
     )
-    kind = _kind(wrapper, state, bool(heads))
+
+
+def _from_official(wrapper: str, state: State, has_heads: bool, where: str) -> Mapped:
+    """Map a network with timm's names or nearly so."""
+    kind = _kind(wrapper, state, has_heads)
     state, left_out = _without(state, _LEFT_OUT[kind])
     if kind == DINOV2:
         state = with_own_position(_renamed(state, _DINOV2_NAMES, where))
-    return Mapped(kind, state, heads + left_out)
+    return Mapped(kind, state, left_out)
 
 
 def _kind(wrapper: str, state: State, has_heads: bool) -> str:
@@ -153,17 +176,14 @@ def with_own_position(state: State) -> State:
     return {**state, "cls_token": cls + position[:, :1], "pos_embed": position[:, 1:]}
 
 
-def _from_hugging_face(state: State, where: str, model_type: str) -> Mapped:
-    """Map Hugging Face's ViT, ViTMAE, Dinov2 or Dinov2WithRegisters, with or without a head."""
+def _from_hugging_face(state: State, has_decoder: bool, where: str, model_type: str) -> Mapped:
+    """Map Hugging Face's ViT, ViTMAE, Dinov2 or Dinov2WithRegisters, without its prefix."""
     known = ", ".join(HUGGING_FACE)
     message = f"{where}: a Hugging Face model of type {model_type!r}; known here: {known}"
     check(model_type in ("", *HUGGING_FACE), message)
-    prefix = next(k for k in state if k.endswith(_PATCHES)).removesuffix(_PATCHES)
-    state = {k.removeprefix(prefix): v for k, v in state.items()}
-    has_decoder = "decoder.decoder_embed.weight" in state
     state, left_out = _without(state, _LEFT_OUT["Hugging Face"])
     state = hugging_face_names(state, where)
-    check("pos_embed" in state, f"{where}: missing {prefix}embeddings.position_embeddings")
+    check("pos_embed" in state, f"{where}: missing embeddings.position_embeddings")
     if not model_type and any(k.endswith(".ls1.gamma") for k in state):
         model_type = "dinov2_with_registers" if "reg_token" in state else "dinov2"
     elif not model_type:

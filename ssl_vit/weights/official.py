@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -22,19 +23,21 @@ from ssl_vit.weights.exchange import (
     load_encoder,
     read_info,
 )
-from ssl_vit.weights.keymaps import HUGGING_FACE, TIMM, Mapped, to_timm
+from ssl_vit.weights.grids import Hints
+from ssl_vit.weights.keymaps import DINO, DINOV2, HUGGING_FACE, TIMM, Mapped, to_timm
 from ssl_vit.weights.reading import (
+    FILES,
+    INDEX,
     Statistics,
     heads_of,
     hints_of,
     preprocessing,
     read_content,
     read_json,
-    unwrapped,
+    stated_size,
 )
-from ssl_vit.weights.shapes import Hints, config_of
-
-FILES = ("model.safetensors", "pytorch_model.bin")
+from ssl_vit.weights.shapes import infer
+from ssl_vit.weights.unwrapping import Unwrapped, unwrapped
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class _Found:
-    """Foreign file, mapped to an encoder; ``assumed``: statistics missing in the file."""
+    """Foreign file, mapped to an encoder; ``notes``: what was chosen, and what is assumed."""
 
     info: EncoderInfo
     mapped: Mapped
     path: Path
-    assumed: str
+    notes: tuple[str, ...]
 
     def report(self) -> str:
         """Report of the tensors loaded and left out."""
@@ -67,15 +70,19 @@ class _Found:
         left = ", ".join(
             f"{group} {count}" for group, count in sorted(self.mapped.left_out.items())
         )
-        parts = [f"{n} of {n} tensors", f"left out: {left}" if left else "", self.assumed]
+        parts = [f"{n} of {n} tensors", f"left out: {left}" if left else "", *self.notes]
         return "; ".join(part for part in parts if part)
 
 
-def open_weights(name: str | Path) -> Opened:
+def open_weights(name: str | Path, size: tuple[int, ...] = ()) -> Opened:
     """Open the encoder that ``name`` denotes, with its weights, in evaluation mode.
 
     A run folder, a file of any format known here, a folder of Hugging Face's, ``timm:NAME:FILE``
     (a file of timm's with its architecture by name) or ``timm:NAME`` (weights timm downloads).
+
+    Args:
+        size: height and width in pixels, or one number, of the images it was trained on, if that
+            is known; needed where the file does not say, and its positions are no square grid.
 
     Raises:
         UserError: no such file, damaged, not a Vision Transformer, or a tensor is missing,
@@ -88,7 +95,7 @@ def open_weights(name: str | Path) -> Opened:
         left = "" if is_encoder_file(file) else "; left out: the classifier"
         return Opened(encoder, info, file, "ssl_vit", f"{n} of {n} tensors{left}")
     arch = _arch(name)
-    found = _from_timm(arch, with_weights=True) if file is None else _foreign(file, arch)
+    found = _from_timm(arch, with_weights=True) if file is None else _foreign(file, arch, size)
     where = str(found.path)
     try:
         encoder = encoder_of(found.info, found.mapped.state, where)
@@ -99,7 +106,7 @@ def open_weights(name: str | Path) -> Opened:
     return Opened(encoder, found.info, found.path, found.mapped.format, found.report())
 
 
-def weights_info(name: str | Path) -> tuple[EncoderInfo, Path | None]:
+def weights_info(name: str | Path, size: tuple[int, ...] = ()) -> tuple[EncoderInfo, Path | None]:
     """Encoder info of what :func:`open_weights` would open, without its weights.
 
     For ``timm:NAME`` nothing is downloaded, and the path is None.
@@ -112,7 +119,7 @@ def weights_info(name: str | Path) -> tuple[EncoderInfo, Path | None]:
         return _from_timm(_arch(name), with_weights=False).info, None
     if is_ours(file):
         return read_info(file), file
-    return _foreign(file, _arch(name), shapes_only=True).info, file
+    return _foreign(file, _arch(name), size, shapes_only=True).info, file
 
 
 def _arch(name: str | Path) -> str:
@@ -129,7 +136,7 @@ def _file(name: str | Path) -> Path | None:
         if not text:
             return None
     path = Path(text).expanduser()
-    allowed = (ENCODER_FILE, *FILES)
+    allowed = (ENCODER_FILE, *FILES, *(f"{file}{INDEX}" for file in FILES))
     inside = [path / file for file in allowed if (path / file).is_file()]
     check(
         path.is_file() or bool(inside),
@@ -138,25 +145,33 @@ def _file(name: str | Path) -> Path | None:
     return path if path.is_file() else inside[0]
 
 
-def _foreign(path: Path, name: str, shapes_only: bool = False) -> _Found:
+def _foreign(path: Path, name: str, size: tuple[int, ...], shapes_only: bool = False) -> _Found:
     """Read a file of another library, with its accompanying configuration files."""
-    wrapper, state = unwrapped(read_content(path), str(path))
-    folder = path.parent if path.name in FILES else None
+    content = unwrapped(read_content(path), str(path))
+    folder = path.parent if path.name.removesuffix(INDEX) in FILES else None
     config = read_json(folder / "config.json") if folder else {}
+    state = content.state
     if shapes_only:
         state = {k: v if _has_value(k) else v.to("meta") for k, v in state.items()}
-    mapped = to_timm(wrapper, state, str(path), str(config.get("model_type") or ""))
+    model_type = str(config.get("model_type") or "")
+    mapped = to_timm(content.wrapper, state, str(path), model_type)
     if mapped.format in HUGGING_FACE.values():
-        statistics = preprocessing(folder)
-        return _found(mapped, path, hints_of(config, mapped.format, path), statistics)
-    name = name or (str(config.get("architecture") or "") if mapped.format == TIMM else "")
-    known = None
-    if name:
-        known = from_timm.pixel_statistics(name)
-    elif mapped.format != TIMM:
-        known = (IMAGENET_MEAN, IMAGENET_STD)
-    hints = Hints(from_timm.architecture(name) if name else "", heads_of(config, path))
-    return _found(mapped, path, hints, known)
+        hints, known = hints_of(config, mapped.format, path), preprocessing(folder)
+    else:
+        name = name or (_timm_name(config, content) if mapped.format == TIMM else "")
+        known = (IMAGENET_MEAN, IMAGENET_STD) if mapped.format != TIMM else None
+        known = from_timm.pixel_statistics(name) if name else known
+        hints = Hints(from_timm.architecture(name) if name else "", heads_of(config, path))
+        square = mapped.format in (DINO, DINOV2)  # their code takes the square root
+        hints = replace(hints, stated_size=stated_size(content.options), square=square)
+    found = _found(mapped, path, replace(hints, given_size=size), known)
+    return replace(found, notes=(content.chosen, mapped.chosen, *found.notes))
+
+
+def _timm_name(config: dict[str, Any], content: Unwrapped) -> str:
+    """Name of timm's architecture in the configuration beside a file, or in one of its training."""
+    named = str(config.get("architecture") or "")
+    return named or (content.arch if from_timm.is_plain(content.arch) else "")
 
 
 def _has_value(key: str) -> bool:
@@ -166,15 +181,16 @@ def _has_value(key: str) -> bool:
 
 def _found(mapped: Mapped, path: Path, hints: Hints, known: Statistics | None) -> _Found:
     """Add the architecture and the image statistics, assumed if unknown."""
-    config, channels = config_of(mapped.state, str(path), hints)
-    config = replace(config, resampling=mapped.resampling(hints.arch))
-    if known is not None and len(known[0]) == channels:
-        return _Found(EncoderInfo(config, channels, *known, mapped.method), mapped, path, "")
-    usual: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
-    if channels != 3 or mapped.format == HUGGING_FACE["vit"]:
-        usual = ((0.5,) * channels, (0.5,) * channels)
-    info = EncoderInfo(config, channels, *usual, mapped.method)
-    return _Found(info, mapped, path, f"mean {usual[0]} and deviation {usual[1]} are assumed")
+    inferred = infer(mapped.state, str(path), hints)
+    config = replace(inferred.config, resampling=mapped.resampling(hints.arch))
+    channels, assumed = inferred.channels, ""
+    if known is None or len(known[0]) != channels:
+        known = (IMAGENET_MEAN, IMAGENET_STD)
+        if channels != 3 or mapped.format == HUGGING_FACE["vit"]:
+            known = ((0.5,) * channels, (0.5,) * channels)
+        assumed = f"mean {known[0]} and deviation {known[1]} are assumed"
+    info = EncoderInfo(config, channels, *known, mapped.method)
+    return _Found(info, mapped, path, (inferred.note, assumed))
 
 
 def _from_timm(name: str, with_weights: bool) -> _Found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import warnings
@@ -15,20 +14,36 @@ from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.weights.exchange import read_safetensors
-from ssl_vit.weights.shapes import Hints
+from ssl_vit.weights.grids import Hints
+from ssl_vit.weights.pickles import ALLOWED
 
+FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+"""End of the name of an index, by which a large network of Hugging Face's lies in several files."""
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def read_content(path: Path) -> Any:
-    """Read a safetensors file or one of ``torch.save``: tensors and plain values.
+    """Read a safetensors file, one of ``torch.save``, or all files that an index of Hugging Face's
+    names: tensors and plain values.
 
-    The only class allowed is ``argparse.Namespace``, in which the official releases of MAE and DINO
-    store their options: it contains values and executes nothing.
+    Of classes, only those of ``pickles.ALLOWED`` are read, by stand-ins; nothing executes.
 
     Raises:
-        UserError: damaged, of another format, or with objects of any other class.
+        UserError: damaged, of another format, one of several parts, or with objects of any other
+            class.
     """
+    if path.name.endswith(INDEX):
+        return _all_parts(path)
+    part = re.fullmatch(r"(.+)-(\d+)-of-(\d+)(\.\w+)", path.name)
+    index = path.with_name(f"{part[1]}{part[4]}{INDEX}") if part else None
+    if part and index and index.is_file():
+        raise UserError(f"{path}: part {int(part[2])} of {int(part[3])}; give {index}")
+    return _one_file(path)
+
+
+def _one_file(path: Path) -> Any:
+    """Content of one file (:func:`read_content`)."""
     with open(path, "rb") as file:
         start = file.read(9)
     # The leading safetensors header length may look like either; it is followed by {.
@@ -37,7 +52,7 @@ def read_content(path: Path) -> Any:
     # Tensors in a zip are read lazily: in a checkpoint, most belong to the optimizer.
     lazily = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             # Warnings on the pickle protocol; errors are reported in one line below.
             warnings.simplefilter("ignore")
             if path.suffix == ".safetensors":  # torch decides by the suffix, not the content
@@ -48,11 +63,47 @@ def read_content(path: Path) -> Any:
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
+def _all_parts(index: Path) -> dict[str, Tensor]:
+    """Tensors of all files that an index names, each from the file it is said to be in.
+
+    Raises:
+        UserError: no index, or a file or a tensor is missing.
+    """
+    places = read_json(index).get("weight_map")
+    places = places if isinstance(places, dict) else {}
+    beside = [isinstance(v, str) and v == Path(v).name for v in places.values()]
+    check(
+        all(beside) and len(beside) > 0, f"{index}: no weight_map from tensors to files beside it"
+    )
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    check(
+        not missing,
+        f"{index}: {len(missing)} of its {len(names)} files are missing: {', '.join(missing[:3])}",
+    )
+    found: dict[str, Tensor] = {}
+    for name in names:
+        part = _one_file(index.parent / name)
+        wanted = [tensor for tensor, place in places.items() if place == name]
+        lost = [tensor for tensor in wanted if tensor not in part]
+        check(not lost, f"{index.parent / name}: tensors are missing: {', '.join(lost[:3])}")
+        found |= {tensor: part[tensor] for tensor in wanted}
+    return found
+
+
 def _reason(error: Exception) -> str:
     """Reason in one line why ``torch.load`` refused a file."""
-    foreign = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"global (\S+)", str(error))
-    if foreign:
-        return f"refused: a pickle of {foreign[1]}; allowed: tensors and plain values"
+    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"global (\S+)", str(error))
+    if found and "sharded_tensor" in found[1]:
+        return (
+            "refused: one process's part of a sharded network (ShardedTensor); DINOv2 writes the "
+            "whole teacher to eval/training_N/teacher_checkpoint.pth of the same run: give that"
+        )
+    if found:
+        return (
+            f"refused: a pickle of {found[1]}; allowed: tensors and plain values. Where you trust "
+            "the file, save its tensors alone (its 'model' or 'state_dict') and give that"
+        )
     return f"damaged, or not a file of weights ({one_line(error)})"
 
 
@@ -77,31 +128,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def unwrapped(content: Any, where: str) -> tuple[str, dict[str, Tensor]]:
-    """Unwrap the tensors of a file; also the key they were under: teacher, model, state_dict or "".
-
-    A common prefix of wrapped modules, ``module.`` or ``_orig_mod.``, is removed. Of DINO's student
-    and teacher, the teacher is used.
-
-    Raises:
-        UserError: it contains no named tensors.
-    """
-    wrapper = ""
-    if isinstance(content, dict):
-        known = ("teacher", "model", "state_dict")
-        wrapper = next((k for k in known if isinstance(content.get(k), dict)), "")
-    state = content[wrapper] if wrapper else content
-    whole = isinstance(state, dict) and len(state) > 0
-    if not whole or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        keys = f", with keys {', '.join(map(str, list(content)[:5]))}" if content else ""
-        keys = keys if isinstance(content, dict) else ""
-        raise UserError(f"{where}: no weights: not a dictionary of named tensors{keys}")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return wrapper, dict(state)
-
-
 def heads_of(config: dict[str, Any], where: Path) -> int:
     """Number of attention heads in the configuration beside a file; 0 if it does not say.
 
@@ -111,6 +137,20 @@ def heads_of(config: dict[str, Any], where: Path) -> int:
     heads = config.get("num_attention_heads", 0)
     check(type(heads) is int, f"{where.parent / 'config.json'}: num_attention_heads is {heads!r}")
     return int(heads)
+
+
+def stated_size(options: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of images in the options of a training; None if they do not say.
+
+    MAE's ``input_size`` is one number; forks have two, and timm's the channels before them.
+    """
+    for name in ("input_size", "img_size", "image_size"):
+        value = options.get(name)
+        sides = [value] if isinstance(value, int) else value
+        if isinstance(sides, list | tuple) and sides and all(type(s) is int for s in sides):
+            height, width = (sides[0], sides[0]) if len(sides) == 1 else sides[-2:]
+            return int(height), int(width)
+    return None
 
 
 def hints_of(config: dict[str, Any], kind: str, where: Path) -> Hints:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.model.architecture import without_memory
-from ssl_vit.model.encoder import Encoder, sincos_positions
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.weights.grids import Hints, find_grid, prefix_has_positions
 
 State = dict[str, Tensor]
 # By width: timm's plain ViTs, those of DINOv2, and the heads of either (not in any shape).
@@ -32,20 +31,18 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664:
 
 
 @dataclass(frozen=True)
-class Hints:
-    """Architecture hints from configuration files or the user, where shapes are ambiguous."""
+class Inferred:
+    """Inferred architecture: changes to one of timm's, image channels, and what is assumed."""
 
-    arch: str = ""
-    heads: int = 0
-    norm_eps: float = 0.0
-    image_size: tuple[int, int] | None = None
+    config: EncoderConfig
+    channels: int
+    note: str
 
 
-def config_of(state: State, where: str, hints: Hints) -> tuple[EncoderConfig, int]:
-    """Infer the architecture, as changes to one of timm's, and the image channels.
+def infer(state: State, where: str, hints: Hints) -> Inferred:
+    """Infer the architecture from names and shapes, and the grid of positions from their values.
 
-    Positions are assumed to be a square grid unless ``hints`` differ. The number of heads is the
-    standard one of a width, else one per 64 features.
+    The number of heads is the standard one of a width, else one per 64 features.
 
     Raises:
         UserError: the shapes are not those of a Vision Transformer that can be built.
@@ -58,13 +55,17 @@ def config_of(state: State, where: str, hints: Hints) -> tuple[EncoderConfig, in
     check(fits, f"{where}: pos_embed is {position}; expected (1, positions, {width})")
     depth = len({found[1] for k in state if (found := re.match(r"blocks\.(\d+)\.", k))})
     check(depth > 0, f"{where}: no blocks.0 among its tensors")
-    embeds = _embeds(position[1], prefix, patch, hints)
+    # Only networks with registers or layer scale leave [CLS] without a position.
+    plain = not registers and "blocks.0.ls1.gamma" not in state
+    embeds = plain or prefix_has_positions(position[1], prefix, patch, hints)
     arch = hints.arch or _arch(state, width, embeds, where)
     pooled = "fc_norm.weight" in state
     with without_memory():
         model = Encoder(EncoderConfig(arch, norm="pooled" if pooled else "tokens"))
     first: Any = model.vit.blocks[0]
-    size = _image_size(position[1], prefix, patch, hints, model, where)
+    table = state["pos_embed"][0, 0 if model.vit.no_embed_class else prefix :]
+    grid = find_grid(table, patch, hints, model.grid if hints.arch else None, where)
+    size = (grid.rows * patch, grid.columns * patch)
     scaled = not isinstance(first.ls1, nn.Identity)
     config = dataclasses.replace(
         model.config,
@@ -76,19 +77,9 @@ def config_of(state: State, where: str, hints: Hints) -> tuple[EncoderConfig, in
         registers=-1 if registers == model.vit.num_reg_tokens else registers,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in state and not scaled else 0.0,
         norm_eps=0.0 if hints.norm_eps == first.norm1.eps else hints.norm_eps,
-        positions=_positions(state["pos_embed"], size, patch),
+        positions="sincos" if grid.fixed else "learned",
     )
-    return config, channels
-
-
-def _positions(found: Tensor, size: tuple[int, int], patch: int) -> Literal["learned", "sincos"]:
-    """Kind of positions: MAE's sine-cosine ones, which stay fixed, or learned ones."""
-    rows, columns = size[0] // patch, size[1] // patch
-    if found.is_meta or found.shape[2] % 4 or found.shape[1] < rows * columns:
-        return "learned"
-    patches = found[0, found.shape[1] - rows * columns :]
-    fixed = sincos_positions((rows, columns), found.shape[2])
-    return "sincos" if torch.allclose(patches.float(), fixed, atol=1e-4) else "learned"
+    return Inferred(config, channels, grid.note)
 
 
 def _change(found: int, own: int) -> int:
@@ -102,33 +93,6 @@ def _projection(state: State, where: str) -> tuple[int, int, int]:
     message = f"{where}: patch_embed.proj.weight is {shape}; expected (width, channels, P, P)"
     check(len(shape) == 4 and shape[2] == shape[3] and min(shape) > 0, message)
     return shape[0], shape[1], shape[2]
-
-
-def _embeds(positions: int, prefix: int, patch: int, hints: Hints) -> bool:
-    """True if prefix tokens have positions."""
-    if hints.image_size:
-        return positions != math.prod(side // patch for side in hints.image_size)
-    return _square(positions - prefix) > 0 or _square(positions) == 0
-
-
-def _square(number: int) -> int:
-    """Side of a square grid with this number of patches; 0 if not a square."""
-    side = math.isqrt(max(number, 0))
-    return side if side * side == number else 0
-
-
-def _image_size(
-    positions: int, prefix: int, patch: int, hints: Hints, model: Encoder, where: str
-) -> tuple[int, int]:
-    """Image height and width in pixels for this number of positions."""
-    if hints.image_size:
-        return hints.image_size
-    patches = positions - (0 if model.vit.no_embed_class else prefix)
-    if patches == math.prod(model.grid):
-        return (model.grid[0] * patch, model.grid[1] * patch)
-    side = _square(patches)
-    check(side > 0, f"{where}: pos_embed has {patches} positions for patches; not a square grid")
-    return (side * patch, side * patch)
 
 
 def _heads(width: int, model: Encoder, where: str) -> int:

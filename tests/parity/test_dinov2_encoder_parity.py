@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ssl_vit.model.encoder import choose_attention
+from ssl_vit.model.execution import choose_attention
 from ssl_vit.weights.official import open_weights
 from tests.parity.golden import check_there_are, close, golden_files, read_golden
 

@@ -60,6 +60,13 @@ def counted(opened):
     return f"{n} of {n} tensors"
 
 
+# Said of a network of TINY's sizes whose file does not tell its grid.
+SQUARE = (
+    "; a square grid of 4x4 patches is assumed; --encoder.image-size 16 64 (elsewhere --size, "
+    "finetune: --tune.image-size) for another"
+)
+
+
 def refused(name, message):
     """In one line that says ``message``."""
     with pytest.raises(UserError, match=message) as caught:

@@ -349,8 +349,8 @@ class OracleObjective(MAEObjective):
 
     normalized = False
 
-    def predict(self, encoder, images, noise, visible=None):
-        mask = super().predict(encoder, images, noise, visible)[1]
+    def predict(self, encoder, images, noise, visible=None, valid=None):
+        mask = super().predict(encoder, images, noise, visible, valid)[1]
         patches = encoder.patchify(images)
         mean, std = patch_statistics(patches)
         if self.normalized:

@@ -11,11 +11,13 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo
+from ssl_vit.weights.grids import Hints
 from ssl_vit.weights.official import open_weights
-from ssl_vit.weights.shapes import Hints, config_of
+from ssl_vit.weights.shapes import infer
 from tests.unit.foreign_weights import (
     IMAGENET,
     OPTIONS,
+    SQUARE,
     TINY,
     TINY_CONFIG,
     agree,
@@ -48,13 +50,13 @@ def test_official_mae(tmp_path):
     opened = open_weights(saved({"model": mae_state(model), **extra}, tmp_path))
     agree(opened, model.forward_features(images()))
     assert opened.format == "MAE (official)"
-    assert opened.report == f"{counted(opened)}; left out: decoder 31, mask_token 1"
+    assert opened.report == f"{counted(opened)}; left out: decoder 31, mask_token 1{SQUARE}"
     config = replace(TINY_CONFIG, resampling="mae")
     assert opened.info == EncoderInfo(config, 3, *IMAGENET, method="mae")
     # The encoder alone, as the smaller of the released files.
     alone = open_weights(saved({"model": model.state_dict()}, tmp_path))
     agree(alone, model.forward_features(images()))
-    assert (alone.format, alone.report) == ("MAE (official)", counted(alone))
+    assert (alone.format, alone.report) == ("MAE (official)", counted(alone) + SQUARE)
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
@@ -88,7 +90,7 @@ def test_official_dino(tmp_path, wrapping):
     opened = open_weights(saved(content, tmp_path))
     agree(opened, model.forward_features(images()))
     assert opened.format == "DINO (official)"
-    assert opened.report == f"{counted(opened)}; left out: head 2"
+    assert opened.report == f"{counted(opened)}; left out: head 2; teacher is taken, not student"
     config = replace(TINY_CONFIG, resampling="dino")
     assert opened.info == EncoderInfo(config, 3, *IMAGENET, method="dino")
     alone = open_weights(saved(model.state_dict(), tmp_path))
@@ -172,7 +174,8 @@ def test_standard_architectures_are_known_by_their_shapes(arch):
     """Whole, without memory: nothing of timm's architecture is changed."""
     with without_memory():
         state = timm.create_model(arch, num_classes=0).state_dict()
-    assert config_of(state, "a file", Hints()) == (EncoderConfig(arch), 3)
+    found = infer(state, "a file", Hints())
+    assert (found.config, found.channels) == (EncoderConfig(arch), 3)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_standard_architectures_are_known_by_their_shapes(arch):
 def test_other_sizes_are_changes_of_a_standard_architecture(arch, expected):
     with without_memory():
         state = timm.create_model(arch, num_classes=0).state_dict()
-    assert config_of(state, "a file", Hints())[0] == EncoderConfig(**expected)
+    assert infer(state, "a file", Hints()).config == EncoderConfig(**expected)
 
 
 @pytest.mark.parametrize("fixed", [True, False])

@@ -16,6 +16,7 @@ from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights, weights_info
 from tests.unit.foreign_weights import (
     IMAGENET,
+    SQUARE,
     TINY_CONFIG,
     agree,
     counted,
@@ -39,8 +40,8 @@ def test_timm_files(tmp_path, wrapper, prefix, channels):
     statistics = IMAGENET if channels == 3 else ((0.5,) * 5, (0.5,) * 5)
     config = replace(TINY_CONFIG, resampling="timm")
     assert opened.info == EncoderInfo(config, channels, *statistics)
-    said = f"; left out: head 2; mean {statistics[0]} and deviation {statistics[1]} are assumed"
-    assert opened.report == counted(opened) + said
+    assumed = f"; mean {statistics[0]} and deviation {statistics[1]} are assumed"
+    assert opened.report == counted(opened) + f"; left out: head 2{SQUARE}{assumed}"
 
 
 def test_timm_safetensors_and_half_precision(tmp_path):
@@ -65,7 +66,7 @@ def test_timm_by_name(tmp_path, arch, tag):
     assert opened.info.config.arch == arch
     cfg = timm.get_pretrained_cfg(arch + tag)
     assert (opened.info.mean, opened.info.std) == (cfg.mean, cfg.std)
-    assert opened.report == counted(opened)
+    assert opened.report == counted(opened) + SQUARE
     refused(path, rf"named?.* timm:NAME:{path}")
 
 

@@ -54,7 +54,7 @@ class FolderSource(Source):
 
     def stream(self, i: int) -> io.IOBase:
         try:
-            return open(os.path.join(self.root, self.files[i]), "rb")
+            return open(self.name(i), "rb")  # as text: readers look at its extension
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
 

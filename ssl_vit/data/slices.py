@@ -74,13 +74,14 @@ class Planes(Source):
 
 def _read_plane(stream: io.IOBase, source: Planes, plane: int) -> Decoded:
     reading = replace(source.reading, slices=str(plane))
-    if format_of(stream.read(HEAD)) == "TIFF":  # of which only that plane is read
+    kind = format_of(stream.read(HEAD))
+    stream.seek(0)
+    if kind == "TIFF":  # of which only that plane is read
         from ssl_vit.data.tiff import open_tiff, read_plane
 
         with open_tiff(stream) as file:
             image = to_tensor(read_plane(file, source.channels, reading), source.channels)
     else:
-        stream.seek(0)
         image = decode(stream.read(), source.channels, reading)
     return image.numpy().view(Decoded)
 

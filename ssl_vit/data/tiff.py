@@ -66,7 +66,10 @@ def open_tiff(stream: io.IOBase) -> Any:
     if plane_count(file.ome_metadata) > MOST_PLANES:
         raise BadImage("has an OME description with too many planes")
     name = lone_name(file.ome_metadata)
-    return file if name is None else opened(stream, name=name, _multifile=False)
+    if name is None:
+        return file
+    stream.seek(0)
+    return opened(stream, name=name, _multifile=False)
 
 
 def read_plane(file: Any, channels: int, reading: ReadConfig) -> Raster:

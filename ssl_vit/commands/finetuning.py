@@ -24,10 +24,8 @@ from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.classifier import (
     MODEL_FILE,
     Classifier,
-    Start,
     classifier,
     classifier_writer,
-    open_start,
     saved_step,
 )
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
@@ -36,6 +34,7 @@ from ssl_vit.evaluators.online import Numbered, source_targets
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
 from ssl_vit.evaluators.selection import guesses_of, outputs_of, quality
+from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted, slug
@@ -68,10 +67,8 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
         raise UserError(message) from None
     config = read(recipe(start.pretrained, start.depth, start.channels))
     data = config.data
-    check(
-        data.channels == start.channels,
-        f"--data.channels is {data.channels}; {config.encoder} takes images of {start.channels}",
-    )
+    if start.pretrained or data.channels != start.channels:
+        start = for_channels(start, data.channels, config.tune.channels)
     if not data.mean and data.statistics == "default":
         config = replace(config, data=replace(data, mean=start.mean, std=start.std))
     if not config.run.out:

@@ -16,7 +16,6 @@ import torch
 
 from ssl_vit.commands.cli import RESUMABLE, show_table
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
-from ssl_vit.common.errors import check
 from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source, Subset, known_labels
 from ssl_vit.data.images import Given, Images, open_images
@@ -28,12 +27,12 @@ from ssl_vit.records.status import by_signal, recorded
 from ssl_vit.training.metrics import RunLog, duration, note_outcome
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.session import Session, counted, prepare_folder, train
+from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     EncoderInfo,
     encoder_writer,
     read_info,
-    resample_positions,
 )
 from ssl_vit.weights.official import open_weights, weights_info
 
@@ -217,18 +216,11 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         method = kind(config.method, config.encoder, config.data.channels)
     if config.init.encoder:
         given = open_weights(config.init.encoder, config.encoder.image_size)
-        own = method.encoder
-        check(
-            given.encoder.channels == own.channels,
-            f"--init.encoder {config.init.encoder} takes images of {given.encoder.channels} "
-            f"channels; --data.channels is {own.channels}: they must agree",
-        )
-        state = resample_positions(given.encoder.vit.state_dict(), given.encoder, own)
-        fixed = own.config.positions == given.encoder.config.positions == "sincos"
-        if fixed and not own.rotary:
-            state = {**state, "pos_embed": own.vit.pos_embed}  # a formula, for any size
-        method.begin_with(state, f"--init.encoder {config.init.encoder}")
-        log.info("initial weights from %s: %s, %s", given.path, given.format, given.report)
+        where = f"--init.encoder {config.init.encoder}"
+        state, notes = adapted(given.encoder, method.encoder, config.init.channels, where)
+        method.begin_with(state, where)
+        report = "; ".join([given.report, *notes])
+        log.info("initial weights from %s: %s, %s", given.path, given.format, report)
     return method
 
 

@@ -222,7 +222,20 @@ class InitConfig:
 
     encoder: str = ""
     """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
-    channels and statistics are then its own by default (image size may differ). Empty: random."""
+    channels and statistics are then its own by default. Image size, patch size and channels may
+    differ: positions are resampled, filters resized or given to other channels. Empty: random."""
+    channels: str = "mean"
+    """Filters of --data.channels other than the encoder's, all scaled by its number over the new
+    one. mean: the mean of all filters for each new channel, the first ones keep theirs; of fewer
+    channels each gets the mean. repeat: the same over and over. red,green,blue,mean or 0,1,mean:
+    a filter for each channel."""
+
+    def __post_init__(self) -> None:
+        check(
+            all(self.channels.split(",")),
+            f"{flag(self, 'channels')} is {self.channels!r}; it must be mean, repeat, or a name "
+            "for each channel, as red,green,blue,mean",
+        )
 
 
 @dataclass(frozen=True)

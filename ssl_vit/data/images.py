@@ -80,11 +80,11 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
     else:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
-    fixed = given.option if given else ""
+    fixed = given.option if given and len(given.mean) == data.channels else ""
     few = survey(train, data.channels, seed, FEW)
-    few.check(fixed)
+    few.check(fixed, adapts=True)
     if val is not train:
-        survey(val, data.channels, seed, 1).check(fixed)
+        survey(val, data.channels, seed, 1).check(fixed, adapts=True)
     val = val if val is train else align_classes(train, val)
     usual = data.channels == 3 and data.statistics == "default" and not few.deep
     if not data.mean and not usual:

@@ -53,11 +53,12 @@ class Survey:
         self.deep += not _eight_bit(image, holes)
         self.empty += holes and not valid_share(image)
 
-    def check(self, owner: str = "") -> None:
+    def check(self, owner: str = "", adapts: bool = False) -> None:
         """Check that some image is readable.
 
         Args:
             owner: the option that fixes the channels, if that is not --data.channels.
+            adapts: whether it can be given images of other channels by that.
 
         Raises:
             UserError: none is; where all have other channels, it names the option to give.
@@ -73,6 +74,7 @@ class Survey:
         asked = f"--data.channels is {others[0].asked}: give --data.channels {others[0].has}"
         if owner:
             asked = f"{owner} takes images of {others[0].asked}"
+            asked += f": give --data.channels {others[0].has} to adapt it" if adapts else ""
         some = "channel" if has == "1" else "channels"
         raise UserError(f"the images of {self.spec} have {has} {some}{others[0].more}; {asked}")
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.evaluators.start import Start
 from ssl_vit.model.architecture import set_norm_eps, timm_kwargs
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import (
-    ENCODER_FILE,
     HEAD,
     EncoderInfo,
     contiguous_state,
@@ -34,72 +33,6 @@ MODEL_FILE = "model.safetensors"
 _POOLS = {"mean": "avg", "cls": "token"}
 # Parameters without weight decay and with the lowest layer's rate, in any version of timm.
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
-
-
-@dataclass(frozen=True)
-class Start:
-    """Initialization of fine-tuning: an encoder and how its images are prepared.
-
-    ``module``: an :class:`Encoder`, or a network of timm without its classifier, ``arch`` then
-    being its name. ``pretrained``: whether its weights are trained. ``mean``, ``std``: of its
-    training images, empty where those of the new images are used. ``folder``: of its run.
-    """
-
-    module: nn.Module
-    pretrained: bool
-    size: tuple[int, int]
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    identity: dict[str, Any]
-    arch: str = ""
-    folder: Path | None = None
-
-    @property
-    def depth(self) -> int | None:
-        """Number of transformer blocks of a plain ViT; None for other networks."""
-        return len(self.module.vit.blocks) if isinstance(self.module, Encoder) else None
-
-
-def open_start(
-    name: str, scratch: EncoderConfig, channels: int, seed: int, size: tuple[int, ...] = ()
-) -> Start:
-    """Open an ``--encoder`` argument as the initialization of fine-tuning.
-
-    ``none``: the architecture ``scratch`` with random weights, for ``channels`` image channels.
-    ``size``: of the images, which a file that does not say its own is taken to be for.
-
-    Raises:
-        UserError: no such encoder, or it cannot be trained.
-    """
-    check(
-        bool(name),
-        "--encoder is missing: a run folder, a weight file, timm:NAME, or none",
-    )
-    if name == "none":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            encoder = Encoder(scratch, channels)
-        identity = {"given": name, "seed": seed, "config": dataclasses.asdict(scratch)}
-        return Start(encoder, False, encoder.image_size, channels, (), (), identity)
-    # Only some of timm's other networks are built for a size.
-    other = name.removeprefix("random:").startswith("timm:")
-    found = open_backbone(name, seed, () if other else size)
-    if found.module is None:
-        raise UserError(f"--encoder is {name!r}; raw pixels cannot be fine-tuned")
-    view, identity = found.view, found.identity
-    of_run = Path(str(identity.get("file", ""))).name == ENCODER_FILE
-    return Start(
-        module=found.module,
-        pretrained=not name.startswith("random:"),
-        size=view.size,
-        channels=view.channels,
-        mean=view.mean,
-        std=view.std,
-        identity=identity,
-        arch=str(identity.get("arch", "")),
-        folder=found.folder if of_run else None,
-    )
 
 
 @dataclass(frozen=True)

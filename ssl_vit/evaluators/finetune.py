@@ -43,6 +43,8 @@ class TuneConfig:
     are no plain ViT pool as they are used to."""
     image_size: tuple[int, ...] = ()
     """Height and width in pixels, or one number; positions are resampled. Empty: the encoder's."""
+    channels: str = "mean"
+    """Filters of --data.channels other than the encoder's, as --init.channels of pretrain."""
     drop_path: float = 0.1
     """Stochastic depth of the last block. Above 12 blocks: 0.2, above 24: 0.3."""
     layer_decay: float = 0.65

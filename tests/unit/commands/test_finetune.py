@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssl_vit.commands.cli import layered
+from ssl_vit.commands.finetuning import parse_options
 from ssl_vit.common.config import EncoderConfig, OptimConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
@@ -27,19 +28,18 @@ from ssl_vit.data.augment import Crop
 from ssl_vit.data.policy import Policy
 from ssl_vit.evaluators.classifier import (
     MODEL_FILE,
-    Start,
     classifier,
     classifier_writer,
     layer_scales,
-    open_start,
     saved_step,
 )
 from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, TuneConfig, erase, recipe
+from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.model.architecture import timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.optim import make_optimizer, set_rates
 from ssl_vit.training.resume import check_same_run
-from ssl_vit.weights.exchange import EncoderInfo
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import check_ready
 from tests.conftest import ROOT
@@ -556,6 +556,40 @@ def test_the_timm_call_is_the_encoders_with_a_classifier():
     expected = timm_kwargs(TINY, 1) | {"num_classes": 7, "global_pool": "token"}
     assert made.call.kwargs == expected
     assert made.call.arch == TINY.arch
+
+
+def test_a_start_for_other_channels(caplog):
+    """Filters are adapted, which is said and kept; statistics are those of the new images."""
+    caplog.set_level("INFO")
+    start = start_of()
+    found = for_channels(start, 4, "mean")
+    old, new = (s.module.vit.patch_embed.proj.weight for s in (start, found))
+    torch.testing.assert_close(new[:, 3], old.mean(1) * 3 / 4)
+    assert (found.channels, found.mean, found.std) == (4, (), ())
+    assert found.identity["adapted"] == [
+        "filters of 4 channels: red, green, blue, mean, all times 3/4"
+    ]
+    assert found.identity["adapted"][0] in caplog.text
+    assert classifier(found, 5, "mean", (), 0.0, seed=0).network.patch_embed.proj.in_channels == 4
+    assert for_channels(start, 3, "mean") is start
+    turned = for_channels(start, 3, "blue,green,red")
+    assert torch.equal(turned.module.vit.patch_embed.proj.weight, old.flip(1))
+    assert turned.mean == start.mean
+    network = dataclasses.replace(start, module=torch.nn.Identity())
+    with pytest.raises(UserError, match="takes images of 3, and only plain ViTs are adapted"):
+        for_channels(network, 4, "mean")
+
+
+def test_images_of_other_channels_are_fine_tuned(tmp_path):
+    """By the options: the given encoder's statistics are then not its own."""
+    encoder = start_of().module
+    info = EncoderInfo(TINY, 3, (0.1,) * 3, (0.2,) * 3)
+    save_encoder(tmp_path / "encoder.safetensors", encoder, info)
+    flags = ["--encoder", str(tmp_path), "--data.train", "digits", "--data.channels", "1"]
+    config, start = parse_options([*flags, "--tune.channels", "green"])
+    filters = start.module.vit.patch_embed.proj.weight
+    torch.testing.assert_close(filters[:, 0], 3 * encoder.vit.patch_embed.proj.weight[:, 1])
+    assert (config.data.channels, config.data.mean) == (1, ())
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

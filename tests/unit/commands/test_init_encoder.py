@@ -109,15 +109,59 @@ def test_statistics_of_the_images_are_estimated_where_that_is_asked(given, tmp_p
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_other_channels_than_the_encoders_are_named(given, tmp_path, channels):
-    """Whether they are asked for, or the images have them; never --data.mean, which nobody gave."""
+def test_images_of_other_channels_name_the_option(given, tmp_path, channels):
+    """Never --data.mean, which nobody gave."""
     path, _ = given
     spec = folder_of(tmp_path / "other", channels)
     flags = ["mae", "--data.train", spec, "--init.encoder", str(path)]
-    asked = parse_options([*flags, "--data.channels", f"{channels}"])
-    with pytest.raises(
-        UserError, match=f"takes images of 2 channels; --data.channels is {channels}"
-    ):
-        build(*asked)
-    with pytest.raises(UserError, match=f"have {channels} channels?; --init.encoder .* of 2"):
+    message = (
+        f"have {channels} channels?; --init.encoder .* takes images of 2: give --data.channels "
+        f"{channels} to adapt it"
+    )
+    with pytest.raises(UserError, match=message):
         build(*parse_options(flags))
+    with pytest.raises(UserError, match=f"--data.channels is 5: give --data.channels {channels}$"):
+        build(*parse_options([*flags, "--data.channels", "5"]))
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_weights_for_other_channels(given, tmp_path, channels, caplog):
+    """Filters are adapted, which is said; statistics are those of the images."""
+    path, encoder = given
+    spec = folder_of(tmp_path / "other", channels)
+    flags = ["mae", "--data.train", spec, "--init.encoder", str(path), "--optim.batch-size", "4"]
+    caplog.set_level("INFO")
+    session = build(*parse_options([*flags, "--data.channels", f"{channels}"]))
+    vit, own = session.task.encoder.vit, encoder.vit
+    filters, old = vit.patch_embed.proj.weight, own.patch_embed.proj.weight
+    torch.testing.assert_close(filters[:, -1], old.mean(1) * 2 / channels)
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight, own.blocks[1].mlp.fc1.weight)
+    names = "mean" if channels == 1 else "0, 1, 3 x mean"
+    many = "channel" if channels == 1 else "channels"
+    assert f"; filters of {channels} {many}: {names}, all times 2/{channels}" in caplog.text
+    assert session.images.mean == pytest.approx((2000,) * channels, rel=0.01)
+    assert "estimated from" in dict(session.plan([]))["normalised by"]
+
+
+def test_filters_by_name(given):
+    path, encoder = given
+    flags = ["mae", "--data.train", "digits", "--init.encoder", str(path), "--data.channels", "3"]
+    _, kind, config = parse_options([*flags, "--init.channels", "1,0,mean"])
+    filters = initial_method(kind, config).encoder.vit.patch_embed.proj.weight
+    old = encoder.vit.patch_embed.proj.weight
+    expected = torch.stack([old[:, 1], old[:, 0], old.mean(1)], 1) * 2 / 3
+    torch.testing.assert_close(filters, expected)
+    _, kind, config = parse_options([*flags, "--init.channels", "1,0"])
+    with pytest.raises(UserError, match=r"filters '1,0' are 2; --data.channels is 3"):
+        initial_method(kind, config)
+
+
+def test_another_patch_size_resizes_the_filters(given, caplog):
+    path, _ = given
+    flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
+    caplog.set_level("INFO")
+    _, kind, config = parse_options([*flags, "--encoder.patch-size", "4"])
+    vit = initial_method(kind, config).encoder.vit
+    assert vit.patch_embed.proj.weight.shape == (32, 2, 4, 4)
+    assert vit.pos_embed.shape == (1, 1 + 4, 32)
+    assert "; filters of 2 pixels are resized to patches of 4 by pseudo-inverse" in caplog.text

@@ -3,16 +3,18 @@ al. 2025, arXiv 2508.10104): self-distillation of images and of masked patches."
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssl_vit.common.checks import (
     check_least,
+    check_length,
     check_not_negative,
     check_portion,
     check_positive,
@@ -20,10 +22,11 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.figures import picture_rows, to_rgb
+from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Scalar, Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, DINOConfig, DINOObjective
@@ -32,10 +35,13 @@ from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init
 from ssl_vit.objectives.base import Setting
 from ssl_vit.objectives.cross_entropy import cross_entropy_of_rows, cross_entropy_of_views
+from ssl_vit.objectives.gram import Anchor
 from ssl_vit.objectives.heads import ProjectionHead
 from ssl_vit.objectives.koleo import koleo, nearest_distances
 from ssl_vit.objectives.masks import BatchMasks
 from ssl_vit.objectives.targets import Kind, Targets
+from ssl_vit.weights.exchange import load_strictly, resample_positions
+from ssl_vit.weights.official import open_weights
 
 # Parameters of what comes before the first block.
 _FIRST = ("cls_token", "pos_embed", "reg_token", "patch_embed.")
@@ -81,6 +87,18 @@ class DINOv2Config(DINOConfig):
     """Weight of pairs with a local crop in the loss of [CLS] (DINOv3's later recipes: 0.5)."""
     local_norm: bool = False
     """[CLS] of local crops has a final norm of its own in training (DINOv3's 7B)."""
+    gram_weight: float = 0.0
+    """Weight of Gram anchoring (DINOv3: 2, late in a long training): similarities between patches
+    stay those of an older teacher, which sees larger crops. 0: none."""
+    gram_encoder: str = ""
+    """That teacher: a run folder or weight file, as for --init.encoder. Empty: the training's own
+    teacher when the anchoring begins."""
+    gram_from: str = "0ep"
+    """Part of the training before it begins, as 80ep or 500000st."""
+    gram_every: str = ""
+    """Take the training's own teacher anew this often from then on, as 10000st. Empty: never."""
+    gram_scale: int = 2
+    """Size of that teacher's crops over that of the global ones."""
     layer_decay: float = 0.9
     """Factor of the learning rate from one block to the one before it."""
     patch_lr: float = 0.2
@@ -92,7 +110,16 @@ class DINOv2Config(DINOConfig):
         check_least(self, 0, "patch_prototypes", "patch_bottleneck")
         check_portion(self, "mask_probability", "layer_decay", "patch_lr")
         check_range(self, "mask_ratio")
-        check_not_negative(self, "koleo_weight", "local_weight")
+        check_not_negative(self, "koleo_weight", "local_weight", "gram_weight")
+        check_least(self, 1, "gram_scale")
+        check_length(self, "gram_from")
+        if self.gram_every:
+            check_length(self, "gram_every", positive=True)
+        check(
+            not self.gram_encoder or self.gram_weight > 0,
+            f"{flag(self, 'gram_encoder')} is {self.gram_encoder!r}; it has no effect without "
+            f"{flag(self, 'gram_weight')}",
+        )
         own = "patch_bottleneck" if self.patch_bottleneck else ""
         check(
             not own or self.patch_prototypes > 0,
@@ -145,6 +172,11 @@ class DINOv2Objective(DINOObjective):
             "Distance to the nearest neighbour",
             "Of [CLS] on the unit sphere, in the batch. Near 0 the images are all the same to it.",
         ),
+        "gram_loss": Scalar(
+            "Gram loss",
+            "Mean squared difference of patch similarities from the older teacher's. It is 0 until "
+            "the anchoring begins, then it falls and stays low.",
+        ),
         **_OF_TARGETS,
         **_patchwise(_OF_TARGETS),
     }
@@ -171,10 +203,41 @@ class DINOv2Objective(DINOObjective):
         widths = [encoder.width, *[c.head_width] * (c.head_depth - 1), bottleneck]
         return ProjectionHead(widths, prototypes, c.norm_last_layer, plain=c.plain_last_layer)
 
+    def add_teacher(self, encoder: Encoder) -> None:
+        """Copy the student for the teacher, and for that of Gram anchoring."""
+        super().add_teacher(encoder)
+        if self.config.gram_weight:
+            self.gram = Anchor(encoder)
+            self.gram.given = bool(self.config.gram_encoder)
+            if self.gram.given and not self.mask_token.is_meta:
+                self._open_gram_teacher()
+
+    def _open_gram_teacher(self) -> None:
+        """Give the teacher of Gram anchoring the weights of a file."""
+        name, own = self.config.gram_encoder, self.gram.encoder
+        where = f"{flag(self.config, 'gram_encoder')} {name}"
+        try:
+            given = open_weights(name).encoder
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        load_strictly(own.vit, resample_positions(given.vit.state_dict(), given, own), where)
+
+    def encoder_replaced(self, encoder: Encoder) -> None:
+        """Student and teachers start equal; but a given one of Gram anchoring stays."""
+        super().encoder_replaced(encoder)
+        if self.config.gram_weight and not self.gram.given:
+            self.gram.start_from(encoder)
+
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
         """Resolve what depends on the length of the training."""
         super().set_length(steps, steps_per_epoch)
+        c = self.config
         self.warm_steps = self.temp_warmup.steps(steps_per_epoch)
+        if c.gram_weight and hasattr(self, "gram"):
+            start = Length.parse(c.gram_from, flag(c, "gram_from"))
+            every = Length.parse(c.gram_every or "0st", flag(c, "gram_every"))
+            self.gram.start = start.steps(steps_per_epoch)
+            self.gram.interval = every.steps(steps_per_epoch)
 
     def teacher_temp(self, step: int) -> float:
         """Temperature at a step, counted from 0: linear, then constant."""
@@ -187,8 +250,8 @@ class DINOv2Objective(DINOObjective):
     def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """The losses of a batch and, of the same outputs, what shows a collapse."""
         c, self.images = self.config, len(views.keys)
-        both, patches = torch.cat(views.crops[:2]), views.drawn["patches"]
-        weights = self._weights(encoder, views)
+        both, large = self._global_crops(encoder, views)
+        patches, weights = views.drawn["patches"], self._weights(encoder, views)
         target, patch_target = self._teachers(both, patches, weights, step)
         # The student sees mask tokens in global crops, and local crops whole.
         tokens = encoder.embed(both, masked=views.drawn["masked"], token=self.mask_token[0])
@@ -209,9 +272,23 @@ class DINOv2Objective(DINOObjective):
         spread, distance = self._spread(seen.cls)
         loss = cls_loss + c.patch_weight * patch_loss + c.koleo_weight * spread
         found = {"cls_loss": cls_loss, "patch_loss": patch_loss, "koleo": spread}
+        if c.gram_weight:
+            found["gram_loss"] = self.gram.loss(seen, large, step)
+            loss = loss + c.gram_weight * found["gram_loss"]
         found = {name: value.detach() for name, value in found.items()}
         found |= self._health_of_both(target, patch_target, weights, found)
         return {"loss": loss, **found, "neighbour_distance": distance}
+
+    def _global_crops(
+        self, encoder: Encoder, views: Views
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c height width"]]:
+        """Global crops, and as large as the teacher of Gram anchoring sees them: those are what
+        workers make, if there is one."""
+        large = torch.cat(views.crops[:2])
+        size = encoder.image_size
+        if large.shape[2:] == size:
+            return large, large
+        return F.interpolate(large, size=size, mode="bicubic", antialias=True), large
 
     @torch.no_grad()
     def _weights(self, encoder: Encoder, views: Views) -> Float[Tensor, " u"]:
@@ -219,7 +296,10 @@ class DINOv2Objective(DINOObjective):
         weights = views.drawn["weights"].to(self.mask_token.dtype)
         if not views.missing:
             return weights
-        empty = encoder.patchify(torch.cat(views.missing[:2])).all(-1).flatten()
+        missing = torch.cat(views.missing[:2]).all(1)
+        rows, cols = encoder.grid
+        apart = missing.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))
+        empty = apart.all(4).all(2).flatten()
         return weights * ~empty[views.drawn["patches"]]
 
     @torch.no_grad()
@@ -303,6 +383,8 @@ class DINOv2Objective(DINOObjective):
         self.teacher.follow(encoder, self.head, self.teacher_momentum(step), took)
         self.cls_targets.update(took)
         self.patch_targets.update(took)
+        if self.config.gram_weight:
+            self.gram.renew(self.teacher.encoder, step + 1)
 
 
 class DINOv2(DINO):
@@ -339,6 +421,17 @@ class DINOv2(DINO):
         truncated_init(self.encoder, objective.head)
         objective.add_teacher(self.encoder)
         self.add("dinov2", objective)
+
+    @staticmethod
+    def views(config: DINOConfig, encoder: Encoder) -> ViewSpec:
+        """DINO's; with Gram anchoring global crops are made as large as its teacher sees them."""
+        spec = DINO.views(config, encoder)
+        assert isinstance(config, DINOv2Config)
+        if not config.gram_weight:
+            return spec
+        height, width = (config.gram_scale * side for side in encoder.image_size)
+        large = (replace(crop, size=(height, width)) for crop in spec.crops[:2])
+        return replace(spec, crops=(*large, *spec.crops[2:]))
 
     @staticmethod
     def draw_together(

@@ -81,6 +81,9 @@ class Case:
         self._load()
         self.method.set_length(10, 5)
         self.method.objective.teacher_momentum = lambda step: c["momentum"]
+        if "gram_crops" in self.golden:  # recorded apart, not one from the other
+            crops = [self.golden[f"{name}_crops"].double() for name in ("global", "gram")]
+            self.method.objective._global_crops = lambda encoder, views: tuple(crops)
 
     def options(self) -> DINOv2Config:
         c = self.config
@@ -107,6 +110,7 @@ class Case:
             patch_weight=c["ibot_loss_weight"],
             local_weight=c.get("local_loss_weight", 1.0),
             local_norm=c.get("untie_global_and_local_cls_norm", False),
+            gram_weight=c.get("gram_loss_weight", 0.0),
         )
 
     def encoder_options(self) -> EncoderConfig:
@@ -143,6 +147,8 @@ class Case:
         """Every recorded weight, and nothing else."""
         state = self.placed(ours(self.part("student."), self.rotary))
         state |= self.placed(ours(self.part("teacher."), self.rotary, "teacher."))
+        older = ours(self.part("gram_teacher."), self.rotary, "gram.")
+        state |= {k: v for k, v in older.items() if ".gram.encoder." in k}
         if "center" in self.golden and self.method.objective.cls_targets.center is not None:
             for name, key in (("cls", "center"), ("patch", "patch_center")):
                 value = self.golden[key].double().flatten()
@@ -195,6 +201,7 @@ def test_terms_and_total(case, scalars):
         n = c["n_local"]
         each, local = each / (1 + n), local * n / (1 + n) * c["local_loss_weight"]
         close(found["koleo"], 2 * terms["koleo_loss"], "koleo")
+        close(found["gram_loss"], terms["gram_loss"], "Gram")
     else:
         close(c["koleo_loss_weight"] * found["koleo"], twice * terms["koleo_loss"], "koleo")
     close(found["cls_loss"], each + local, "[CLS]")

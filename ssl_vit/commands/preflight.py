@@ -187,11 +187,12 @@ def _on_rate(session: Pretraining) -> Iterator[str]:
     usual = session.task.defaults.get("optim", {}).get("base_lr", OptimConfig.base_lr)
     if optim.lr is not None and optim.base_lr != usual:
         yield f"--optim.base-lr {optim.base_lr:g} has no effect beside --optim.lr {optim.lr:g}"
-    rule = usual * optim.batch_size / 256
+    rule, how = optim.scaled(usual)
     text = f"the peak learning rate is {optim.peak_lr:.3g}; the rule for {session.name} is "
-    text += f"{usual:g} x {optim.batch_size} / 256 = {rule:.3g}"
+    text += f"{how} = {rule:.3g}"
     if optim.peak_lr < _TOO_LOW * rule and not session.config.init.encoder:
-        yield f"{text}. --optim.lr is the rate itself, --optim.base-lr that of 256 images"
+        base = 1024 if optim.lr_rule == "sqrt" else 256
+        yield f"{text}. --optim.lr is the rate itself, --optim.base-lr that of {base} images"
     if optim.peak_lr > max(_TOO_HIGH * rule, _HIGHEST):
         yield f"{text}, and no batch is trained well at such a rate: lower it"
 

@@ -1,5 +1,6 @@
 """Shared options: their groups and defaults, each stated once."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -250,7 +251,10 @@ class OptimConfig:
     """Parts in which each process computes its share of the batch: less memory, the same step (but
     for mixup and erasing in fine-tuning: each part draws its own)."""
     base_lr: float = 1.5e-4
-    """Learning rate for 256 images; the peak is base_lr * batch_size / 256."""
+    """Learning rate for 256 images (sqrt: 1024); the peak follows by --optim.lr-rule."""
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """linear: the peak is base_lr * batch_size / 256. sqrt: base_lr * sqrt(batch_size / 1024), as
+    for DINOv2."""
     lr: float | None = None
     """Peak learning rate itself; replaces base_lr and its scaling."""
     min_lr: float = 0.0
@@ -265,8 +269,9 @@ class OptimConfig:
     """Final weight decay, reached by half a cosine. None: constant."""
     clip: float = 0.0
     """Largest gradient norm. 0: no clipping."""
-    clip_by: Literal["global", "parameter"] = "global"
-    """Clip the norm over all parameters together, or each parameter's own."""
+    clip_by: Literal["global", "parameter", "network"] = "global"
+    """Clip the norm over all parameters together, each parameter's own, or that of each network
+    (encoder, heads), where a method has several."""
     spike: float = 0.0
     """Skip a step whose loss is more than this many standard deviations above its running mean.
     0: never; 6 catches steps that would ruin a run and few others."""
@@ -281,5 +286,12 @@ class OptimConfig:
 
     @property
     def peak_lr(self) -> float:
-        """Peak learning rate: ``lr``, or ``base_lr * batch_size / 256``."""
-        return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+        """Peak learning rate: ``lr``, or what ``lr_rule`` makes of ``base_lr``."""
+        return self.lr if self.lr is not None else self.scaled(self.base_lr)[0]
+
+    def scaled(self, base: float) -> tuple[float, str]:
+        """The peak that ``lr_rule`` makes of a base learning rate, and how, in words."""
+        if self.lr_rule == "sqrt":
+            rate = base * math.sqrt(self.batch_size / 1024)
+            return rate, f"{base:g} x sqrt({self.batch_size} / 1024)"
+        return base * self.batch_size / 256, f"{base:g} x {self.batch_size} / 256"

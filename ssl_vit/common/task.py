@@ -155,6 +155,10 @@ class Task(nn.Module):
         """True where weight decay applies: to all but biases and other vectors."""
         return parameter.ndim > 1 and not name.endswith(".bias")
 
+    def network_of(self, name: str) -> str:
+        """Name of the network of a parameter, where gradients are clipped by network."""
+        return ""
+
     def lr_scale(self, name: str) -> float:
         """Factor of the learning rate, for the parameter of this name."""
         return 1.0

@@ -44,6 +44,8 @@ class Method(Task):
         pooling: the feature it is watched by: ``mean`` of the patches, or ``cls``.
         defaults: its values for the shared groups, as ``{"optim": {"betas": (0.9, 0.95)}}``.
         reconstructs: whether :meth:`reconstruct` is there.
+        splits_with: options with which ``--optim.accumulate`` parts give the whole batch's step, of
+            a method in which images of a part see each other; empty: any do.
         objectives: what it minimises, by name, each with its own networks.
         weights: of the objectives' losses in the sum.
     """
@@ -54,6 +56,7 @@ class Method(Task):
     pooling: ClassVar[str] = "mean"
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     reconstructs: ClassVar[bool] = False
+    splits_with: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, config: Any, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__()

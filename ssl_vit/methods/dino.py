@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.common.checks import (
     check_least,
@@ -171,12 +171,17 @@ class DINOObjective(Objective):
             encoder.vit.cls_token is not None,
             f"--encoder.arch is {encoder.config.arch!r}; DINO learns by [CLS], which it lacks",
         )
-        self.config = c = config
-        widths = [encoder.width, *[c.head_width] * (c.head_depth - 1), c.bottleneck]
-        self.head = ProjectionHead(widths, c.prototypes, fixed_gain=c.norm_last_layer)
-        self.center = Center(c.prototypes, c.center_momentum)
+        self.config = config
+        self.build(encoder)
         self.images = 0
         self.set_length(1, 1)
+
+    def build(self, encoder: Encoder) -> None:
+        """The student's head, and the centre."""
+        c = self.config
+        widths = [encoder.width, *[c.head_width] * (c.head_depth - 1), c.bottleneck]
+        self.head: nn.Module = ProjectionHead(widths, c.prototypes, fixed_gain=c.norm_last_layer)
+        self.center = Center(c.prototypes, c.center_momentum)
 
     def add_teacher(self, encoder: Encoder) -> None:
         """Copy the student, whose first weights are drawn by now."""
@@ -288,8 +293,9 @@ class DINOObjective(Objective):
     def before_update(self, step: int) -> None:
         """Leave the last layer as it is at first: it steadies the teacher's output."""
         if step < self.freeze_steps:
-            for parameter in self.head.last_layer.parameters():
-                parameter.grad = None
+            for name, parameter in self.head.named_parameters():
+                if "last_layer." in name:
+                    parameter.grad = None
 
     def after_update(self, encoder: Encoder, step: int, took: Bool[Tensor, ""]) -> None:
         """Move teacher and centre."""

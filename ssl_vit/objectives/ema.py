@@ -61,6 +61,13 @@ def ema_update(
 
 
 @torch.no_grad()
+def copy_weights(to: nn.Module, source: nn.Module) -> None:
+    """Copy all parameters of a network to another one like it, sharded alike if they are."""
+    own = [local(p) for p in to.parameters()]
+    torch._foreach_copy_(own, [local(p) for p in source.parameters()])
+
+
+@torch.no_grad()
 def move_where(old: list[Tensor], new: list[Tensor], share: float, took: Bool[Tensor, ""]) -> None:
     """Move each old tensor this share of the way to its new one, or not at all."""
     step = torch._foreach_sub(new, old)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.common.task import at_least_fp32
+from ssl_vit.model.encoder import Encoder, Features
+from ssl_vit.objectives.ema import Teacher, copy_weights
 
 
 def resized_patches(
@@ -48,3 +50,30 @@ def gram_loss(
         own = own.clamp(min=0) if negatives == "zero" else own
         wanted = wanted if negatives == "kept" else wanted.clamp(min=0)
         return F.mse_loss(own, wanted)
+
+
+class Anchor(Teacher):
+    """Gram anchoring: an encoder that stays while the student learns, and sees larger crops.
+
+    Its weights are those it is given; or they are taken from the training's own teacher when the
+    anchoring begins, ``start`` steps on. With ``interval`` they are taken anew every so many steps.
+    """
+
+    start, interval, given = 0, 0, False
+
+    def loss(self, seen: Features, large: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, ""]:
+        """Gram loss of a student's patches, of which this sees the crops as ``large``; 0 before it
+        begins."""
+        if step < self.start:
+            return seen.patches.new_zeros(())
+        with torch.no_grad():
+            older = self.encoder(large)
+            target = resized_patches(older.patches, older.grid, seen.grid)
+        return gram_loss(seen.patches, target)
+
+    def renew(self, teacher: Encoder, steps: int) -> None:
+        """Take the weights of the training's own teacher, if it is time after so many steps."""
+        begun = steps - self.start
+        first = begun == 0 and not self.given
+        if first or (begun > 0 and self.interval and begun % self.interval == 0):
+            copy_weights(self.encoder, teacher)

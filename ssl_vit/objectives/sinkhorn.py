@@ -35,11 +35,7 @@ def sinkhorn_knopp(
 
 
 @torch.no_grad()
-def unevenness(
-    targets: Float[Tensor, "n k"], valid: Float[Tensor, " n"] | None = None
-) -> Float[Tensor, ""]:
-    """What Sinkhorn-Knopp has left to do: the share of the rows' mass (of this process) that would
-    have to move for all prototypes to get as much. 0: none."""
-    rows = targets.new_full((), len(targets)) if valid is None else valid.sum()
-    share = targets.sum(0) / rows.clamp(min=1)
-    return (share - 1 / targets.shape[1]).clamp(min=0).sum()
+def unevenness(share: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+    """What Sinkhorn-Knopp has left to do: of the shares of prototypes in the targets (which sum to
+    1) how much would have to move for all to get as much. 0: nothing."""
+    return (share - 1 / len(share)).clamp(min=0).sum()

@@ -81,6 +81,8 @@ class Trainer:
         parallel.shard(task, precision)
         self.optimizer = make_optimizer(task, optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = {parameter: task.network_of(name) for name, parameter in task.named_parameters()}
+        self.networks = [names[parameter] for parameter in self.trained]
         self.model = parallel.wrap(task)
         self.step = 0
         self.streak = torch.zeros((), device=parallel.device)
@@ -132,7 +134,7 @@ class Trainer:
         with casts_kept(self.parallel.device) if several else nullcontext():
             scalars = self._forward_backward(parts)
         self.task.before_update(self.step)
-        norm = clip_gradients(self.trained, self.optim)
+        norm = clip_gradients(self.trained, self.optim, self.networks)
         finite = torch.isfinite(scalars["loss"]) & torch.isfinite(norm)
         calm = self.guard.passes(scalars["loss"])
         took = guarded_step(self.optimizer, finite & calm)

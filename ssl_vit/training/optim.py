@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import compress
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool
@@ -75,10 +79,13 @@ class Schedule:
         return warmup_cosine(step, warmup=0, total=self.total, peak=start, end=end)
 
 
-def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tensor:
+def clip_gradients(
+    parameters: list[nn.Parameter], config: OptimConfig, networks: Sequence[str] = ()
+) -> Tensor:
     """Clip gradients as configured; returns the global norm before clipping, on the device.
 
-    Of sharded parameters each process holds its rows; norms are of the whole tensors.
+    Of sharded parameters each process holds its rows; norms are of the whole tensors. ``networks``:
+    the network of each parameter, for clipping by network.
     """
     found = [p.grad for p in parameters if p.grad is not None]
     gradients = [local(g) for g in found]
@@ -90,9 +97,19 @@ def clip_gradients(parameters: list[nn.Parameter], config: OptimConfig) -> Tenso
     total = norms.norm()
     if config.clip > 0:
         of = norms if config.clip_by == "parameter" else total.expand_as(norms)
+        if config.clip_by == "network":
+            moved = [p.grad is not None for p in parameters]
+            same = _same(tuple(compress(networks, moved)), norms.device, norms.dtype)
+            of = (same @ norms.square()).sqrt()
         factors = (config.clip / (of + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(factors.unbind()))
     return total
+
+
+@lru_cache(maxsize=4)
+def _same(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n, n): 1 where two names are the same."""
+    return torch.tensor([[a == b for b in names] for a in names], device=device, dtype=dtype)
 
 
 class SpikeGuard:

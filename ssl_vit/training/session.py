@@ -118,7 +118,7 @@ class Session:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         waits = f", which sleep while they wait: {SHARED}" if chosen() == "sleep" else ""
         rate = f"{optim.peak_lr:.4g}"
-        rate += "" if optim.lr is not None else f" = {optim.base_lr:g} x {optim.batch_size} / 256"
+        rate += "" if optim.lr is not None else f" = {optim.scaled(optim.base_lr)[1]}"
         warmup = f"{schedule.warmup} steps"
         if schedule.shortened:
             warmup += f" (half the run; --optim.warmup asks for {schedule.shortened})"

@@ -21,7 +21,8 @@ def test_it_trains(name):
 
 def test_parts_of_a_batch_are_the_batch(name):
     """What is done to coordinates is drawn for the whole batch, not for a part."""
-    one, two = tiny.session(name, *ROTARY), tiny.session(name, *ROTARY, "--optim.accumulate", "2")
+    options = *ROTARY, *tiny.splitting(name)
+    one, two = tiny.session(name, *options), tiny.session(name, *options, "--optim.accumulate", "2")
     first = tiny.state(one.task)
     tiny.train(one)
     tiny.train(two)

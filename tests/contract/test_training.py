@@ -49,7 +49,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_it_trains_alike(name, way):
     """A step in two parts; blocks computed again in backward."""
-    plain, other = tiny.session(name), tiny.session(name, *WAYS[way])
+    own = tiny.splitting(name) if way == "two parts" else ()
+    plain, other = tiny.session(name, *own), tiny.session(name, *own, *WAYS[way])
     first = tiny.state(plain.task)
     for one, two in zip(tiny.train(plain), tiny.train(other), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_vit.commands.pretraining import PretrainConfig, Pretraining, build
 from ssl_vit.common.task import Views
 from ssl_vit.data.loader import Batch, TrainImages, train_batches
-from ssl_vit.methods.base import Method
+from ssl_vit.methods.base import Method, find_method
 from ssl_vit.pretrain import parse_options
 from ssl_vit.training.checkpoint import complete
 from ssl_vit.training.metrics import read_rows
@@ -57,6 +57,12 @@ def options(name: str, *more: str) -> tuple[type[Method], PretrainConfig[Any]]:
 def session(name: str, *more: str) -> Pretraining:
     """A tiny run put together; nothing is written."""
     return build(name, *options(name, *more))
+
+
+def splitting(name: str) -> tuple[str, ...]:
+    """Options with which parts of a batch are the batch."""
+    given = find_method(name).splits_with
+    return tuple(t for k, v in given.items() for t in (f"--method.{k.replace('_', '-')}", str(v)))
 
 
 def batches(made: Pretraining, steps: int = STEPS) -> Iterator[Batch]:

@@ -280,3 +280,28 @@ def test_the_guarded_step_is_adamw():
     torch.testing.assert_close(task.token.detach(), start)
     for a, b in zip(task.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_clipping_by_network(clip):
+    """Each network's gradients as one tensor; those without a gradient do not count."""
+    torch.manual_seed(0)
+    trained = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 2, 5)]
+    for i, parameter in enumerate(trained[:3]):
+        parameter.grad = (i + 1) * torch.randn_like(parameter)
+    before = [p.grad.clone() for p in trained[:3]]
+    config = OptimConfig(clip=clip, clip_by="network")
+    norm = clip_gradients(trained, config, ["encoder", "head", "encoder", "head"])
+    torch.testing.assert_close(norm, torch.cat(before).norm())
+    for own in ([0, 2], [1]):
+        length = torch.cat([before[i] for i in own]).norm()
+        for i in own:
+            torch.testing.assert_close(trained[i].grad, before[i] * min(1, clip / (length + 1e-6)))
+
+
+def test_the_peak_rate_by_both_rules():
+    """The square root's base is the rate of 1024 images."""
+    assert OptimConfig(batch_size=1024, base_lr=4e-3, lr_rule="sqrt").peak_lr == 4e-3
+    assert OptimConfig(batch_size=2304, base_lr=4e-3, lr_rule="sqrt").peak_lr == pytest.approx(6e-3)
+    assert OptimConfig(batch_size=512, base_lr=1e-3).peak_lr == pytest.approx(2e-3)
+    assert OptimConfig(batch_size=512, base_lr=1e-3, lr=0.5, lr_rule="sqrt").peak_lr == 0.5

@@ -1,0 +1,480 @@
+"""DINOv2 (Oquab et al. 2023, arXiv 2304.07193) with the options in which DINOv3 differs (Siméoni et
+al. 2025, arXiv 2508.10104): self-distillation of images and of masked patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_vit.common.checks import (
+    check_least,
+    check_length,
+    check_not_negative,
+    check_portion,
+    check_positive,
+    check_range,
+    flag,
+)
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.figures import picture_rows, to_rgb
+from ssl_vit.common.schedules import Length
+from ssl_vit.common.task import Scalar, Views
+from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.order import Places
+from ssl_vit.methods.base import Method
+from ssl_vit.methods.dino import DINO, DINOConfig, DINOObjective
+from ssl_vit.model.attention import cls_features
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.init import truncated_init
+from ssl_vit.objectives.base import Setting
+from ssl_vit.objectives.cross_entropy import cross_entropy_of_rows, cross_entropy_of_views
+from ssl_vit.objectives.gram import Anchor
+from ssl_vit.objectives.heads import ProjectionHead
+from ssl_vit.objectives.koleo import koleo, nearest_distances
+from ssl_vit.objectives.masks import BatchMasks
+from ssl_vit.objectives.targets import Kind, Targets
+from ssl_vit.weights.exchange import load_strictly, resample_positions
+from ssl_vit.weights.official import open_weights
+
+# Parameters of what comes before the first block.
+_FIRST = ("cls_token", "pos_embed", "reg_token", "patch_embed.")
+# Above this share of the largest entropy the teacher cannot distinguish patches.
+_UNIFORM = 0.99
+
+
+@dataclass(frozen=True)
+class DINOv2Config(DINOConfig):
+    """Self-distillation of [CLS], as DINO's, and of masked patches, as iBOT's, with features spread
+    by KoLeo. Defaults are DINOv2's."""
+
+    norm_last_layer: bool = False
+    momentum: float = 0.992
+    teacher_temp: float = 0.07
+    teacher_temp_warmup: str = "30ep"
+    """Length of that warm-up, which rises step by step."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    targets: Kind = "centering"
+    """Targets from the teacher's outputs: softmax less a running centre, or Sinkhorn-Knopp over the
+    batch (DINOv3, and DINOv2's large models)."""
+    patch_weight: float = 1.0
+    """Weight of the loss of masked patches."""
+    patch_prototypes: int = 0
+    """Outputs of the patches' own head (DINOv2's large models, DINOv3). 0: they share [CLS]'s."""
+    patch_bottleneck: int = 0
+    """Features before the last layer of that head. 0: as of [CLS]'s."""
+    plain_last_layer: bool = False
+    """The heads' last layers are plain linear ones (DINOv3), not weight-normalised."""
+    mask_probability: float = 0.5
+    """Share of the global crops of which patches are masked."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Share of the patches of such a crop that is masked, least and most; a batch has all shares
+    between."""
+    exact_masks: bool = False
+    """A crop masks the most of its stratum of that range, filled up at random (DINOv3); else a
+    share drawn from it, and blocks may fall a few patches short."""
+    koleo_weight: float = 0.1
+    """Weight of KoLeo, which moves [CLS] of each image away from its nearest neighbour's. The batch
+    is that of all processes, but not of all --optim.accumulate parts."""
+    local_weight: float = 1.0
+    """Weight of pairs with a local crop in the loss of [CLS] (DINOv3's later recipes: 0.5)."""
+    local_norm: bool = False
+    """[CLS] of local crops has a final norm of its own in training (DINOv3's 7B)."""
+    gram_weight: float = 0.0
+    """Weight of Gram anchoring (DINOv3: 2, late in a long training): similarities between patches
+    stay those of an older teacher, which sees larger crops. 0: none."""
+    gram_encoder: str = ""
+    """That teacher: a run folder or weight file, as for --init.encoder. Empty: the training's own
+    teacher when the anchoring begins."""
+    gram_from: str = "0ep"
+    """Part of the training before it begins, as 80ep or 500000st."""
+    gram_every: str = ""
+    """Take the training's own teacher anew this often from then on, as 10000st. Empty: never."""
+    gram_scale: int = 2
+    """Size of that teacher's crops over that of the global ones."""
+    layer_decay: float = 0.9
+    """Factor of the learning rate from one block to the one before it."""
+    patch_lr: float = 0.2
+    """Further factor of the learning rate of the patch embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "patch_weight")
+        check_least(self, 0, "patch_prototypes", "patch_bottleneck")
+        check_portion(self, "mask_probability", "layer_decay", "patch_lr")
+        check_range(self, "mask_ratio")
+        check_not_negative(self, "koleo_weight", "local_weight", "gram_weight")
+        check_least(self, 1, "gram_scale")
+        check_length(self, "gram_from")
+        if self.gram_every:
+            check_length(self, "gram_every", positive=True)
+        check(
+            not self.gram_encoder or self.gram_weight > 0,
+            f"{flag(self, 'gram_encoder')} is {self.gram_encoder!r}; it has no effect without "
+            f"{flag(self, 'gram_weight')}",
+        )
+        own = "patch_bottleneck" if self.patch_bottleneck else ""
+        check(
+            not own or self.patch_prototypes > 0,
+            f"{flag(self, 'patch_bottleneck')} is {self.patch_bottleneck}; it is of the patches' "
+            f"own head, which {flag(self, 'patch_prototypes')} makes",
+        )
+
+    def masks(self, grid: tuple[int, int]) -> BatchMasks:
+        """Masks of the global crops, of these rows and columns of patches."""
+        return BatchMasks(grid, 2, self.mask_probability, self.mask_ratio, self.exact_masks)
+
+
+def _patchwise(scalars: dict[str, Scalar]) -> dict[str, Scalar]:
+    """The same of masked patches."""
+    return {
+        f"patch_{k}": s._replace(title=f"Patches: {s.title[0].lower()}{s.title[1:]}")
+        for k, s in scalars.items()
+    }
+
+
+_OF_TARGETS = {
+    name: DINOObjective.explained[name]
+    for name in ("teacher_entropy", "teacher_entropy_share", "kl", "prototypes_used", "center_norm")
+} | {
+    "unevenness": Scalar(
+        "Unevenness after Sinkhorn-Knopp",
+        "Share of the targets that would have to move for all prototypes to get as much: what "
+        "three iterations have left. It should be small.",
+    )
+}
+
+
+class DINOv2Objective(DINOObjective):
+    """DINO's loss of [CLS], the loss of masked patches, and KoLeo."""
+
+    explained: ClassVar[dict[str, Scalar]] = {
+        "loss": Scalar(
+            "Loss",
+            "Weighted sum of the losses below. It may rise while the features get better, as its "
+            "target moves: look at k-NN.",
+        ),
+        "cls_loss": Scalar("Loss of [CLS]", "Cross-entropy of teacher and student for [CLS]."),
+        "patch_loss": Scalar(
+            "Loss of masked patches",
+            "Cross-entropy of teacher and student for masked patches, averaged over all global "
+            "crops: those without masks, half of them, count as 0.",
+        ),
+        "koleo": Scalar("KoLeo", "Sum over both global crops. It falls as images move apart."),
+        "neighbour_distance": Scalar(
+            "Distance to the nearest neighbour",
+            "Of [CLS] on the unit sphere, in the batch. Near 0 the images are all the same to it.",
+        ),
+        "gram_loss": Scalar(
+            "Gram loss",
+            "Mean squared difference of patch similarities from the older teacher's. It is 0 until "
+            "the anchoring begins, then it falls and stays low.",
+        ),
+        **_OF_TARGETS,
+        **_patchwise(_OF_TARGETS),
+    }
+    config: DINOv2Config
+    head: nn.ModuleDict
+
+    def build(self, encoder: Encoder) -> None:
+        """Heads, the mask token, and what makes targets of outputs."""
+        c = self.config
+        heads: dict[str, nn.Module] = {"cls": self._head(encoder, c.prototypes, c.bottleneck)}
+        if c.patch_prototypes:
+            own = c.patch_bottleneck or c.bottleneck
+            heads["patch"] = self._head(encoder, c.patch_prototypes, own)
+        if c.local_norm:
+            heads["local_norm"] = nn.LayerNorm(encoder.width, encoder.vit.norm.eps)
+        self.head = nn.ModuleDict(heads)
+        self.mask_token = nn.Parameter(torch.zeros(1, encoder.width))
+        self.cls_targets = Targets(c.prototypes, c.targets, c.center_momentum)
+        outputs = c.patch_prototypes or c.prototypes
+        self.patch_targets = Targets(outputs, c.targets, c.center_momentum)
+
+    def _head(self, encoder: Encoder, prototypes: int, bottleneck: int) -> nn.Module:
+        c = self.config
+        widths = [encoder.width, *[c.head_width] * (c.head_depth - 1), bottleneck]
+        return ProjectionHead(widths, prototypes, c.norm_last_layer, plain=c.plain_last_layer)
+
+    def add_teacher(self, encoder: Encoder) -> None:
+        """Copy the student for the teacher, and for that of Gram anchoring."""
+        super().add_teacher(encoder)
+        if self.config.gram_weight:
+            self.gram = Anchor(encoder)
+            self.gram.given = bool(self.config.gram_encoder)
+            if self.gram.given and not self.mask_token.is_meta:
+                self._open_gram_teacher()
+
+    def _open_gram_teacher(self) -> None:
+        """Give the teacher of Gram anchoring the weights of a file."""
+        name, own = self.config.gram_encoder, self.gram.encoder
+        where = f"{flag(self.config, 'gram_encoder')} {name}"
+        try:
+            given = open_weights(name).encoder
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        load_strictly(own.vit, resample_positions(given.vit.state_dict(), given, own), where)
+
+    def encoder_replaced(self, encoder: Encoder) -> None:
+        """Student and teachers start equal; but a given one of Gram anchoring stays."""
+        super().encoder_replaced(encoder)
+        if self.config.gram_weight and not self.gram.given:
+            self.gram.start_from(encoder)
+
+    def set_length(self, steps: int, steps_per_epoch: int) -> None:
+        """Resolve what depends on the length of the training."""
+        super().set_length(steps, steps_per_epoch)
+        c = self.config
+        self.warm_steps = self.temp_warmup.steps(steps_per_epoch)
+        if c.gram_weight and hasattr(self, "gram"):
+            start = Length.parse(c.gram_from, flag(c, "gram_from"))
+            every = Length.parse(c.gram_every or "0st", flag(c, "gram_every"))
+            self.gram.start = start.steps(steps_per_epoch)
+            self.gram.interval = every.steps(steps_per_epoch)
+
+    def teacher_temp(self, step: int) -> float:
+        """Temperature at a step, counted from 0: linear, then constant."""
+        c = self.config
+        if step >= self.warm_steps:
+            return c.teacher_temp
+        share = step / max(1, self.warm_steps - 1)
+        return c.teacher_temp_start + (c.teacher_temp - c.teacher_temp_start) * share
+
+    def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
+        """The losses of a batch and, of the same outputs, what shows a collapse."""
+        c, self.images = self.config, len(views.keys)
+        both, large = self._global_crops(encoder, views)
+        patches, weights = views.drawn["patches"], self._weights(encoder, views)
+        target, patch_target = self._teachers(both, patches, weights, step)
+        # The student sees mask tokens in global crops, and local crops whole.
+        tokens = encoder.embed(both, masked=views.drawn["masked"], token=self.mask_token[0])
+        seen = encoder.split(encoder.encode(tokens), tokens.grid)
+        assert seen.cls is not None
+        norm = self.head["local_norm"] if c.local_norm else None
+        local = [cls_features(encoder, crops, norm) for crops in views.crops[2:]]
+        student = self.head["cls"](torch.cat([seen.cls, *local]))
+        cls_loss = cross_entropy_of_views(
+            target.unflatten(0, (2, -1)),
+            student.unflatten(0, (-1, self.images)),
+            c.student_temp,
+            c.local_weight,
+        )
+        patch_student = self._patch_outputs(self.head, seen.patches, patches)
+        share = weights / len(both)
+        patch_loss = cross_entropy_of_rows(patch_target, patch_student, share, c.student_temp)
+        spread, distance = self._spread(seen.cls)
+        loss = cls_loss + c.patch_weight * patch_loss + c.koleo_weight * spread
+        found = {"cls_loss": cls_loss, "patch_loss": patch_loss, "koleo": spread}
+        if c.gram_weight:
+            found["gram_loss"] = self.gram.loss(seen, large, step)
+            loss = loss + c.gram_weight * found["gram_loss"]
+        found = {name: value.detach() for name, value in found.items()}
+        found |= self._health_of_both(target, patch_target, weights, found)
+        return {"loss": loss, **found, "neighbour_distance": distance}
+
+    def _global_crops(
+        self, encoder: Encoder, views: Views
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c height width"]]:
+        """Global crops, and as large as the teacher of Gram anchoring sees them: those are what
+        workers make, if there is one."""
+        large = torch.cat(views.crops[:2])
+        size = encoder.image_size
+        if large.shape[2:] == size:
+            return large, large
+        return F.interpolate(large, size=size, mode="bicubic", antialias=True), large
+
+    @torch.no_grad()
+    def _weights(self, encoder: Encoder, views: Views) -> Float[Tensor, " u"]:
+        """Weights of masked patches; 0 for padding, and where a patch has no data."""
+        weights = views.drawn["weights"].to(self.mask_token.dtype)
+        if not views.missing:
+            return weights
+        missing = torch.cat(views.missing[:2]).all(1)
+        rows, cols = encoder.grid
+        apart = missing.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))
+        empty = apart.all(4).all(2).flatten()
+        return weights * ~empty[views.drawn["patches"]]
+
+    @torch.no_grad()
+    def _teachers(
+        self,
+        both: Float[Tensor, "n c h w"],
+        patches: Int64[Tensor, " u"],
+        weights: Float[Tensor, " u"],
+        step: int,
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "u m"]]:
+        """Targets for the [CLS] of all global crops, and for masked patches; crops are whole."""
+        temperature = self.teacher_temp(step)
+        head: Any = self.teacher.head
+        seen = self.teacher.encoder(both)
+        outputs = self._patch_outputs(head, seen.patches, patches)
+        valid = (weights > 0).to(weights.dtype)
+        return (
+            self.cls_targets(head["cls"](seen.cls), temperature),
+            self.patch_targets(outputs, temperature, valid),
+        )
+
+    def _patch_outputs(
+        self, head: Any, features: Float[Tensor, "n p d"], patches: Int64[Tensor, " u"]
+    ) -> Float[Tensor, "u m"]:
+        """A head's outputs of some of all patches: no other is looked at."""
+        rows = features.flatten(0, 1).index_select(0, patches)
+        outputs: Tensor = head["patch" if "patch" in head else "cls"](rows)
+        return outputs
+
+    def _spread(self, cls: Float[Tensor, "n d"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """KoLeo, summed over the global crops, each of which is a batch; mean distance."""
+        with torch.set_grad_enabled(self.config.koleo_weight > 0):
+            distances = [nearest_distances(crop) for crop in cls.chunk(2)]
+            spread = torch.stack([koleo(d) for d in distances]).sum()
+        return spread, torch.stack(distances).mean().detach()
+
+    def _health_of_both(
+        self,
+        target: Float[Tensor, "n k"],
+        patch_target: Float[Tensor, "u m"],
+        weights: Float[Tensor, " u"],
+        losses: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Health of both kinds of targets; a loss less its targets' entropy is a KL."""
+        c = self.config
+        cls = self.cls_targets.health(target)
+        patch = self.patch_targets.health(patch_target, weights)
+        pairs = (1 + c.local_crops * c.local_weight) / (1 + c.local_crops)
+        masked = weights.sum() / len(target)
+        own = losses["patch_loss"] / masked.clamp(min=1 / len(target))
+        cls["kl"] = losses["cls_loss"] - pairs * cls["teacher_entropy"]
+        patch["kl"] = own - patch["teacher_entropy"]
+        return cls | {f"patch_{name}": value for name, value in patch.items()}
+
+    def concerns(self, means: dict[str, float]) -> dict[str, str]:
+        """DINO's, and of patches."""
+        found, share = super().concerns(means), means["patch_teacher_entropy_share"]
+        if share > _UNIFORM:
+            found["uniform patches"] = (
+                f"the teacher's output is the same for every patch: it is uniform ({share:.1%} of "
+                "the largest entropy), so there is nothing to learn of patches. Usual remedies: a "
+                f"lower {flag(self.config, 'teacher_temp')}, a lower --optim.lr"
+            )
+        return found
+
+    def advice(self, setting: Setting) -> list[str]:
+        """DINO's, and what is of a part of a step only."""
+        c, lines = self.config, super().advice(setting)
+        parts = [f"{flag(c, 'koleo_weight')} {c.koleo_weight:g}"] if c.koleo_weight else []
+        parts += [f"{flag(c, 'targets')} sinkhorn"] if c.targets == "sinkhorn" else []
+        if setting.parts > 1 and parts:
+            each = setting.batch_size // setting.parts
+            lines.append(
+                f"{' and '.join(parts)}: among the {each} images of each of the {setting.parts} "
+                "parts of --optim.accumulate, not among the whole batch"
+            )
+        return lines
+
+    def after_update(self, encoder: Encoder, step: int, took: Bool[Tensor, ""]) -> None:
+        """Move teacher and centres."""
+        self.teacher.follow(encoder, self.head, self.teacher_momentum(step), took)
+        self.cls_targets.update(took)
+        self.patch_targets.update(took)
+        if self.config.gram_weight:
+            self.gram.renew(self.teacher.encoder, step + 1)
+
+
+class DINOv2(DINO):
+    """The student predicts its average's output for other crops, and for patches hidden from it."""
+
+    Config: ClassVar[type] = DINOv2Config
+    title: ClassVar[str] = "DINOv2"
+    explained: ClassVar[dict[str, Scalar]] = DINOv2Objective.explained
+    progress: ClassVar[tuple[str, ...]] = ("kl", "patch_kl", "teacher_entropy_share")
+    splits_with: ClassVar[dict[str, Any]] = {"targets": "centering", "koleo_weight": 0.0}
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "encoder": {"drop_path": 0.3, "layer_scale": 1e-5},
+        "optim": {
+            "base_lr": 4e-3,
+            "lr_rule": "sqrt",
+            "min_lr": 1e-6,
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+            "clip": 3.0,
+            "clip_by": "network",
+        },
+    }
+
+    def __init__(self, config: DINOv2Config, encoder_config: EncoderConfig, channels: int) -> None:
+        Method.__init__(self, config, encoder_config, channels)
+        size = self.encoder.image_size
+        shown, own = ("x".join(map(str, s)) for s in (config.global_size, size))
+        check(
+            config.sizes(size, self.encoder.patch_size)[0] == size,
+            f"{flag(config, 'global_size')} is {shown}; masks are of the encoder's patches, of "
+            f"{own} px: give --encoder.image-size instead",
+        )
+        objective = DINOv2Objective(config, self.encoder)
+        truncated_init(self.encoder, objective.head)
+        objective.add_teacher(self.encoder)
+        self.add("dinov2", objective)
+
+    @staticmethod
+    def views(config: DINOConfig, encoder: Encoder) -> ViewSpec:
+        """DINO's; with Gram anchoring global crops are made as large as its teacher sees them."""
+        spec = DINO.views(config, encoder)
+        assert isinstance(config, DINOv2Config)
+        if not config.gram_weight:
+            return spec
+        height, width = (config.gram_scale * side for side in encoder.image_size)
+        large = (replace(crop, size=(height, width)) for crop in spec.crops[:2])
+        return replace(spec, crops=(*large, *spec.crops[2:]))
+
+    @staticmethod
+    def draw_together(
+        config: DINOv2Config, grid: tuple[int, int], places: Places
+    ) -> dict[str, np.ndarray]:
+        """Masks of the global crops: see :meth:`BatchMasks.draw`."""
+        return config.masks(grid).draw(places)
+
+    def network_of(self, name: str) -> str:
+        """The encoder, or a head."""
+        start = "objectives.dinov2.head."
+        return name.removeprefix(start).split(".")[0] if name.startswith(start) else "encoder"
+
+    def lr_scale(self, name: str) -> float:
+        """Layer decay: 1 for heads and the final norm, less by a factor for each block before it
+        and for what precedes the blocks; the patch embedding less still."""
+        c, depth = self.config, len(self.encoder.vit.blocks)
+        own = name.removeprefix("encoder.vit.")
+        if name.endswith("mask_token") or own.startswith(_FIRST):
+            before = depth + 1
+        elif own.startswith("blocks."):
+            before = depth - int(own.split(".")[1])
+        else:
+            before = 0
+        rate: float = c.layer_decay**before
+        return rate * c.patch_lr if own.startswith("patch_embed.") else rate
+
+    def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
+        """Attention of the teacher's [CLS], and masks as the student gets them."""
+        looks = super().panels(views, normalize)
+        return looks | {"masks": self._masks_panel(views, normalize)}
+
+    @torch.no_grad()
+    def _masks_panel(self, views: Views, normalize: Normalize) -> np.ndarray:
+        encoder, images = self.encoder, views.crops[0]
+        masked = self.drawn(views.keys)["masked"].view(2, len(images), -1)
+        shown = normalize.inverse(images)
+        columns = {"image": to_rgb(shown)}
+        for title, hidden in zip(("first crop", "second crop"), masked, strict=True):
+            patches = torch.where(hidden[:, :, None], 0.5, encoder.patchify(shown))
+            columns[title] = to_rgb(encoder.unpatchify(patches, encoder.grid))
+        caption = (
+            "Masks such as the student gets for its two crops of an image: half of all crops have "
+            "one, of very different sizes. The teacher sees crops whole."
+        )
+        return picture_rows(columns, caption)

@@ -65,7 +65,7 @@ def _transform(text: str, mean: tuple[float, ...], side: int) -> RandAugment:
     """RandAugment with the parameters of timm's ``create_transform`` for ``side`` pixels."""
     parameters = {
         "translate_const": int(side * 0.45),
-        "img_mean": tuple(max(0, min(255, round(255 * value))) for value in mean),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
         "interpolation": Image.Resampling.BICUBIC,
     }
     transform = rand_augment_transform(text, parameters)

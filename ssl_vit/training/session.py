@@ -159,6 +159,8 @@ class Session:
             depth = "more than 8 bits" if deep else "8 bits"
             text += f"; for images of {channels} channels and {depth} left out: "
             text += ", ".join(missing)
+        elif self.images.survey.missing and any(crop.policy for crop in self.views.crops):
+            text += "; RandAugment is left out of images with missing pixels"
         return text
 
 

@@ -76,3 +76,26 @@ def test_missing_pixels_are_gray_where_it_is_shown(trained, monkeypatch):
     original = sheet[16 : 16 + 96, 4 : 4 + 96]
     assert (original[:, : 6 * 6] == 128).all()  # 7 of 16 columns, the last one at the edge
     assert (original[:, 8 * 6 :] != 128).any(-1).mean() > 0.9
+
+
+def test_what_is_left_out_of_such_images_is_said(trained):
+    """RandAugment, which takes 8-bit pixels, each with a value."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        tile = rng.integers(1, 256, (9, 9, 3), dtype=np.uint8)
+        tile[: i % 4] = 0
+        path = trained.folder / "eight" / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        declared = [(42113, "s", 0, "0", True)]
+        tifffile.imwrite(path, tile, photometric="rgb", extratags=declared)
+    made = trained(
+        *("-m", "ssl_vit.evaluate", "finetune", "--encoder", "none", "--run.out", "tuned"),
+        *("--data.train", "folder:eight", "--optim.batch-size", "8", "--run.length", "2st"),
+        *("--scratch.image-size", "8", "--scratch.patch-size", "2", "--scratch.depth", "1"),
+        *("--scratch.arch", "vit_tiny_patch16_224", "--data.workers", "0"),
+    )
+    assert made.returncode == 0, made.stderr
+    table = " ".join(made.stdout.replace("│", " ").split())
+    assert "RandAugment is left out of images with missing pixels" in table
+    assert "0.485, 0.456, 0.406, deviation 0.229, 0.224, 0.225: ImageNet's" in table
+    assert "of the pixels of 16 images looked at" in table

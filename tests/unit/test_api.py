@@ -128,8 +128,26 @@ def test_gray_and_five_channels(folder, paths):
     assert ssl_vit.load_encoder(folder / "gray").features(paths).cls.shape == (3, 32)
     tiles = np.random.default_rng(0).normal(size=(2, 16, 24, 5)).astype(np.float32)
     assert ssl_vit.load_encoder(folder / "five").features(tiles).cls.shape == (2, 32)
-    with pytest.raises(UserError, match=r"image 0: .*channel"):
+    takes = r"image 0: has 4 channels; .*five takes images of 5"
+    with pytest.raises(UserError, match=takes):
         ssl_vit.load_encoder(folder / "five").features(np.zeros((16, 24, 4), np.float32))
+
+
+def test_pixels_without_data_are_the_mean(folder):
+    """NaN, and what an array masks; an image of nothing else has no features."""
+    encoder = ssl_vit.load_encoder(folder / "five")
+    tile = np.random.default_rng(0).normal(size=(16, 24, 5)).astype(np.float32)
+    holed = tile.copy()
+    holed[:5, :, 1:] = np.nan
+    masked = np.ma.masked_array(tile, mask=np.isnan(holed))
+    found = encoder.transform([tile, holed, masked])
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[1][:, 5:], found[0][:, 5:])
+    assert torch.equal(found[1][1:, :5], torch.zeros(4, 5, 24))
+    assert torch.equal(found[1][0], found[0][0])
+    assert encoder.features(holed).patches.isfinite().all()
+    with pytest.raises(UserError, match="image 0: the central crop holds no data"):
+        encoder.features(tile * np.nan)
 
 
 def test_mistakes_are_one_line(folder, paths, tmp_path):

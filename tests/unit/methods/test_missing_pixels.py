@@ -36,8 +36,8 @@ def holed(views: Views) -> Views:
     missing[0, :, :8] = True
     missing[0] |= torch.rand(missing.shape[1:], generator=torch.Generator().manual_seed(2)) < 0.3
     missing[1, 2, 4:12] = True
-    missing[0, :, 12:, :4] = True
-    missing[0, 1, 13, 2] = False  # a value alone in its patch
+    missing[0, :, 12:] = True
+    missing[0, 1, 13, 2::4] = False  # a value alone in each patch of the last row
     return dataclasses.replace(
         views, crops=[views.crops[0].masked_fill(missing, 0)], missing=[missing]
     )

@@ -38,6 +38,8 @@ def _is_path(text: str) -> bool:
 
 
 def _refuse(option: str, values: Sequence[str]) -> None:
+    if values[0].startswith(("folder:", "flat:")):
+        raise UserError(f"{option} has {len(values)} folders; give one, the one above them")
     raise UserError(
         f"{option} has {len(values)} values, as the shell spreads a pattern without quotes: quote "
         f"it: {option} '{pattern_of(values)}'"

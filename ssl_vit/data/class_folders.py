@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Names
@@ -17,6 +20,9 @@ _MASKS = (
     *("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "groundtruth"),
     *("ground_truth", "seg", "segmentation", "segmentations", "segmentationclass"),
 )
+_MASK_NAME = re.compile(r"[-_.](mask|masks|gt|groundtruth|seg|segmentation|annotation)$")
+_MASK_SHARE, _TRIED = 0.3, 1000
+log = logging.getLogger("ssl_vit")
 _MASK_ENDING = re.compile(r"[-_. ]?(mask|masks|gt|label|labels|seg|segmentation)$")
 
 
@@ -50,17 +56,30 @@ def refuse_splits(spec: str, path: str, splits: Sequence[str]) -> None:
     )
 
 
-def split_words(folders: Sequence[str]) -> list[str]:
-    """Classes that are named like a split."""
-    return [name for name in folders if _SPLIT.fullmatch(name.lower())]
+def say_odd_classes(spec: str, folders: Sequence[str], inside: Mapping[str, Sequence[str]]) -> None:
+    """Say which classes are named like a split, and which hold splits: ``inside``, by class."""
+    for name in folders:
+        if _SPLIT.fullmatch(name.lower()):
+            log.warning("warning: %s: folder %r is taken for a class, not a split", spec, name)
+    found = [f"{name}/{split}" for name, splits in inside.items() for split in splits]
+    if found:
+        text = "warning: %s: classes hold splits (%s), and the images of all are taken"
+        log.warning(text, spec, ", ".join(found))
 
 
 def images_and_masks(folders: Sequence[str]) -> tuple[str, str] | None:
-    """The folder of images and that of their masks, by their names; None if there are none."""
+    """The folder of images and that of their masks, by their names (``images`` and ``masks``, or
+    ``train`` and ``train_masks``); None if there are none."""
     by_name = {name.lower(): name for name in folders}
     images = [by_name[name] for name in _IMAGES if name in by_name]
     masks = [by_name[name] for name in _MASKS if name in by_name]
-    return (images[0], masks[0]) if images and masks else None
+    if images and masks:
+        return images[0], masks[0]
+    for lower, name in by_name.items():
+        start = _MASK_ENDING.sub("", lower)
+        if start != lower and start in by_name:
+            return by_name[start], name
+    return None
 
 
 def refuse_masks(spec: str, path: str, both: tuple[str, str], files: Names) -> None:
@@ -87,18 +106,32 @@ def refuse_masks(spec: str, path: str, both: tuple[str, str], files: Names) -> N
     )
 
 
-def why_no_classes(folders: Sequence[str], counts: Sequence[int], beside: int) -> str:
+def say_masks(spec: str, files: Names) -> None:
+    """Say where many of the files are named as masks that lie beside their images."""
+    tried = np.unique(np.linspace(0, len(files) - 1, _TRIED).round().astype(int))
+    names = [os.path.basename(os.fsdecode(files[int(i)])) for i in tried]
+    masks = [name for name in names if _MASK_NAME.search(os.path.splitext(name)[0].lower())]
+    if _MASK_SHARE * len(names) < len(masks):
+        text = "warning: %s: %d of %d files looked at are named like masks of others, as %s"
+        log.warning(text, spec, len(masks), len(names), masks[0])
+
+
+def why_no_classes(
+    folders: Sequence[str], counts: Sequence[int], beside: int, within: int = 0
+) -> str:
     """Reason why sub-folders are no classes, empty if they are.
 
     Args:
         counts: images in each folder, at any depth.
+        within: folders in the only folder, where there is one.
         beside: images that lie beside the folders. A single one, or a tenth of those within, are
             strays; more of them mean that folders have another sense.
     """
     if not folders:
         return "there are no class folders"
     if len(folders) == 1:
-        return f"{folders[0]!r} is the only folder, and one class tells nothing"
+        more = f"; folder:.../{folders[0]} takes its folders for classes" if within else ""
+        return f"{folders[0]!r} is the only folder, and one class tells nothing{more}"
     if images_and_masks(folders) is not None:
         return f"{' and '.join(map(repr, images_and_masks(folders) or ()))} are no classes"
     used = [name for name, count in zip(folders, counts, strict=True) if count]

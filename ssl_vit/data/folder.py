@@ -15,7 +15,8 @@ from ssl_vit.data.class_folders import (
     images_and_masks,
     refuse_masks,
     refuse_splits,
-    split_words,
+    say_masks,
+    say_odd_classes,
     splits_among,
     why_no_classes,
 )
@@ -77,6 +78,11 @@ def open_folder(spec: str, path: str, reading: ReadConfig | None = None) -> Fold
     beside, folders = listing.list(root)
     names = tuple(os.fsdecode(folder) for folder in folders)
     refuse_splits(spec, path, splits_among(names))
+    both = images_and_masks(names)
+    inner = both[0] if both else names[0] if names else ""
+    within = _folders(spec, root, inner)
+    if both or len(names) == 1:
+        refuse_splits(spec, f"{path.rstrip('/')}/{inner}", splits_among(within))
     counts: list[int] = []
 
     def files() -> Iterator[bytes]:
@@ -88,15 +94,15 @@ def open_folder(spec: str, path: str, reading: ReadConfig | None = None) -> Fold
                 yield file
 
     found = _not_empty(listing, Names.of(files()))
-    if both := images_and_masks(names):
+    if both:
         refuse_masks(spec, path, both, found)
-    reason = why_no_classes(names, counts, len(beside))
+    say_masks(spec, found)
+    reason = why_no_classes(names, counts, len(beside), len(within))
     if reason:
         if len(names) > 1:
             log.warning("warning: %s is taken without labels: %s", spec, reason)
         return FolderSource(spec, root, found, labels_from=reason)
-    for name in split_words(names):
-        log.warning("warning: %s: folder %r is taken for a class, not a split", spec, name)
+    say_odd_classes(spec, names, {inner: splits_among(within)})
     if beside:
         first = os.fsdecode(beside[0])
         text = "warning: %s: %d of %d images lie beside the class folders (%s) and have no label"
@@ -108,9 +114,10 @@ def open_folder(spec: str, path: str, reading: ReadConfig | None = None) -> Fold
 def open_flat(spec: str, path: str, reading: ReadConfig | None = None) -> FolderSource:
     """Open `flat:PATH`: the images at any depth, unlabelled. Raises as `open_folder`."""
     source = all_images(spec, path)
-    names = [os.fsdecode(folder) for folder in Listing(spec).list(source.root)[1]]
+    names = _folders(spec, source.root)
     if both := images_and_masks(names):
         refuse_masks(spec, path, both, source.files)
+    say_masks(spec, source.files)
     if splits := splits_among(names):
         log.warning("warning: %s takes the images of %s together", spec, ", ".join(splits))
     return source
@@ -128,13 +135,20 @@ def all_images(spec: str, path: str) -> FolderSource:
     return FolderSource(spec, root, files, labels_from="flat: has no classes")
 
 
+def _folders(spec: str, root: bytes, inside: str = "") -> list[str]:
+    """Sub-folders of a folder."""
+    place = os.path.join(root, os.fsencode(inside)) if inside else root
+    return [os.fsdecode(folder) for folder in Listing(spec).list(place)[1]]
+
+
 def _root(spec: str, path: str) -> bytes:
     folder = Path(path).expanduser()
-    if "*" in path and not folder.exists():
-        raise UserError(f"{spec!r}: a folder is needed, not a pattern of files: give the folder")
+    if any(mark in path for mark in "*?{") and not folder.exists():
+        raise UserError(f"{spec!r}: one folder is needed, not a pattern; give the one above")
     if not path or not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
-        raise UserError(f"{spec!r}: {path!r} {what}; a folder of images is needed")
+        shard = f" (did you mean 'tar:{path}'?)" if ".tar" in folder.name else ""
+        raise UserError(f"{spec!r}: {path!r} {what}; a folder of images is needed{shard}")
     return os.fsencode(os.path.abspath(folder))
 
 

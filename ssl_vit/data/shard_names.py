@@ -24,7 +24,7 @@ def find_shards(spec: str, pattern: str) -> list[str]:
     missing: list[str] = []
     whole = os.path.abspath(os.path.expanduser(pattern))
     for path in [whole] if os.path.isfile(whole) else expand(spec, whole):
-        found = [path] if os.path.isfile(path) else sorted(glob(path))
+        found = [path] if os.path.isfile(path) else sorted(glob(path, recursive=True))
         found = [name for name in found if os.path.isfile(name) and INDEX_SUFFIX not in name]
         shards += found
         missing += [] if found else [path]

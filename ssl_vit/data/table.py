@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ssl_vit.common.errors import UserError, check
 
 log = logging.getLogger("ssl_vit")
 _DELIMITERS = ",;\t|"
+_SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 _KINDS = {
     b"PK\x03\x04": "an Excel workbook: save it as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: save it as CSV",
@@ -40,18 +42,16 @@ def read_table(path: Path) -> Table:
 
     It is UTF-8, UTF-16 with a byte order mark, or else Windows-1252, which contains Latin-1 and is
     logged; separated by commas, semicolons, tabs or bars, the one of a line ``sep=;`` or the most
-    frequent one of the header. Empty lines are left out.
+    frequent one of the header. Empty lines, and columns without a name and a value, are left out.
 
     Raises:
         UserError: it cannot be read, has no two columns, or a row has another number of cells than
             the header.
     """
     text = _read_text(path)
-    first, _, rest = text.partition("\n")
-    separator = first.strip().strip('"').lower()
-    told = separator[4:5] if separator.startswith("sep=") else ""
-    if told:
-        text, first = rest, rest.partition("\n")[0]
+    first, *rest = re.split(r"\r\n|\r|\n", text, maxsplit=1)
+    told = found[1] if (found := _SEPARATOR.fullmatch(first.strip())) else ""
+    text = "".join(rest) if told else text
     delimiter = told or max(_DELIMITERS, key=first.count)
     rows, lines = [], []
     try:
@@ -63,6 +63,8 @@ def read_table(path: Path) -> Table:
     except csv.Error as error:
         raise UserError(f"the labels {path} are no CSV file: {error}") from None
     check(len(rows) > 1, f"{path} holds no labels: a header and a line for each image are needed")
+    blank = [i for i, name in enumerate(rows[0]) if not name.strip() and _is_blank(rows, i)]
+    rows = [[cell for i, cell in enumerate(row) if i not in blank] for row in rows]
     header = [name.strip() for name in rows[0]]
     check(len(header) > 1, f"{path}, line {lines[0]} is {header[0]!r}: it needs a name and a label")
     twice = [name for i, name in enumerate(header) if name in header[:i]]
@@ -71,6 +73,11 @@ def read_table(path: Path) -> Table:
         there = f"{path}, line {line} has {len(row)} cells"
         check(len(row) == len(header), f"{there}; the header has {len(header)}")
     return Table(path, header, rows[1:], lines[1:])
+
+
+def _is_blank(rows: list[list[str]], place: int) -> bool:
+    """True for a column without a value, as Excel leaves them at the end."""
+    return not any(row[place].strip() for row in rows if place < len(row))
 
 
 def _read_text(path: Path) -> str:

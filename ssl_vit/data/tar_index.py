@@ -29,9 +29,9 @@ from ssl_vit.data.formats import EXTENSIONS, HEAD, format_of
 from ssl_vit.data.listing import is_junk, is_unclear
 
 INDEX_SUFFIX = ".ssl_vit.npz"
-_VERSION = 2
+_VERSION = 3
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
-_LARGEST_TEXT, _LARGEST_JSON = 256, 1 << 20
+_LARGEST_TEXT, _LARGEST_JSON, _MOST_KEYS = 256, 1 << 20, 12
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +47,7 @@ class ShardIndex:
             index of its value, int32 (n,), -1 for none.
         values: by column: its distinct values.
         passed: members that are no images, counted by extension.
+        keys: of the first .json, for messages.
     """
 
     offsets: np.ndarray
@@ -56,6 +57,7 @@ class ShardIndex:
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     values: dict[str, list[Any]] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
 
 
 def split_name(name: str, full: bool = False) -> tuple[str, str]:
@@ -110,7 +112,7 @@ def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
             offsets, sizes, ends = (file[n].astype(np.int64) for n in ("offsets", "sizes", "ends"))
             labels = dict(zip(about["values"], file["labels"].astype(np.int32), strict=True))
             names = Names(file["names"], ends)
-            rest = about["alone"], labels, about["values"], about["passed"]
+            rest = about["alone"], labels, about["values"], about["passed"], about["keys"]
             return ShardIndex(offsets, sizes, names, *rest)
     except FileNotFoundError:
         return None
@@ -122,7 +124,7 @@ def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
 def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:
     """Save the index atomically; False where it cannot be written."""
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")  # several ranks may write
-    about = {"alone": index.alone, "values": index.values, "passed": index.passed}
+    about = {name: getattr(index, name) for name in ("alone", "values", "passed", "keys")}
     columns = [index.labels[name] for name in index.values]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -169,9 +171,8 @@ def _scan(shard: Path, descriptor: int, size: int, columns: tuple[str, ...]) -> 
     alone = len({split_name(name)[0] for name in images}) == len(images)
     names = Names.of(os.fsencode(name) for name in images)
     labels, values = found.of_images(list(images))
-    return ShardIndex(
-        places[:, 0].copy(), places[:, 1].copy(), names, alone, labels, values, dict(passed)
-    )
+    rest = alone, labels, values, dict(passed), found.keys
+    return ShardIndex(places[:, 0].copy(), places[:, 1].copy(), names, *rest)
 
 
 def _is_image(descriptor: int, member: tarfile.TarInfo) -> bool:
@@ -194,6 +195,7 @@ class _LabelFiles:
     def __init__(self, columns: tuple[str, ...]) -> None:
         self.columns = columns
         self.found: dict[str, dict[str, Any]] = {}
+        self.keys: list[str] = []
 
     def takes(self, name: str) -> bool:
         """True for members that may hold labels."""
@@ -201,8 +203,11 @@ class _LabelFiles:
         return ending in ("cls", "txt", "json") or ending in self.columns
 
     def add(self, name: str, raw: bytes) -> None:
-        """Take the labels that a member holds."""
+        """Take the labels that a member holds; ``a.cls.txt`` is the same as ``a.cls``."""
         key, ending = split_name(name, full=True)
+        inner = split_name(key, full=True)
+        if inner[1].lower() in LABEL_NAMES:
+            key, ending = inner[0], "cls" if ending.lower() == "txt" else ending
         for column, value in self._values(ending.lower(), raw):
             self.found.setdefault(column, {})[key] = value
 
@@ -224,7 +229,10 @@ class _LabelFiles:
             made = json.loads(raw)
         except ValueError:  # cut or damaged: no label
             return
-        for name, value in made.items() if isinstance(made, dict) else ():
+        if not isinstance(made, dict):
+            return
+        self.keys = self.keys or [str(name)[:40] for name in made][:_MOST_KEYS]
+        for name, value in made.items():
             wanted = name in self.columns if self.columns else name.lower() in LABEL_NAMES
             if wanted:
                 plain = isinstance(value, (str, int, float, bool)) or value is None

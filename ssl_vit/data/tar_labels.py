@@ -55,7 +55,10 @@ def read_labels(
             continue
         _say_missing(spec, shards, rows, labels, name)
         return Labels(labels, None, classes, _place(name), _member(name))
-    return Labels(labels_from="; ".join(refused) or "no .cls, and no label in .json or .txt")
+    keys = next((", ".join(index.keys) for index in indexes if index.keys), "")
+    named = f" ({keys}); --data.label-column names one" if keys else ""
+    nothing = "no .cls, and no label in .json or .txt" + named
+    return Labels(labels_from="; ".join(refused) or nothing)
 
 
 def _member(name: str) -> str:

@@ -54,6 +54,11 @@ def test_a_spread_pattern_is_told(flags):
     assert text.endswith("quote it: --data.train 'tar:s/{0..1}.tar'")
 
 
+def test_of_several_folders_none_is_a_pattern():
+    with pytest.raises(UserError, match=r"--data.train has 2 folders; give one, the one above"):
+        read("--data.train", "folder:x/a", "folder:x/b")
+
+
 def test_other_mistakes_and_repeated_options_are_as_before():
     for flags in (("--name", "a", "b"), ("--nmae", "a")):
         with pytest.raises(UserError, match="unknown option"):

@@ -104,6 +104,43 @@ def test_masks_beside_images_are_told_as_such(tmp_path, scheme, images, masks):
     assert len(open_source(f"flat:{tmp_path}/{images}")) == 3
 
 
+def test_masks_in_folders_named_after_those_of_their_images(tmp_path):
+    for i in range(3):
+        put(tmp_path / "train" / f"{i}.png")
+        put(tmp_path / "train_masks" / f"{i}_mask.png")
+    with pytest.raises(UserError, match=r"masks beside images .train/, train_masks/.: give flat:"):
+        open_source(f"folder:{tmp_path}")
+    masked = open_source(fill(tmp_path / "faces", with_mask=3, without_mask=3))
+    assert masked.classes == ("with_mask", "without_mask")
+
+
+def test_masks_among_the_files_are_said(tmp_path, caplog):
+    for i in range(4):
+        put(tmp_path / f"{i}.png")
+        put(tmp_path / f"{i}_mask.png")
+    assert len(open_source(f"flat:{tmp_path}")) == 8
+    assert "4 of 8 files looked at are named like masks of others, as 0_mask.png" in caplog.text
+
+
+@pytest.mark.parametrize("inner", ["data", "images"])
+def test_splits_in_the_folder_that_has_all_images_are_refused(tmp_path, inner):
+    fill(tmp_path / inner, train=2, val=2)
+    if inner == "images":
+        fill(tmp_path / "labels", train=0, val=0)
+    with pytest.raises(UserError, match=f"--data.train folder:{tmp_path}/{inner}/train and"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_folders_around_and_within_classes_are_told(tmp_path, caplog):
+    fill(tmp_path / "zip" / "data", cat=2, dog=2)
+    about = describe_labels(open_source(f"folder:{tmp_path / 'zip'}"))
+    assert about.endswith("; folder:.../data takes its folders for classes")
+    for part in ("bottle/train", "bottle/test", "cable/train"):
+        put(tmp_path / "parts" / part / "0.png")
+    assert open_source(f"folder:{tmp_path / 'parts'}").classes == ("bottle", "cable")
+    assert "classes hold splits (bottle/test, bottle/train)" in caplog.text
+
+
 def test_folders_of_images_and_of_what_is_no_mask_are_no_classes(tmp_path, caplog):
     """YOLO's labels are texts; other pictures in a folder of labels are no masks of these."""
     for images, labels, name in ((3, 0, "yolo"), (0, 0, "other")):
@@ -121,5 +158,6 @@ def test_folders_of_images_and_of_what_is_no_mask_are_no_classes(tmp_path, caplo
 
 
 def test_a_pattern_of_files_is_no_folder():
-    with pytest.raises(UserError, match="a folder is needed, not a pattern of files"):
-        open_source("folder:/data/*.png")
+    for given in ("folder:/data/*.png", "flat:/data/{a,b}"):
+        with pytest.raises(UserError, match="one folder is needed, not a pattern"):
+            open_source(given)

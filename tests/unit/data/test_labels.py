@@ -173,6 +173,13 @@ EXCEL = lines("image;label", lambda i, name, word: f"{name};{word}é")
     ("text", "image", "origin", "unused"),
     [
         (lines("a|b", lambda i, n, w: f"{n}|{w}"), "a", "b", ""),
+        (lines("image,label,,", lambda i, n, w: f"{n},{w},,"), "image", "label", ""),
+        (
+            lines("image,label", lambda i, n, w: f"{n},{w}").replace("\n", "\r"),
+            "image",
+            "label",
+            "",
+        ),
         ("sep=;\r\n" + lines("image;label", lambda i, n, w: f"{n};{w}"), "image", "label", ""),
         (lines(",image,label", lambda i, n, w: f"{i},{n},{w}"), "image", "label", ""),
         (lines("Unnamed: 0,n,kind", lambda i, n, w: f"{i},{n},{w}"), "n", "kind", "Unnamed: 0"),

@@ -486,6 +486,7 @@ def test_unknown_and_empty_sources(tmp_path):
         f"flat:{tmp_path / 'empty'}": "holds no image",
         f"folder:{tmp_path / 'missing'}": "does not exist",
         f"folder:{tmp_path / 'full' / 'a.png'}": "is a file",
+        f"flat:{tmp_path}/x.tar": "did you mean 'tar:",
         f"tar:{tmp_path / 'missing.tar'}": "there is no",
         f"tar:{tmp_path}/*.tar": "there is no",
     }.items():

@@ -184,6 +184,7 @@ def labelled(path, ending: str, values, **reading):
         ("cls", ["dog", "cat", "dog"], ("cat", "dog"), [1, 0, 1], ".cls of the shards"),
         ("cls", [1, -1, 0], ("0", "1"), [1, -1, 0], ".cls of the shards"),
         ("txt", [1, 0, 1], ("0", "1"), [1, 0, 1], ".txt of the shards"),
+        ("cls.txt", ["b", "a", "b"], ("a", "b"), [1, 0, 1], ".cls of the shards"),
         ("json", [{"label": k} for k in (1, 0, 1)], ("0", "1"), [1, 0, 1], "'label' in .json of"),
         ("json", [{"Class": k} for k in "aba"], ("a", "b"), [0, 1, 0], "'Class' in .json of"),
         ("json", [{"y": k} for k in (1.0, None, 0)], ("0", "1"), [1, -1, 0], "'y' in .json of"),
@@ -207,7 +208,11 @@ def test_labels_of_shards(tmp_path, ending, values, classes, labels, origin):
         ("json", [{"label": k} for k in "abc"], "'label' in .json of the shards is another text"),
         ("json", [{"label": k} for k in (0.5, 1, 0)], "holds numbers such as 0.5"),
         ("json", [{"label": [0, 1]}] * 3, "'label' in .json of the shards holds a list"),
-        ("json", [{"caption": "x"}] * 3, "no .cls, and no label in .json or .txt"),
+        (
+            "json",
+            [{"caption": "x", "kind": 1}] * 3,
+            "in .json or .txt (caption, kind); --data.label",
+        ),
         ("json", [[1], [0], [1]], "no .cls, and no label in .json or .txt"),
     ],
 )
@@ -280,6 +285,12 @@ def test_what_is_no_path_is_refused_with_what_to_give(spec, reason):
     with pytest.raises(UserError, match=reason) as caught:
         open_source(spec)
     assert "\n" not in str(caught.value)
+
+
+def test_wildcards_go_into_folders(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write_tar(tmp_path / "a" / "b" / "0.tar", {"0.png": png(0)})
+    assert len(open_source(f"tar:{tmp_path}/**/*.tar")) == 1
 
 
 def test_a_folder_of_shards_is_told(tmp_path):

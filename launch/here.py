@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shlex
@@ -24,10 +25,12 @@ def run_here(commands: Sequence[Sequence[str]], tasks: int) -> int:
 
     The status is that of the first task that failed, whose end ends the others; else ``STOPPED`` if
     a signal stopped them, else 0. No command starts after one that did not finish, or after a
-    signal. Ctrl-C, SIGTERM and SIGUSR2 are passed to the tasks, which save.
+    signal. Ctrl-C, SIGTERM, SIGUSR2 and SIGHUP are passed to the tasks, which save.
     """
     # A terminal sends Ctrl-C to the tasks too; passing it on as well would end them at once.
     passed = {number: number for number in STOPS} | {signal.SIGINT: signal.SIGTERM}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else by nohup
+        passed[signal.SIGHUP] = signal.SIGHUP
     status = 0
     with Relay(passed, late=True) as relay:
         for command in commands:
@@ -39,7 +42,8 @@ def run_here(commands: Sequence[Sequence[str]], tasks: int) -> int:
                 print(shown(command), flush=True)
             status = _wait([relay.start(command, env) for env in _environments(tasks)])
     if status == STOPPED:
-        print("stopped and saved; run the same command again to resume", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may have been closed
+            print("stopped and saved; run the same command again to resume", file=sys.stderr)
     return exit_status(status)
 
 

@@ -109,6 +109,7 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
             probe=asdict(LinearProtocol(seed=watch.seed)),
             precision=str(watch.precision).removeprefix("torch."),
         )
+        session.guard()
         write_scores(path, table, card)
     rows = [
         (n, f"{row['knn'].value:.1f}", f"{row['linear'].value:.1f}") for n, row in table.items()

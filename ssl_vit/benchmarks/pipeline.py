@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ssl_vit.benchmarks.breakdown import breakdown
 from ssl_vit.benchmarks.chains import OriginalChain
@@ -21,6 +21,7 @@ from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source
 from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.data.order import Order
+from ssl_vit.data.workers import load
 from ssl_vit.training.prefetch import on_device
 
 _ENDLESS = 1 << 40
@@ -120,13 +121,10 @@ class PeerPipeline(Pipeline):
 
     def load(self) -> Iterator[Any]:
         """Batches in random order."""
-        loader = DataLoader(
-            self.images,
-            batch_sampler=_Shuffled(len(self.images.source), self.work.batch_size, self.work.seed),
-            num_workers=self.workers,
-            pin_memory=self.work.device.type == "cuda",
-        )
-        return iter(loader)
+        size, seed = self.work.batch_size, self.work.seed
+        batches = _Shuffled(len(self.images.source), size, seed)
+        pin = self.work.device.type == "cuda"
+        return load(self.images, batches, self.workers, pin, collate=default_collate)
 
     def learn(self, batch: Any) -> Tensor:
         """One step of the peer; the workers have finished the views."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import shlex
 from collections.abc import Callable
@@ -156,6 +158,18 @@ class Finetuning(Session):
             "step": self.trainer.step,
         }
 
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the images and their labels, and the encoder."""
+        digest = hashlib.sha256()
+        for source in (self.images.train, self.images.val):
+            digest.update(repr(source.classes).encode())
+            digest.update(b"none" if source.labels is None else source.labels.tobytes())
+        identity = self.start.identity
+        encoder = identity.get("weights_sha256") or identity.get("sha256")
+        weights = {"encoder": encoder} if encoder else {}
+        return {**self.images.fingerprint, "labels": digest.hexdigest(), "weights": weights}
+
     def export(self, whole: Task) -> Callable[[], object]:
         """Snapshot of the evaluated network; the returned function writes its file."""
         assert isinstance(whole, FineTune)
@@ -239,7 +253,9 @@ def show_results(session: Finetuning) -> dict[str, float]:
     prediction = Prediction("logits", f"{weights} weights", guesses, {})
     names, seed = session.images.train.classes, session.config.run.seed
     score = score_predictions(prediction, found.labels, names, seed)
-    write_card(session.out / CARD_FILE, session.card(found), [score])
+    card = session.card(found)
+    session.guard()
+    write_card(session.out / CARD_FILE, card, [score])
     n, m = len(guesses), len(session.images.train)
     title = f"finetune: {session.config.encoder}, {n:,} evaluation and {m:,} training images"
     low, high = score.interval

@@ -17,6 +17,7 @@ import torch
 from ssl_vit.commands.cli import RESUMABLE, show_table
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
 from ssl_vit.common.task import Task
+from ssl_vit.common.terminal import outliving_readers
 from ssl_vit.data.base import Source, Subset, known_labels
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
@@ -26,6 +27,7 @@ from ssl_vit.model.encoder import Encoder
 from ssl_vit.records.status import by_signal, recorded
 from ssl_vit.training.metrics import RunLog, duration, note_outcome
 from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.training.run_lock import locked
 from ssl_vit.training.session import Session, counted, prepare_folder, train
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import (
@@ -33,6 +35,7 @@ from ssl_vit.weights.exchange import (
     EncoderInfo,
     encoder_writer,
     read_info,
+    sha256,
 )
 from ssl_vit.weights.official import open_weights, weights_info
 
@@ -50,13 +53,28 @@ def carry_out(
     """Training run: begin or resume, print the plan, train, print the results; the exit status.
 
     It is the same in every process: 0 when finished; when stopped and saved, 130 by Ctrl-C and
-    ``RESUMABLE`` by another signal.
+    ``RESUMABLE`` by another signal. The terminal may be closed meanwhile.
 
     Args:
         about: plan rows on what is trained.
         results: prints the results in the main process and returns the scores by name.
         command: the command; with ``--config FILE`` it resumes a stopped run.
+
+    Raises:
+        UserError: among others, another run uses the folder.
     """
+    main = session.parallel.main
+    with outliving_readers(), locked(session.out, main) as session.lock:
+        return _carry_out(session, about, results, command)
+
+
+def _carry_out(
+    session: S,
+    about: list[tuple[str, str]],
+    results: Callable[[S], dict[str, float]],
+    command: str,
+) -> int:
+    """As :func:`carry_out`, in a folder that is this run's alone."""
     started = time.perf_counter()
     prepare_folder(session)
     if session.parallel.main:
@@ -68,11 +86,13 @@ def carry_out(
         if stopped:
             note("stopped", by_signal(stopped))
             again = f"{command} --config {shlex.quote(str(session.out / CONFIG_FILE))}"
-            log.info("stopped at step %d, saved; resume with: %s", session.trainer.step, again)
+            step = session.trainer.step
+            log.info("stopped at step %d%s; resume with: %s", step, ", saved" * bool(step), again)
             return 130 if stopped == signal.SIGINT else RESUMABLE
         session.task = session.trainer.whole()
         if session.parallel.main:
             outcome = results(session)
+            session.guard()
             if note.writes:
                 note_outcome(session.out, session.trainer.step, session.options(), outcome)
             note("finished")
@@ -114,6 +134,14 @@ class Pretraining(Session):
     """Pretraining run: a method training its encoder, which is exported and monitored."""
 
     task: Method
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the images, and the file of ``--init.encoder``."""
+        name = self.config.init.encoder
+        path = weights_info(name)[1] if name else None
+        weights = {"init.encoder": sha256(path)} if path else {}
+        return {**self.images.fingerprint, "weights": weights}
 
     def info(self) -> EncoderInfo:
         """Metadata of the encoder file, now."""

@@ -80,6 +80,19 @@ class Views:
         """The same batch in page-locked memory."""
         return self._each(Tensor.pin_memory)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [
+            *self.crops,
+            self.keys,
+            self.labels,
+            *self.photometric,
+            *self.boxes,
+            *self.missing,
+        ]
+        return sum(t.nbytes for t in (*tensors, *self.missing, *self.drawn.values()))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Views:
         return Views(
             [change(c) for c in self.crops],

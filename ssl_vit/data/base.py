@@ -67,6 +67,11 @@ class Source:
         """Return the name of image i for the log."""
         raise NotImplementedError
 
+    def listing(self) -> Iterable[np.ndarray]:
+        """Arrays that tell the images from others, in their order, known without reading one: names
+        within the source, sizes. None of them tells where the source is."""
+        return ()
+
     def label(self, i: int) -> int | None:
         """Return the label of image i, None when unknown."""
         return None if self.labels is None or self.labels[i] < 0 else int(self.labels[i])

@@ -3,7 +3,7 @@
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,13 @@ from ssl_vit.data.class_folders import (
     why_no_classes,
 )
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.fingerprint import sample
 from ssl_vit.data.formats import EXTENSIONS
 from ssl_vit.data.listing import Listing, identity
 
 __all__ = ["EXTENSIONS", "FolderSource", "open_flat", "open_folder"]
 log = logging.getLogger("ssl_vit")
+_SIZES = 4096  # files whose sizes are in a fingerprint: all of a small folder
 
 
 class FolderSource(Source):
@@ -61,6 +63,22 @@ class FolderSource(Source):
 
     def name(self, i: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.files[i]))
+
+    def listing(self) -> Iterable[np.ndarray]:
+        """Names of the files within the folder, and the sizes of up to ``_SIZES`` of them.
+
+        To ask for the sizes of a million files would take minutes on a network disk.
+        """
+        chosen = sample(len(self), _SIZES)
+        sizes = [self._size(i) for i in chosen]
+        return self.files.buffer, self.files.ends, np.array(sizes, dtype=np.int64)
+
+    def _size(self, i: int) -> int:
+        """Bytes of a file; -1 if it is not there."""
+        try:
+            return os.stat(os.path.join(self.root, self.files[i])).st_size
+        except OSError:
+            return -1
 
 
 def open_folder(spec: str, path: str, reading: ReadConfig | None = None) -> FolderSource:

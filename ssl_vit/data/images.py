@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ssl_vit.common.config import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, open_source, split_holdout
 from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
@@ -42,15 +44,21 @@ class Images:
     origin: str
     survey: Survey
     warnings: tuple[str, ...] = ()
+    named: tuple[tuple[str, Source], ...] = ()
+    """The sources that the options name, by option."""
 
     @property
     def held_out(self) -> bool:
         """True if ``val`` is separate from ``train``; if nothing is held out they are the same."""
         return self.val is not self.train
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint that detects a changed training set, JSON-serialisable."""
-        return {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
+        """Fingerprint that detects changed images, JSON-serialisable: number and statistics of the
+        training set, and ``content``, by option. Costs some hundred reads, once."""
+        content = {option: fingerprint(source) for option, source in self.named}
+        known = {"count": len(self.train), "mean": list(self.mean), "std": list(self.std)}
+        return {**known, "content": content}
 
     def about(self) -> list[tuple[str, str]]:
         """Plan rows on their values."""
@@ -75,8 +83,10 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
         UserError: sources that do not exist, or do not match the options or each other.
     """
     train = open_source(data.train, data)
+    given_by = [("data.train", train)]
     if data.val:
         val = open_source(data.val, data)
+        given_by.append(("data.val", val))
     else:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
@@ -88,7 +98,7 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
     val = val if val is train else align_classes(train, val)
     usual = data.channels == 3 and data.statistics == "default" and not few.deep
     if not data.mean and not usual:
-        return _estimated(train, val, data, seed, deep=bool(few.deep))
+        return _estimated(train, val, data, seed, bool(few.deep), tuple(given_by))
     mean, std = (data.mean, data.std) if data.mean else (IMAGENET_MEAN, IMAGENET_STD)
     origin = "as given by --data.mean and --data.std" if data.mean else "ImageNet's"
     remedy = "give --data.statistics auto"
@@ -99,10 +109,19 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
     warnings = list(_on_missing(few, data))
     if wrong := few.misfit(mean, std):
         warnings.append(f"the training images {wrong} ({origin}); {remedy}")
-    return Images(train, val, mean, std, bool(few.deep), origin, few, tuple(warnings))
+    return Images(
+        train, val, mean, std, bool(few.deep), origin, few, tuple(warnings), tuple(given_by)
+    )
 
 
-def _estimated(train: Source, val: Source, data: DataConfig, seed: int, deep: bool) -> Images:
+def _estimated(
+    train: Source,
+    val: Source,
+    data: DataConfig,
+    seed: int,
+    deep: bool,
+    given_by: tuple[tuple[str, Source], ...],
+) -> Images:
     """Images with statistics of their own."""
     many = survey(train, data.channels, seed, MANY)
     mean, std, warnings = estimate_statistics(many)
@@ -110,7 +129,8 @@ def _estimated(train: Source, val: Source, data: DataConfig, seed: int, deep: bo
     if many.deep < len(many) and many.deep:
         origin += f", {many.deep:,} of them of more than 8 bits"
     warnings += _on_missing(many, data)
-    return Images(train, val, mean, std, deep or bool(many.deep), origin, many, tuple(warnings))
+    deep = deep or bool(many.deep)
+    return Images(train, val, mean, std, deep, origin, many, tuple(warnings), given_by)
 
 
 def _on_missing(looked: Survey, data: DataConfig) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +62,9 @@ class Labelled(Source):
 
     def stream(self, i: int) -> io.IOBase:
         return self.source.stream(i)
+
+    def listing(self) -> Iterable[np.ndarray]:
+        return self.source.listing()
 
     def name(self, i: int) -> str:
         return self.source.name(i)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
-import multiprocessing
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from torch.utils.data import BatchSampler, Dataset, SequentialSampler
 
 from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import UserError
@@ -26,6 +22,7 @@ from ssl_vit.data.missing import missing_in, with_data
 from ssl_vit.data.order import Order, Places
 from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import Source
+from ssl_vit.data.workers import load
 
 log = logging.getLogger("ssl_vit")
 _ATTEMPTS = 10
@@ -41,6 +38,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Hook of torch's loader: pinned memory, so that copies to a GPU need not wait."""
         return Batch(self.views.pin_memory(), self.bad)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.views.nbytes
 
 
 class TrainImages(Dataset):
@@ -205,16 +207,7 @@ def train_batches(
     images: TrainImages, order: Order, start: int, stop: int, workers: int, pin: bool
 ) -> Iterator[Batch]:
     """The batches of steps ``start`` to ``stop``, ``order.accumulate`` for each step."""
-    loader = DataLoader(
-        images,
-        batch_sampler=_Positions(order, start, stop),
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_quiet_worker if workers else None,
-        prefetch_factor=4 if workers else None,
-    )
-    return _iterate(loader)
+    return load(images, _Positions(order, start, stop), workers, pin, prefetch=4)
 
 
 class EvalImages(Dataset):
@@ -249,50 +242,5 @@ class EvalImages(Dataset):
 
 def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:
     """All images of an evaluation set in order; a batch without a readable image is empty."""
-    loader = DataLoader(
-        images,
-        batch_sampler=BatchSampler(SequentialSampler(images.source), batch_size, drop_last=False),
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_quiet_worker if workers else None,
-    )
-    return _iterate(loader)
-
-
-def _iterate(loader: DataLoader[Any]) -> Iterator[Batch]:
-    """The batches of a loader, whose workers start now and end with this process."""
-    batches = iter(loader)
-    if loader.num_workers:
-        atexit.unregister(_end_workers)  # it must come before what the loader itself registers
-        atexit.register(_end_workers)
-    return _plain_errors(batches)
-
-
-def _plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """A user's mistake found by a worker, without the traceback that comes with it from there."""
-    try:
-        yield from batches
-    except UserError as error:
-        # The traceback is a cycle that holds the loader: freed as one, it waits for its workers.
-        error.__traceback__ = None
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
-
-
-def _end_workers() -> None:
-    """Workers do not heed the SIGTERM by which Python ends them: an error would hang at exit."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _quiet_worker(worker: int) -> None:
-    """Workers leave stopping to the main process (Slurm and Ctrl-C signal every process)."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    batches = BatchSampler(SequentialSampler(images.source), batch_size, drop_last=False)
+    return load(images, batches, workers, pin)

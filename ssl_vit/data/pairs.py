@@ -196,6 +196,11 @@ class PairBatch(Batch):
         """Pin the views in page-locked memory; masks are not copied to a GPU directly."""
         return PairBatch(self.views.pin_memory(), self.bad, self.masks)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.views.nbytes + sum(mask.nbytes for mask in self.masks)
+
 
 class PairImages(EvalImages):
     """Pair loader: whole images, each side resized to ``size``, with their original masks.

@@ -8,7 +8,7 @@ the files, by threads: some 1,000 TIFF files and 30,000 others in a second, on l
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -63,6 +63,10 @@ class Planes(Source):
         file, plane, count = self._place(i)
         name = self.whole.name(file)
         return name if count == 1 else f"{name}[{plane}]"
+
+    def listing(self) -> Iterable[np.ndarray]:
+        """That of the files, and where their planes begin."""
+        return (*self.whole.listing(), self.starts)
 
     def _place(self, i: int) -> tuple[int, int, int]:
         """File of an image, its plane in it, and the number of planes there."""

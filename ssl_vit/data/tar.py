@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,10 @@ class TarSource(Source):
         i = range(len(self))[i]
         key = split_name(os.fsdecode(self.names[i]), self.full)[0]
         return f"{self.shards[self._shard(i)]}:{key}"
+
+    def listing(self) -> Iterable[np.ndarray]:
+        """Keys and sizes of the samples."""
+        return self.names.buffer, self.names.ends, self.sizes
 
     def _shard(self, i: int) -> int:
         return int(np.searchsorted(self.starts, i, side="right")) - 1

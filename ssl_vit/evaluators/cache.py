@@ -18,6 +18,7 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.files import cache_folder, write_atomically
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.fingerprint import add_image
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.weights.exchange import read_safetensors
 
@@ -39,10 +40,7 @@ def content_sha256(source: Source) -> str:
             raw = source.read(i)[0]
         except BadImage as error:
             raw = f"unreadable: {error}".encode()
-        if isinstance(raw, np.ndarray):
-            digest.update(f"{raw.dtype} {raw.shape}".encode())
-        data = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).view(np.uint8).data
-        digest.update(hashlib.sha256(data).digest())
+        add_image(digest, raw)
     for known in (source.labels, source.targets):
         digest.update(b"none" if known is None else np.ascontiguousarray(known).data)
     return digest.hexdigest()

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.common.distributed import gather_rows, rank_and_world, share
-from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.distributed import gather_rows, gather_texts, rank_and_world, share
+from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset
@@ -164,6 +164,7 @@ def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -
 
     Raises:
         UserError: there are fewer images than processes, or no image of a part can be read.
+        RunFailed: in all processes, if the data workers of one fail.
     """
     world = rank_and_world()[1]
     if world == 1:
@@ -171,7 +172,13 @@ def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -
     check(len(source) >= world, f"{source.spec} has {len(source)} images for {world} processes")
     own = share(len(source))
     part = Subset(source, np.arange(own.start, own.stop))
-    made = extract(embed, part, view, machine)
+    failure = ""
+    try:
+        made = extract(embed, part, view, machine)
+    except RunFailed as error:
+        failure = str(error)
+    if failures := [text for text in gather_texts(failure) if text]:
+        raise RunFailed(failures[0], everywhere=True)
     index = gather_rows(made.index + own.start)
     unreadable = int(gather_rows(torch.tensor([made.unreadable])).sum())
     parts = {name: gather_rows(rows) for name, rows in made.parts.items()}

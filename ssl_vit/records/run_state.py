@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_vit.records.status import Status, process_space, process_start
+from ssl_vit.common.processes import process_space, process_start
+from ssl_vit.records.status import Status
 
 RunState = Literal["running", "finished", "stopped", "failed", "killed", "silent", "unknown"]
 # A run on another machine may write nothing for this many times its usual pause, and at least this

@@ -20,7 +20,9 @@ import torch
 import ssl_vit
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_text_atomically
+from ssl_vit.common.processes import process_space, process_start
 from ssl_vit.training.parallel import lost_process
+from ssl_vit.training.run_lock import LockLost
 
 if TYPE_CHECKING:  # reading a status needs no import of the session
     from ssl_vit.training.session import Session
@@ -156,8 +158,12 @@ class StatusWriter:
             self.writes = before.state != "finished" or before.step != self.status.total
 
     def __call__(self, state: State, reason: str = "") -> None:
-        """Record the run's state and step."""
+        """Record the run's state and step, unless the folder is another run's by now."""
         if not self.writes:
+            return
+        try:
+            self.session.guard()
+        except LockLost:
             return
         step, now = self.session.trainer.step, time.time()
         self.status = replace(self.status, state=state, step=step, updated=now, reason=reason)
@@ -186,25 +192,6 @@ def recorded(session: Session, command: str) -> Iterator[StatusWriter]:
 def by_signal(number: int) -> str:
     """Reason of a run stopped by a signal: ``received SIGTERM``."""
     return f"received {signal.Signals(number).name}"
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a live process on this machine, in clock ticks since boot; None where there is
-    none (zombies included), or the system does not provide it."""
-    try:
-        # The second field is the program's name in brackets, with any characters.
-        parts = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if parts[0] in ("Z", "X") else int(parts[19])  # fields 3 and 22
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def process_space() -> int:
-    """PID namespace of this process; 0 where the system does not provide it."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
 
 
 def _described(session: Session, command: str) -> Status:

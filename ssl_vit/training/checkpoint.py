@@ -89,11 +89,19 @@ class Checkpoints:
     Args:
         keep: how many of the newest are kept.
         keep_every: those of every ``keep_every``-th step are kept permanently; 0: none.
+        guard: called before anything is written; its error ends the run.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int, parallel: Parallel) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int,
+        parallel: Parallel,
+        guard: Callable[[], object] = lambda: None,
+    ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.parallel = parallel
+        self.parallel, self.guard = parallel, guard
         self.under_way: _Save | None = None
 
     def save(
@@ -128,12 +136,15 @@ class Checkpoints:
         partial = path.with_name(f".{path.name}.partial")
 
         def write() -> None:
+            self.guard()
             partial.mkdir(parents=True, exist_ok=True)
             for name, tensors in files.items():
+                self.guard()
                 save_file(tensors, partial / name)
                 share_as_usual(partial / name)
                 sync(partial / name)
             if export is not None:
+                self.guard()
                 export()
 
         self.under_way = _Save(path, partial, count)
@@ -161,8 +172,10 @@ class Checkpoints:
         """Advance a save by one stage, given ``state`` reduced (by "any") over processes.
 
         Raises:
-            RunFailed: it cannot be written; its files are removed, older checkpoints stay.
+            RunFailed: it cannot be written; its files are removed, older checkpoints stay. Or that
+                of ``guard``, also if nothing is being written.
         """
+        self.guard()
         save = self.under_way
         if save is None or (busy and not failed):
             return
@@ -196,6 +209,7 @@ class Checkpoints:
 
     def _name(self, save: _Save) -> None:
         """Complete a written checkpoint by renaming it, and drop the oldest; main process only."""
+        self.guard()
         world = self.parallel.world
         names = [_file(kind, r, world) for kind in (_TASK, _OPTIMIZER) for r in range(world)]
         sizes = {}
@@ -264,6 +278,16 @@ def load_checkpoint(
     moment_parts.names = [name for name in moment_parts.names if not name.startswith("::")]
     load_moments(task, optimizer, moment_parts)
     return state
+
+
+def read_images(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the images that it was trained on; empty: nothing.
+
+    Raises:
+        UserError: it is not a checkpoint, or damaged.
+    """
+    found = _read_state(path).get("images")
+    return found if isinstance(found, dict) else {}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.common.config import OptimConfig, RunConfig
+from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
@@ -53,10 +54,8 @@ class Hook:
     call: Callable[[int], Callable[[], object] | None]
     when_stopped: bool = False
 
-    def due(self, step: int, total: int, stopping: bool) -> bool:
+    def due(self, step: int, total: int) -> bool:
         """True if the hook is called after ``step`` steps of ``total``."""
-        if stopping:
-            return self.when_stopped
         return step % self.every == 0 or step == total
 
 
@@ -84,7 +83,7 @@ class Trainer:
         names = {parameter: task.network_of(name) for name, parameter in task.named_parameters()}
         self.networks = [names[parameter] for parameter in self.trained]
         self.model = parallel.wrap(task)
-        self.step = 0
+        self.step = self.kept = 0  # steps done, and how many of them when it was last saved
         self.streak = torch.zeros((), device=parallel.device)
         self.guard = SpikeGuard(optim.spike, parallel.device)
         self.alarm = Alarm(after=schedule.warmup)
@@ -101,28 +100,31 @@ class Trainer:
         """Train from ``self.step`` to the schedule's end; returns 0, or the signal that stopped it.
 
         Raises:
-            RunFailed: too many steps in a row had a non-finite loss or gradient, or a checkpoint
-                cannot be written.
+            RunFailed: too many steps in a row had a non-finite loss or gradient, images cannot be
+                loaded any more, or a checkpoint cannot be written.
             UserError: too many images are unreadable.
         """
-        stopped = 0
+        self.kept = self.step
         with StopSignal() as stop, self.parallel.watchdog(self.run.timeout) as watch:
-            while self.step < self.schedule.total and not stopped:
+            while self.step < self.schedule.total:
                 self.task.train()
                 watch.at(self.step, "waiting for images")
-                parts = self._next(batches, bad)
+                parts, failure = self._next(batches, bad, stop)
+                watch.at(self.step, "synchronizing with the other processes")
+                stopped, failure = self._agree(stop, failure, bad, checkpoints)
+                if stopped or failure:
+                    return self._end_early(stopped, failure, hooks, runlog, stop, checkpoints)
                 watch.at(self.step, "computing")
                 scalars = self.update(parts)
                 self.step += 1
                 means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
                 if means:
                     self._check(means, runlog, checkpoints)
-                watch.at(self.step, "synchronizing with the other processes")
-                stopped = self._agree(stop, bad, checkpoints)
                 watch.at(self.step, "saving or probing")
-                self._call(hooks, runlog, stop, stopped)
+                due = [hook for hook in hooks if hook.due(self.step, self.schedule.total)]
+                self._call(due, runlog, stop)
             checkpoints.finish()
-        return stopped
+        return 0
 
     def update(self, parts: list[Batch]) -> dict[str, Tensor]:
         """Optimizer step over the accumulated parts; returns its scalars, still on the device."""
@@ -172,17 +174,29 @@ class Trainer:
                 means[name] = means.get(name, 0) + value.detach() / len(parts)
         return means
 
-    def _next(self, batches: Iterator[Batch], bad: BadImages) -> list[Batch]:
-        with self.pace.waiting():
-            parts = [next(batches) for _ in range(self.optim.accumulate)]
+    def _next(
+        self, batches: Iterator[Batch], bad: BadImages, stop: StopSignal
+    ) -> tuple[list[Batch], str]:
+        """The parts of the next step, and why there are none, if loading fails. A signal ends the
+        wait for them, which may be long."""
+        parts: list[Batch] = []
+        wanted = range(self.optim.accumulate)
+        try:
+            with self.pace.waiting():
+                stop.unless_stopped(lambda: parts.extend([next(batches) for _ in wanted]))
+        except RunFailed as error:
+            return [], str(error)
         for batch in parts:
             bad.note(batch.bad)
-        return parts
+        return parts, ""
 
-    def _agree(self, stop: StopSignal, bad: BadImages, checkpoints: Checkpoints) -> int:
-        """Synchronize signals, bad images and saves after a step; the signal to stop on, or 0."""
-        own = checkpoints.state()
-        signalled, news, failed, busy = self.parallel.most(stop.received, bool(bad.noted), *own)
+    def _agree(
+        self, stop: StopSignal, failure: str, bad: BadImages, checkpoints: Checkpoints
+    ) -> tuple[int, str]:
+        """Synchronize signals, failures, bad images and saves before a step; the signal to stop on,
+        or 0, and the first failure."""
+        flags = stop.received, bool(failure), bool(bad.noted), *checkpoints.state()
+        signalled, fails, news, failed, busy = self.parallel.most(*flags)
         if news:
             try:
                 bad.count()
@@ -190,16 +204,33 @@ class Trainer:
                 checkpoints.finish()
                 raise
         checkpoints.go_on(bool(failed), bool(busy))
-        return int(signalled) if self.step < self.schedule.total else 0
+        return int(signalled), self.parallel.first(gather_texts(failure)) if fails else ""
 
-    def _call(self, hooks: list[Hook], runlog: RunLog, stop: StopSignal, stopped: int) -> None:
+    def _end_early(
+        self,
+        stopped: int,
+        failure: str,
+        hooks: list[Hook],
+        runlog: RunLog,
+        stop: StopSignal,
+        checkpoints: Checkpoints,
+    ) -> int:
+        """Save, unless this step is saved already, and end on a signal or a failure to load."""
+        if self.step != self.kept:
+            self._call([hook for hook in hooks if hook.when_stopped], runlog, stop)
+        checkpoints.finish()
+        if not stopped:
+            saved = f" (step {self.step} is saved)" if self.step else ""
+            raise RunFailed(f"{failure}{saved}", everywhere=True)
+        return stopped
+
+    def _call(self, hooks: list[Hook], runlog: RunLog, stop: StopSignal) -> None:
         for hook in hooks:
-            if hook.due(self.step, self.schedule.total, bool(stopped)):
-                started = time.perf_counter()
-                if rest := hook.call(self.step):
-                    with stop.breaking_off():
-                        rest()
-                runlog.pause(hook.name, time.perf_counter() - started)
+            started = time.perf_counter()
+            self.kept = self.step if hook.when_stopped else self.kept
+            if (rest := hook.call(self.step)) and not stop.unless_stopped(rest):
+                log.warning("a signal was received: the probe of the encoder is interrupted")
+            runlog.pause(hook.name, time.perf_counter() - started)
 
     def _check(self, means: dict[str, float], runlog: RunLog, checkpoints: Checkpoints) -> None:
         """Health check on the means of the last steps: logs warnings, stops if not finite."""

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median_low
 from types import TracebackType
@@ -37,6 +37,7 @@ from ssl_vit.training.panels import (
     projections,
     thin_panels,
 )
+from ssl_vit.training.run_lock import LockLost
 from ssl_vit.training.shared_cores import SHARED
 from ssl_vit.training.smoothing import SmoothedRate
 
@@ -54,6 +55,7 @@ class RunLog:
         images_per_step: effective batch size, for the rate.
         energy: meter of this process' devices.
         shown: scalars shown in the progress line besides the loss.
+        guard: called in the main process before anything is written; its error ends the run.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class RunLog:
         main: bool,
         energy: Energy,
         shown: Sequence[str] = (),
+        guard: Callable[[], object] = lambda: None,
     ) -> None:
-        self.folder, self.energy = folder, energy
+        self.folder, self.energy, self.guard = folder, energy, guard
         self.start, self.total, self.every = start, total, every
         self.images_per_step, self.main, self.shown = images_per_step, main, shown
         self.sums: dict[str, Tensor] = {}
@@ -149,6 +152,7 @@ class RunLog:
         """Log a warning, also to metrics.jsonl and as text in TensorBoard."""
         log.warning(line)
         if self.main:
+            self.guard()
             self.file.write(json.dumps({"step": step, "warning": line}) + "\n")
             self.board.add_text("warning", line, step)
 
@@ -161,6 +165,7 @@ class RunLog:
         """Write a row of metrics.jsonl, and TensorBoard scalars ``group/name``."""
         if not self.main:
             return
+        self.guard()
         shown = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in row.items()}
         self.file.write(json.dumps({"step": step, **shown}) + "\n")
         for name, value in row.items():
@@ -169,6 +174,7 @@ class RunLog:
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Log an (H, W, 3) uint8 picture to TensorBoard and as PNG: the newest, and by step."""
         if self.main:
+            self.guard()
             self.board.add_image(name, image, step, dataformats="HWC")
             file = panel_file(self.folder, name, step)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +192,7 @@ class RunLog:
         """
         if not self.main:
             return
+        self.guard()
         older = projections(self.folder)
         if step in older:
             shutil.rmtree(older.pop(step).parent)
@@ -226,7 +233,7 @@ class RunLog:
         if self.progress:
             self.progress.stop()
         if self.main:
-            if self.paused:  # after the last line of means
+            if self.paused and not isinstance(error, LockLost):  # after the last line of means
                 self.write(self.step, self.paused, "train")
             self.file.close()
             self.board.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,17 @@ def starting_point(run: RunConfig, out: Path) -> Path | None:
     return path
 
 
-def check_same_run(config: Any, out: Path) -> None:
+def check_same_run(config: Any, out: Path, alike: Mapping[str, bool] | None = None) -> None:
     """Check that no option that affects a run's numbers has changed since it was started.
+
+    Args:
+        alike: options whose values name files: whether these are the same as then, wherever they
+            are now. Where that is not known, the values are compared.
 
     Raises:
         UserError: an option differs from the run folder's ``config.yaml``.
     """
-    path = out / CONFIG_FILE
+    path, alike = out / CONFIG_FILE, alike or {}
     if not path.is_file():
         return
     try:
@@ -75,15 +80,59 @@ def check_same_run(config: Any, out: Path) -> None:
     except (yaml.YAMLError, AttributeError):
         raise UserError(f"{path} is damaged; give another --run.out") from None
     now = as_written(config)
-    if before.get("data.val") and now["data.val"]:  # if only one is set, the held-out split differs
+    # If only one is set, the held-out split differs.
+    if "data.val" not in alike and before.get("data.val") and now["data.val"]:
         before["data.val"] = now["data.val"]
     before = _defaults(config) | before
     for key in sorted(now.keys() - _FREE):
-        if before.get(key) != now[key]:
-            raise UserError(
-                f"--{key.replace('_', '-')} is {now[key]!r}, but the run in {out} was started with "
-                f"{before.get(key)!r}; give another --run.out, or --run.resume never to start anew"
-            )
+        if before.get(key) == now[key]:
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        if alike.get(key):
+            log.info("%s is %r, and was %r: the same by content", flag, now[key], before.get(key))
+            continue
+        others = ", with other content" if key in alike else ""
+        raise UserError(
+            f"{flag} is {now[key]!r}, but the run in {out} was started with {before.get(key)!r}"
+            f"{others}; give another --run.out, or --run.resume never to start anew"
+        )
+
+
+def files_alike(now: dict[str, Any], before: dict[str, Any]) -> dict[str, bool]:
+    """Options whose files are known then and now (``Session.fingerprint``), and whether these are
+    the same."""
+    return {
+        option: digest == before[group][option]
+        for group in ("content", "weights")
+        for option, digest in now.get(group, {}).items()
+        if option in before.get(group, {})
+    }
+
+
+def check_same_images(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
+    """Check that the images are those that a checkpoint was trained on, as far as it says.
+
+    Args:
+        now, before: ``Session.fingerprint`` now, and as saved.
+
+    Raises:
+        UserError: they have changed.
+    """
+    changes = [
+        f"{before[key]} then, {now[key]} now ({key})"
+        for key in ("count", "mean", "std")
+        if key in before and before[key] != now[key]
+    ]
+    alike = files_alike(now, before)
+    others = [option for option in now["content"] if not alike.get(option, True)]
+    changes += [f"--{option} has others, by name, size or content" for option in others]
+    if "labels" in before and before["labels"] != now.get("labels"):
+        changes.append("other labels")
+    check(
+        not changes,
+        f"the images have changed since {path} was written: {'; '.join(changes)}; "
+        "give another --run.out, and --run.resume with this checkpoint to start from it",
+    )
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -95,8 +144,8 @@ def _defaults(config: Any) -> dict[str, Any]:
     return as_written(dataclasses.replace(config, **plain))
 
 
-def move_aside(out: Path) -> None:
-    """Rename the folder of an existing run, so that a new one can use its name.
+def move_aside(out: Path) -> Path:
+    """Rename the folder of an existing run, so that a new one can use its name; its new path.
 
     Raises:
         UserError: the folder holds files, but no run.
@@ -110,20 +159,15 @@ def move_aside(out: Path) -> None:
         number += 1
     out.rename(other)
     log.warning("%s holds a run; moved to %s", out, other)
+    return other
 
 
-def load_into(trainer: Trainer, path: Path, images: dict[str, Any] | None) -> None:
+def load_into(trainer: Trainer, path: Path) -> None:
     """Load a checkpoint into a trainer, its step number included.
 
     Raises:
-        UserError: ``images`` (count, statistics) differ from the saved ones; None: not compared.
+        UserError: it is none, damaged, or of another architecture.
     """
     state = load_checkpoint(path, trainer.task, trainer.optimizer, trainer.guard.state)
-    before = state.get("images")
-    check(
-        images is None or before == images,
-        f"the images have changed since {path} was written: {before} then, {images} now; "
-        "give another --run.out, and --run.resume with this checkpoint to start from it",
-    )
     trainer.step = int(state["step"])
     log.info("resuming from %s: step %d of %d", path, trainer.step, trainer.schedule.total)

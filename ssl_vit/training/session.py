@@ -29,7 +29,7 @@ from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.model.execution import checkpoint_activations, choose_attention, compile_blocks
-from ssl_vit.training.checkpoint import Checkpoints, clean
+from ssl_vit.training.checkpoint import Checkpoints, clean, read_images
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
@@ -38,11 +38,14 @@ from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precisio
 from ssl_vit.training.prefetch import on_device
 from ssl_vit.training.resume import (
     CONFIG_FILE,
+    check_same_images,
     check_same_run,
+    files_alike,
     load_into,
     move_aside,
     starting_point,
 )
+from ssl_vit.training.run_lock import RunLock, is_lock
 from ssl_vit.training.shared_cores import SHARED
 
 
@@ -56,10 +59,15 @@ class Session:
         views: the crops of an image that the task takes.
         images: the training images.
 
+    Attributes:
+        lock: on the run folder, in the main process, while the run is carried out.
+
     Raises:
         UserError: a batch size that the images or the processes do not allow, or a device that
             does not exist.
     """
+
+    lock: RunLock | None = None
 
     def __init__(self, name: str, config: Any, task: Task, views: ViewSpec, images: Images) -> None:
         self.name, self.config, self.out = name, config, Path(config.run.out)
@@ -102,6 +110,21 @@ class Session:
     def options(self) -> dict[str, Any]:
         """All options by name, ``group.option``, as in ``config.yaml``."""
         return as_written(self.config)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run that goes on must find again, JSON-serialisable: ``Images.fingerprint``, and
+        ``weights``, by option, where it begins with some."""
+        return self.images.fingerprint
+
+    def guard(self) -> None:
+        """Check, before something is written, that the run folder is still this run's.
+
+        Raises:
+            LockLost: it is not.
+        """
+        if self.lock:
+            self.lock.check()
 
     @property
     def part_size(self) -> int:
@@ -180,16 +203,15 @@ def prepare_folder(session: Session) -> None:
     # One process checks for all: network disks may show a new folder late on other machines.
     start = Path(found) if (found := gather_texts(str(starting_point(run, out) or ""))[0]) else None
     if start is not None:
-        own = start.parent == out / "checkpoints"
-        if own:
-            check_same_run(session.config, out)
-        load_into(trainer, start, session.images.fingerprint() if own else None)
-    statistics = zlib.crc32(str(session.images.fingerprint()).encode())
+        check_same(session, start)
+        load_into(trainer, start)
+    statistics = zlib.crc32(str(session.fingerprint).encode())
     session.parallel.check_agreement("the step to start from", trainer.step)
     session.parallel.check_agreement("the training set (a hash of it)", statistics)
     if session.parallel.main:
-        if run.resume == "never" and out.exists() and any(out.iterdir()):
-            move_aside(out)
+        if run.resume == "never" and out.exists() and not all(map(is_lock, out.iterdir())):
+            move = partial(move_aside, out)
+            session.lock.follow(move) if session.lock else move()
         out.mkdir(parents=True, exist_ok=True)
         clean(out / "checkpoints")
         # Resuming with this file must not start anew again.
@@ -205,6 +227,19 @@ def prepare_folder(session: Session) -> None:
             session.export(whole)()
 
 
+def check_same(session: Session, start: Path) -> None:
+    """Check that a run that goes on from its own checkpoint has its options and its images.
+
+    Raises:
+        UserError: it has others.
+    """
+    if start.parent != session.out / "checkpoints":
+        return
+    now, before = session.fingerprint, read_images(start)
+    check_same_run(session.config, session.out, files_alike(now, before))
+    check_same_images(now, before, start)
+
+
 def train(session: Session) -> int:
     """Run the training loop with its hooks; returns 0, or the signal that stopped it."""
     run, trainer, out, task = session.config.run, session.trainer, session.out, session.task
@@ -218,7 +253,8 @@ def train(session: Session) -> int:
     saving = every(run.save_every, "--run.save-every", per_epoch)
     probing = every(run.probe_every, "--run.probe-every", per_epoch)
     for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0
-    checkpoints = Checkpoints(out / "checkpoints", run.keep, for_good, session.parallel)
+    folder, guard = out / "checkpoints", session.guard
+    checkpoints = Checkpoints(folder, run.keep, for_good, session.parallel, guard)
     with RunLog(
         out,
         start=trainer.step,
@@ -228,13 +264,14 @@ def train(session: Session) -> int:
         main=main,
         energy=Energy(device),
         shown=task.progress,
+        guard=guard,
     ) as runlog:
 
         def save(step: int) -> None:
             checkpoints.finish()  # before more is copied
             whole = trainer.whole(torch.device("cpu"))
             write = session.export(whole) if main else None
-            about, scalars = session.images.fingerprint(), trainer.guard.state
+            about, scalars = session.fingerprint, trainer.guard.state
             checkpoints.save(step, task, trainer.optimizer, about, write, scalars)
 
         def probe(step: int) -> Callable[[], object] | None:

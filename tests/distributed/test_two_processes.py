@@ -154,7 +154,7 @@ from ssl_vit.training.resume import load_into
 def carried(options, found, out):
     name, kind, config = pretrain.parse_options(options)
     made = session.build(name, kind, config)
-    load_into(made.trainer, Path(found), None)
+    load_into(made.trainer, Path(found))
     checkpoints = Checkpoints(Path(out), 9, 0, made.parallel)
     state = made.trainer.guard.state
     checkpoints.save(made.trainer.step, made.task, made.trainer.optimizer, {}, extra=state)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ssl_vit.common.processes import process_start
 from ssl_vit.records import run_folder
 from ssl_vit.records.run_folder import Run, find_runs, read_run
 from ssl_vit.records.run_state import span
-from ssl_vit.records.status import Status, process_start, write_status
+from ssl_vit.records.status import Status, write_status
 
 CONFIG = """
 run: {out: %s, length: 2ep}

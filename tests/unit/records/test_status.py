@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ssl_vit.common.errors import RunFailed, UserError
+from ssl_vit.common.processes import process_start
 from ssl_vit.records import status as module
 from ssl_vit.records.status import (
     STATUS_FILE,
     Status,
     by_signal,
-    process_start,
     read_status,
     recorded,
     write_status,
@@ -30,6 +30,7 @@ def session(folder: Path, step: int = 0, main: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         name="mae",
         out=folder,
+        guard=lambda: None,
         task=SimpleNamespace(pooling="mean"),
         order=SimpleNamespace(batch_size=120, steps_per_epoch=11),
         parallel=SimpleNamespace(main=main, world=2, device=torch.device("cpu")),

@@ -1,0 +1,93 @@
+"""Shared memory, in which data workers hand over their batches: its size, and what fits into it.
+
+In a container it often has 64 MiB (Docker's default), on a machine half of the memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from ssl_vit.common.errors import RunFailed
+from ssl_vit.common.waiting import local_processes
+
+log = logging.getLogger("ssl_vit")
+SHARED_MEMORY = "/dev/shm"
+# Batches that the main process holds: one in use, one on its way to the device.
+_HELD = 2
+
+
+def affordable(batch: int, workers: int, prefetch: int) -> int:
+    """Batches that each worker can prepare ahead: at most ``prefetch``, at least one.
+
+    Args:
+        batch: bytes of a batch; 0: unknown.
+
+    Raises:
+        RunFailed: shared memory is too small for one of each worker.
+    """
+    try:
+        free, total = room()
+    except OSError:  # a system without it, or a failure that the workers will report
+        return prefetch
+    if not (batch and total):
+        return prefetch
+    processes = local_processes(os.environ)
+    fits = (free // processes // batch - _HELD) // workers
+    if fits >= prefetch:
+        return prefetch
+    size = shm_size(processes * (workers * prefetch + _HELD) * batch)
+    if (workers + 1) * batch > free:
+        raise RunFailed(
+            f"{SHARED_MEMORY} is too small for a batch of {mebibytes(batch)} from each of "
+            f"{workers} data workers: {room_text(free, total)}. {remedy(size)}"
+        )
+    ahead = max(1, fits)
+    log.warning(
+        "%s holds few batches of %s (%s): each of %d data workers prepares %d ahead, not %d; "
+        "docker run --shm-size=%s (or --ipc=host) would give them room",
+        *(SHARED_MEMORY, mebibytes(batch), room_text(free, total), workers, ahead, prefetch, size),
+    )
+    return ahead
+
+
+def room() -> tuple[int, int]:
+    """Free and total bytes of shared memory.
+
+    Raises:
+        OSError: there is none.
+    """
+    disk = os.statvfs(SHARED_MEMORY)
+    return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+
+
+def shm_size(need: int) -> str:
+    """Docker's ``--shm-size`` for so many bytes: a power of two, with room for others."""
+    size = 1 << max(10, (2 * need >> 20).bit_length())
+    return f"{size >> 10}g"
+
+
+def mebibytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:,.1f} MiB" if count < 10 << 20 else f"{count / 2**20:,.0f} MiB"
+
+
+def room_text(free: int, total: int) -> str:
+    """Free and total bytes for people."""
+    return f"{mebibytes(free)} free of {mebibytes(total)}"
+
+
+def room_now() -> str:
+    """What :func:`room` finds, for people."""
+    try:
+        return room_text(*room())
+    except OSError as error:
+        return str(error.strerror)
+
+
+def remedy(size: str = "2g") -> str:
+    """What to do where shared memory is too small."""
+    return (
+        f"Start the container with docker run --shm-size={size} (or --ipc=host), free what others "
+        "hold there, or give --data.workers 0"
+    )

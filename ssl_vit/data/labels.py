@@ -109,8 +109,8 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labe
     shown = ", ".join(wanted[:4]) + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
     origin = f"{'columns' if several else 'column'} {shown} of {path.name}"
     unused = ", ".join(name for name in table.header if name and name not in (image, *wanted))
-    text = "%s: labels from %s, images by column %s%s"
-    log.info(text, path, shown, image, f"; not used: {unused}" if unused else "")
+    text = "%s, for %s: labels from %s, images by column %s%s"
+    log.info(text, path, source.spec, shown, image, f"; not used: {unused}" if unused else "")
     return Labelled(source, f"{source.spec} labelled by {path}", named, values[found], origin)
 
 

@@ -23,7 +23,9 @@ class TorchvisionSource(Source):
     def __init__(self, spec: str, dataset: Any):
         self.spec, self.dataset = spec, dataset
         self.labels = _torchvision_labels(dataset)
-        self.labels_from = "the data set's own list" if self.labels is not None else "it has none"
+        self.labels_from = (
+            "the data set" if self.labels is not None else "the data set has no class numbers"
+        )
         if self.labels is not None:
             self.classes = _class_names(self.labels, getattr(dataset, "classes", None))
 

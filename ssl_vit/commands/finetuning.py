@@ -65,7 +65,8 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
         scratch, size = first.encoder == "none", first.tune.image_size
         start = open_start(first.encoder, first.scratch, first.data.channels, first.run.seed, size)
     except UserError as error:
-        message = str(error).replace("--encoder.", "--scratch.") if scratch else str(error)
+        message = str(error).replace("--size is", "--tune.image-size is")
+        message = message.replace("--encoder.", "--scratch.") if scratch else message
         raise UserError(message) from None
     config = read(recipe(start.pretrained, start.depth, start.channels))
     data = config.data

@@ -199,7 +199,6 @@ def test_another_network_of_timm(tuning):
             ("'emu'", "none of them"),
         ),
         (("--data.holdout", "0", "--data.val", ""), ("--data.val is missing",)),
-        (("--data.channels", "3"), ("--data.channels is 3", "images of 1")),
         (("--optim.batch-size", "30"), ("--optim.batch-size is 30", "parts of 15", "even")),
         (("--tune.image-size", "7"), ("--tune.image-size is 7", "patch size, 2")),
         (("--tune.randaugment", "augmix"), ("RandAugment is 'augmix'",)),

@@ -141,5 +141,5 @@ def test_all_processes_find_the_same(opened, tmp_path):
     """What is looked at is a function of the seed."""
     spec = fill(tmp_path, "f4", -1, 1)
     one, two = (opened(spec)[0] for _ in range(2))
-    assert one.fingerprint() == two.fingerprint()
+    assert one.fingerprint == two.fingerprint
     assert isinstance(one.train, Source)

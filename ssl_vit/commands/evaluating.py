@@ -129,13 +129,13 @@ class Evaluation:
         check(bool(config.data.val) or not needs_val, "--data.val is missing")
         self.config = config
         self.started = time.perf_counter()
-        self.sources = open_labelled(config.data)
+        self.backbone: Backbone = open_backbone(config.encoder, config.seed, config.size)
+        self.sources = open_labelled(config.data, self.backbone.view.channels)
         self.parallel: Parallel = start_parallel(config.device)
         self.device = self.parallel.device
         self.precision = resolve_precision(config.precision, self.device)
         how = (config.data.workers, config.batch_size)
         self.machine = Machine(self.device, self.precision, *how)
-        self.backbone: Backbone = open_backbone(config.encoder, config.seed, config.size)
         look_at(self.sources["train"], self.backbone, config.seed)
         if self.backbone.module is not None:
             ready(self.backbone.module, self.device)
@@ -243,10 +243,10 @@ def look_at(source: Source, backbone: Backbone, seed: int = 0) -> None:
         log.warning("warning: the images of %s %s; %s", source.spec, wrong, remedy)
 
 
-def open_labelled(data: EvalData) -> dict[str, Source]:
+def open_labelled(data: EvalData, channels: int) -> dict[str, Source]:
     """Labelled sources of an evaluation: ``train``, and ``val`` and ``held_out`` if given.
 
-    Images without a label are left out.
+    ``channels``: those of the encoder. Images without a label are left out.
 
     Raises:
         UserError: one has no labels, or their classes differ.
@@ -256,7 +256,7 @@ def open_labelled(data: EvalData) -> dict[str, Source]:
         spec = getattr(data, name)
         if spec:
             option = f"--data.{name.replace('_', '-')}"
-            source = with_labels(open_source(spec, data), option)
+            source = with_labels(open_source(spec, data, channels), option)
             sources[name] = align_classes(sources["train"], source) if sources else source
     return sources
 

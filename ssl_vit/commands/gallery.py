@@ -128,8 +128,12 @@ class Drawn:
     backbone: Backbone
 
 
-def find_images(given: tuple[str, ...], reading: ReadConfig, count: int, seed: int) -> Source:
+def find_images(
+    given: tuple[str, ...], reading: ReadConfig, channels: int, count: int, seed: int
+) -> Source:
     """Source of ``--images``: all of the files, or at most ``count`` images of one source.
+
+    ``channels``: those of the encoder.
 
     Raises:
         UserError: nothing is given, or no such file or source exists.
@@ -140,7 +144,7 @@ def find_images(given: tuple[str, ...], reading: ReadConfig, count: int, seed: i
         return Files(given, reading)
     if len(given) == 1:
         try:
-            return bounded(open_source(given[0], reading), count, seed)
+            return bounded(open_source(given[0], reading, channels), count, seed)
         except UserError as error:
             also = "" if ":" in given[0] else "; nor is there such a file"
             raise UserError(f"--images: {error}{also}") from None
@@ -154,9 +158,10 @@ def prepare(config: PictureConfig, most: int) -> Scene:
         UserError: the images or the encoder are missing or cannot be opened.
     """
     check(bool(config.encoder), "--encoder is missing")
-    source = find_images(config.images, config.data, most, config.seed)
-    device = resolve_device(config.device)
-    return Scene(source, open_backbone(config.encoder, config.seed, config.size), device)
+    backbone = open_backbone(config.encoder, config.seed, config.size)
+    channels = backbone.view.channels
+    source = find_images(config.images, config.data, channels, most, config.seed)
+    return Scene(source, backbone, resolve_device(config.device))
 
 
 def images_of(scene: Scene) -> Tensor:

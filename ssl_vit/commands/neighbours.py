@@ -67,7 +67,9 @@ def neighbours(config: NeighboursConfig) -> Drawn:
     scene = prepare(config, config.gallery if itself else config.count)
     gallery = scene.source
     if not itself:
-        gallery = bounded(_open_gallery(config.data), config.gallery, config.seed)
+        gallery = bounded(
+            _open_gallery(config.data, scene.view.channels), config.gallery, config.seed
+        )
     k = _enough(config.k, len(gallery), itself)
     feature = config.pooling or _default_feature(scene.backbone)
     allowed = scene.backbone.features
@@ -96,9 +98,9 @@ def neighbours(config: NeighboursConfig) -> Drawn:
     return Drawn(picture, len(asked), scene.backbone)
 
 
-def _open_gallery(data: GalleryData) -> Source:
+def _open_gallery(data: GalleryData, channels: int) -> Source:
     try:
-        return open_source(data.train, data)
+        return open_source(data.train, data, channels)
     except UserError as error:
         raise UserError(f"--data.train: {error}") from None
 

@@ -17,7 +17,7 @@ from ssl_vit.data.formats import EXTENSIONS, HEAD, format_of
 
 _log = logging.getLogger("ssl_vit")
 _LOOKS = 1000
-_TAKEN = frozenset(extension.encode() for extension in EXTENSIONS)
+_TAKEN = frozenset(b"." + extension.encode() for extension in EXTENSIONS)
 _HEIF = frozenset((b"heic", b"heif", b"hif"))
 # Begin like an image, and are not the image that they are of: raw data of cameras, of which a
 # reader of TIFF finds the thumbnail, and files that are not complete or a copy.
@@ -78,25 +78,27 @@ class Listing:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if is_junk(entry.name):
+                    name = entry.name
+                    if name.startswith(b"."):
                         continue
                     if entry.is_dir():
-                        folders.append(entry.name)
-                    elif _extension(entry.name) in _TAKEN:
-                        images.append(entry.name)
-                    else:
+                        if name.lower() not in _JUNK:
+                            folders.append(name)
+                    elif name[name.rfind(b".") :].lower() in _TAKEN:
+                        images.append(name)
+                    elif name.lower() not in _JUNK:
                         others.append(entry)
         except OSError as error:
             raise UserError(
                 f"{self.spec!r}: cannot list {os.fsdecode(folder)!r}: {error.strerror}"
             ) from None
         if not self._heif:
-            images = [name for name in images if not self._lacks(_extension(name), name)]
+            images = [name for name in images if not self._lacks(_extension(name))]
         images += [entry.name for entry in others if self._is_image(entry)]
         self.images += len(images)
         return sorted(images), sorted(folders)
 
-    def _lacks(self, extension: bytes, name: bytes) -> bool:
+    def _lacks(self, extension: bytes) -> bool:
         if extension not in _HEIF:
             return False
         self.lacking[extension] += 1

@@ -96,6 +96,7 @@ def _operations(crop: Crop) -> list[Any]:
     return [
         transforms.RandomResizedCrop(crop.size, crop.scale, crop.ratio, interpolation=bicubic),
         transforms.RandomHorizontalFlip(crop.flip),
+        transforms.RandomVerticalFlip(crop.vertical_flip),
         *(_colours(crop.photometric) if crop.photometric else []),
     ]
 

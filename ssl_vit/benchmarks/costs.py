@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -147,7 +148,7 @@ class _BlockBytes(KeptBytes):
     @contextmanager
     def watch_blocks(self, module: nn.Module) -> Iterator[None]:
         """Context in which the calls of all transformer blocks of a module are recorded."""
-        blocks = [part for part in module.modules() if isinstance(part, Block)]
+        blocks = [part for part in module.modules() if isinstance(part, Block | EvaBlock)]
         handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
         handles += [block.register_forward_hook(self._leave) for block in blocks]
         yield

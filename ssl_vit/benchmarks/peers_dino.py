@@ -304,6 +304,7 @@ class LightlyChain(OriginalChain):
             local_crop_scale=local.scale,
             n_local_views=others[0].count if others else 0,
             hf_prob=first.flip,
+            vf_prob=first.vertical_flip,
             cj_prob=p.jitter,
             cj_strength=1.0,
             cj_bright=p.brightness,

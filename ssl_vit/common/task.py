@@ -33,8 +33,8 @@ class Views:
             (``Method.draw``: masks, index sets), or for all together, of any shape
             (``Method.draw_together``); empty in evaluation.
         boxes: for each kind of crop (n B, 5) float32: top, left, height and width of the crop in
-            its image, as shares of the image's sides, and 1 where it is flipped; empty in
-            evaluation. For losses between places that two crops share.
+            its image, as shares of the image's sides, and 1 where it is flipped (2: upside down,
+            3: both ways); empty in evaluation. For losses between places that two crops share.
         missing: for each kind of crop (n B, C, H, W) bool: True where a value is missing, which is
             NaN in crops from the workers, and 0 after the device half; empty where no value of the
             batch is, which is known without asking the device.

@@ -35,7 +35,8 @@ class DrawnCrop(NamedTuple):
     """A crop with what was drawn for it.
 
     ``photometric``: its photometric parameters, ``WIDTH`` of them or none. ``place``: top, left,
-    height and width of its box as shares of the image's sides, and 1 if it is flipped.
+    height and width of its box as shares of the image's sides, and 1 if it is flipped (2: upside
+    down, 3: both ways).
     ``missing``: whether any of its pixels is (NaN).
     """
 
@@ -50,8 +51,9 @@ class Crop:
     """``count`` random resized crops of ``size`` (height, width) pixels.
 
     ``scale``: least and most share of the area; ``ratio``: least and most width over height, drawn
-    log-uniformly; ``flip``: probability of a horizontal flip; ``photometric``: what is done to its
-    colours and sharpness, if anything; ``policy``: what is done to it before that, in the workers.
+    log-uniformly; ``flip``, ``vertical_flip``: probability of a horizontal and of a vertical flip;
+    ``photometric``: what is done to its colours and sharpness, if anything; ``policy``: what is
+    done to it before that, in the workers.
     """
 
     size: tuple[int, int]
@@ -61,6 +63,7 @@ class Crop:
     count: int = 1
     photometric: Photometric | None = None
     policy: Policy | None = None
+    vertical_flip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Cut(NamedTuple):
 
     ``box``: (top, left, height, width) in pixels; ``flip``: whether it is mirrored; ``key``: what
     its policy draws from; ``photometric``: its photometric parameters, ``WIDTH`` of them or none;
-    ``place``: as in :class:`DrawnCrop`, whatever share of the image is decoded.
+    ``place``: as in :class:`DrawnCrop`, whatever share of the image is decoded; ``vertical_flip``:
+    whether it is upside down.
     """
 
     box: tuple[int, int, int, int]
@@ -108,6 +112,7 @@ class Cut(NamedTuple):
     key: int
     photometric: list[float]
     place: tuple[float, ...]
+    vertical_flip: bool = False
 
 
 def draw_views(
@@ -128,9 +133,11 @@ def draw_cut(height: int, width: int, crop: Crop, rng: random.Random, policies: 
     """What is drawn for one crop; ``policies`` as for :func:`draw_views`."""
     box, flip = crop_box(height, width, crop, rng), rng.random() < crop.flip
     key = rng.getrandbits(63) if crop.policy and policies else 0
+    colours = crop.photometric.draw(rng) if crop.photometric else []
+    vertical = crop.vertical_flip > 0 and rng.random() < crop.vertical_flip
     top, left, h, w = box
-    place = top / height, left / width, h / height, w / width, float(flip)
-    return Cut(box, flip, key, crop.photometric.draw(rng) if crop.photometric else [], place)
+    place = top / height, left / width, h / height, w / width, float(flip + 2 * vertical)
+    return Cut(box, flip, key, colours, place, vertical)
 
 
 def cut_out(image: Tensor, crop: Crop, cut: Cut, missing: bool = False) -> Tensor:
@@ -143,6 +150,7 @@ def cut_out(image: Tensor, crop: Crop, cut: Cut, missing: bool = False) -> Tenso
     part = image[:, top : top + height, left : left + width]
     image = resized(part, crop.size, None if missing else False)
     image = image.flip(-1) if cut.flip else image
+    image = image.flip(-2) if cut.vertical_flip else image
     if crop.policy is None or not crop.policy.applies(image):
         return image
     return crop.policy(image, cut.key)

@@ -91,6 +91,8 @@ class DINOConfig(MethodConfig):
     """Share of the image's area that a local crop covers, least and most."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
     jitter: float = 0.8
     """Probability of colour jitter (brightness .4, contrast .4, saturation .2, hue .1)."""
     gray: float = 0.2
@@ -106,7 +108,7 @@ class DINOConfig(MethodConfig):
         check_least(self, 1, "prototypes", "head_depth", "head_width", "bottleneck")
         check_least(self, 0, "local_crops")
         check_share(self, "momentum", "center_momentum")
-        check_share(self, "flip", "jitter", "gray", "solarize", "blur")
+        check_share(self, "flip", "vertical_flip", "jitter", "gray", "solarize", "blur")
         check_positive(self, "teacher_temp", "teacher_temp_start", "student_temp")
         check_range(self, "global_scale", "local_scale")
         check_range(self, "blur_sigma", most=math.inf)
@@ -345,7 +347,14 @@ class DINO(Method):
                 blur_sigma=config.blur_sigma,
                 solarize=config.solarize if kind == 1 else 0.0,
             )
-            return Crop(size, scale, flip=config.flip, count=count, photometric=photometric)
+            return Crop(
+                size,
+                scale,
+                flip=config.flip,
+                count=count,
+                photometric=photometric,
+                vertical_flip=config.vertical_flip,
+            )
 
         crops = [crop(large, config.global_scale, kind, 1) for kind in (0, 1)]
         if config.local_crops:

@@ -81,8 +81,10 @@ class DINOv2Config(DINOConfig):
     """A crop masks the most of its stratum of that range, filled up at random (DINOv3); else a
     share drawn from it, and blocks may fall a few patches short."""
     koleo_weight: float = 0.1
-    """Weight of KoLeo, which moves [CLS] of each image away from its nearest neighbour's. The batch
-    is that of all processes, but not of all --optim.accumulate parts."""
+    """Weight of KoLeo, which moves [CLS] of each image away from its nearest neighbour's."""
+    koleo_images: int = 0
+    """Neighbours are sought among so many images in a row (the originals: the 64 of a process). 0:
+    all of a step, over all processes, but not over --optim.accumulate parts."""
     local_weight: float = 1.0
     """Weight of pairs with a local crop in the loss of [CLS] (DINOv3's later recipes: 0.5)."""
     local_norm: bool = False
@@ -107,7 +109,7 @@ class DINOv2Config(DINOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "patch_weight")
-        check_least(self, 0, "patch_prototypes", "patch_bottleneck")
+        check_least(self, 0, "patch_prototypes", "patch_bottleneck", "koleo_images")
         check_portion(self, "mask_probability", "layer_decay", "patch_lr")
         check_range(self, "mask_ratio")
         check_not_negative(self, "koleo_weight", "local_weight", "gram_weight")
@@ -332,7 +334,7 @@ class DINOv2Objective(DINOObjective):
     def _spread(self, cls: Float[Tensor, "n d"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """KoLeo, summed over the global crops, each of which is a batch; mean distance."""
         with torch.set_grad_enabled(self.config.koleo_weight > 0):
-            distances = [nearest_distances(crop) for crop in cls.chunk(2)]
+            distances = [nearest_distances(x, self.config.koleo_images) for x in cls.chunk(2)]
             spread = torch.stack([koleo(d) for d in distances]).sum()
         return spread, torch.stack(distances).mean().detach()
 
@@ -368,10 +370,11 @@ class DINOv2Objective(DINOObjective):
     def advice(self, setting: Setting) -> list[str]:
         """DINO's, and what is of a part of a step only."""
         c, lines = self.config, super().advice(setting)
-        parts = [f"{flag(c, 'koleo_weight')} {c.koleo_weight:g}"] if c.koleo_weight else []
+        each = setting.batch_size // setting.parts
+        apart = c.koleo_weight and not 0 < c.koleo_images <= each
+        parts = [f"{flag(c, 'koleo_weight')} {c.koleo_weight:g}"] if apart else []
         parts += [f"{flag(c, 'targets')} sinkhorn"] if c.targets == "sinkhorn" else []
         if setting.parts > 1 and parts:
-            each = setting.batch_size // setting.parts
             lines.append(
                 f"{' and '.join(parts)}: among the {each} images of each of the {setting.parts} "
                 "parts of --optim.accumulate, not among the whole batch"

@@ -13,21 +13,29 @@ from ssl_vit.common.task import at_least_fp32
 _EPS = 1e-8
 
 
-def nearest_distances(features: Float[Tensor, "n d"]) -> Float[Tensor, " all"]:
-    """Distance of each image to its nearest neighbour among all images of all processes.
+def nearest_distances(features: Float[Tensor, "n d"], images: int = 0) -> Float[Tensor, " some"]:
+    """Distance of each image to its nearest neighbour on the sphere, with gradients by both.
 
-    Features are L2-normalised first. With gradients by rows and neighbours, for a loss that is the
-    same on every process: what the processes' gradients average to is that of one process with all
-    images. It equals, alone::
+    Among groups of ``images`` images in a row; 0: all. Where a group is on several processes, rows
+    are gathered, and all distances are found on each: for a mean, of which averaging the
+    processes' gradients makes that of one process with all images. Alone, with one group, it
+    equals::
 
         x = normalize(features)
         [min((x[i] - x[j]).norm() for j in range(n) if j != i) for i in range(n)]
     """
     with torch.autocast(features.device.type, enabled=False):
-        rows = F.normalize(gather_with_gradient(at_least_fp32(features)), dim=1, eps=_EPS)
-        with torch.no_grad():
-            near = (rows @ rows.T).fill_diagonal_(-1).argmax(1)
-        return (rows - rows[near]).norm(dim=1)
+        rows = at_least_fp32(features)
+        if not images or len(rows) % images:
+            rows = gather_with_gradient(rows)
+        groups = F.normalize(rows, dim=1, eps=_EPS).split(images or len(rows))
+        return torch.cat([_nearest(group) for group in groups])
+
+
+def _nearest(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    with torch.no_grad():
+        near = (rows @ rows.T).fill_diagonal_(-1).argmax(1)
+    return (rows - rows[near]).norm(dim=1)
 
 
 def koleo(distances: Float[Tensor, " n"]) -> Float[Tensor, ""]:

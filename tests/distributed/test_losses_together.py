@@ -29,12 +29,18 @@ valid = torch.tensor([1, 1, 1, 1, 1, 0, 0, 1]).double()
 features, logits, valid = (t.chunk(world)[rank] for t in (features, logits, valid))
 loss = koleo(nearest_distances(features @ map))
 loss.backward()
+gradient, map.grad = all_reduce_mean(map.grad), None
+groups = {}
+for images in (2, 3, 4, 8):
+    koleo(nearest_distances(features @ map, images)).backward()
+    groups[f"groups{images}"], map.grad = all_reduce_mean(map.grad), None
 center = Center(6, 0.5).double().train()
 center(logits, valid)
 center.update(torch.tensor(True))
 own = {
     "koleo": loss.detach(),
-    "gradient": all_reduce_mean(map.grad),
+    "gradient": gradient,
+    **groups,
     "targets": sinkhorn_knopp(logits, 3),
     "counted": sinkhorn_knopp(logits, 3, valid),
     "center": center.value,
@@ -54,11 +60,21 @@ def found(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     return [load_file(door.folder / name) for name in ("0-of-1", "0-of-2", "1-of-2")]
 
 
-@pytest.mark.parametrize("name", ["koleo", "gradient", "center"])
+GROUPS = [f"groups{images}" for images in (2, 3, 4, 8)]
+
+
+@pytest.mark.parametrize("name", ["koleo", "gradient", "center", *GROUPS])
 def test_all_have_what_one_has(found, name):
     one, first, second = (own[name] for own in found)
     torch.testing.assert_close(first, one)
     torch.testing.assert_close(second, one)
+
+
+def test_groups_are_apart(found):
+    """One of all images is no group at all; smaller ones have other neighbours."""
+    one = found[0]
+    torch.testing.assert_close(one["groups8"], one["gradient"])
+    assert not torch.allclose(one["groups4"], one["gradient"])
 
 
 @pytest.mark.parametrize("name", ["targets", "counted"])

@@ -18,6 +18,7 @@ from ssl_vit.benchmarks.peers_dino import (
     OriginalDINO,
     TimmDINO,
 )
+from ssl_vit.benchmarks.peers_dinov2 import OriginalDINOv2, dropped_rows
 from ssl_vit.benchmarks.peers_mae import HuggingFaceMAE, LightlyMAE, OriginalMAE
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
@@ -28,6 +29,7 @@ from ssl_vit.data.base import Source
 from ssl_vit.data.decode import decode
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.dino import DINO, DINOConfig
+from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config
 from ssl_vit.methods.mae import MAE, MAEConfig
 from ssl_vit.model.encoder import parameter_count
 
@@ -46,7 +48,7 @@ SMALL_MAE = MAEConfig(decoder_width=12, decoder_depth=2, decoder_heads=3)
 
 def work(method, encoder=TINY, batch=2):
     """A comparison in these sizes, in float32."""
-    kind = DINO if isinstance(method, DINOConfig) else MAE
+    kind = {DINOv2Config: DINOv2, DINOConfig: DINO, MAEConfig: MAE}[type(method)]
     model = kind(method, encoder, 3)
     return Workload(
         encoder=encoder,
@@ -262,9 +264,9 @@ def test_sizes_that_a_peer_cannot_have_are_refused():
         HuggingFaceMAE(work(SMALL_MAE, replace(SINCOS, image_size=(16, 8))))
 
 
-def our_dino(shared):
+def our_dino(shared, kind=DINO):
     """Ours, and the loss of the batch that peers have."""
-    ours = DINO(shared.method, shared.encoder, 3)
+    ours = kind(shared.method, shared.encoder, 3)
     scattered(ours.encoder)
     scattered(ours.objective.head)
     # Peers resample positions for local crops by other rules; here every place has the same.
@@ -301,7 +303,8 @@ def test_the_originals_dino_is_ours_in_other_modules(local_crops, kind, encoder)
     for _ in range(2):  # the second time with a centre that has moved
         theirs = peer.loss(peer.views)
         assert torch.allclose(theirs, loss(), rtol=1e-5)
-        center.value.lerp_(center._seen[-1][0], 1 - shared.method.center_momentum)
+        total, count = center._seen[-1][:-1], center._seen[-1][-1]
+        center.value.lerp_(total / count, 1 - shared.method.center_momentum)
         assert torch.allclose(peer.center[0], center.value, rtol=1e-4, atol=1e-7)
     theirs.backward()
     peer.clip()
@@ -331,6 +334,75 @@ def test_peers_of_dinov3_are_for_its_encoders(kind):
             kind(work(SMALL_DINO, encoder))
     with pytest.raises(UserError, match=r"--against original: .*rotary positions"):
         OriginalDINO(work(SMALL_DINO, ROTARY))
+
+
+SMALL_DINOV2 = DINOv2Config(
+    prototypes=24, head_width=12, bottleneck=8, local_crops=3, local_size=(8,), teacher_temp=0.05
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"local_crops": 0, "koleo_weight": 0.0},
+        {"targets": "sinkhorn", "patch_prototypes": 20},
+        {"plain_last_layer": True, "patch_prototypes": 20, "patch_bottleneck": 6},
+        {"exact_masks": True, "koleo_images": 3},
+    ],
+)
+def test_the_originals_dinov2_is_ours_in_other_modules(options):
+    """Loss and every gradient with our weights, before and after the centres have moved."""
+    shared = work(replace(SMALL_DINOV2, teacher_temp_warmup="0ep", **options), batch=6)
+    ours, loss = our_dino(shared, DINOv2)
+    peer = OriginalDINOv2(shared)
+    assert peer.parameters() == parameter_count(ours)
+    token = {"mask_token": ours.objective.mask_token}
+    heads = {f"heads.{k}": v for k, v in ours.objective.head.state_dict().items()}
+    vit = {f"vit.{k}": v for k, v in ours.encoder.vit.state_dict().items()}
+    peer.give(peer.networks.student, vit | heads | token)
+    peer.give(peer.networks.teacher, vit | heads)
+    ours.train()
+    for _ in range(2):
+        theirs, own = peer.loss(peer.views), loss()
+        assert torch.allclose(theirs, own, rtol=1e-5)
+        ours.objective.cls_targets.update(torch.tensor(True))
+        ours.objective.patch_targets.update(torch.tensor(True))
+    theirs.backward()
+    own.backward()
+    found = {k: p.grad for k, p in peer.networks.student.named_parameters()}
+    expected = {"mask_token": ours.objective.mask_token.grad}
+    expected |= {f"vit.{k}": p.grad for k, p in ours.encoder.vit.named_parameters()}
+    if shared.method.local_crops:  # of which positions are resampled by another rule
+        del expected["vit.pos_embed"]
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6)
+    before = [p.clone() for p in peer.networks.teacher.parameters()]
+    assert torch.isfinite(peer.step())
+    after = list(peer.networks.teacher.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_originals_stochastic_depth_keeps_so_many_rows():
+    """Of 6 x 2 rows at 0.3: 8 a branch, scaled by 12 / 8; at 0.99 one is kept."""
+    x = torch.zeros(12, 3)
+    for rate, kept in ((0.3, 8), (0.99, 1)):
+        out = dropped_rows(x, torch.ones_like, rate)
+        assert sorted(out[:, 0].tolist()) == pytest.approx([0.0] * (12 - kept) + [12 / kept] * kept)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "message"),
+    [
+        (ROTARY, {}, "rotary positions"),
+        (TINY, {"gram_weight": 1.0}, "gram-weight"),
+        (TINY, {"local_norm": True}, "local-norm"),
+        (TINY, {"local_weight": 0.5}, "local-weight"),
+    ],
+)
+def test_the_originals_dinov2_refuses_what_it_has_not(encoder, options, message):
+    with pytest.raises(UserError, match=rf"--against original: .*{message}|--method\.{message}"):
+        OriginalDINOv2(work(replace(SMALL_DINOV2, **options), encoder))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -19,6 +19,7 @@ from ssl_vit.data.augment import (
     ViewSpec,
     center_view,
     crop_box,
+    draw_views,
     take_views,
 )
 from ssl_vit.data.photometric import Photometric, photometric
@@ -137,6 +138,22 @@ def test_flip_is_of_the_given_probability():
     kept = [torch.equal(s, p) for s, p in zip(some, plain, strict=True)]
     assert [not f for f in flipped] == kept
     assert np.mean(flipped) == pytest.approx(0.3, abs=0.08)
+
+
+def test_vertical_flips_are_drawn_after_all_else():
+    """And are in the crop's place, with the horizontal one; all other draws stay as they are."""
+    image = (torch.arange(3 * 30 * 40) % 251).to(torch.uint8).view(3, 30, 40)
+    replace, rng, crop = dataclasses.replace, random.Random, Crop((8, 8), flip=0.0)
+    for flip in (0.0, 1.0):
+        plain, turned = (
+            take_views(image, ViewSpec((replace(crop, flip=flip, vertical_flip=p),)), rng(3))
+            for p in (0.0, 1.0)
+        )
+        assert torch.equal(turned[0][0].crop, plain[0][0].crop.flip(-2))
+        assert turned[0][0].place == (*plain[0][0].place[:4], flip + 2)
+    spec = ViewSpec((replace(crop, vertical_flip=0.3),))
+    some = [draw_views(30, 40, spec, rng(i), policies=False)[0][0] for i in range(400)]
+    assert np.mean([cut.vertical_flip for cut in some]) == pytest.approx(0.3, abs=0.08)
 
 
 def test_a_crop_of_the_images_own_size_is_the_image():

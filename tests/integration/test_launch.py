@@ -31,6 +31,7 @@ os.write(1, f"{rank} {world} {local}\n".encode())  # in one piece
 done = []
 signal.signal(signal.SIGTERM, lambda n, f: done.append(75))
 signal.signal(signal.SIGUSR2, lambda n, f: done.append(75))
+signal.signal(signal.SIGHUP, lambda n, f: done.append(75))
 def sleep():
     open(f"ready{rank}", "w").close()
     for _ in range(1000):
@@ -102,7 +103,7 @@ def test_the_first_task_that_fails_ends_the_others(tmp_path):
     assert killed.returncode == 128 + 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_reaches_every_task(tmp_path, number):
     job = here(tmp_path, 2, "sleep()", "sleep()")
     wait_for(tmp_path / "ready0", tmp_path / "ready1")

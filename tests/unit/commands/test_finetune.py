@@ -2,8 +2,11 @@
 
 import dataclasses
 import inspect
+import io
 import random
 import re
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssl_vit.commands.cli import layered
-from ssl_vit.commands.finetuning import parse_options
-from ssl_vit.common.config import EncoderConfig, OptimConfig
+from ssl_vit.commands.finetuning import Finetuning, parse_options
+from ssl_vit.common.config import DataConfig, EncoderConfig, OptimConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.common.seeds import seeded
@@ -38,7 +41,7 @@ from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.model.architecture import timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.optim import make_optimizer, set_rates
-from ssl_vit.training.resume import check_same_run
+from ssl_vit.training.resume import check_same_images, check_same_run
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import check_ready
@@ -622,6 +625,66 @@ def test_an_option_that_a_run_did_not_have_had_its_default(tmp_path):
     changed = dataclasses.replace(config, tune=TuneConfig(ema=0.9))
     with pytest.raises(UserError, match=r"--tune\.ema is 0\.9, but .* started with 0.0"):
         check_same_run(changed, tmp_path)
+
+
+def test_files_in_another_place_may_be_the_same(tmp_path):
+    """Known by content; where that is not known, the options' words count as before."""
+    config = FinetuneConfig(encoder="run", data=DataConfig(train="flat:a", val="flat:b"))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, train="flat:c"))
+    check_same_run(moved, tmp_path, {"data.train": True})
+    with pytest.raises(UserError, match=r"'flat:c', .*'flat:a', with other content; give"):
+        check_same_run(moved, tmp_path, {"data.train": False})
+    with pytest.raises(UserError, match=r"'flat:c', .*'flat:a'; give"):
+        check_same_run(moved, tmp_path)
+    held_out = dataclasses.replace(config, data=dataclasses.replace(config.data, val="flat:c"))
+    check_same_run(held_out, tmp_path)
+    with pytest.raises(UserError, match=r"--data\.val"):
+        check_same_run(held_out, tmp_path, {"data.val": False})
+    check_same_run(dataclasses.replace(config, encoder="copy"), tmp_path, {"encoder": True})
+    with pytest.raises(UserError, match=r"--encoder is 'copy'"):
+        check_same_run(dataclasses.replace(config, encoder="copy"), tmp_path)
+
+
+def labelled_shard(path: Path, label: int) -> str:
+    """Four images in two classes, the last of which has this label."""
+    with tarfile.open(path, "w") as archive:
+        for i in range(4):
+            image = io.BytesIO()
+            np.save(image, np.full((8, 8), i, dtype=np.uint8))
+            text = str(label if i == 3 else i % 2).encode()
+            for name, content in ((f"{i}.npy", image.getvalue()), (f"{i}.cls", text)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return f"tar:{path}"
+
+
+def test_a_run_knows_its_labels_and_its_encoder(tmp_path):
+    """Those that fine-tuning needs, and pretraining does not."""
+    found = []
+    for name, label in (("a", 1), ("b", 1), ("c", 0)):
+        spec = labelled_shard(tmp_path / f"{name}.tar", label)
+        flags = ["--encoder", "none", "--scratch.image-size", "8", "--scratch.patch-size", "2"]
+        flags += ["--data.train", spec, "--data.val", spec, "--data.channels", "1"]
+        flags += [
+            "--optim.batch-size",
+            "2",
+            "--run.out",
+            "run",
+            "--data.mean",
+            "0",
+            "--data.std",
+            "1",
+        ]
+        found.append(Finetuning(*parse_options(flags)).fingerprint)
+    first, same, other = found
+    assert same == first
+    assert other["content"] == first["content"]
+    with pytest.raises(UserError, match="the images have changed since here was written: other la"):
+        check_same_images(other, first, Path("here"))
+    check_same_images(same, first, Path("here"))
+    assert first["weights"] == {}
 
 
 def test_options_of_scratch_that_would_do_nothing():

@@ -13,6 +13,7 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.methods.base import find_method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options
+from ssl_vit.training.resume import files_alike
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 
 CONFIG = EncoderConfig(
@@ -55,6 +56,26 @@ def test_architecture_channels_and_statistics_come_with_the_weights(given):
     assert (config.data.channels, config.data.mean, config.data.std) == (2, (0.1, 0.2), (0.3, 0.4))
     flags = ["dino", "--data.train", "digits", "--init.encoder", str(path)]
     assert parse_options([*flags, *DINO])[2].encoder.drop_path == 0.1  # the method's own
+
+
+def test_a_run_knows_the_file_it_began_with_wherever_it_is(given):
+    """What a run that goes on compares: the same file in another place, and another one."""
+    path, encoder = given
+    copy = path.with_name("copy.safetensors")
+    copy.write_bytes(path.read_bytes())
+    other = path.with_name("other.safetensors")
+    save_encoder(other, encoder, EncoderInfo(CONFIG, 2, (0.5, 0.2), (0.3, 0.4)))
+    place = path.parent / "images"
+    place.mkdir()
+    np.save(place / "a.npy", np.arange(128, dtype=np.uint8).reshape(8, 8, 2))
+    data = ("--data.train", f"flat:{place}", "--data.holdout", "0", "--optim.batch-size", "1")
+    runs = []
+    for file in (path, copy, other):
+        flags = ["mae", *data, "--init.encoder", str(file), "--run.out", "run"]
+        runs.append(build(*parse_options(flags)).fingerprint)
+    first, same, another = runs
+    assert files_alike(same, first) == {"data.train": True, "init.encoder": True}
+    assert files_alike(another, first) == {"data.train": True, "init.encoder": False}
 
 
 def test_another_image_size_resamples_the_positions(given):

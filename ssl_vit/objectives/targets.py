@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ssl_vit.common.distributed import all_reduce_mean
 from ssl_vit.objectives.centering import Center
 from ssl_vit.objectives.sinkhorn import sinkhorn_knopp, unevenness
 
@@ -52,9 +53,13 @@ class Targets(nn.Module):
         self, targets: Float[Tensor, "n k"], weights: Float[Tensor, " n"] | None = None
     ) -> dict[str, Tensor]:
         """Scalars that show a collapse: mean entropy of targets, entropy of their mean, and what
-        keeps them apart; ``weights``: of the rows in those means."""
+        keeps them apart; ``weights``: of the rows in those means, 0 for those that do not count.
+
+        What Sinkhorn-Knopp leaves is of the rows of all processes, as it is.
+        """
+        tiny = torch.finfo(targets.dtype).tiny
         weights = targets.new_ones(len(targets)) if weights is None else weights
-        weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        weights = weights / weights.sum().clamp(min=tiny)
         entropy = torch.special.entr(targets).sum(-1) @ weights
         share = weights @ targets
         found = {
@@ -64,4 +69,6 @@ class Targets(nn.Module):
         }
         if self.center is not None:
             return found | {"center_norm": self.center.value.norm()}
-        return found | {"unevenness": unevenness(share)}
+        counted = (weights > 0).to(targets.dtype)
+        total = all_reduce_mean(counted @ targets)
+        return found | {"unevenness": unevenness(total / total.sum().clamp(min=tiny))}

@@ -15,6 +15,7 @@ from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
 from ssl_vit.objectives.centering import Center
 from ssl_vit.objectives.koleo import koleo, nearest_distances
 from ssl_vit.objectives.sinkhorn import sinkhorn_knopp
+from ssl_vit.objectives.targets import Targets
 
 torch.set_num_threads(1)
 if "RANK" in os.environ:
@@ -37,6 +38,7 @@ for images in (2, 3, 4, 8):
 center = Center(6, 0.5).double().train()
 center(logits, valid)
 center.update(torch.tensor(True))
+made = Targets(6, "sinkhorn", 0.5)
 own = {
     "koleo": loss.detach(),
     "gradient": gradient,
@@ -44,6 +46,7 @@ own = {
     "targets": sinkhorn_knopp(logits, 3),
     "counted": sinkhorn_knopp(logits, 3, valid),
     "center": center.value,
+    "left": made.health(sinkhorn_knopp(logits, 3, valid), 0.3 * valid)["unevenness"],
 }
 save_file({k: v.contiguous() for k, v in own.items()}, f"{sys.argv[1]}/{rank}-of-{world}")
 """
@@ -63,7 +66,7 @@ def found(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
 GROUPS = [f"groups{images}" for images in (2, 3, 4, 8)]
 
 
-@pytest.mark.parametrize("name", ["koleo", "gradient", "center", *GROUPS])
+@pytest.mark.parametrize("name", ["koleo", "gradient", "center", "left", *GROUPS])
 def test_all_have_what_one_has(found, name):
     one, first, second = (own[name] for own in found)
     torch.testing.assert_close(first, one)
@@ -75,6 +78,13 @@ def test_groups_are_apart(found):
     one = found[0]
     torch.testing.assert_close(one["groups8"], one["gradient"])
     assert not torch.allclose(one["groups4"], one["gradient"])
+
+
+def test_what_sinkhorn_leaves_is_of_rows_that_count(found):
+    """Little, of all processes together."""
+    one = found[0]
+    share = one["counted"].sum(0) / one["counted"].sum()
+    torch.testing.assert_close(one["left"], (share - 1 / 6).clamp(min=0).sum())
 
 
 @pytest.mark.parametrize("name", ["targets", "counted"])

@@ -79,11 +79,15 @@ def test_the_rest_is_counted_by_extension_and_said_once(tmp_path, said):
         assert lines == [(logging.WARNING, text)]
 
 
-def test_one_file_beside_many_images_is_no_warning(tmp_path, said):
+def test_a_few_files_beside_many_images_are_no_warning(tmp_path, said):
     put(tmp_path, {f"{i}.png": encoded("PNG") for i in range(20)})
     put(tmp_path, {"README.md": b"# a data set"})
     [(level, text)] = said(f"flat:{tmp_path}")[1]
     assert (level, text) == (logging.INFO, "1 file is no image and was passed over: 1 .md")
+    put(tmp_path, {"LICENSE.txt": b"as you like"} | {f"b{i}.png": b"" for i in range(180)})
+    assert said(f"flat:{tmp_path}")[1][0][0] == logging.INFO
+    (tmp_path / "b0.png").unlink()
+    assert said(f"flat:{tmp_path}")[1][0][0] == logging.WARNING
 
 
 def test_leavings_of_storage_boxes_archives_and_desktops_are_nothing(tmp_path, said):

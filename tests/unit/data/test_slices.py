@@ -215,6 +215,25 @@ def test_a_file_of_an_ome_set_keeps_the_names_of_its_axes(tmp_path):
     assert np.abs(decoded(raw, 1)[..., 0] * 65535 - stored[1][2]).max() < 0.01
 
 
+def test_files_of_an_ome_set_may_hold_different_parts():
+    """A stack that was cut in two by size: five planes, then seven."""
+    ids = [f"urn:uuid:{uuid.UUID(int=i)}" for i in range(2)]
+    parts = [bytes_of(5, 20, 30), bytes_of(7, 20, 30)]
+    data = "".join(
+        f'<TiffData FirstZ="{first}" IFD="0" PlaneCount="{len(part)}">'
+        f'<UUID FileName="{i}.ome.tif">{ids[i]}</UUID></TiffData>'
+        for i, (first, part) in enumerate(zip((0, 5), parts, strict=True))
+    )
+    for own, part in zip(ids, parts, strict=True):
+        xml = (
+            f'<OME UUID="{own}"><Image ID="Image:0"><Pixels DimensionOrder="XYZCT" Type="uint8" '
+            f'SizeX="30" SizeY="20" SizeC="1" SizeZ="12" SizeT="1">{data}</Pixels></Image></OME>'
+        )
+        raw = stack(part, description=xml, metadata=None)
+        assert count_planes(io.BytesIO(raw), 5) == Counted(len(part), "ZYX", 2)
+        np.testing.assert_array_equal(decoded(raw, 1)[..., 0], part[len(part) // 2])
+
+
 def test_an_ome_file_that_names_itself_alone_keeps_its_axes():
     """Without an identity in its head: such files are written by Fiji and others."""
     own = bytes_of(3, 20, 30)

@@ -198,7 +198,7 @@ def _gathered(task: Task) -> list[nn.Parameter]:
     """Parameters that FSDP2 keeps gathered for the whole step."""
     apart: set[int] = set()
     for sequence in task.modules():
-        blocks = [child for child in sequence.children() if isinstance(child, Block)]
+        blocks = [child for child in sequence.children() if isinstance(child, Block | EvaBlock)]
         for block in blocks[:-1]:
             parts = (*block.attn.parameters(), *block.mlp.parameters())
             apart |= {id(p) for p in parts}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,7 +66,7 @@ class Parallel:
             return
         mesh = init_device_mesh(self.device.type, (self.world,))
         for sequence in task.modules():
-            blocks = [child for child in sequence.children() if isinstance(child, Block)]
+            blocks = [child for child in sequence.children() if isinstance(child, Block | EvaBlock)]
             for part in [part for block in blocks[:-1] for part in (block.attn, block.mlp)]:
                 # Autocast rounds the weights of linear layers too, but not those of norms.
                 linear = all(isinstance(m, nn.Linear) for m in part.modules() if own_weights(m))

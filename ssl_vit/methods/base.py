@@ -22,7 +22,7 @@ from ssl_vit.common.task import Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_all
 from ssl_vit.data.order import Places
-from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
 from ssl_vit.weights.exchange import load_strictly, resample_positions
@@ -235,7 +235,7 @@ class Method(Task):
         """The method on the CPU, whose weights are still to be loaded: drawing them takes time."""
         with without_memory():
             made = cls(config, encoder, channels)
-        made.to_empty(device="cpu")
+        take_memory(made)
         for _, objective in made.parts():
             objective.fill_buffers(made.encoder)
         return made

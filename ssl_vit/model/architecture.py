@@ -128,3 +128,16 @@ def without_memory() -> Iterator[None]:
     """Inside, modules are built with shapes only, on the meta device; it takes no time."""
     with torch.device("meta"), _RealNumbers():
         yield
+
+
+def take_memory(module: nn.Module) -> None:
+    """Give a module built :func:`without_memory` memory on the CPU; its weights are to be loaded.
+
+    What is in no state dict (timm's own tables of rotary positions, the zero bias of keys) is
+    computed: our encoder needs none of it, timm's own ``forward`` does.
+    """
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        fill = getattr(part, "init_non_persistent_buffers", None)
+        if fill is not None:
+            fill()

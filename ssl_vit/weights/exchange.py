@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically
-from ssl_vit.model.architecture import timm_kwargs, without_memory
+from ssl_vit.model.architecture import take_memory, timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.positions import resampled
 
@@ -162,7 +162,7 @@ def encoder_of(info: EncoderInfo, state: dict[str, Tensor], where: str) -> Encod
     # On the meta device first: random initialization takes longer than reading a file.
     with without_memory():
         encoder = Encoder(info.config, info.channels)
-    encoder.to_empty(device="cpu")
+    take_memory(encoder)
     load_strictly(encoder.vit, state, where)
     strange = [k for k, v in encoder.vit.state_dict().items() if not v.isfinite().all()]
     check(
@@ -178,7 +178,8 @@ def _check_claims(config: EncoderConfig, state: dict[str, Tensor], where: str) -
     blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     stem, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     widths = (0, *(stem.shape[:1] if stem is not None else ()))
-    places = positions.shape[1] if positions is not None and positions.ndim == 3 else 0
+    # Rotary positions have no table, and take any number of patches: here that of 4096 pixels.
+    places = 700 if positions is None else positions.shape[1] if positions.ndim == 3 else 0
     patch = stem.shape[-1] if stem is not None and stem.ndim == 4 else 1
     pixels = math.prod(config.image_size) if len(config.image_size) == 2 else 0
     pixels = config.image_size[0] ** 2 if len(config.image_size) == 1 else pixels

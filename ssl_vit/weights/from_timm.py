@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.hub import get_dir
 
 from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.architecture import plain_architectures, rotary_architectures, without_memory
 from ssl_vit.weights.reading import Statistics, one_line
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
@@ -27,7 +27,7 @@ def architecture(name: str) -> str:
         UserError: not a plain ViT of timm, or an unknown tag.
     """
     arch = name.partition(".")[0]
-    known = timm.list_models(module="vision_transformer")
+    known = plain_architectures() + rotary_architectures()
     message = f"timm:{name}: {arch!r} is not a plain ViT of timm{did_you_mean(arch, known)}"
     check(is_plain(arch), message)
     try:
@@ -38,8 +38,8 @@ def architecture(name: str) -> str:
 
 
 def is_plain(arch: str) -> bool:
-    """True for the name of a plain ViT of timm."""
-    return arch in timm.list_models(module="vision_transformer")
+    """True for the name of a plain ViT of timm, or of a DINOv3."""
+    return arch in plain_architectures() + rotary_architectures()
 
 
 def pixel_statistics(name: str) -> Statistics | None:

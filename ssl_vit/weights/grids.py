@@ -23,7 +23,8 @@ class Hints:
 
     ``image_size``: height and width in a configuration, which must hold. ``stated_size``: those of
     images among the options of a training. ``square``: a format that knows no other grids.
-    ``given_size``: the user's, of which a file's own grid is only one reading.
+    ``given_size``: the user's, of which a file's own grid is only one reading. ``rope_periods``:
+    of rotary positions.
     """
 
     arch: str = ""
@@ -33,6 +34,7 @@ class Hints:
     stated_size: tuple[int, int] | None = None
     square: bool = False
     given_size: tuple[int, ...] = ()
+    rope_periods: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,24 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from ssl_vit.common.errors import UserError, check
+from ssl_vit.weights import dinov3
 from ssl_vit.weights.lookalikes import looks_like
+from ssl_vit.weights.renaming import joined, renamed, without
 from ssl_vit.weights.unwrapping import STEMS, State, network
 
-MAE, DINO, DINOV2, TIMM = "MAE (official)", "DINO (official)", "DINOv2 (official)", "timm"
+MAE, DINO, TIMM = "MAE (official)", "DINO (official)", "timm"
+DINOV2, DINOV3 = "DINOv2 (official)", "DINOv3 (official)"
 HUGGING_FACE = {
     "vit": "Hugging Face ViT",
     "vit_mae": "Hugging Face ViTMAE",
     "dinov2": "Hugging Face Dinov2",
     "dinov2_with_registers": "Hugging Face Dinov2WithRegisters",
+    "dinov3_vit": "Hugging Face DINOv3ViT",
 }
 _METHODS = {MAE: "mae", DINO: "dino", DINOV2: "dinov2", HUGGING_FACE["vit_mae"]: "mae"}
 _METHODS |= {HUGGING_FACE[kind]: "dinov2" for kind in ("dinov2", "dinov2_with_registers")}
+_METHODS |= {DINOV3: "dinov3", HUGGING_FACE["dinov3_vit"]: "dinov3"}
 
 # Tensors that do not belong to the encoder, by the name they are reported under.
 _LEFT_OUT = {
@@ -66,20 +69,25 @@ _HUGGING_FACE_NAMES = (
 
 @dataclass(frozen=True)
 class Mapped:
-    """Mapped weights: an encoder under timm's names, its format, counts of left-out tensors, and
-    which of several networks it is."""
+    """Mapped weights: an encoder under timm's names, its format, and counts of left-out tensors.
+
+    ``notes``: which of several networks it is, and what else is to be said. ``heads``,
+    ``rope_periods``: of attention, where the file tells them; 0 and empty where not.
+    """
 
     format: str
     state: State
     left_out: Counter[str]
-    chosen: str = ""
+    notes: tuple[str, ...] = ()
+    heads: int = 0
+    rope_periods: tuple[float, ...] = ()
 
     @property
     def method(self) -> str:
         """Pretraining method of the format; empty if unknown."""
         return _METHODS.get(self.format, "")
 
-    def resampling(self, arch: str) -> Literal["timm", "mae", "dino"]:
+    def resampling(self, arch: str) -> Literal["mixed", "timm", "mae", "dino"]:
         """Resampling of positions in the code that trained the network (``EncoderConfig``).
 
         DINOv2's own is that of its weights in any library's file: neither timm nor Hugging Face
@@ -88,6 +96,8 @@ class Mapped:
         Args:
             arch: timm's name of the architecture, where it was given.
         """
+        if "pos_embed" not in self.state:
+            return "mixed"  # rotary: there is nothing to resample
         if self.method == "dinov2" or "dinov2" in arch:
             return "timm" if "reg_token" in self.state else "dino"
         if self.format == DINO:
@@ -105,14 +115,30 @@ def to_timm(wrapper: str, state: State, where: str, model_type: str = "") -> Map
         UserError: not a Vision Transformer, or its tensors cannot be joined.
     """
     own, others, chosen = network(state, where)
-    if any(k.endswith(_PATCHES) for k in own):
+    if dinov3.is_official(own) or dinov3.is_hugging_face(own):
+        found = _from_dinov3(own, where)
+    elif any(k.endswith(_PATCHES) for k in own):
         has_decoder = any(k.endswith("decoder.decoder_embed.weight") for k in state)
         found = _from_hugging_face(own, has_decoder, where, model_type)
     else:
         has_heads = wrapper != "state_dict" and bool(_HEADS & others.keys())
-        _check_plain(own, state, where)
+        if not dinov3.is_timm(own):
+            _check_plain(own, state, where)
         found = _from_official(wrapper, own, has_heads, where)
-    return replace(found, left_out=others + found.left_out, chosen=chosen)
+    return replace(found, left_out=others + found.left_out, notes=(chosen, *found.notes))
+
+
+def _from_dinov3(state: State, where: str) -> Mapped:
+    """Map an official DINOv3, or Hugging Face's."""
+    if dinov3.is_hugging_face(state):
+        own, left_out = dinov3.from_hugging_face(state, where)
+        own, note = dinov3.without_zero_biases(own)
+        return Mapped(HUGGING_FACE["dinov3_vit"], own, left_out, (note,))
+    periods, said = dinov3.rope_periods(state, where)
+    own, left_out = dinov3.from_official(state, where)
+    own, note = dinov3.without_zero_biases(own)
+    heads = dinov3.heads_by_periods(state)
+    return Mapped(DINOV3, own, left_out, (note, said), heads, periods)
 
 
 def _check_plain(state: State, whole: State, where: str) -> None:
@@ -137,14 +163,16 @@ def _check_plain(state: State, whole: State, where: str) -> None:
 def _from_official(wrapper: str, state: State, has_heads: bool, where: str) -> Mapped:
     """Map a network with timm's names or nearly so."""
     kind = _kind(wrapper, state, has_heads)
-    state, left_out = _without(state, _LEFT_OUT[kind])
+    state, left_out = without(state, _LEFT_OUT[kind])
     if kind == DINOV2:
-        state = with_own_position(_renamed(state, _DINOV2_NAMES, where))
+        state = with_own_position(renamed(state, _DINOV2_NAMES, where))
     return Mapped(kind, state, left_out)
 
 
 def _kind(wrapper: str, state: State, has_heads: bool) -> str:
     """Format of a file with timm's names or nearly so."""
+    if "pos_embed" not in state:
+        return TIMM
     mask = state.get("mask_token")
     gated = any(re.match(r"blocks\.(\d+\.)+mlp\.w12\.", k) for k in state)
     chunked = any(re.match(r"blocks\.\d+\.\d+\.", k) for k in state)
@@ -181,7 +209,7 @@ def _from_hugging_face(state: State, has_decoder: bool, where: str, model_type: 
     known = ", ".join(HUGGING_FACE)
     message = f"{where}: a Hugging Face model of type {model_type!r}; known here: {known}"
     check(model_type in ("", *HUGGING_FACE), message)
-    state, left_out = _without(state, _LEFT_OUT["Hugging Face"])
+    state, left_out = without(state, _LEFT_OUT["Hugging Face"])
     state = hugging_face_names(state, where)
     check("pos_embed" in state, f"{where}: missing embeddings.position_embeddings")
     if not model_type and any(k.endswith(".ls1.gamma") for k in state):
@@ -197,49 +225,4 @@ def hugging_face_names(state: State, where: str) -> State:
     Raises:
         UserError: tensors to be joined are missing, or their shapes differ.
     """
-    return _renamed(_joined(state, where), _HUGGING_FACE_NAMES, where)
-
-
-def _without(state: State, pattern: str) -> tuple[State, Counter[str]]:
-    """Tensors whose names do not match ``pattern``, and counts of the others by regex group.
-
-    The group is the matching parenthesis of the pattern.
-    """
-    groups: Counter[str] = Counter()
-    kept = {}
-    for key, tensor in state.items():
-        found = re.match(pattern, key)
-        if found:
-            groups[next(group for group in found.groups() if group)] += 1
-        else:
-            kept[key] = tensor
-    return kept, groups
-
-
-def _joined(state: State, where: str) -> State:
-    """Join queries, keys and values into one tensor, and the halves of a gated MLP."""
-    state = dict(state)
-    for target, parts in _HUGGING_FACE_JOINED:
-        for key in [k for k in state if f".{parts[0]}." in k]:
-            names = [key.replace(parts[0], part) for part in parts]
-            missing = [name for name in names if name not in state]
-            check(not missing, f"{where}: missing {', '.join(missing)}")
-            shapes = [tuple(state[name].shape) for name in names]
-            check(
-                len(set(shapes)) == 1,
-                f"{where}: {', '.join(names)} have shapes {shapes}; they must be equal",
-            )
-            state[key.replace(parts[0], target)] = torch.cat([state.pop(name) for name in names])
-    return state
-
-
-def _renamed(state: State, rules: tuple[tuple[str, str], ...], where: str) -> State:
-    """Rename all keys by all rules (pattern, replacement), in order."""
-    renamed = {}
-    for key, tensor in state.items():
-        name = key
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        check(name not in renamed, f"{where}: {key} exists under two names")
-        renamed[name] = tensor
-    return renamed
+    return renamed(joined(state, _HUGGING_FACE_JOINED, where), _HUGGING_FACE_NAMES, where)

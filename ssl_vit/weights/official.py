@@ -13,7 +13,7 @@ from typing import Any
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.weights import from_timm
+from ssl_vit.weights import dinov3, from_timm
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     EncoderInfo,
@@ -24,7 +24,15 @@ from ssl_vit.weights.exchange import (
     read_info,
 )
 from ssl_vit.weights.grids import Hints
-from ssl_vit.weights.keymaps import DINO, DINOV2, HUGGING_FACE, TIMM, Mapped, to_timm
+from ssl_vit.weights.keymaps import (
+    DINO,
+    DINOV2,
+    DINOV3,
+    HUGGING_FACE,
+    TIMM,
+    Mapped,
+    to_timm,
+)
 from ssl_vit.weights.reading import (
     FILES,
     INDEX,
@@ -36,8 +44,12 @@ from ssl_vit.weights.reading import (
     read_json,
     stated_size,
 )
+from ssl_vit.weights.rotary_shapes import infer_rotary
 from ssl_vit.weights.shapes import infer
 from ssl_vit.weights.unwrapping import Unwrapped, unwrapped
+
+# In the names of DINOv3's files of satellite images, which have other statistics.
+_SATELLITE = "sat493m"
 
 
 @dataclass(frozen=True)
@@ -155,17 +167,38 @@ def _foreign(path: Path, name: str, size: tuple[int, ...], shapes_only: bool = F
         state = {k: v if _has_value(k) else v.to("meta") for k, v in state.items()}
     model_type = str(config.get("model_type") or "")
     mapped = to_timm(content.wrapper, state, str(path), model_type)
+    name = name or (_timm_name(config, content) if mapped.format == TIMM else "")
+    hints = replace(_hints(mapped, config, content, path), given_size=size)
+    if mapped.format not in HUGGING_FACE.values():
+        hints = replace(hints, arch=from_timm.architecture(name) if name else "")
+    known = _statistics(mapped, name, path, folder)
+    found = _found(mapped, path, hints, known)
+    return replace(found, notes=(content.chosen, *mapped.notes, *found.notes))
+
+
+def _hints(mapped: Mapped, config: dict[str, Any], content: Unwrapped, path: Path) -> Hints:
+    """Architecture hints in a file and in the configuration beside it."""
+    if mapped.format == HUGGING_FACE["dinov3_vit"]:
+        return dinov3.hints_of(config, "blocks.0.mlp.fc1_g.weight" in mapped.state, path)
     if mapped.format in HUGGING_FACE.values():
-        hints, known = hints_of(config, mapped.format, path), preprocessing(folder)
-    else:
-        name = name or (_timm_name(config, content) if mapped.format == TIMM else "")
-        known = (IMAGENET_MEAN, IMAGENET_STD) if mapped.format != TIMM else None
-        known = from_timm.pixel_statistics(name) if name else known
-        hints = Hints(from_timm.architecture(name) if name else "", heads_of(config, path))
-        square = mapped.format in (DINO, DINOV2)  # their code takes the square root
-        hints = replace(hints, stated_size=stated_size(content.options), square=square)
-    found = _found(mapped, path, replace(hints, given_size=size), known)
-    return replace(found, notes=(content.chosen, mapped.chosen, *found.notes))
+        return hints_of(config, mapped.format, path)
+    return Hints(
+        heads=heads_of(config, path) or mapped.heads,
+        stated_size=stated_size(content.options),
+        square=mapped.format in (DINO, DINOV2),  # their code takes the square root
+        rope_periods=mapped.rope_periods,
+    )
+
+
+def _statistics(mapped: Mapped, name: str, path: Path, folder: Path | None) -> Statistics | None:
+    """Pixel statistics of the images a file was trained on; None if unknown."""
+    if mapped.format in HUGGING_FACE.values():
+        return preprocessing(folder)
+    if mapped.format == DINOV3 and _SATELLITE in path.name:
+        name = f"vit_large_patch16_dinov3.{_SATELLITE}"
+    if name:
+        return from_timm.pixel_statistics(name)
+    return None if mapped.format == TIMM else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _timm_name(config: dict[str, Any], content: Unwrapped) -> str:
@@ -176,12 +209,15 @@ def _timm_name(config: dict[str, Any], content: Unwrapped) -> str:
 
 def _has_value(key: str) -> bool:
     """True if the values of a tensor, not only its shape, determine the architecture."""
-    return key.endswith(("pos_embed", "position_embeddings", "cls_token"))
+    tables = "pos_embed", "position_embeddings", "cls_token", "rope_embed.periods"
+    biases = "qkv.bias", "qkv.bias_mask", "q_proj.bias", "k_proj.bias", "v_proj.bias"
+    return key.endswith(tables + biases)
 
 
 def _found(mapped: Mapped, path: Path, hints: Hints, known: Statistics | None) -> _Found:
     """Add the architecture and the image statistics, assumed if unknown."""
-    inferred = infer(mapped.state, str(path), hints)
+    architecture = infer if "pos_embed" in mapped.state else infer_rotary
+    inferred = architecture(mapped.state, str(path), hints)
     config = replace(inferred.config, resampling=mapped.resampling(hints.arch))
     channels, assumed = inferred.channels, ""
     if known is None or len(known[0]) != channels:

@@ -47,14 +47,13 @@ def infer(state: State, where: str, hints: Hints) -> Inferred:
     Raises:
         UserError: the shapes are not those of a Vision Transformer that can be built.
     """
-    width, channels, patch = _projection(state, where)
+    width, channels, patch = projection(state, where)
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     prefix = registers + ("cls_token" in state)
     position = tuple(state["pos_embed"].shape)
     fits = len(position) == 3 and position[0] == 1 and position[2] == width
     check(fits, f"{where}: pos_embed is {position}; expected (1, positions, {width})")
-    depth = len({found[1] for k in state if (found := re.match(r"blocks\.(\d+)\.", k))})
-    check(depth > 0, f"{where}: no blocks.0 among its tensors")
+    depth = count_blocks(state, where)
     # Only networks with registers or layer scale leave [CLS] without a position.
     plain = not registers and "blocks.0.ls1.gamma" not in state
     embeds = plain or prefix_has_positions(position[1], prefix, patch, hints)
@@ -70,10 +69,10 @@ def infer(state: State, where: str, hints: Hints) -> Inferred:
     config = dataclasses.replace(
         model.config,
         image_size=() if size == model.image_size else tuple(dict.fromkeys(size)),
-        patch_size=_change(patch, model.patch_size),
-        width=_change(width, model.width),
-        depth=_change(depth, len(model.vit.blocks)),
-        heads=_change(hints.heads or _heads(width, model, where), first.attn.num_heads),
+        patch_size=change(patch, model.patch_size),
+        width=change(width, model.width),
+        depth=change(depth, len(model.vit.blocks)),
+        heads=change(hints.heads or _heads(width, model, where), first.attn.num_heads),
         registers=-1 if registers == model.vit.num_reg_tokens else registers,
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in state and not scaled else 0.0,
         norm_eps=0.0 if hints.norm_eps == first.norm1.eps else hints.norm_eps,
@@ -82,12 +81,23 @@ def infer(state: State, where: str, hints: Hints) -> Inferred:
     return Inferred(config, channels, grid.note)
 
 
-def _change(found: int, own: int) -> int:
+def count_blocks(state: State, where: str) -> int:
+    """Number of blocks.
+
+    Raises:
+        UserError: there are none.
+    """
+    depth = len({found[1] for k in state if (found := re.match(r"blocks\.(\d+)\.", k))})
+    check(depth > 0, f"{where}: no blocks.0 among its tensors")
+    return depth
+
+
+def change(found: int, own: int) -> int:
     """Config value of a number: 0 where it equals the architecture's default."""
     return 0 if found == own else found
 
 
-def _projection(state: State, where: str) -> tuple[int, int, int]:
+def projection(state: State, where: str) -> tuple[int, int, int]:
     """Width, channels and patch size in pixels, of the patch projection."""
     shape = tuple(state["patch_embed.proj.weight"].shape)
     message = f"{where}: patch_embed.proj.weight is {shape}; expected (width, channels, P, P)"

@@ -18,7 +18,11 @@ from torch import Tensor
 from ssl_vit.common.errors import UserError, check
 
 State = dict[str, Tensor]
-STEMS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+STEMS = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.weight",
+)
 """Ends of the name of a patch projection; what stands before it is the name of its network."""
 _AVERAGED = ("teacher", "ema", "momentum", "target")
 # Parts that wrappers (torch.compile, FSDP, activation checkpointing) put into names.

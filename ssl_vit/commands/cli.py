@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import platform
@@ -62,8 +63,9 @@ def run_door(main: Callable[[list[str]], int]) -> None:
         # A regular exit would wait for other processes, which may be waiting for this one, and for
         # a checkpoint being written, which will not be complete.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     stop_parallel()
     sys.exit(status)
@@ -78,7 +80,8 @@ def _print_error(own: Launched, kind: str, error: Exception) -> None:
         return
     text = str(error).strip().split("\n")[0] if lost_process(error) else str(error)
     who = f"process {own.rank} ({platform.node()}): " if own.rank else ""
-    print(f"{who}{kind}: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"{who}{kind}: {text}", file=sys.stderr)
 
 
 def recipes() -> dict[str, Path]:

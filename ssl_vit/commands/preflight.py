@@ -18,8 +18,7 @@ from ssl_vit.evaluators.watch import bounded
 from ssl_vit.objectives.base import Setting
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import loader_workers, own_cores
-from ssl_vit.training.resume import starting_point
-from ssl_vit.training.session import check_same
+from ssl_vit.training.resume import check_same, starting_point
 from ssl_vit.training.shared_cores import SharedCores
 
 # Enlarged more than this, in height and width, an image fills its crop with interpolated pixels.
@@ -58,7 +57,7 @@ def where_it_begins(session: Pretraining) -> tuple[int, str]:
     start = starting_point(session.config.run, session.out)
     if start is None:
         return 0, "anew"
-    check_same(session, start)
+    check_same(session.config, session.out, start, session.fingerprint)
     named = re.fullmatch(r"step-(\d+)", start.name)
     if named is None:
         return 0, f"from {start}"

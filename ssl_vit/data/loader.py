@@ -207,7 +207,8 @@ def train_batches(
     images: TrainImages, order: Order, start: int, stop: int, workers: int, pin: bool
 ) -> Iterator[Batch]:
     """The batches of steps ``start`` to ``stop``, ``order.accumulate`` for each step."""
-    return load(images, _Positions(order, start, stop), workers, pin, prefetch=4)
+    batches, held = _Positions(order, start, stop), order.accumulate + 1
+    return load(images, batches, workers, pin, prefetch=4, held=held)
 
 
 class EvalImages(Dataset):

@@ -13,15 +13,14 @@ from ssl_vit.common.waiting import local_processes
 
 log = logging.getLogger("ssl_vit")
 SHARED_MEMORY = "/dev/shm"
-# Batches that the main process holds: one in use, one on its way to the device.
-_HELD = 2
 
 
-def affordable(batch: int, workers: int, prefetch: int) -> int:
+def affordable(batch: int, workers: int, prefetch: int, held: int = 2) -> int:
     """Batches that each worker can prepare ahead: at most ``prefetch``, at least one.
 
     Args:
         batch: bytes of a batch; 0: unknown.
+        held: batches that the main process holds: those in use, and the next.
 
     Raises:
         RunFailed: shared memory is too small for one of each worker.
@@ -33,11 +32,11 @@ def affordable(batch: int, workers: int, prefetch: int) -> int:
     if not (batch and total):
         return prefetch
     processes = local_processes(os.environ)
-    fits = (free // processes // batch - _HELD) // workers
+    fits = (free // processes // batch - held) // workers
     if fits >= prefetch:
         return prefetch
-    size = shm_size(processes * (workers * prefetch + _HELD) * batch)
-    if (workers + 1) * batch > free:
+    size = shm_size(processes * (workers * prefetch + held) * batch)
+    if (workers + held - 1) * batch > free:
         raise RunFailed(
             f"{SHARED_MEMORY} is too small for a batch of {mebibytes(batch)} from each of "
             f"{workers} data workers: {room_text(free, total)}. {remedy(size)}"

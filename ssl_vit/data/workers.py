@@ -38,6 +38,7 @@ def load(
     workers: int,
     pin: bool,
     prefetch: int = 2,
+    held: int = 2,
     collate: Callable[[Any], Any] | None = None,
 ) -> Iterator[Any]:
     """Batches of these indices, in order; the workers start now, and end with the last batch.
@@ -50,6 +51,7 @@ def load(
         batches: the indices of each batch.
         workers: 0: this process prepares them itself.
         prefetch: batches that each worker prepares ahead; fewer if shared memory is too small.
+        held: batches that the caller holds at a time, with the next.
         collate: makes a batch of what ``images`` returns.
     """
     options: dict[str, Any] = {"batch_sampler": batches, "pin_memory": pin}
@@ -57,7 +59,7 @@ def load(
     if not workers:
         return iter(DataLoader(images, collate_fn=collate, **options))
     try:
-        ahead = affordable(_batch_bytes(images, batches), workers, prefetch)
+        ahead = affordable(_batch_bytes(images, batches), workers, prefetch, held)
         loader = DataLoader(
             images,
             collate_fn=partial(_packed, collate),

@@ -13,7 +13,7 @@ import yaml
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.layers import as_written, flatten
-from ssl_vit.training.checkpoint import complete, load_checkpoint
+from ssl_vit.training.checkpoint import complete, load_checkpoint, read_images
 from ssl_vit.training.loop import Trainer
 
 log = logging.getLogger("ssl_vit")
@@ -60,6 +60,23 @@ def starting_point(run: RunConfig, out: Path) -> Path | None:
         f"--run.resume is {run.resume!r}; allowed: auto, never, or a checkpoint folder that exists",
     )
     return path
+
+
+def check_same(config: Any, out: Path, start: Path, now: dict[str, Any]) -> None:
+    """Check that a run that goes on from a checkpoint of its own has its options and its images.
+
+    Args:
+        out: the run folder. The checkpoint ``start`` may be another run's.
+        now: ``Session.fingerprint``.
+
+    Raises:
+        UserError: it has others.
+    """
+    if start.parent != out / "checkpoints":
+        return
+    before = read_images(start)
+    check_same_run(config, out, files_alike(now, before))
+    check_same_images(now, before, start)
 
 
 def check_same_run(config: Any, out: Path, alike: Mapping[str, bool] | None = None) -> None:

@@ -200,7 +200,7 @@ def _take(folder: Path) -> tuple[Path, str]:
         after.pop(int(path.suffix.rpartition("-")[2]), None)
         if after == before:
             for number, seen in before.items():
-                log.warning("%s has ended without a word; its run is taken over", _owner(seen))
+                log.warning("%s has ended, or gives no sign; its run is taken over", _owner(seen))
                 (folder / _NAME.format(number)).unlink(missing_ok=True)
             return path, text
         path.unlink(missing_ok=True)  # something has changed meanwhile: look again
@@ -245,7 +245,7 @@ def _wait_for_end(path: Path, seen: _Seen, own: Owner) -> None:
                 return
             ended = False if now.touched != seen.touched else None
     if ended is False:
-        stop = f" (kill {owner.pid})" if owner.pid else ""
+        stop = f" (kill {owner.pid})" if has_ended(owner, own) is False else ""
         raise UserError(
             f"{path.parent} is in use by another run: {owner}. Give another --run.out, or wait "
             f"until that run has ended, or stop it{stop}"

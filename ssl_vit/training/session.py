@@ -29,7 +29,7 @@ from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.model.execution import checkpoint_activations, choose_attention, compile_blocks
-from ssl_vit.training.checkpoint import Checkpoints, clean, read_images
+from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
@@ -38,9 +38,7 @@ from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precisio
 from ssl_vit.training.prefetch import on_device
 from ssl_vit.training.resume import (
     CONFIG_FILE,
-    check_same_images,
-    check_same_run,
-    files_alike,
+    check_same,
     load_into,
     move_aside,
     starting_point,
@@ -203,7 +201,7 @@ def prepare_folder(session: Session) -> None:
     # One process checks for all: network disks may show a new folder late on other machines.
     start = Path(found) if (found := gather_texts(str(starting_point(run, out) or ""))[0]) else None
     if start is not None:
-        check_same(session, start)
+        check_same(session.config, out, start, session.fingerprint)
         load_into(trainer, start)
     statistics = zlib.crc32(str(session.fingerprint).encode())
     session.parallel.check_agreement("the step to start from", trainer.step)
@@ -225,19 +223,6 @@ def prepare_folder(session: Session) -> None:
         whole = trainer.whole(torch.device("cpu"))
         if session.parallel.main:
             session.export(whole)()
-
-
-def check_same(session: Session, start: Path) -> None:
-    """Check that a run that goes on from its own checkpoint has its options and its images.
-
-    Raises:
-        UserError: it has others.
-    """
-    if start.parent != session.out / "checkpoints":
-        return
-    now, before = session.fingerprint, read_images(start)
-    check_same_run(session.config, session.out, files_alike(now, before))
-    check_same_images(now, before, start)
 
 
 def train(session: Session) -> int:

@@ -112,7 +112,7 @@ def test_an_owner_that_ended_here_is_followed_at_once(tmp_path, caplog, changes)
     left_by(tmp_path / "run", **changes)
     lock = RunLock(tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock-2"]
-    assert "has ended without a word; its run is taken over" in caplog.text
+    assert "has ended, or gives no sign; its run is taken over" in caplog.text
     lock.release()
     assert list((tmp_path / "run").iterdir()) == []
 

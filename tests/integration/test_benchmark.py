@@ -201,7 +201,7 @@ def test_a_peers_library_that_is_missing_is_one_line():
         ),
         (["loader", "mae", "--coutn", "3"], ["--coutn", "--count"]),
         (["step", "mae", "--against", "original,lihgtly"], ["'lihgtly'", "huggingface, "]),
-        (["step", "dino", "--against", "huggingface"], ["'huggingface'", "original, lightly"]),
+        (["step", "dino", "--against", "moco"], ["'moco'", "original, timm, huggingface"]),
         (["step", "mae", "--dry-run"], ["--dry-run"]),
         (["loader", "mae", "--data", "flat:photos"], ["unknown option '--data'"]),
         (["step", "mae", "--precision", "bf16"], ["--precision", "--run.precision"]),

@@ -1,11 +1,14 @@
 """Shapes in signatures are checked in every test: jaxtyping's annotations, by beartype."""
 
 import os
+import signal
 
+# What tests start must heed it, as they send it; under nohup it would be ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Several test processes share the cores: threads of one would wait for those of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("ssl_vit", "beartype.beartype")
 

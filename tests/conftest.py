@@ -3,8 +3,10 @@
 import os
 import signal
 
-# What tests start must heed it, as they send it; under nohup it would be ignored.
+# What tests start must heed them, as they send them; under nohup, or started by a script in the
+# background, it would ignore them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Several test processes share the cores: threads of one would wait for those of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -196,7 +196,7 @@ def seen(tmp_path):
     """What a program finds of waits in its environment when it imports torch."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text(
-        "import os\nprint(os.environ.get('OMP_WAIT_POLICY'))\nos._exit(0)"
+        "import os\nprint(os.environ.get('OMP_WAIT_POLICY'), flush=True)\nos._exit(0)"
     )
 
     def run(*arguments: str, **env: str) -> str:

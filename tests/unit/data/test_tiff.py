@@ -359,6 +359,16 @@ def test_a_stack_that_was_cut_is_bad_or_the_same(options):
         np.testing.assert_array_equal(found, whole)
 
 
+@pytest.mark.parametrize("codec", [None, "lzw"])
+def test_pages_that_were_cut_are_bad(codec):
+    """Even where the one that is read is whole: it need not be the middle of what there was."""
+    raw = tiff(numbers("u2", (5, 20, 30)), photometric="minisblack", compression=codec)
+    assert decode(raw, 1).shape == (1, 20, 30)
+    for cut in np.linspace(len(raw) * 0.7, len(raw) - 20, 12).astype(int):
+        with pytest.raises(BadImage):
+            decode(raw[:cut], 1)
+
+
 def with_tags(raw: bytes, **values: int) -> bytes:
     """A TIFF with other values in tags of its first page."""
     changed = bytearray(raw)

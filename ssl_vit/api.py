@@ -112,7 +112,7 @@ def load_encoder(
     """Pretrained encoder from a run folder, or from any weight file that the evaluators accept.
 
     Args:
-        name: a run folder; a file of ours, of the official MAE, DINO and DINOv2 releases or of
+        name: a run folder; a file of ours, of the official MAE and DINO (1 to 3) releases or of
             timm; a Hugging Face folder; ``timm:NAME``; ``random:`` before any of them.
         size: height and width that images are resized to, or one number for both, divisible by the
             patch size; None: those of the encoder.

@@ -25,7 +25,7 @@ class ExportConfig:
     config: str = ""
     """A YAML file of these options. The command line wins."""
     encoder: str = ""
-    """A run folder, an encoder file, or other weights: an official file of MAE, DINO or DINOv2, a
+    """A run folder, an encoder file, or other weights: an official file of MAE or DINO (1 to 3), a
     Hugging Face folder, timm:NAME:FILE, timm:NAME."""
     size: tuple[int, ...] = ()
     """Height and width in pixels of the images that the encoder was trained on, where its file does

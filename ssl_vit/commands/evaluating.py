@@ -63,7 +63,7 @@ class EvalConfig:
     """A YAML file of these options. The command line wins."""
     data: EvalData = field(default_factory=EvalData)
     encoder: str = ""
-    """A run folder; a weight file: ours, official MAE, DINO or DINOv2, Hugging Face, timm;
+    """A run folder; a weight file: ours, official MAE or DINO (1 to 3), Hugging Face, timm;
     timm:NAME (timm's own weights) or timm:NAME:FILE. With the prefix random: the same architecture
     with random weights. With the prefix pixels: no encoder, but its input images, at most
     32 x 32."""

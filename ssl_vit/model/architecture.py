@@ -37,6 +37,8 @@ def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
     rotary = config.arch in rotary_architectures()
     if config.registers >= 0:
         kwargs["num_reg_tokens" if rotary else "reg_tokens"] = config.registers
+    if rotary and len(config.rope_periods) == 1 and config.rope_periods != (100.0,):
+        kwargs["rope_temperature"] = config.rope_periods[0]
     if config.norm == "pooled":
         kwargs |= {"global_pool": "avg", "use_fc_norm" if rotary else "fc_norm": True}
     return kwargs

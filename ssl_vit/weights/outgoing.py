@@ -69,7 +69,17 @@ def _own_features(path: Path, images: Tensor) -> dict[str, Tensor]:
 
 
 def _timm_call(info: EncoderInfo) -> dict[str, Any]:
-    """Arguments of the timm call; an epsilon is passed as a layer, which is not JSON."""
+    """Arguments of the timm call; an epsilon is passed as a layer, which is not JSON.
+
+    Raises:
+        UserError: timm cannot be told of its rotary positions.
+    """
+    periods, coords = info.config.rope_periods, info.config.rope_coords
+    check(
+        len(periods) == 1 and coords == "separate",
+        f"--to timm: its rotary positions have one base, and coordinates for each side, not "
+        f"{' to '.join(f'{p:g}' for p in periods)}, {coords}",
+    )
     kwargs = timm_kwargs(info.config, info.channels)
     if info.config.norm_eps:
         kwargs["norm_layer"] = partial(nn.LayerNorm, eps=info.config.norm_eps)
@@ -83,7 +93,7 @@ def _timm_features(path: Path, images: Tensor) -> dict[str, Tensor]:
         info.config.arch, checkpoint_path=str(path), num_classes=0, **_timm_call(info)
     )
     tokens = vit.eval().forward_features(images)
-    found = {"cls": tokens[:, 0]} if vit.has_class_token else {}
+    found = {} if vit.cls_token is None else {"cls": tokens[:, 0]}
     found["patches"] = tokens[:, vit.num_prefix_tokens :]
     if info.config.norm == "pooled":
         found["pooled"] = vit.forward_head(tokens, pre_logits=True)

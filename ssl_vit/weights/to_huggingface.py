@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ssl_vit.common.errors import RunFailed, check
 from ssl_vit.model.block import LeanBlock, LeanMlp
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.weights.dinov3_out import check_dinov3, dinov3_config, dinov3_state
 from ssl_vit.weights.exchange import EncoderInfo, contiguous_state
 
 # Files of an export; a folder with other files is not overwritten.
@@ -25,6 +26,7 @@ _CLASSES = {
     "vit": "ViTModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
 }
 # Parts of a block: timm's names, and those in transformers' files. Version 5 has other names in
 # memory but reads these as well; version 4 reads only these.
@@ -74,7 +76,7 @@ def fits_dinov2(encoder: Encoder) -> bool:
 
 
 def family(encoder: Encoder) -> str:
-    """Equivalent transformers model: vit, dinov2 or dinov2_with_registers.
+    """Equivalent transformers model: vit, dinov2, dinov2_with_registers or dinov3_vit.
 
     With layer scale a Dinov2Model or, where that does not support the sizes, a ViTModel with the
     scale multiplied into the weights; with registers but no layer scale, a scale of 1.
@@ -82,6 +84,9 @@ def family(encoder: Encoder) -> str:
     Raises:
         UserError: there is none; the reason is given.
     """
+    if encoder.rotary:
+        check_dinov3(encoder)
+        return "dinov3_vit"
     vit, block = encoder.vit, encoder.vit.blocks[0]
     registers, swiglu = vit.num_reg_tokens > 0, is_swiglu(encoder)
     activation = type(block.mlp.act).__name__
@@ -134,8 +139,10 @@ def huggingface_state(encoder: Encoder, kind: str) -> dict[str, Tensor]:
         UserError: that model lacks some of the tensors.
     """
     rest = {k: v.float() for k, v in contiguous_state(encoder.vit).items()}
+    if kind == "dinov3_vit":
+        return {k: v.clone().contiguous() for k, v in dinov3_state(encoder, rest).items()}
     own, patches = encoder.positions(encoder.grid)
-    assert patches is not None, "rotary encoders have another model"
+    assert patches is not None
     tokens = torch.cat(
         [t for t in (encoder.vit.cls_token, encoder.vit.reg_token) if t is not None], 1
     )
@@ -179,21 +186,23 @@ def huggingface_config(encoder: Encoder, info: EncoderInfo, kind: str) -> dict[s
     """Configuration of transformers' model ``kind``."""
     vit, block = encoder.vit, encoder.vit.blocks[0]
     height, width = encoder.image_size
-    hidden = block.mlp.fc1.out_features
     config = {
         "hidden_size": encoder.width,
         "num_hidden_layers": len(vit.blocks),
         "num_attention_heads": block.attn.num_heads,
-        # A SwiGLU MLP has its own activation; DINOv2's configurations have gelu all the same.
-        "hidden_act": _ACTIVATIONS.get(type(block.mlp.act).__name__, "gelu"),
         "layer_norm_eps": vit.norm.eps,
         "image_size": height if height == width else [height, width],
         "patch_size": encoder.patch_size,
         "num_channels": encoder.channels,
-        "qkv_bias": block.attn.qkv.bias is not None,
         "architectures": [_CLASSES[kind]],
         "ssl_vit": dataclasses.asdict(info),
     }
+    if kind == "dinov3_vit":
+        return config | dinov3_config(encoder)
+    hidden = block.mlp.fc1.out_features
+    # A SwiGLU MLP has its own activation; DINOv2's configurations have gelu all the same.
+    config["hidden_act"] = _ACTIVATIONS.get(type(block.mlp.act).__name__, "gelu")
+    config["qkv_bias"] = block.attn.qkv.bias is not None
     if kind == "vit":
         return config | {"intermediate_size": hidden, "pooler_act": "linear"}
     swiglu = is_swiglu(encoder)

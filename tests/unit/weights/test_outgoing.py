@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import onnx
 import pytest
@@ -20,6 +21,14 @@ from ssl_vit.weights.outgoing import FORMATS, check_ready, export_encoder, sampl
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 GIANT = "vit_giant_patch14_reg4_dinov2"
+# Rotary positions: with biases of queries and values; with a gated MLP; with two halves of its own.
+BIASED, GATED = "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3"
+ROTARY = [
+    {"arch": BIASED, "image_size": (16, 32)},
+    {"arch": GATED, "channels": 5},
+    {"arch": "vit_7b_patch16_dinov3", "registers": 0},
+    {"arch": BIASED, "rope_periods": (20.0,), "norm_eps": 1e-2, "rope_rescale": 2.0},
+]
 
 
 def make(channels=3, arch="vit_tiny_patch16_224", std=0.3, **changes):
@@ -59,6 +68,7 @@ SHAPES = [
     {"channels": 5},
     {"layer_scale": 0.1, "registers": 3},
     {"arch": GIANT},
+    *ROTARY,
 ]
 
 
@@ -67,6 +77,8 @@ def test_timm_opens_its_file(tmp_path, changes):
     made = make(**changes)
     out = export(made, "timm", tmp_path)
     kwargs = timm_kwargs(made[1].config, made[1].channels)
+    if made[1].config.norm_eps:
+        kwargs["norm_layer"] = partial(nn.LayerNorm, eps=made[1].config.norm_eps)
     vit = timm.create_model(
         made[1].config.arch, checkpoint_path=str(out), num_classes=0, **kwargs
     ).eval()
@@ -84,6 +96,8 @@ def test_timm_opens_its_file(tmp_path, changes):
         {"channels": 5, "registers": 2},
         {"norm_eps": 1e-2},
         {"norm": "pooled", "image_size": (16, 32)},
+        {"norm": "pooled", "arch": GATED},
+        {"arch": BIASED, "rope_periods": (20.0,), "norm_eps": 1e-2},
     ],
 )
 def test_timms_printed_line_opens_the_file(tmp_path, changes):
@@ -96,6 +110,14 @@ def test_timms_printed_line_opens_the_file(tmp_path, changes):
         pooled = names["model"](images)  # [CLS], or the mean through its norm
         ours = made[0](images).pool("mean" if "norm" in changes else "cls")
     torch.testing.assert_close(pooled, ours, **CLOSE)
+
+
+@pytest.mark.parametrize("changes", [{"rope_periods": (1.0, 30.0)}, {"rope_coords": "max"}])
+def test_rotary_positions_that_timm_cannot_be_told_are_refused(tmp_path, changes):
+    with pytest.raises(UserError, match=r"--to timm: its rotary positions have one base, .*, not "):
+        export(make(arch=BIASED, image_size=(16, 32), **changes), "timm", tmp_path)
+    assert not list(tmp_path.iterdir())
+    export(make(arch=BIASED, image_size=(16, 32), **changes), "safetensors", tmp_path)
 
 
 def test_our_own_format_is_what_a_run_writes(tmp_path):
@@ -114,6 +136,8 @@ def test_our_own_format_is_what_a_run_writes(tmp_path):
         ({"channels": 5, "image_size": (16, 32), "layer_scale": 0.1}, ["cls", "patches"]),
         ({"norm": "pooled", "registers": 3}, ["cls", "patches", "pooled"]),
         ({"arch": "vit_base_patch16_siglip_224", "channels": 1}, ["patches"]),
+        ({"arch": BIASED, "image_size": (16, 32), "rope_coords": "min"}, ["cls", "patches"]),
+        ({"arch": GATED, "norm": "pooled"}, ["cls", "patches", "pooled"]),
     ],
 )
 def test_onnxruntime_opens_its_file(tmp_path, changes, names):

@@ -12,7 +12,16 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.data.augment import Normalize, center_view
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import export_encoder
-from tests.unit.weights.test_outgoing import CLOSE, GIANT, export, features, make
+from tests.unit.weights.test_outgoing import (
+    BIASED,
+    CLOSE,
+    GATED,
+    GIANT,
+    ROTARY,
+    export,
+    features,
+    make,
+)
 
 
 @torch.no_grad()
@@ -41,6 +50,7 @@ HUGGING = {
         {"arch": "vit_small_patch14_reg4_dinov2", "channels": 5},  # without a position for [CLS]
         {"arch": GIANT},
     ],
+    "DINOv3ViTModel": ROTARY,
 }
 
 
@@ -121,6 +131,33 @@ def test_what_transformers_has_no_model_for_is_refused(tmp_path, changes, fragme
     assert fragment in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"norm": "pooled"}, "has its final norm after the pooling"),
+        ({"rope_periods": (1.0, 30.0)}, "has rotary periods of (1.0, 30.0)"),
+        ({"rope_coords": "max"}, "has rotary coordinates by the max"),
+    ],
+)
+def test_rotary_positions_that_transformers_has_not_are_refused(tmp_path, changes, fragment):
+    with pytest.raises(UserError, match=r"^--to huggingface: .* no DINOv3") as refusal:
+        export(make(arch=GATED, **changes), "huggingface", tmp_path)
+    assert fragment in str(refusal.value)
+
+
+def test_a_rotary_folder_opens_as_it_was(tmp_path):
+    """Names, sizes, epsilon, base of the periods; augmentation of coordinates is for training."""
+    encoder, info = make(arch=BIASED, norm_eps=1e-2, rope_periods=(20.0,), rope_rescale=2.0)
+    out = export((encoder, info), "huggingface", tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["pos_embed_rescale"], config["pos_embed_shift"]) == (2.0, None)
+    opened = open_weights(out)
+    for name, tensor in encoder.vit.state_dict().items():
+        assert torch.equal(opened.encoder.vit.state_dict()[name], tensor), name
+    found = opened.info.config
+    assert (found.norm_eps, found.rope_periods, found.heads) == (1e-2, (20.0,), 3)
 
 
 def test_a_tensor_without_a_place_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import share_as_usual, sync
 from ssl_vit.data.augment import Normalize
-from ssl_vit.model.architecture import timm_kwargs
+from ssl_vit.model.architecture import rotary_architectures, timm_kwargs
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import (
     EncoderInfo,
@@ -102,6 +102,8 @@ def _timm_features(path: Path, images: Tensor) -> dict[str, Tensor]:
 
 def _timm_usage(path: Path, info: EncoderInfo) -> str:
     kwargs = {"checkpoint_path": str(path), "num_classes": 0} | _timm_call(info)
+    if info.config.arch in rotary_architectures():
+        kwargs.setdefault("global_pool", "token")  # timm's default is the mean patch there
     shown = {k: repr(v) for k, v in kwargs.items()}
     if "norm_layer" in kwargs:
         shown["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={info.config.norm_eps})"

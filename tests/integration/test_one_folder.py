@@ -1,5 +1,6 @@
 """What a run folder belongs to: one run at a time, and the images it was begun with."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -195,12 +196,13 @@ def test_a_closed_terminal_saves_and_stops(door):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not steps(door.folder / "run"):
         time.sleep(0.05)
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(ours, 1 << 16)
-        except BlockingIOError:
-            continue
     os.close(ours)  # the kernel now sends SIGHUP, and writing to the terminal is an error
-    assert process.wait(60) == 75
+    try:
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
     status = json.loads((door.folder / "run/status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", "received SIGHUP")
     (saved,) = (door.folder / "run/checkpoints").glob("step-*")

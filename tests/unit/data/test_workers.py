@@ -24,18 +24,18 @@ MIB = 1 << 20
 
 
 class Noise(Source):
-    """Images of noise, read slowly; the last one has an error of its own."""
+    """Images of noise, read slowly, all but the first at this pace; the last one has an error."""
 
     spec = "noise"
 
-    def __init__(self, n: int, error: Exception | None = None) -> None:
-        self.n, self.error = n, error
+    def __init__(self, n: int, error: Exception | None = None, seconds: float = 0.01) -> None:
+        self.n, self.error, self.seconds = n, error, seconds
 
     def __len__(self) -> int:
         return self.n
 
     def read(self, i: int) -> tuple[np.ndarray, None]:
-        time.sleep(0.01)
+        time.sleep(self.seconds if i >= 4 else 0)
         if self.error and i == self.n - 1:
             raise self.error
         return np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8), None
@@ -198,7 +198,7 @@ def test_a_mistake_of_ours_keeps_the_workers_traceback():
 
 def test_workers_end_when_nobody_wants_more():
     """At once, although they heed no SIGTERM and are at work."""
-    found = batches(Noise(4000))
+    found = batches(Noise(4000, seconds=60))
     next(found)
     assert len(multiprocessing.active_children()) == 2
     started = time.monotonic()

@@ -197,7 +197,14 @@ def test_an_owner_that_ends_while_it_is_waited_for(tmp_path, monkeypatch):
 
 
 def contend(folder: Path, barrier, found) -> None:
-    barrier.wait()
+    """Take a lock; all have looked at the folder before any of them makes its file."""
+    real, waits = run_lock._create, iter([barrier.wait])
+
+    def create(*given) -> bool:
+        next(waits, lambda: None)()
+        return real(*given)
+
+    run_lock._create = create
     try:
         lock = RunLock(folder)
     except UserError:

@@ -69,6 +69,7 @@ def other_content(folder: Path) -> None:
         other_content,
         lambda folder: (folder / "a/004.bmp").unlink(),
         lambda folder: (folder / "a/004.bmp").rename(folder / "a/100.bmp"),
+        lambda folder: (folder / "a/004.bmp").rename(folder / "a/0040.bmp"),
         lambda folder: (folder / "a/004.bmp").rename(folder / "b/004.bmp"),
         lambda folder: shutil.copy(folder / "a/004.bmp", folder / "a/100.bmp"),
         lambda folder: (folder / "a/004.bmp").write_bytes(b""),

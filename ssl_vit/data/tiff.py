@@ -19,7 +19,7 @@ import tifffile
 from PIL import Image
 
 from ssl_vit.common.config import ReadConfig
-from ssl_vit.data.headers import coded_size
+from ssl_vit.data.headers import coded_size, jpeg2000_header
 from ssl_vit.data.ome import lone_name, plane_count
 from ssl_vit.data.raster import (
     BadImage,
@@ -143,13 +143,23 @@ def _check_page(page: Any, file: Any) -> None:
         if frame.compression == _WEBP and frame.planarconfig == _SEPARATE:
             # GDAL stores three channels in each, of which tifffile makes nothing.
             raise BadImage("holds WebP tiles of single bands: write it with INTERLEAVE=PIXEL")
-        check_pixels(frame.tilewidth * frame.tilelength * frame.tiledepth)
+        most = frame.tilewidth * frame.tilelength * frame.tiledepth
+        check_pixels(most)
+    else:
+        most = frame.imagewidth * min(frame.rowsperstrip, frame.imagelength)
     if frame.compression in _OWN_SIZE:
         for at, count in segments:
             file.seek(at)
-            size = coded_size(file.read(min(count, 1 << 16)))
-            if size is not None:
-                check_pixels(size[0] * size[1])
+            _check_segment(file.read(min(count, 1 << 16)), most, frame.samplesperpixel)
+
+
+def _check_segment(head: bytes, most: int, samples: int) -> None:
+    """Check that a strip or tile asks for no more than the TIFF says it has, but for some rows."""
+    size = coded_size(head)
+    if size is not None and size[0] * size[1] > 2 * most + (1 << 16):
+        raise BadImage(f"damaged TIFF: a part of {most} pixels holds {size[0]} x {size[1]}")
+    if (found := jpeg2000_header(head)) is not None and found[2] > samples + 1:
+        raise BadImage(f"damaged TIFF: a part of {samples} channels holds {found[2]}")
 
 
 def _by_pillow(file: Any, page: int) -> np.ndarray:

@@ -119,7 +119,8 @@ def _one_crop(session: Session, found: Found) -> float:
 
 
 def _images(session: Session, spec: ViewSpec | None = None) -> TrainImages:
-    views, config = spec or session.views, session.config
+    # The last phase is the heaviest as a rule, and the one that the run has to get through.
+    views, config = spec or session.views.last, session.config
     return TrainImages(session.images.train, views, config.data.channels, config.run.seed)
 
 

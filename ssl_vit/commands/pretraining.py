@@ -9,31 +9,37 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from ssl_vit.commands.cli import RESUMABLE, show_table
+from ssl_vit.commands.cli import RESUMABLE, layered, show_table
+from ssl_vit.common.checks import flag
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
 from ssl_vit.data.base import Source, Subset, known_labels
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
-from ssl_vit.methods.base import Method
+from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.records.status import by_signal, recorded
+from ssl_vit.training.checkpoint import complete
 from ssl_vit.training.metrics import RunLog, duration, note_outcome
 from ssl_vit.training.resume import CONFIG_FILE
 from ssl_vit.training.run_lock import locked
 from ssl_vit.training.session import Session, counted, prepare_folder, train
+from ssl_vit.training.shards import Parts, load_parts
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import (
     ENCODER_FILE,
     EncoderInfo,
     encoder_writer,
+    load_strictly,
     read_info,
     sha256,
 )
@@ -249,6 +255,52 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         method.begin_with(state, where)
         report = "; ".join([given.report, *notes])
         log.info("initial weights from %s: %s, %s", given.path, given.format, report)
+        if config.init.heads:
+            _begin_with_all(method, given.path, f"{flag(config.init, 'heads')} True")
+    return method
+
+
+def _begin_with_all(method: Method, file: Path, option: str) -> None:
+    """Take all weights of the run that ``file`` is the encoder of; positions are resampled.
+
+    What the run does not have, and has begun as the encoder by now (a teacher of Gram anchoring),
+    stays so.
+
+    Raises:
+        UserError: it is no run of this method, or other weights do not match.
+    """
+    name, folder = type(method).__module__.rpartition(".")[2], file.parent
+    about = f"{option}: {folder}"
+    whole = whole_method(folder) if file.name == ENCODER_FILE else None
+    rule = f"is no run folder of pretrain {name} with checkpoints and {CONFIG_FILE}"
+    check(whole is not None and type(whole) is type(method), f"{about} {rule}")
+    assert whole is not None
+    state, own = whole.for_size(method.encoder.image_size).state_dict(), method.state_dict()
+    encoders = [(f"{n}.", part) for n, part in method.named_modules() if isinstance(part, Encoder)]
+    begun = tuple(start for start, _ in encoders)
+    kept = {n: v for n, v in own.items() if n not in state and n.startswith(begun)}
+    # Sine-cosine tables are a formula for any size.
+    fixed = [start for start, part in encoders if part.config.positions == "sincos"]
+    kept |= {n: own[n] for n in (f"{start}vit.pos_embed" for start in fixed) if n in own}
+    log.info("all weights of %s, %s", folder, load_strictly(method, state | kept, about))
+
+
+def whole_method(folder: Path) -> Method | None:
+    """The method of a run, from its newest whole checkpoint; None: there is no such thing.
+
+    Raises:
+        UserError: a checkpoint that does not match the run's own configuration.
+    """
+    found = complete(folder / "checkpoints")
+    if not found or not (folder / CONFIG_FILE).is_file():
+        return None
+    kind = find_method(read_info(folder / ENCODER_FILE).method)
+    read = PretrainConfig[kind.Config]  # type: ignore[name-defined]
+    default = default_options(PretrainConfig, kind)
+    options: PretrainConfig[Any] = layered(default, [folder / CONFIG_FILE], [], "", "", read)
+    method = kind.blank(options.method, options.encoder, options.data.channels)
+    parts = Parts(sorted(found[-1].glob("task*.safetensors")))
+    log.info("%s: the whole method, %s", found[-1], load_parts(method, parts))
     return method
 
 

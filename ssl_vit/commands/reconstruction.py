@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_vit.commands.cli import layered
-from ssl_vit.commands.pretraining import PretrainConfig, default_options
+from ssl_vit.commands.pretraining import whole_method
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import fold
@@ -20,9 +19,7 @@ from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Target
-from ssl_vit.training.checkpoint import complete
 from ssl_vit.training.resume import CONFIG_FILE
-from ssl_vit.training.shards import Parts, load_parts
 from ssl_vit.weights.exchange import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
@@ -71,21 +68,11 @@ def _of_run(backbone: Backbone, file: Path) -> Method:
     if name not in reconstructing():
         own = f"trained by {name}, which" if name in method_names() else "an encoder alone: it"
         raise UserError(f"{given}, {own} has no decoder; {_have_one()}")
-    found = complete(folder / "checkpoints")
-    whole = file.name == ENCODER_FILE and bool(found) and (folder / CONFIG_FILE).is_file()
-    check(
-        whole,
-        f"{given}, an encoder alone: there are no checkpoints with a {CONFIG_FILE} beside it; "
-        f"{_have_one()}",
-    )
-    kind = find_method(name)
-    read = PretrainConfig[kind.Config]  # type: ignore[name-defined]
-    default = default_options(PretrainConfig, kind)
-    options: PretrainConfig[Any] = layered(default, [folder / CONFIG_FILE], [], "", "", read)
-    method = kind.blank(options.method, options.encoder, options.data.channels)
-    parts = Parts(sorted(found[-1].glob("task*.safetensors")))
-    log.info("%s: encoder and decoder, %s", found[-1], load_parts(method, parts))
-    return method
+    whole = whole_method(folder) if file.name == ENCODER_FILE else None
+    if whole is None:
+        alone = f"an encoder alone: there are no checkpoints with a {CONFIG_FILE} beside it"
+        raise UserError(f"{given}, {alone}; {_have_one()}")
+    return whole
 
 
 def _of_file(backbone: Backbone, file: Path, encoder: Encoder) -> Method:

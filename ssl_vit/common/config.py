@@ -225,6 +225,9 @@ class InitConfig:
     """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
     channels and statistics are then its own by default. Image size, patch size and channels may
     differ: positions are resampled, filters resized or given to other channels. Empty: random."""
+    heads: bool = False
+    """The encoder is of a run folder of the same method, and all other weights of its last
+    checkpoint (heads, teacher, centres) are taken, too: for a last phase at a larger image size."""
     channels: str = "mean"
     """Filters of --data.channels other than the encoder's, all scaled by its number over the new
     one. mean: the mean of all filters for each new channel, the first ones keep theirs; of fewer
@@ -232,6 +235,10 @@ class InitConfig:
     a filter for each channel."""
 
     def __post_init__(self) -> None:
+        check(
+            bool(self.encoder) or not self.heads,
+            f"{flag(self, 'heads')} is True; it needs {flag(self, 'encoder')} RUN",
+        )
         check(
             all(self.channels.split(",")),
             f"{flag(self, 'channels')} is {self.channels!r}; it must be mean, repeat, or a name "

@@ -1,5 +1,7 @@
 """Augmentation in two halves: workers crop uint8 images, the device normalises whole batches."""
 
+from __future__ import annotations
+
 import math
 import random
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
+from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Views
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.missing import has_missing, resized, valid_share
@@ -72,12 +75,37 @@ class ViewSpec:
 
     ``draw``: called with a generator that is a function of (seed, epoch, image); its arrays arrive
     stacked as ``Views.drawn``. ``draw_together``: called with the images' places in their step; its
-    arrays arrive beside them, as they are.
+    arrays arrive beside them, as they are. ``phases``: parts of the training that come before, in
+    their order.
     """
 
     crops: tuple[Crop, ...]
     draw: Draw | None = None
     draw_together: DrawTogether | None = None
+    phases: tuple[Phase, ...] = ()
+
+    def at(self, step: int, steps_per_epoch: int) -> ViewSpec:
+        """What is wanted at a step, counted from 0: that of the first phase not yet over, or
+        this."""
+        running = (p for p in self.phases if step < p.until.steps(steps_per_epoch))
+        return next((phase.spec for phase in running), self)
+
+    @property
+    def last(self) -> ViewSpec:
+        """What is wanted when all phases are over."""
+        return replace(self, phases=())
+
+
+@dataclass(frozen=True)
+class Phase:
+    """First part of a training, with other crops: up to ``until``, counted from the beginning.
+
+    ``size``: of the images that the encoder sees, in pixels.
+    """
+
+    until: Length
+    size: tuple[int, int]
+    spec: ViewSpec
 
 
 def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[int, int, int, int]:

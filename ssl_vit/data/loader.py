@@ -57,20 +57,22 @@ class TrainImages(Dataset):
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (epoch, index) pairs, collated here, in the worker.
 
-        A :class:`Part` is part of a step; a plain list is a step of its own.
+        A :class:`Part` is part of a step; a plain list is a step of its own, after all phases.
         """
         bad: dict[int, str] = {}
-        taken: list[list[DrawnCrop]] = [[] for _ in self.spec.crops]
+        part = wanted if isinstance(wanted, Part) else None
+        spec = part.spec(self.spec, len(self.source)) if part else self.spec
+        taken: list[list[DrawnCrop]] = [[] for _ in spec.crops]
         keys, labels = [], []
         for epoch, index in wanted:
             key = fold(self.seed, epoch, index)
-            crops, label = self._readable(index, key, bad)
+            crops, label = self._readable(index, key, spec, bad)
             for all_of_kind, own in zip(taken, crops, strict=True):
                 all_of_kind += own
             keys.append(fold(key))
             labels.append(-1 if label is None else label)
         # Crops of one kind are ordered view by view: all first crops, then all second ones.
-        counts = [c.count for c in self.spec.crops]
+        counts = [c.count for c in spec.crops]
         kinds = [_by_view(kind, n) for kind, n in zip(taken, counts, strict=True)]
         stacked = [stack([c.crop for c in kind]) for kind in kinds]
         missing = any(c.missing for kind in kinds for c in kind)
@@ -80,20 +82,20 @@ class TrainImages(Dataset):
             labels=torch.tensor(labels),
             photometric=[torch.tensor([c.photometric for c in kind]) for kind in kinds],
             key=fold(*keys),
-            drawn=draw_all(self.spec, keys, wanted.places if isinstance(wanted, Part) else None),
+            drawn=draw_all(spec, keys, part.places if part else None),
             boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
             missing=[kind.isnan() for kind in stacked] if missing else [],
         )
         return Batch(views, bad)
 
     def _readable(
-        self, index: int, key: int, bad: dict[int, str]
+        self, index: int, key: int, spec: ViewSpec, bad: dict[int, str]
     ) -> tuple[list[list[DrawnCrop]], int | None]:
         """Crops of the image at ``index`` or, if it is bad, of the one that always replaces it."""
         for attempt in range(_ATTEMPTS):
             try:
                 raw, label = self.source.read(index)
-                return views_of(raw, self.channels, self.spec, key, self.source.reading), label
+                return views_of(raw, self.channels, spec, key, self.source.reading), label
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
             index = fold(self.seed, index, attempt) % len(self.source)
@@ -177,14 +179,18 @@ class BadImages:
 
 
 class Part(list[tuple[int, int]]):
-    """The (epoch, index) pairs of a part of a step, with their places in it."""
+    """The (epoch, index) pairs of a part of a step, with the step and their places in it."""
 
-    def __init__(self, pairs: Iterable[tuple[int, int]], places: Places) -> None:
+    def __init__(self, pairs: Iterable[tuple[int, int]], places: Places, step: int) -> None:
         super().__init__(pairs)
-        self.places = places
+        self.places, self.step = places, step
 
-    def __reduce__(self) -> tuple[type[Part], tuple[list[tuple[int, int]], Places]]:
-        return Part, (list(self), self.places)
+    def __reduce__(self) -> tuple[type[Part], tuple[list[tuple[int, int]], Places, int]]:
+        return Part, (list(self), self.places, self.step)
+
+    def spec(self, whole: ViewSpec, images: int) -> ViewSpec:
+        """What is wanted at this step of a training set of so many images."""
+        return whole.at(self.step, images // self.places.batch)
 
 
 class _Positions:
@@ -200,7 +206,8 @@ class _Positions:
         for step in range(self.start, self.stop):
             for part in range(self.order.accumulate):
                 epoch, indices = self.order.part(step, part)
-                yield Part(((epoch, int(i)) for i in indices), self.order.places(step, part))
+                pairs = ((epoch, int(i)) for i in indices)
+                yield Part(pairs, self.order.places(step, part), step)
 
 
 def train_batches(

@@ -89,7 +89,7 @@ class Method(Task):
 
     @staticmethod
     def views(config: Any, encoder: Encoder) -> ViewSpec:
-        """Which crops the method sees of an image, for this encoder."""
+        """Which crops the method sees of an image, for this encoder, and in earlier phases."""
         raise NotImplementedError
 
     @staticmethod
@@ -211,23 +211,27 @@ class Method(Task):
     def drawn(self, keys: Int64[Tensor, " b"], places: Places | None = None) -> dict[str, Tensor]:
         """What :meth:`draw` and :meth:`draw_together` give for samples of these keys, on their
         device, as a loader does; without ``places`` they are a step of their own."""
-        found = draw_all(
-            self._with_draws(self.config, self.encoder, ViewSpec(())), keys.tolist(), places
-        )
+        spec = self._with_draws(self.config, self.encoder.grid, ViewSpec(()))
+        found = draw_all(spec, keys.tolist(), places)
         return {name: value.to(keys.device) for name, value in found.items()}
 
     @classmethod
     def view_spec(cls, config: Any, encoder: Encoder) -> ViewSpec:
         """:meth:`views`, with :meth:`draw` and :meth:`draw_together` where the method has them."""
-        return cls._with_draws(config, encoder, cls.views(config, encoder))
+        spec, patch = cls.views(config, encoder), encoder.patch_size
+        grids = [(phase.size[0] // patch, phase.size[1] // patch) for phase in spec.phases]
+        phases = tuple(
+            replace(phase, spec=cls._with_draws(config, grid, phase.spec))
+            for phase, grid in zip(spec.phases, grids, strict=True)
+        )
+        return replace(cls._with_draws(config, encoder.grid, spec), phases=phases)
 
     @classmethod
-    def _with_draws(cls, config: Any, encoder: Encoder, spec: ViewSpec) -> ViewSpec:
+    def _with_draws(cls, config: Any, grid: tuple[int, int], spec: ViewSpec) -> ViewSpec:
         if cls.draw is not Method.draw:
-            spec = replace(spec, draw=partial(cls.draw, config, encoder.grid))
+            spec = replace(spec, draw=partial(cls.draw, config, grid))
         if cls.draw_together is not Method.draw_together:
-            together = partial(cls.draw_together, config, encoder.grid)
-            spec = replace(spec, draw_together=together)
+            spec = replace(spec, draw_together=partial(cls.draw_together, config, grid))
         return spec
 
     @classmethod

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +28,7 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.figures import to_rgb
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Scalar, Views
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Crop, Normalize, Phase, ViewSpec
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.attention import attention_panel, cls_attention, cls_features
@@ -89,6 +91,9 @@ class DINOConfig(MethodConfig):
     rounded to whole patches."""
     local_scale: tuple[float, float] = (0.05, 0.4)
     """Share of the image's area that a local crop covers, least and most."""
+    phases: tuple[str, ...] = ()
+    """Other sizes of the global crops at first, each with its end, as 112:75ep; local crops change
+    in proportion. Small crops cost less, and the features are made in the last phase."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
@@ -114,6 +119,22 @@ class DINOConfig(MethodConfig):
         check_range(self, "blur_sigma", most=math.inf)
         check_size(self, "global_size", "local_size")
         check_length(self, "freeze_last_layer", "teacher_temp_warmup")
+        ends = [end for end, _ in self.parsed_phases()]
+        rising = all(a.unit == b.unit and a.amount < b.amount for a, b in pairwise(ends))
+        shown = " ".join(self.phases)
+        check(rising, f"{flag(self, 'phases')} is {shown}; ends must rise, all in ep or all in st")
+
+    def parsed_phases(self) -> list[tuple[Length, tuple[int, int]]]:
+        """End and (height, width) of the global crops of each of ``phases``."""
+        found = []
+        for text in self.phases:
+            match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?:(.+)", text)
+            allowed = "allowed: a size and its end, as 112:75ep or 96x128:500st"
+            check(match is not None, f"{flag(self, 'phases')} is {text!r}; {allowed}")
+            assert match is not None
+            height, end = int(match[1]), Length.parse(match[3], flag(self, "phases"))
+            found.append((end, (height, int(match[2] or height))))
+        return found
 
     def sizes(self, image: tuple[int, int], patch: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(height, width) of global and of local crops for an encoder's image and patch size.
@@ -127,12 +148,32 @@ class DINOConfig(MethodConfig):
             patch * max(1, round(large[0] * share)),
             patch * max(1, round(large[1] * share)),
         )
-        used = {"global_size": large} | ({"local_size": small} if self.local_crops else {})
-        for option, size in used.items():
-            fits = all(s > 0 and s % patch == 0 for s in size)
-            shown = "x".join(map(str, size))
-            check(fits, f"{flag(self, option)} is {shown}; the patch size, {patch}, must divide it")
+        used = {"global_size": [large], "phases": [size for _, size in self.parsed_phases()]}
+        used |= {"local_size": [small]} if self.local_crops else {}
+        for option, sizes in used.items():
+            for size in sizes:
+                fits, shown = all(s > 0 and s % patch == 0 for s in size), "x".join(map(str, size))
+                rule = f"the patch size, {patch}, must divide it"
+                check(fits, f"{flag(self, option)} is {shown}; {rule}")
         return large, small
+
+    def in_phases(
+        self, image: tuple[int, int], patch: int
+    ) -> list[tuple[Length, tuple[int, int], tuple[int, int]]]:
+        """End of each of ``phases``, and the sizes of its global and local crops: these are to the
+        global ones as they are afterwards, in whole patches."""
+        (height, width), (h, w) = self.sizes(image, patch)
+        return [
+            (
+                end,
+                size,
+                (
+                    patch * max(1, round(h * size[0] / height / patch)),
+                    patch * max(1, round(w * size[1] / width / patch)),
+                ),
+            )
+            for end, size in self.parsed_phases()
+        ]
 
 
 def _pair(size: tuple[int, ...]) -> tuple[int, int] | None:
@@ -204,6 +245,12 @@ class DINOObjective(Objective):
                 "%s is %s, the whole training: the prototypes never move",
                 flag(c, "freeze_last_layer"),
                 c.freeze_last_layer,
+            )
+        if steps > 1 and any(e.steps(steps_per_epoch) >= steps for e, _ in c.parsed_phases()):
+            log.warning(
+                "%s is %s, to the end of the training: larger crops are never seen",
+                flag(c, "phases"),
+                " ".join(c.phases),
             )
         self.temp_warmup = Length.parse(c.teacher_temp_warmup, flag(c, "teacher_temp_warmup"))
 
@@ -305,6 +352,32 @@ class DINOObjective(Objective):
         self.center.update(took)
 
 
+def _crops(config: DINOConfig, large: tuple[int, int], small: tuple[int, int]) -> tuple[Crop, ...]:
+    """The crops of an image; ``large``, ``small``: sizes of global and local ones in pixels."""
+
+    def crop(size: tuple[int, int], scale: tuple[float, float], kind: int, count: int) -> Crop:
+        photometric = Photometric(
+            jitter=config.jitter,
+            gray=config.gray,
+            blur=config.blur[kind],
+            blur_sigma=config.blur_sigma,
+            solarize=config.solarize if kind == 1 else 0.0,
+        )
+        return Crop(
+            size,
+            scale,
+            flip=config.flip,
+            count=count,
+            photometric=photometric,
+            vertical_flip=config.vertical_flip,
+        )
+
+    crops = [crop(large, config.global_scale, kind, 1) for kind in (0, 1)]
+    if config.local_crops:
+        crops.append(crop(small, config.local_scale, 2, config.local_crops))
+    return tuple(crops)
+
+
 class DINO(Method):
     """The student predicts the teacher's output for other crops; the teacher is its average."""
 
@@ -337,29 +410,12 @@ class DINO(Method):
     @staticmethod
     def views(config: DINOConfig, encoder: Encoder) -> ViewSpec:
         """Two global crops, blurred and solarised differently, and the local ones."""
-        large, small = config.sizes(encoder.image_size, encoder.patch_size)
-
-        def crop(size: tuple[int, int], scale: tuple[float, float], kind: int, count: int) -> Crop:
-            photometric = Photometric(
-                jitter=config.jitter,
-                gray=config.gray,
-                blur=config.blur[kind],
-                blur_sigma=config.blur_sigma,
-                solarize=config.solarize if kind == 1 else 0.0,
-            )
-            return Crop(
-                size,
-                scale,
-                flip=config.flip,
-                count=count,
-                photometric=photometric,
-                vertical_flip=config.vertical_flip,
-            )
-
-        crops = [crop(large, config.global_scale, kind, 1) for kind in (0, 1)]
-        if config.local_crops:
-            crops.append(crop(small, config.local_scale, 2, config.local_crops))
-        return ViewSpec(tuple(crops))
+        image, patch = encoder.image_size, encoder.patch_size
+        phases = tuple(
+            Phase(end, large, ViewSpec(_crops(config, large, small)))
+            for end, large, small in config.in_phases(image, patch)
+        )
+        return ViewSpec(_crops(config, *config.sizes(image, patch)), phases=phases)
 
     def exported_encoder(self) -> Encoder:
         """The teacher's: the better one at every moment of the training."""

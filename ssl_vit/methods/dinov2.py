@@ -252,8 +252,8 @@ class DINOv2Objective(DINOObjective):
     def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """The losses of a batch and, of the same outputs, what shows a collapse."""
         c, self.images = self.config, len(views.keys)
-        both, large = self._global_crops(encoder, views)
-        patches, weights = views.drawn["patches"], self._weights(encoder, views)
+        both, large = self._global_crops(views)
+        patches, weights = views.drawn["patches"], self._weights(encoder.patch_size, views)
         target, patch_target = self._teachers(both, patches, weights, step)
         # The student sees mask tokens in global crops, and local crops whole.
         tokens = encoder.embed(both, masked=views.drawn["masked"], token=self.mask_token[0])
@@ -282,25 +282,26 @@ class DINOv2Objective(DINOObjective):
         return {"loss": loss, **found, "neighbour_distance": distance}
 
     def _global_crops(
-        self, encoder: Encoder, views: Views
+        self, views: Views
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c height width"]]:
         """Global crops, and as large as the teacher of Gram anchoring sees them: those are what
         workers make, if there is one."""
         large = torch.cat(views.crops[:2])
-        size = encoder.image_size
-        if large.shape[2:] == size:
+        scale = self.config.gram_scale if self.config.gram_weight else 1
+        if scale == 1:
             return large, large
+        size = [side // scale for side in large.shape[2:]]
         return F.interpolate(large, size=size, mode="bicubic", antialias=True), large
 
     @torch.no_grad()
-    def _weights(self, encoder: Encoder, views: Views) -> Float[Tensor, " u"]:
+    def _weights(self, patch: int, views: Views) -> Float[Tensor, " u"]:
         """Weights of masked patches; 0 for padding, and where a patch has no data."""
         weights = views.drawn["weights"].to(self.mask_token.dtype)
         if not views.missing:
             return weights
         missing = torch.cat(views.missing[:2]).all(1)
-        rows, cols = encoder.grid
-        apart = missing.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))
+        side = patch * (self.config.gram_scale if self.config.gram_weight else 1)
+        apart = missing.unflatten(1, (-1, side)).unflatten(3, (-1, side))
         empty = apart.all(4).all(2).flatten()
         return weights * ~empty[views.drawn["patches"]]
 
@@ -390,6 +391,13 @@ class DINOv2Objective(DINOObjective):
             self.gram.renew(self.teacher.encoder, step + 1)
 
 
+def _enlarged(spec: ViewSpec, scale: int) -> ViewSpec:
+    """The same with global crops of so many times the size."""
+    sizes = [(scale * crop.size[0], scale * crop.size[1]) for crop in spec.crops[:2]]
+    large = (replace(c, size=size) for c, size in zip(spec.crops[:2], sizes, strict=True))
+    return replace(spec, crops=(*large, *spec.crops[2:]))
+
+
 class DINOv2(DINO):
     """The student predicts its average's output for other crops, and for patches hidden from it."""
 
@@ -432,9 +440,9 @@ class DINOv2(DINO):
         assert isinstance(config, DINOv2Config)
         if not config.gram_weight:
             return spec
-        height, width = (config.gram_scale * side for side in encoder.image_size)
-        large = (replace(crop, size=(height, width)) for crop in spec.crops[:2])
-        return replace(spec, crops=(*large, *spec.crops[2:]))
+        scale = config.gram_scale
+        phases = tuple(replace(p, spec=_enlarged(p.spec, scale)) for p in spec.phases)
+        return replace(_enlarged(spec, scale), phases=phases)
 
     @staticmethod
     def draw_together(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -91,8 +91,9 @@ class MAEDINO(Method):
     @staticmethod
     def views(config: MAEDINOConfig, encoder: Encoder) -> ViewSpec:
         """MAE's crop, then DINO's."""
-        mae, dino = MAE.views(config.mae, encoder), DINO.views(config.dino, encoder)
-        return ViewSpec((*mae.crops, *dino.crops))
+        mae, dino = MAE.views(config.mae, encoder).crops, DINO.views(config.dino, encoder)
+        phases = tuple(replace(p, spec=ViewSpec((*mae, *p.spec.crops))) for p in dino.phases)
+        return ViewSpec((*mae, *dino.crops), phases=phases)
 
     def seen_by(self, name: str, views: Views) -> Views:
         """Each objective's own crops, and keys of its own to draw from."""

@@ -164,18 +164,20 @@ class Session:
 
     def describe_views(self) -> str:
         """Views in a line: crops per image; operations left out for its channels or bit depth."""
-        counts: dict[str, int] = {}
         missing: dict[str, None] = {}
         deep, channels = self.images.deep, self.config.data.channels
         for crop in self.views.crops:
-            size = "x".join(map(str, crop.size))
-            counts[size] = counts.get(size, 0) + crop.count
             if crop.photometric:
                 names = left_out(crop.photometric, channels, bounded=not deep)
                 missing |= dict.fromkeys(names)
             if crop.policy and (deep or channels not in (1, 3)):
                 missing["RandAugment"] = None
-        text = " + ".join(f"{n} of {size} px" for size, n in counts.items())
+        per_epoch = self.order.steps_per_epoch
+        text = "".join(
+            f"{sizes(phase.spec)} up to step {phase.until.steps(per_epoch):,}, then "
+            for phase in self.views.phases
+        )
+        text += sizes(self.views)
         if missing:
             depth = "more than 8 bits" if deep else "8 bits"
             text += f"; for images of {channels} channels and {depth} left out: "
@@ -183,6 +185,15 @@ class Session:
         elif self.images.survey.missing and any(crop.policy for crop in self.views.crops):
             text += "; RandAugment is left out of images with missing pixels"
         return text
+
+
+def sizes(spec: ViewSpec) -> str:
+    """Crops of an image by their sizes, as ``2 of 224x224 px + 8 of 96x96 px``."""
+    counts: dict[str, int] = {}
+    for crop in spec.crops:
+        size = "x".join(map(str, crop.size))
+        counts[size] = counts.get(size, 0) + crop.count
+    return " + ".join(f"{n} of {size} px" for size, n in counts.items())
 
 
 def prepare_task(task: Task, run: RunConfig, parallel: Parallel) -> None:

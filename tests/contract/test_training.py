@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ssl_vit import pretrain
+from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.training.checkpoint import complete
 from tests.contract import tiny
 
@@ -56,3 +57,23 @@ def test_it_trains_alike(name, way):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     tiny.assert_same_training(first, plain.task.state_dict(), other.task.state_dict())
+
+
+def test_it_begins_with_all_weights_of_a_run(name, run):
+    """With another image size: positions are resampled, all else is the run's."""
+    given = ("--init.encoder", str(run), "--init.heads", "True", "--encoder.image-size", "24")
+    method = initial_method(*tiny.options(name, *given))
+    assert method.encoder.grid == (6, 6)
+    fresh = tiny.session(name, "--encoder.image-size", "24").task.state_dict()
+    fixed = method.encoder.config.positions == "sincos"
+    own, expected = method.state_dict(), tiny.weights(run)
+    assert own.keys() == expected.keys()
+    for key, value in own.items():
+        if value.shape == expected[key].shape:
+            assert torch.equal(value, expected[key]), key
+        else:
+            assert "pos_embed" in key
+            assert torch.equal(value, fresh[key]) == fixed, key
+            # A resized table keeps its mean, but for the edges.
+            mean = expected[key].mean()
+            assert fixed or (value.mean() - mean).abs() < 0.2 * expected[key].std(), key

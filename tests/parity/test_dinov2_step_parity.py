@@ -83,7 +83,7 @@ class Case:
         self.method.objective.teacher_momentum = lambda step: c["momentum"]
         if "gram_crops" in self.golden:  # recorded apart, not one from the other
             crops = [self.golden[f"{name}_crops"].double() for name in ("global", "gram")]
-            self.method.objective._global_crops = lambda encoder, views: tuple(crops)
+            self.method.objective._global_crops = lambda views: tuple(crops)
 
     def options(self) -> DINOv2Config:
         c = self.config

@@ -186,3 +186,16 @@ def test_another_patch_size_resizes_the_filters(given, caplog):
     assert vit.patch_embed.proj.weight.shape == (32, 2, 4, 4)
     assert vit.pos_embed.shape == (1, 1 + 4, 32)
     assert "; filters of 2 pixels are resized to patches of 4 by pseudo-inverse" in caplog.text
+
+
+def test_all_weights_need_a_run_of_the_method(given, tmp_path):
+    """An encoder file alone has no heads; neither has what is no run."""
+    path, _ = given
+    flags = ["dino", "--data.train", "digits", "--init.encoder", str(path), *DINO]
+    _, kind, config = parse_options([*flags, "--init.heads", "True"])
+    said = f"--init.heads True: {tmp_path} is no run folder of pretrain dino with checkpoints"
+    with pytest.raises(UserError) as error:
+        initial_method(kind, config)
+    assert str(error.value).startswith(said)
+    with pytest.raises(UserError, match=r"--init\.heads is True; it needs --init\.encoder RUN"):
+        parse_options(["dino", "--init.heads", "True"])

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.schedules import Length
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Crop, ViewSpec, resized, take_views
+from ssl_vit.data.augment import Crop, DrawTogether, Phase, ViewSpec, resized, take_views
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.loader import (
@@ -255,8 +256,8 @@ def test_a_bad_image_is_replaced_by_always_the_same_one():
     first, again = images.__getitems__([(0, 3)]), images.__getitems__([(0, 3)])
     assert first.bad == {3: "image-3: is garbage"}
     assert same(first, again)
-    replaced, label = images._readable(3, 5, {})
-    others = [TrainImages(good, SPEC, 3, seed=1)._readable(i, 5, {}) for i in range(30)]
+    replaced, label = images._readable(3, 5, SPEC, {})
+    others = [TrainImages(good, SPEC, 3, seed=1)._readable(i, 5, SPEC, {}) for i in range(30)]
     matches = [
         i for i, other in enumerate(others) if torch.equal(other[0][0][0][0], replaced[0][0][0])
     ]
@@ -464,6 +465,36 @@ def test_what_is_drawn_together_knows_the_place_in_the_step(world, accumulate, w
         epoch, indices = alone.part(step, 0)
         keys = [fold(fold(1, epoch, int(i))) for i in indices]
         assert [found[step, place] for place in range(8)] == keys
+
+
+def drawn_in_first(places: Places) -> dict[str, np.ndarray]:
+    return {"phase": np.array(1)}
+
+
+def drawn_in_second(places: Places) -> dict[str, np.ndarray]:
+    return {"phase": np.array(2)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 3])
+def test_phases_follow_the_step(start, workers):
+    """Each has its own crops and draws, wherever iteration starts; a batch belongs to one."""
+
+    def sized(size: int, drawn: DrawTogether) -> ViewSpec:
+        crops = tuple(replace(crop, size=(size, size)) for crop in SPEC.crops)
+        return replace(SPEC, crops=crops, draw_together=drawn)
+
+    phases = (
+        Phase(Length(2, "st"), (4, 4), sized(4, drawn_in_first)),
+        Phase(Length(4 / 3, "ep"), (6, 6), sized(6, drawn_in_second)),
+    )
+    spec = replace(sized(8, stepwise), phases=phases)
+    found = batches(MadeUp(24), workers, start=start, stop=6, spec=spec)  # 3 steps an epoch
+    assert [b.views.crops[0].shape[-1] for b in found] == [4, 4, 6, 6, 8, 8][start:]
+    drawn = [b.views.drawn.get("phase", torch.tensor(0)).item() for b in found]
+    assert drawn == [1, 1, 2, 2, 0, 0][start:]
+    aside = TrainImages(MadeUp(24), spec, 3, seed=1).__getitems__([(0, 5)]).views
+    assert aside.crops[0].shape[-1] == 8
 
 
 def test_images_of_no_step_are_one_of_their_own():

@@ -396,6 +396,14 @@ def test_moving_average(took):
         ({"blur_sigma": (0.0, 1.0)}, "--method.blur-sigma is 0 1; it must be 0 < least <= most"),
         ({"freeze_last_layer": "1"}, "--method.freeze-last-layer is '1'"),
         ({"global_size": (1, 2, 3)}, "--method.global-size is 1 2 3"),
+        (
+            {"phases": ("112",)},
+            "--method.phases is '112'; allowed: a size and its end, as 112:75ep",
+        ),
+        ({"phases": ("0:5ep",)}, "--method.phases is '0:5ep'; allowed"),
+        ({"phases": ("8:5",)}, "--method.phases is '5'; allowed: epochs as 10ep"),
+        ({"phases": ("8:5ep", "12:5ep")}, "--method.phases is 8:5ep 12:5ep; ends must rise"),
+        ({"phases": ("8:5ep", "12:70st")}, "--method.phases is 8:5ep 12:70st; ends must rise"),
     ],
 )
 def test_refused_options(change, said):
@@ -434,6 +442,34 @@ def test_views_are_the_originals():
         p = crop.photometric
         assert (crop.flip, p.jitter, p.gray, p.blur_sigma) == (0.5, 0.8, 0.2, (0.1, 2.0))
         assert (p.brightness, p.contrast, p.saturation, p.hue) == (0.4, 0.4, 0.2, 0.1)
+
+
+def test_phases():
+    """Local crops keep their proportion to the global ones, in whole patches; all else stays."""
+    encoder = Encoder(EncoderConfig(arch="vit_tiny_patch16_224", depth=1))
+    config = DINOConfig(phases=("112:3ep", "160x192:5ep"))
+    spec = DINO.view_spec(config, encoder)
+    found = [[crop.size for crop in spec.at(step, 10).crops] for step in (29, 30, 49, 50)]
+    assert found == [
+        [(112, 112), (112, 112), (48, 48)],
+        [(160, 192), (160, 192), (64, 80)],
+        [(160, 192), (160, 192), (64, 80)],
+        [(224, 224), (224, 224), (96, 96)],
+    ]
+    small, last = spec.at(0, 10), spec.at(50, 10)
+    assert [dataclasses.replace(c, size=(1, 1)) for c in small.crops] == [
+        dataclasses.replace(c, size=(1, 1)) for c in last.crops
+    ]
+    with pytest.raises(UserError, match=r"phases is 100x100; the patch size, 16, must divide it"):
+        DINO.views(DINOConfig(phases=("100:3ep",)), encoder)
+
+
+def test_a_phase_to_the_end_is_said(caplog):
+    method = dino(dataclasses.replace(SMALL, phases=("8:2ep",)))
+    method.set_length(100, 10)
+    assert not caplog.messages
+    method.set_length(20, 10)
+    assert "larger crops are never seen" in caplog.text
 
 
 def test_an_encoder_without_cls_is_refused():

@@ -81,7 +81,7 @@ def test_patches_without_data_are_not_compared():
     whole = method(replace(given, missing=missing), 0)
     torch.testing.assert_close(whole["patch_loss"], method(given, 0)["patch_loss"])
     missing[0][:, :, :9] = True
-    weights = method.objective._weights(method.encoder, replace(given, missing=missing))
+    weights = method.objective._weights(4, replace(given, missing=missing))
     crop, place = given.drawn["patches"] // 16, given.drawn["patches"] % 16
     empty = (crop < BATCH) & (place < 8)
     assert empty.any()

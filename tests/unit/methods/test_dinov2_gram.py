@@ -6,12 +6,18 @@ import pytest
 import torch
 
 from ssl_vit.benchmarks.costs import count_step
+from ssl_vit.common.config import DataConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.task import Views
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.loader import TrainImages, train_batches
+from ssl_vit.data.order import Order
+from ssl_vit.data.sources import open_source
 from ssl_vit.methods.dinov2 import DINOv2
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
-from tests.unit.methods.test_dinov2 import ENCODER, SMALL, make, views
+from tests.unit.methods.test_dinov2 import BATCH, ENCODER, SMALL, make, views
 
 GRAM = {"gram_weight": 2.0, "gram_from": "2st", "gram_every": "3st"}
 TOOK = torch.tensor(True)
@@ -42,6 +48,12 @@ def renewals(method: DINOv2, steps: int) -> list[int]:
     return found
 
 
+def enlarged(given: Views, scale: int) -> Views:
+    """The same with larger global crops, as workers make them for Gram anchoring."""
+    large = [crop.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for crop in given.crops]
+    return replace(given, crops=[*large[:2], given.crops[2]])
+
+
 def test_its_teacher_is_the_trainings_own_when_it_begins():
     assert renewals(make(**GRAM), 10) == [2, 5, 8]
     assert renewals(make(gram_weight=1.0, gram_from="1ep"), 12) == [5]
@@ -58,8 +70,11 @@ def test_it_is_nothing_before_it_begins():
     method, without = make(**GRAM), make()
     for one in (method, without):
         one.set_length(20, 5)
+    given = enlarged(views(method), 2)
+    seen = method.objective._global_crops(given)[0].chunk(2)
     for step in (1, 2):
-        plain, found = (one(views(one), step) for one in (without, method))
+        plain = without(replace(given, crops=[*seen, given.crops[2]]), step)
+        found = method(given, step)
         assert (found["gram_loss"] > 0) == (step == 2)
         torch.testing.assert_close(found["loss"], plain["loss"] + 2 * found["gram_loss"])
 
@@ -68,21 +83,34 @@ def test_workers_make_large_crops_that_the_student_sees_small():
     method = make(**GRAM, gram_scale=3)
     spec = method.view_spec(method.config, method.encoder)
     assert [crop.size for crop in spec.crops] == [(48, 48), (48, 48), (8, 8)]
-    given = views(method)
-    large = [
-        torch.nn.functional.interpolate(c, scale_factor=3, mode="nearest") for c in given.crops[:2]
-    ]
-    given = replace(given, crops=[*large, given.crops[2]])
-    both, seen = method.objective._global_crops(method.encoder, given)
+    given = enlarged(views(method), 3)
+    both, seen = method.objective._global_crops(given)
     assert (both.shape[2:], seen.shape[2:]) == ((16, 16), (48, 48))
     method.set_length(20, 5)
     assert method(given, 3)["gram_loss"] > 0
     missing = [torch.zeros_like(crop, dtype=torch.bool) for crop in given.crops]
     missing[1][:, :, :25] = True
-    found = method.objective._weights(method.encoder, replace(given, missing=missing)) == 0
+    found = method.objective._weights(4, replace(given, missing=missing)) == 0
     crop, place = given.drawn["patches"] // 16, given.drawn["patches"] % 16
     expected = ((crop >= len(given.keys)) & (place < 8)) | (given.drawn["weights"] == 0)
     assert torch.equal(found, expected)
+
+
+def test_phases_have_masks_and_large_crops_of_their_own():
+    """A step of each phase, with and without Gram anchoring."""
+    for more in ({}, GRAM):
+        method = make(phases=("8:1ep",), **more)
+        method.set_length(20, 5)
+        spec = method.view_spec(method.config, method.encoder)
+        images = TrainImages(open_source("digits:train", DataConfig()), spec, 1, seed=0)
+        order = Order(len(images.source), BATCH, 0)
+        for step, side in ((0, 8), (order.steps_per_epoch, 16)):
+            batch = next(train_batches(images, order, step, step + 1, 0, pin=False))
+            large = side * (2 if more else 1)
+            assert batch.views.crops[0].shape[-1] == large
+            assert batch.views.drawn["masked"].shape == (2 * BATCH, (side // 4) ** 2)
+            normalised = Normalize((0.3,), (0.4,))(batch.views)
+            assert method(normalised, step)["loss"].isfinite()
 
 
 def test_its_cost_is_counted():

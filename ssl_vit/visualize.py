@@ -29,6 +29,7 @@ from ssl_vit.evaluators.features import ready
 from ssl_vit.model.attention import attention_panel, cls_attention
 from ssl_vit.objectives.base import Target
 from ssl_vit.pictures.patch_pca import pca_panel
+from ssl_vit.pictures.similarity import similarity_panel
 
 _PROG = "python -m ssl_vit.visualize"
 
@@ -99,9 +100,24 @@ class PcaConfig(PictureConfig):
 
 def pca(config: PcaConfig) -> Drawn:
     """Patch PCA of some images."""
+    return _of_patches(config, "pca", pca_panel)
+
+
+@dataclass(frozen=True)
+class SimilarityConfig(PictureConfig):
+    """Patch similarity: how like some marked patches all patches of an image are."""
+
+
+def similarity(config: SimilarityConfig) -> Drawn:
+    """Patch similarity of some images."""
+    return _of_patches(config, "similarity", similarity_panel)
+
+
+def _of_patches(config: PictureConfig, name: str, panel: Callable[..., np.ndarray]) -> Drawn:
+    """A picture of the patch features of some images."""
     scene = prepare(config, config.count)
     images = images_of(scene)
-    encoder = scene.plain_vit("pca")
+    encoder = scene.plain_vit(name)
     shown, patches, grid = [], [], encoder.grid
     for part in in_parts(images):
         batch, display = normalized(part, scene.view, scene.device)
@@ -109,7 +125,7 @@ def pca(config: PcaConfig) -> Drawn:
         patches.append(features.patches.cpu())
         grid = features.grid
         shown.append(display)
-    picture = pca_panel(np.concatenate(shown), torch.cat(patches), grid)
+    picture = panel(np.concatenate(shown), torch.cat(patches), grid)
     return Drawn(picture, len(images), scene.backbone)
 
 
@@ -117,6 +133,7 @@ _PICTURES: dict[str, tuple[type[PictureConfig], Callable[[Any], Drawn]]] = {
     "attention": (AttentionConfig, attention),
     "reconstruction": (ReconstructionConfig, reconstruction),
     "pca": (PcaConfig, pca),
+    "similarity": (SimilarityConfig, similarity),
     "neighbours": (NeighboursConfig, neighbours),
 }
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -55,6 +55,14 @@ def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
     stops = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(values, stops, _HEAT[:, c]) for c in range(3)]
     return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def squares(
+    values: np.ndarray, grid: tuple[int, int], size: tuple[int, int]
+) -> UInt8[np.ndarray, "b height width c"] | Bool[np.ndarray, "b height width c"]:
+    """Upsample patches (b, n, c) to images of this size, each patch a constant square."""
+    rows, columns = (np.arange(s) * g // s for s, g in zip(size, grid, strict=True))
+    return values.reshape(len(values), *grid, -1)[:, rows][:, :, columns]
 
 
 def picture_rows(

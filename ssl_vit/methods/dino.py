@@ -256,12 +256,14 @@ class DINOObjective(Objective):
 
     def teacher_temp(self, step: int) -> float:
         """Temperature at a step, counted from 0: linear, by epoch or by step, then constant."""
-        c, span = self.config, self.temp_warmup
+        return self.warmed(self.config.teacher_temp_start, self.config.teacher_temp, step)
+
+    def warmed(self, start: float, end: float, step: int) -> float:
+        """A temperature that rises from ``start`` to ``end`` as :meth:`teacher_temp` does."""
+        span = self.temp_warmup
         n = math.ceil(span.amount)
         i = step // self.steps_per_epoch if span.unit == "ep" else step
-        if i >= n:
-            return c.teacher_temp
-        return c.teacher_temp_start + (c.teacher_temp - c.teacher_temp_start) * i / max(1, n - 1)
+        return end if i >= n else start + (end - start) * i / max(1, n - 1)
 
     def teacher_momentum(self, step: int) -> float:
         """The share of itself that the teacher keeps at a step, from 0: half a cosine up to 1."""

@@ -31,7 +31,7 @@ from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, DINOConfig, DINOObjective
 from ssl_vit.model.attention import cls_features
-from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.encoder import Encoder, Features
 from ssl_vit.model.init import truncated_init
 from ssl_vit.objectives.base import Setting
 from ssl_vit.objectives.cross_entropy import cross_entropy_of_rows, cross_entropy_of_views
@@ -40,11 +40,14 @@ from ssl_vit.objectives.heads import ProjectionHead
 from ssl_vit.objectives.koleo import koleo, nearest_distances
 from ssl_vit.objectives.masks import BatchMasks
 from ssl_vit.objectives.targets import Kind, Targets
+from ssl_vit.pictures.similarity import similarity_panel
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 from ssl_vit.weights.official import open_weights
 
 # Parameters of what comes before the first block.
 _FIRST = ("cls_token", "pos_embed", "reg_token", "patch_embed.")
+# Its objective in a method; iBOT's, too.
+_NAME = "dinov2"
 # Above this share of the largest entropy the teacher cannot distinguish patches.
 _UNIFORM = 0.99
 
@@ -190,8 +193,7 @@ class DINOv2Objective(DINOObjective):
         c = self.config
         heads: dict[str, nn.Module] = {"cls": self._head(encoder, c.prototypes, c.bottleneck)}
         if c.patch_prototypes:
-            own = c.patch_bottleneck or c.bottleneck
-            heads["patch"] = self._head(encoder, c.patch_prototypes, own)
+            heads["patch"] = self.patch_head(encoder)
         if c.local_norm:
             heads["local_norm"] = nn.LayerNorm(encoder.width, encoder.vit.norm.eps)
         self.head = nn.ModuleDict(heads)
@@ -199,6 +201,11 @@ class DINOv2Objective(DINOObjective):
         self.cls_targets = Targets(c.prototypes, c.targets, c.center_momentum)
         outputs = c.patch_prototypes or c.prototypes
         self.patch_targets = Targets(outputs, c.targets, c.center_momentum)
+
+    def patch_head(self, encoder: Encoder) -> nn.Module:
+        """What the patches have of their own."""
+        c = self.config
+        return self._head(encoder, c.patch_prototypes, c.patch_bottleneck or c.bottleneck)
 
     def _head(self, encoder: Encoder, prototypes: int, bottleneck: int) -> nn.Module:
         c = self.config
@@ -268,7 +275,8 @@ class DINOv2Objective(DINOObjective):
             c.student_temp,
             c.local_weight,
         )
-        patch_student = self._patch_outputs(self.head, seen.patches, patches)
+        masked = seen.patches.flatten(0, 1).index_select(0, patches)  # no other is looked at
+        patch_student = self.patch_outputs(self.head, masked)
         share = weights / len(both)
         patch_loss = cross_entropy_of_rows(patch_target, patch_student, share, c.student_temp)
         spread, distance = self._spread(seen.cls)
@@ -314,22 +322,30 @@ class DINOv2Objective(DINOObjective):
         step: int,
     ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "u m"]]:
         """Targets for the [CLS] of all global crops, and for masked patches; crops are whole."""
-        temperature = self.teacher_temp(step)
         head: Any = self.teacher.head
         seen = self.teacher.encoder(both)
-        outputs = self._patch_outputs(head, seen.patches, patches)
-        valid = (weights > 0).to(weights.dtype)
+        features = seen.patches.flatten(0, 1)
         return (
-            self.cls_targets(head["cls"](seen.cls), temperature),
-            self.patch_targets(outputs, temperature, valid),
+            self.cls_targets(head["cls"](seen.cls), self.teacher_temp(step)),
+            self.patch_target(features, patches, weights, step),
         )
 
-    def _patch_outputs(
-        self, head: Any, features: Float[Tensor, "n p d"], patches: Int64[Tensor, " u"]
+    def patch_target(
+        self,
+        features: Float[Tensor, "all d"],
+        patches: Int64[Tensor, " u"],
+        weights: Float[Tensor, " u"],
+        step: int,
     ) -> Float[Tensor, "u m"]:
-        """A head's outputs of some of all patches: no other is looked at."""
-        rows = features.flatten(0, 1).index_select(0, patches)
-        outputs: Tensor = head["patch" if "patch" in head else "cls"](rows)
+        """Targets of masked ones of all patches, of which the teacher's features are given; where
+        their weight is 0 they do not count."""
+        outputs = self.patch_outputs(self.teacher.head, features.index_select(0, patches))
+        valid = (weights > 0).to(weights.dtype)
+        return self.patch_targets(outputs, self.teacher_temp(step), valid)
+
+    def patch_outputs(self, head: Any, features: Float[Tensor, "u d"]) -> Float[Tensor, "u m"]:
+        """A head's outputs of patches."""
+        outputs: Tensor = head["patch" if "patch" in head else "cls"](features)
         return outputs
 
     def _spread(self, cls: Float[Tensor, "n d"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -404,6 +420,7 @@ class DINOv2(DINO):
     Config: ClassVar[type] = DINOv2Config
     title: ClassVar[str] = "DINOv2"
     explained: ClassVar[dict[str, Scalar]] = DINOv2Objective.explained
+    objective_class: ClassVar[type[DINOv2Objective]] = DINOv2Objective
     progress: ClassVar[tuple[str, ...]] = ("kl", "patch_kl", "teacher_entropy_share")
     splits_with: ClassVar[dict[str, Any]] = {"targets": "centering", "koleo_weight": 0.0}
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
@@ -428,10 +445,10 @@ class DINOv2(DINO):
             f"{flag(config, 'global_size')} is {shown}; masks are of the encoder's patches, of "
             f"{own} px: give --encoder.image-size instead",
         )
-        objective = DINOv2Objective(config, self.encoder)
+        objective = self.objective_class(config, self.encoder)
         truncated_init(self.encoder, objective.head)
         objective.add_teacher(self.encoder)
-        self.add("dinov2", objective)
+        self.add(_NAME, objective)
 
     @staticmethod
     def views(config: DINOConfig, encoder: Encoder) -> ViewSpec:
@@ -453,7 +470,7 @@ class DINOv2(DINO):
 
     def network_of(self, name: str) -> str:
         """The encoder, or a head."""
-        start = "objectives.dinov2.head."
+        start = f"objectives.{_NAME}.head."
         return name.removeprefix(start).split(".")[0] if name.startswith(start) else "encoder"
 
     def lr_scale(self, name: str) -> float:
@@ -471,9 +488,16 @@ class DINOv2(DINO):
         return rate * c.patch_lr if own.startswith("patch_embed.") else rate
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
-        """Attention of the teacher's [CLS], and masks as the student gets them."""
-        looks = super().panels(views, normalize)
+        """Attention of the teacher's [CLS], similarities of its patches, and masks as the student
+        gets them."""
+        looks, images = super().panels(views, normalize), views.crops[0]
+        shown, seen = to_rgb(normalize.inverse(images)), self._seen_by_teacher(images)
+        looks["similarity"] = similarity_panel(shown, seen.patches.float(), seen.grid)
         return looks | {"masks": self._masks_panel(views, normalize)}
+
+    @torch.no_grad()
+    def _seen_by_teacher(self, images: Float[Tensor, "b c h w"]) -> Features:
+        return self.exported_encoder()(images)
 
     @torch.no_grad()
     def _masks_panel(self, views: Views, normalize: Normalize) -> np.ndarray:

@@ -29,14 +29,19 @@ class Center(nn.Module):
         self._seen: list[Tensor] = []
 
     def forward(
-        self, outputs: Float[Tensor, "n k"], valid: Float[Tensor, " n"] | None = None
+        self,
+        outputs: Float[Tensor, "n k"],
+        valid: Float[Tensor, " n"] | None = None,
+        moves_by: Float[Tensor, "m k"] | None = None,
     ) -> Float[Tensor, "n k"]:
         """The outputs less the centre; in training their sum is kept for :meth:`update`.
 
-        ``valid``: 1 for rows that count, 0 for padding.
+        ``valid``: 1 for rows that count, 0 for padding. ``moves_by``: other outputs whose sum is
+        kept in place of theirs, all of which count.
         """
         if self.training:
-            rows = outputs.detach()
+            rows = (outputs if moves_by is None else moves_by).detach()
+            valid = valid if moves_by is None else None
             total = rows.sum(0) if valid is None else valid @ rows
             count = rows.new_full((), len(rows)) if valid is None else valid.sum()
             self._seen.append(torch.cat([total, count[None]]))

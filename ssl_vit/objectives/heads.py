@@ -69,6 +69,13 @@ class _Prototypes(torch.autograd.Function):
         return grad @ low, of_v, of_gain if stretches else None
 
 
+def last_layer(width: int, prototypes: int, fixed_gain: bool, plain: bool = False) -> nn.Module:
+    """Prototypes on the unit sphere; arguments are those of :class:`ProjectionHead`."""
+    if plain:
+        return nn.Linear(width, prototypes, bias=False)
+    return PrototypeLayer(width, prototypes, fixed_gain)
+
+
 class ProjectionHead(nn.Module):
     """MLP to a bottleneck, L2 normalisation, weight-normalised prototypes (Caron et al. 2021,
     section 3.2).
@@ -89,12 +96,12 @@ class ProjectionHead(nn.Module):
             layers += [nn.GELU()] if i else []
             layers.append(nn.Linear(before, after))
         self.mlp = nn.Sequential(*layers)
-        self.last_layer: nn.Module
-        if plain:
-            self.last_layer = nn.Linear(widths[-1], prototypes, bias=False)
-        else:
-            self.last_layer = PrototypeLayer(widths[-1], prototypes, fixed_gain)
+        self.last_layer = last_layer(widths[-1], prototypes, fixed_gain, plain)
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Inner products with the prototypes, one row an image."""
-        return at_least_fp32(self.last_layer(F.normalize(self.mlp(features), dim=-1)))
+        return at_least_fp32(self.last_layer(self.on_sphere(features)))
+
+    def on_sphere(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
+        """What the last layer gets: the bottleneck, L2-normalised."""
+        return F.normalize(self.mlp(features), dim=-1)

@@ -37,10 +37,12 @@ class Targets(nn.Module):
         outputs: Float[Tensor, "n k"],
         temperature: float,
         valid: Float[Tensor, " n"] | None = None,
+        moves_by: Float[Tensor, "m k"] | None = None,
     ) -> Float[Tensor, "n k"]:
-        """Targets; ``valid``: 1 for rows that count, 0 for padding, whose targets are anything."""
+        """Targets; ``valid``: 1 for rows that count, 0 for padding, whose targets are anything;
+        ``moves_by``: outputs that move the centre, if not these."""
         if self.center is not None:
-            return (self.center(outputs, valid) / temperature).softmax(-1)
+            return (self.center(outputs, valid, moves_by) / temperature).softmax(-1)
         return sinkhorn_knopp(outputs / temperature, _ITERATIONS, valid)
 
     def update(self, took: Bool[Tensor, ""]) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from ssl_vit.common.errors import check
-from ssl_vit.common.figures import enlarged, heat, picture_rows
+from ssl_vit.common.figures import enlarged, heat, picture_rows, squares
 
 _PERCENT = (2.0, 98.0)
 _NOTHING = 1e-24  # share of the sum of squares attributed to rounding
@@ -103,12 +103,12 @@ def pca_panel(
     if own is not None:
         chosen = patches[kept.to(patches.device)]
         colours[kept.numpy()] = _colours(own.project(chosen))
-    here = _squares(kept.numpy()[..., None], grid, size)
+    here = squares(kept.numpy()[..., None], grid, size)
     columns = {
         "image": shown,
-        "components 1-3": _squares(_colours(scores), grid, size),
-        "component 1": _squares(heat(_scaled(scores[..., :1])[..., 0]), grid, size),
-        "foreground": np.where(here, _squares(colours, grid, size), _dark(shown)),
+        "components 1-3": squares(_colours(scores), grid, size),
+        "component 1": squares(heat(_scaled(scores[..., :1])[..., 0]), grid, size),
+        "foreground": np.where(here, squares(colours, grid, size), _dark(shown)),
     }
     return picture_rows(columns, _caption(pca, own, float(kept.double().mean())))
 
@@ -153,14 +153,6 @@ def _colours(scores: Float[Tensor, "*b k"]) -> UInt8[np.ndarray, "*b 3"]:
     scaled = _scaled(scores[..., :3])
     missing = [(0, 0)] * (scaled.ndim - 1) + [(0, 3 - scaled.shape[-1])]
     return (np.pad(scaled, missing, constant_values=0.5) * 255).round().astype(np.uint8)
-
-
-def _squares(
-    values: np.ndarray, grid: tuple[int, int], size: tuple[int, int]
-) -> UInt8[np.ndarray, "b height width c"] | Bool[np.ndarray, "b height width c"]:
-    """Upsample patches (b, n, c) to images of this size, each patch a constant square."""
-    rows, columns = (np.arange(s) * g // s for s, g in zip(size, grid, strict=True))
-    return values.reshape(len(values), *grid, -1)[:, rows][:, :, columns]
 
 
 def _dark(images: UInt8[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:

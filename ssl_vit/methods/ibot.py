@@ -1,0 +1,108 @@
+"""iBOT (Zhou et al. 2021, arXiv 2111.07832): self-distillation of images and of masked patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from ssl_vit.common.checks import check_positive, flag
+from ssl_vit.common.errors import check
+from ssl_vit.methods.dino import DINOObjective
+from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config, DINOv2Objective
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.objectives.heads import last_layer
+
+
+@dataclass(frozen=True)
+class IBOTConfig(DINOv2Config):
+    """Self-distillation of [CLS], as DINO's, and of masked patches. Defaults are those of the
+    published ViT-S/16."""
+
+    prototypes: int = 8192
+    momentum: float = 0.996
+    teacher_temp_warmup: str = "30ep"
+    """Length of that warm-up: 30ep rises by epoch, as the original does, 500st by step."""
+    patch_temp: float = 0.07
+    """Temperature of the teacher's softmax for patches."""
+    patch_temp_start: float = 0.04
+    """Temperature at the start of its linear warm-up, which is as long."""
+    patch_prototypes: int = 0
+    """Outputs of the patches' own last layer, on the rest of [CLS]'s head. 0: they share its."""
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_crops: int = 10
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    koleo_weight: float = 0.0
+    layer_decay: float = 1.0
+    patch_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "patch_temp", "patch_temp_start")
+        check(
+            not self.patch_bottleneck,
+            f"{flag(self, 'patch_bottleneck')} is {self.patch_bottleneck}; patches share the head "
+            "but for its last layer",
+        )
+
+
+class IBOTObjective(DINOv2Objective):
+    """DINOv2's with another head and centre: patches have at most a last layer of their own, and a
+    temperature; their centre is that of all patches, masked or not."""
+
+    config: IBOTConfig
+    teacher_temp = DINOObjective.teacher_temp
+
+    def patch_head(self, encoder: Encoder) -> nn.Module:
+        """What the patches have of their own: a last layer."""
+        c = self.config
+        return nn.ModuleDict(
+            {
+                "last_layer": last_layer(
+                    c.bottleneck, c.patch_prototypes, c.norm_last_layer, c.plain_last_layer
+                )
+            }
+        )
+
+    def patch_target(
+        self,
+        features: Float[Tensor, "all d"],
+        patches: Int64[Tensor, " u"],
+        weights: Float[Tensor, " u"],
+        step: int,
+    ) -> Float[Tensor, "u m"]:
+        """Targets of masked ones of all patches; the centre moves by all."""
+        c, valid = self.config, (weights > 0).to(weights.dtype)
+        temperature = self.warmed(c.patch_temp_start, c.patch_temp, step)
+        outputs = self.patch_outputs(self.teacher.head, features)
+        masked = outputs.index_select(0, patches)
+        return self.patch_targets(masked, temperature, valid, moves_by=outputs)
+
+    def patch_outputs(self, head: Any, features: Float[Tensor, "u d"]) -> Float[Tensor, "u m"]:
+        """A head's outputs of patches."""
+        whole = head["cls"]
+        if "patch" not in head:
+            return super().patch_outputs(head, features)
+        outputs: Tensor = head["patch"]["last_layer"](whole.on_sphere(features))
+        return outputs
+
+
+class IBOT(DINOv2):
+    """The student predicts its average's output for other crops, and for patches hidden from it."""
+
+    Config: ClassVar[type] = IBOTConfig
+    title: ClassVar[str] = "iBOT"
+    objective_class: ClassVar[type[DINOv2Objective]] = IBOTObjective
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "encoder": {"drop_path": 0.1},
+        "optim": {
+            "base_lr": 5e-4,
+            "min_lr": 1e-6,
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+            "clip": 3.0,
+            "clip_by": "parameter",
+        },
+    }

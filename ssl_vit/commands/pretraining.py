@@ -143,10 +143,14 @@ class Pretraining(Session):
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """That of the images, and the file of ``--init.encoder``."""
-        name = self.config.init.encoder
-        path = weights_info(name)[1] if name else None
-        weights = {"init.encoder": sha256(path)} if path else {}
+        """That of the images, and the files of ``--init.encoder`` and of the method's encoders."""
+        names = {"init.encoder": self.config.init.encoder}
+        method = self.config.method
+        names |= {
+            f"{method.group}.{option}": getattr(method, option) for option in self.task.encoders
+        }
+        paths = {option: weights_info(name)[1] for option, name in names.items() if name}
+        weights = {option: sha256(path) for option, path in paths.items() if path}
         return {**self.images.fingerprint, "weights": weights}
 
     def info(self) -> EncoderInfo:
@@ -330,5 +334,6 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretrai
         info = weights_info(config.init.encoder, config.encoder.image_size)[0]
         given = Given(f"--init.encoder {config.init.encoder}", info.mean, info.std)
     images: Images = open_images(config.data, config.run.seed, given)
+    method.set_statistics(images.mean, images.std)
     views = method.view_spec(config.method, method.encoder)
     return Pretraining(name, config, method, views, images)

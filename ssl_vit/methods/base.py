@@ -46,6 +46,7 @@ class Method(Task):
         reconstructs: whether :meth:`reconstruct` is there.
         splits_with: options with which ``--optim.accumulate`` parts give the whole batch's step, of
             a method in which images of a part see each other; empty: any do.
+        encoders: its options that name other encoders' files: part of what a run is.
         objectives: what it minimises, by name, each with its own networks.
         weights: of the objectives' losses in the sum.
     """
@@ -57,6 +58,7 @@ class Method(Task):
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     reconstructs: ClassVar[bool] = False
     splits_with: ClassVar[dict[str, Any]] = {}
+    encoders: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__()
@@ -132,6 +134,11 @@ class Method(Task):
         load_strictly(self.encoder.vit, state, where)
         for _, objective in self.parts():
             objective.encoder_replaced(self.encoder)
+
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Called before the first step: by what views are normalised."""
+        for _, objective in self.parts():
+            objective.set_statistics(mean, std)
 
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""

@@ -71,6 +71,10 @@ class Objective(nn.Module):
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
         """Called before the first step: how long the training will be."""
 
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Called before the first step: mean and deviation of each channel by which views are
+        normalised."""
+
     def encoder_replaced(self, encoder: Encoder) -> None:
         """Called when the encoder has been given other weights to begin with."""
 

@@ -175,8 +175,12 @@ def put_together(blank: T, sharded: nn.Module, main: bool, device: torch.device)
             state[name] = full.detach().to(device, copy=True)
     if not main:
         return blank
+    # What is in no state dict (a frozen teacher) is not needed in what is put together.
     filled = {
-        id(p): nn.Parameter(state[name], p.requires_grad) for name, p in blank.named_parameters()
+        id(p): nn.Parameter(
+            state[name] if name in state else torch.empty_like(p, device=device), p.requires_grad
+        )
+        for name, p in blank.named_parameters()
     }
     whole = copy.deepcopy(blank, filled).to(device)
     whole.load_state_dict(state, strict=True)

@@ -61,7 +61,7 @@ def test_the_scale_of_its_paper_is_counted(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scale, "recipes", dict)
     out = tmp_path / "scale.json"
     sizes = ("--archs", "test_vit", "--image-sizes", "--devices", "2", "--out", str(out))
-    assert benchmark.main(["scale", name, *sizes]) == 0
+    assert benchmark.main(["scale", name, *tiny.given_encoders(name), *sizes]) == 0
     report = json.loads(out.read_text())
     for row in report["sizes"]:
         assert row["flop_per_image"] > 0

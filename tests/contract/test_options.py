@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -26,7 +26,8 @@ def nonsense(option: tiny.Option) -> Any:
     if get_origin(hint) is Literal or isinstance(option.value, bool) or option.value is None:
         return None
     if isinstance(option.value, tuple):
-        return tuple(_NO_SENSE[type(v)] for v in option.value) or (_NO_SENSE[int],)
+        kinds = [type(v) for v in option.value] or [get_args(hint)[0]]
+        return tuple(_NO_SENSE[kind] for kind in kinds)
     return _NO_SENSE[type(option.value)]
 
 

@@ -1,6 +1,9 @@
 """A training of any method that takes a second: its own recipe for digits on a tiny encoder."""
 
+import atexit
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ssl_vit.commands.pretraining import PretrainConfig, Pretraining, build
+from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.task import Views
 from ssl_vit.data.loader import Batch, TrainImages, train_batches
 from ssl_vit.methods.base import Method, find_method
+from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options
 from ssl_vit.training.checkpoint import complete
 from ssl_vit.training.metrics import read_rows
 from ssl_vit.training.shards import Parts
+from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, save_encoder
 
 STEPS, BATCH = 4, 8
 # AdamW makes whole steps of what is a rounding error of a gradient near 0: the rate is low.
@@ -40,7 +46,30 @@ def recipe(name: str) -> str:
 
 def arguments(name: str, *more: str) -> list[str]:
     """What the pretraining door is given; ``more`` wins."""
-    return [name, "--config", recipe(name), *TINY, *more]
+    return [name, "--config", recipe(name), *TINY, *given_encoders(name), *more]
+
+
+def given_encoders(name: str) -> list[str]:
+    """Options of a method that learns from other encoders, which are tiny, too."""
+    options = find_method(name).encoders
+    return [part for option in options for part in (f"--method.{option}", str(_encoder_file()))]
+
+
+@cache
+def _encoder_file() -> Path:
+    """An encoder of another width and patch, for images of one channel."""
+    config = EncoderConfig(
+        "vit_tiny_patch16_224", image_size=(24,), patch_size=8, width=24, depth=2, heads=2
+    )
+    path = Path(tempfile.mkdtemp(prefix="ssl_vit_encoder")) / ENCODER_FILE
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        encoder = Encoder(config, 1)
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_encoder(path, encoder, EncoderInfo(config, 1, (0.3,), (0.4,)))
+    return path
 
 
 def run_arguments(name: str, *more: str) -> list[str]:

@@ -1,0 +1,256 @@
+"""Distillation of features: a small encoder learns what a given one says of an image and of its
+patches, on images without labels (Hinton et al. 2015; of features, Romero et al. 2015)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_vit.common.checks import (
+    check_not_negative,
+    check_range,
+    check_share,
+    check_size,
+    flag,
+)
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.photometric import Photometric
+from ssl_vit.methods.base import Method, MethodConfig
+from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.encoder import Encoder, Features
+from ssl_vit.model.init import truncated_init
+from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.frozen import Frozen
+from ssl_vit.objectives.gram import resized_patches
+from ssl_vit.objectives.masked_patches import without_data
+from ssl_vit.weights.adapting import adapted
+from ssl_vit.weights.exchange import EncoderInfo, load_strictly
+from ssl_vit.weights.official import open_weights, weights_info
+
+log = logging.getLogger("ssl_vit")
+Loss = Literal["cosine", "mse", "smooth_l1"]
+
+
+@dataclass(frozen=True)
+class DistillConfig(MethodConfig):
+    """A student of any size learns the features of a frozen teacher through linear heads."""
+
+    teacher: str = ""
+    """The encoder to learn from: a run folder or weight file, as for --init.encoder. Of another
+    size, patch and number of channels if need be."""
+    teacher_size: tuple[int, ...] = ()
+    """Height and width in pixels at which the teacher sees a crop. Empty: the student's image size,
+    in whole patches of the teacher."""
+    loss: Loss = "cosine"
+    """Between a head's output and the teacher's feature: 1 - cosine, or the mean over features of
+    the squared error or of smooth L1, with the teacher's layer-normalised."""
+    cls_weight: float = 1.0
+    """Weight of the image's feature: [CLS], or the mean patch of an encoder without it."""
+    patch_weight: float = 1.0
+    """Weight of the patches' features; the teacher's grid is resized to the student's."""
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    """Share of the image's area that a random crop covers, least and most."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
+    jitter: float = 0.8
+    """Probability of colour jitter (brightness .4, contrast .4, saturation .2, hue .1)."""
+
+    def __post_init__(self) -> None:
+        check_size(self, "teacher_size")
+        check_not_negative(self, "cls_weight", "patch_weight")
+        check_range(self, "crop_scale")
+        check_share(self, "flip", "vertical_flip", "jitter")
+        check(
+            self.cls_weight + self.patch_weight > 0,
+            f"{flag(self, 'cls_weight')} and {flag(self, 'patch_weight')} are 0; nothing is left "
+            "to learn",
+        )
+
+    @property
+    def where(self) -> str:
+        """The teacher, in messages."""
+        return f"{flag(self, 'teacher')} {self.teacher}"
+
+    def info(self) -> EncoderInfo:
+        """What the teacher is, without its weights.
+
+        Raises:
+            UserError: none is given, or it cannot be opened.
+        """
+        option = flag(self, "teacher")
+        check(bool(self.teacher), f"{option} is empty; give a run folder or a weight file")
+        try:
+            return weights_info(self.teacher)[0]
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+    def seen_size(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which the teacher sees a crop of which the student sees ``image``.
+
+        Raises:
+            UserError: no teacher, or a size that its patch does not divide.
+        """
+        info = self.info()
+        with without_memory():
+            patch = Encoder(info.config, info.channels).patch_size
+        if not self.teacher_size:
+            height, width = (patch * max(1, round(side / patch)) for side in image)
+            return height, width
+        size = (self.teacher_size[0], self.teacher_size[-1])
+        fits, shown = all(s % patch == 0 for s in size), "x".join(map(str, size))
+        rule = f"the teacher's patch size, {patch}, must divide it"
+        check(fits, f"{flag(self, 'teacher_size')} is {shown}; {rule}")
+        return size
+
+
+def feature_loss(
+    found: Float[Tensor, "*b d"], wanted: Float[Tensor, "*b d"], kind: Loss
+) -> Float[Tensor, "*b"]:
+    """Loss of features, one number each; see ``DistillConfig.loss``."""
+    found, wanted = at_least_fp32(found), at_least_fp32(wanted)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(found, wanted, dim=-1)
+    wanted = F.layer_norm(wanted, wanted.shape[-1:])
+    each = F.mse_loss if kind == "mse" else F.smooth_l1_loss
+    return each(found, wanted, reduction="none").mean(-1)
+
+
+class DistillObjective(Objective):
+    """Distance of a student's features, through linear heads, from a frozen teacher's."""
+
+    explained: ClassVar[dict[str, Scalar]] = {
+        "loss": Scalar("Loss", "Weighted sum of the losses of images and patches.", True),
+        "cls_loss": Scalar("Loss of images", "Of [CLS], or the mean patch.", True),
+        "patch_loss": Scalar("Loss of patches", "Mean over the patches.", True),
+        "cls_cosine": Scalar(
+            "Cosine with the teacher", "Of [CLS]; 1 is the teacher's direction.", False
+        ),
+    }
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, config: DistillConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config, self.info = config, config.info()
+        size, channels = config.seen_size(encoder.image_size), encoder.channels
+        made = replace(self.info.config, image_size=size, drop_path=0.0)
+        teacher = Encoder(made, channels)
+        teacher.augmented = False
+        self.cls_head = nn.Linear(encoder.width, teacher.width)
+        self.patch_head = nn.Linear(encoder.width, teacher.width)
+        if not self.cls_head.weight.is_meta:
+            self._open(teacher)
+        self.teacher = Frozen(teacher)
+        self.register_buffer("scale", torch.ones(1, channels, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.zeros(1, channels, 1, 1), persistent=False)
+
+    def _open(self, teacher: Encoder) -> None:
+        where = self.config.where
+        given = open_weights(self.config.teacher)
+        state, notes = adapted(given.encoder, teacher, "mean", where)
+        load_strictly(teacher.vit, state, where)
+        log.info("teacher from %s: %s", given.path, "; ".join([given.report, *notes]))
+
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """The teacher sees images normalised by its own statistics, whatever the student does."""
+        if self.info.channels != len(mean):
+            return
+        own, theirs = (
+            torch.tensor([mean, std]),
+            torch.tensor([self.info.mean, self.info.std]),
+        )
+        self.scale.copy_((own[1] / theirs[1]).view(1, -1, 1, 1))
+        self.shift.copy_(((own[0] - theirs[0]) / theirs[1]).view(1, -1, 1, 1))
+
+    def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
+        """The losses of a batch."""
+        c, crop = self.config, views.crops[0]
+        wanted = self._of_teacher(crop)
+        seen = encoder(_resized(crop, encoder.image_size))
+        cls = self.cls_head(_image_feature(seen))
+        target = _image_feature(wanted)
+        found = {"cls_loss": feature_loss(cls, target, c.loss).mean()}
+        patches = resized_patches(at_least_fp32(wanted.patches), wanted.grid, seen.grid)
+        each = feature_loss(self.patch_head(seen.patches), patches, c.loss)
+        found["patch_loss"] = self._mean(each, encoder, views)
+        loss = c.cls_weight * found["cls_loss"] + c.patch_weight * found["patch_loss"]
+        cosine = F.cosine_similarity(at_least_fp32(cls), at_least_fp32(target), dim=-1).mean()
+        found = {name: value.detach() for name, value in {**found, "cls_cosine": cosine}.items()}
+        return {"loss": loss, **found}
+
+    @torch.no_grad()
+    def _of_teacher(self, crop: Float[Tensor, "b c h w"]) -> Features:
+        teacher = self.teacher.encoder
+        features: Features = teacher(_resized(crop * self.scale + self.shift, teacher.image_size))
+        return features
+
+    @staticmethod
+    def _mean(each: Float[Tensor, "b n"], encoder: Encoder, views: Views) -> Float[Tensor, ""]:
+        """Mean over patches, of those that have data."""
+        missing = views.missing_of(0)
+        if missing is None:
+            return each.mean()
+        least = F.interpolate((~missing).to(each.dtype), size=encoder.image_size, mode="area")
+        valid = ~without_data(encoder.patchify(least > 0))
+        return (each * valid).sum() / valid.sum().clamp(min=1)
+
+
+def _image_feature(features: Features) -> Float[Tensor, "b d"]:
+    return features.pool("mean") if features.cls is None else features.cls
+
+
+def _resized(
+    images: Float[Tensor, "b c h w"], size: tuple[int, int]
+) -> Float[Tensor, "b c height width"]:
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True)
+
+
+class Distill(Method):
+    """A student learns a given encoder's features of images and patches."""
+
+    Config: ClassVar[type] = DistillConfig
+    title: ClassVar[str] = "Distillation"
+    explained: ClassVar[dict[str, Scalar]] = DistillObjective.explained
+    pooling: ClassVar[str] = "cls"
+    progress: ClassVar[tuple[str, ...]] = ("cls_loss", "patch_loss", "cls_cosine")
+    encoders: ClassVar[tuple[str, ...]] = ("teacher",)
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "optim": {"base_lr": 5e-4, "weight_decay": 0.05, "clip": 3.0},
+    }
+
+    def __init__(self, config: DistillConfig, encoder_config: EncoderConfig, channels: int) -> None:
+        super().__init__(config, encoder_config, channels)
+        check(
+            self.encoder.vit.cls_token is not None,
+            f"--encoder.arch is {encoder_config.arch!r}; a student learns by [CLS], which it lacks",
+        )
+        objective = DistillObjective(config, self.encoder)
+        truncated_init(self.encoder, objective.cls_head, objective.patch_head)
+        self.add("distill", objective)
+
+    @staticmethod
+    def views(config: DistillConfig, encoder: Encoder) -> ViewSpec:
+        """One random resized crop, as large as the larger of the two sees it."""
+        seen = config.seen_size(encoder.image_size)
+        height, width = (max(pair) for pair in zip(seen, encoder.image_size, strict=True))
+        crop = Crop(
+            (height, width),
+            scale=config.crop_scale,
+            flip=config.flip,
+            vertical_flip=config.vertical_flip,
+            photometric=Photometric(jitter=config.jitter),
+        )
+        return ViewSpec((crop,))

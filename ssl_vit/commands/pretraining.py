@@ -17,8 +17,9 @@ import torch
 
 from ssl_vit.commands.cli import RESUMABLE, layered, show_table
 from ssl_vit.common.checks import flag
-from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.rates import SPARING, PretrainOptim
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
 from ssl_vit.data.base import Source, Subset, known_labels
@@ -122,7 +123,7 @@ class PretrainConfig(Generic[M]):
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: PretrainOptim = field(default_factory=PretrainOptim)
 
 
 def default_options(options: Any, method: type[Method], **groups: dict[str, Any]) -> Any:
@@ -130,7 +131,7 @@ def default_options(options: Any, method: type[Method], **groups: dict[str, Any]
 
     ``groups``: a command's own defaults of shared options; those of the method take precedence.
     """
-    kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": OptimConfig}
+    kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": PretrainOptim}
     given = groups | method.defaults
     shared = {name: kind(**given.get(name, {})) for name, kind in kinds.items()}
     return options(method=method.Config(), **shared)
@@ -305,9 +306,11 @@ def whole_method(folder: Path) -> Method | None:
 
 
 def with_weights(default: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:
-    """Default options for initial weights: the encoder's architecture and channels."""
+    """Default options for initial weights: the encoder's architecture and channels, and rates that
+    spare it."""
     encoder = replace(info.config, drop_path=default.encoder.drop_path)
-    return replace(default, encoder=encoder, data=replace(default.data, channels=info.channels))
+    data, optim = replace(default.data, channels=info.channels), replace(default.optim, **SPARING)
+    return replace(default, encoder=encoder, data=data, optim=optim)
 
 
 def with_statistics(config: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:

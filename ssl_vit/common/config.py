@@ -302,3 +302,11 @@ class OptimConfig:
             rate = base * math.sqrt(self.batch_size / 1024)
             return rate, f"{base:g} x sqrt({self.batch_size} / 1024)"
         return base * self.batch_size / 256, f"{base:g} x {self.batch_size} / 256"
+
+    def scale_of(self, encoder: bool, above: int, patches: bool) -> float:
+        """Factor of the learning rate of a parameter at this place (``task.Place``)."""
+        return 1.0
+
+    def held_back(self) -> tuple[str, str]:
+        """Lengths for which the encoder is frozen, and in which it is then released."""
+        return "0st", "0st"

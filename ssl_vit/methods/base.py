@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_vit import methods
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.common.task import Scalar, Task, Views
+from ssl_vit.common.task import Place, Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_all
 from ssl_vit.data.order import Places
@@ -26,6 +26,9 @@ from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
 from ssl_vit.weights.exchange import load_strictly, resample_positions
+
+# Parameters of an encoder, beside the patch embedding, that come before its first block.
+_FIRST = ("cls_token", "pos_embed", "reg_token")
 
 
 class MethodConfig:
@@ -183,6 +186,17 @@ class Method(Task):
         losses = [self.weights[name] * scalars["loss"] for name, scalars in found.items()]
         apart = {f"{n}_{k}": value for n, scalars in found.items() for k, value in scalars.items()}
         return {"loss": torch.stack(losses).sum(), **apart}
+
+    def place_of(self, name: str) -> Place:
+        """Place of a parameter: in the encoder that is trained, or beside it."""
+        own, depth = name.removeprefix("encoder.vit."), len(self.encoder.vit.blocks)
+        if own == name:
+            return Place()
+        patches = own.startswith("patch_embed.")
+        if patches or own in _FIRST:
+            return Place(True, depth + 1, patches)
+        block = own.startswith("blocks.")
+        return Place(True, depth - int(own.split(".")[1]) if block else 0)
 
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
         """Pass it on to the objectives."""

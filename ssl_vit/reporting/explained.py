@@ -42,6 +42,9 @@ _LAST = {
         "Gradient norm",
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
     ),
+    "encoder_share": Scalar(
+        "Encoder's share of its learning rate", "0 while it is frozen, then it rises to 1."
+    ),
     "lr": Scalar("Learning rate", "Warm-up, then half a cosine."),
     "images_per_s": Scalar("Images per second", "Over all processes, without saving and probing."),
     "waiting": Scalar(

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from ssl_vit.commands.beginning import Looks
 from ssl_vit.commands.cli import RESUMABLE, layered, show_table
 from ssl_vit.common.checks import flag
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
@@ -37,6 +38,7 @@ from ssl_vit.training.session import Session, counted, prepare_folder, train
 from ssl_vit.training.shards import Parts, load_parts
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import (
+    BEST_FILE,
     ENCODER_FILE,
     EncoderInfo,
     encoder_writer,
@@ -176,11 +178,36 @@ class Pretraining(Session):
         """Evaluation during training: health, k-NN, pictures and the feature projection."""
         assert isinstance(whole, Method)
         watch, encoder = self.watch, whole.exported_encoder()
-        numbers, held_out = watch.probe(encoder)
+        look = watch.look(encoder)
+        numbers, held_out, news = look.numbers, look.held_out, ""
+        if self.config.init.encoder:
+            numbers = numbers | self.looks.add(step, look)
+            news = self.looks.news(look.knn)
+            self._keep_best(step, encoder)
         log.write(step, numbers, "probe")
+        if news:
+            log.warn(step, news)
         for name, picture in watch.paint(whole.panels, encoder, held_out).items():
             log.picture(step, name, picture)
         log.projection(step, *watch.projection(held_out))
+
+    @functools.cached_property
+    def looks(self) -> Looks:
+        """Looks at an encoder that began with given weights, up to the present step."""
+        return Looks.read(self.out, self.trainer.step)
+
+    def looks_at_once(self, due: bool) -> bool:
+        """At given weights before they are trained; and where a kill came before the look did."""
+        step = self.trainer.step
+        late = due and self.watch.labelled and not self.looks.has(step)
+        return bool(self.config.init.encoder) and (step == 0 or late)
+
+    def _keep_best(self, step: int, encoder: Encoder) -> None:
+        """Write the encoder if it is the best so far; before its row, which says that it is."""
+        best = self.looks.best
+        if best is not None and best["step"] == step:
+            self.guard()
+            encoder_writer(self.out / BEST_FILE, encoder, self.info())()
 
     def about(self) -> list[tuple[str, str]]:
         """Plan rows on the encoder."""
@@ -190,8 +217,11 @@ class Pretraining(Session):
             ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
             ("parameters", f"{counted(encoder)} encoder, {counted(self.task)} in all"),
         ]
-        reason = self.why_no_knn() if known_labels(self.images.train).any() else ""
-        return rows + ([("k-NN", f"not measured while training: {reason}")] if reason else [])
+        given = bool(self.config.init.encoder)
+        reason = self.why_no_knn() if given or known_labels(self.images.train).any() else ""
+        unseen = ", so that nothing shows whether the given weights get worse" if given else ""
+        said = f"not measured while training: {reason}{unseen}"
+        return rows + ([("k-NN", said)] if reason else [])
 
     def untrained_encoder(self) -> Encoder:
         """Encoder with its weights before the first step."""

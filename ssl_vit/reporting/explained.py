@@ -16,6 +16,10 @@ _FIRST = {
         "number to watch. It should rise, and pass raw pixels. (Mean average precision, where an "
         "image may have several labels.)",
     ),
+    "selection_knn": Scalar(
+        "k-NN accuracy of held-out training images, %",
+        "By this encoder-best.safetensors is chosen: never by the images of the number above.",
+    ),
     "feature_std": Scalar(
         "Feature spread",
         "1: features spread evenly over the sphere; 0: every image has the same. A fall towards 0 "

@@ -46,13 +46,14 @@ class Hook:
     ``name``: the metric under which the seconds that it takes are logged. ``call``: all processes
     call it; if it returns a function, that is called next and may take long: a signal interrupts
     it, so it must not use collectives. ``when_stopped``: also called when a signal ends the run
-    before its last step.
+    before its last step. ``at_once``: also called before the first step.
     """
 
     name: str
     every: int
     call: Callable[[int], Callable[[], object] | None]
     when_stopped: bool = False
+    at_once: bool = False
 
     def due(self, step: int, total: int) -> bool:
         """True if the hook is called after ``step`` steps of ``total``."""
@@ -114,6 +115,7 @@ class Trainer:
         """
         self.kept = self.step
         with StopSignal() as stop, self.parallel.watchdog(self.run.timeout) as watch:
+            self._call([hook for hook in hooks if hook.at_once], runlog, stop)
             while self.step < self.schedule.total:
                 self.task.train()
                 watch.at(self.step, "waiting for images")

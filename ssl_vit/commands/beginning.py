@@ -15,8 +15,8 @@ SELECTION, _LOW = "selection_knn", "knn_low"
 # Name of the best encoder in the table of scores, its step aside.
 BEST = "best encoder"
 _REMEDIES = (
-    "Usual remedies: a lower --optim.encoder-lr, a longer --optim.freeze-encoder, a lower "
-    "--optim.layer-decay"
+    "Usual remedies: a lower --optim.encoder-lr, a longer --optim.freeze-encoder, "
+    "--init.keep-near 1"
 )
 
 

@@ -284,6 +284,8 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         where = f"--init.encoder {config.init.encoder}"
         state, notes = adapted(given.encoder, method.encoder, config.init.channels, where)
         method.begin_with(state, where)
+        if config.init.keep_near:
+            method.stay_near(config.init.keep_near)
         report = "; ".join([given.report, *notes])
         log.info("initial weights from %s: %s, %s", given.path, given.format, report)
         if config.init.heads:

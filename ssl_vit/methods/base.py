@@ -25,6 +25,7 @@ from ssl_vit.data.order import Places
 from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
+from ssl_vit.objectives.nearness import Nearness
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 
 # Parameters of an encoder, beside the patch embedding, that come before its first block.
@@ -69,6 +70,7 @@ class Method(Task):
         )
         self.config = config
         self.encoder = Encoder(encoder_config, channels)
+        self.nearness: Nearness | None = None
         self.objectives = nn.ModuleDict()
         self.weights: dict[str, float] = {}
 
@@ -136,6 +138,10 @@ class Method(Task):
         for _, objective in self.parts():
             objective.encoder_replaced(self.encoder)
 
+    def stay_near(self, weight: float) -> None:
+        """Keep the encoder's features near those that it has now, by a term of this weight."""
+        self.nearness = Nearness(self.encoder, weight)
+
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""
         return self.encoder
@@ -178,7 +184,17 @@ class Method(Task):
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """The objective's scalars; of several objectives each one's as ``name_scalar``, and
-        ``loss``, the sum by their weights."""
+        ``loss``, the sum by their weights; with the distance from the first features, where it is
+        a term of the loss."""
+        scalars = self._scalars(views, step)
+        if self.nearness is None:
+            return scalars
+        distance = self.nearness.distance(self.encoder, views.crops[0])
+        loss = scalars["loss"] + self.nearness.weight * distance
+        return scalars | {"loss": loss, "start_distance": distance.detach()}
+
+    def _scalars(self, views: Views, step: int) -> dict[str, Tensor]:
+        """Those of the objectives."""
         parts = self.parts()
         found = {n: o(self.encoder, self.seen_by(n, views), step) for n, o in parts}
         if len(found) == 1:

@@ -46,6 +46,10 @@ _LAST = {
         "Gradient norm",
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
     ),
+    "start_distance": Scalar(
+        "Distance from the first features",
+        "One minus the cosine between features and those of the weights that training began with.",
+    ),
     "encoder_share": Scalar(
         "Encoder's share of its learning rate", "0 while it is frozen, then it rises to 1."
     ),

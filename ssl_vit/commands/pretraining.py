@@ -217,7 +217,8 @@ class Pretraining(Session):
             ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
             ("parameters", f"{counted(encoder)} encoder, {counted(self.task)} in all"),
         ]
-        given = bool(self.config.init.encoder)
+        given, near = bool(self.config.init.encoder), self.config.init.keep_near
+        rows += [("kept near the start", f"x {near:g}")] if near else []
         reason = self.why_no_knn() if given or known_labels(self.images.train).any() else ""
         unseen = ", so that nothing shows whether the given weights get worse" if given else ""
         said = f"not measured while training: {reason}{unseen}"

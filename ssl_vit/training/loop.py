@@ -115,6 +115,7 @@ class Trainer:
         """
         self.kept = self.step
         with StopSignal() as stop, self.parallel.watchdog(self.run.timeout) as watch:
+            watch.at(self.step, "saving or probing")
             self._call([hook for hook in hooks if hook.at_once], runlog, stop)
             while self.step < self.schedule.total:
                 self.task.train()

@@ -338,11 +338,14 @@ def whole_method(folder: Path) -> Method | None:
     return method
 
 
-def with_weights(default: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:
+def with_weights(
+    default: PretrainConfig[Any], info: EncoderInfo, heads: bool
+) -> PretrainConfig[Any]:
     """Default options for initial weights: the encoder's architecture and channels, and rates that
-    spare it."""
+    spare it from new heads; ``heads``: they come with it."""
     encoder = replace(info.config, drop_path=default.encoder.drop_path)
-    data, optim = replace(default.data, channels=info.channels), replace(default.optim, **SPARING)
+    optim = default.optim if heads else replace(default.optim, **SPARING)
+    data = replace(default.data, channels=info.channels)
     return replace(default, encoder=encoder, data=data, optim=optim)
 
 

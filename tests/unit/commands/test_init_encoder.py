@@ -77,6 +77,8 @@ def test_given_weights_are_spared_by_default(given):
     optim = parse_options([*flags, "--config", str(own), "--optim.release", "0st"])[2].optim
     assert (optim.encoder_lr, optim.freeze_encoder, optim.release) == (1.0, "1st", "0st")
     assert (optim.layer_decay, optim.patch_lr) == (0.9, 0.2)
+    whole = parse_options([*flags, "--init.heads", "True"])[2]
+    assert whole.optim == plain.config.optim, "heads that come with the encoder do not ruin it"
 
 
 def test_a_run_knows_the_file_it_began_with_wherever_it_is(given):

@@ -10,7 +10,7 @@ from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
 from ssl_vit.common.checks import check_size
 from ssl_vit.common.errors import check, did_you_mean
 from ssl_vit.data.view import View
-from ssl_vit.weights.exchange import ENCODER_FILE
+from ssl_vit.weights.exchange import BEST_FILE, ENCODER_FILE
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import FORMATS, check_ready, export_encoder
 
@@ -61,7 +61,7 @@ def place_for(config: ExportConfig, encoder_file: Path) -> Path:
     out = Path(config.out).expanduser() if config.out else beside
     same = out.exists() and out.samefile(encoder_file)
     check(not same, f"--out is {str(out)!r}, which is the encoder to export")
-    a_runs_own = out.name == ENCODER_FILE and (out.parent / "config.yaml").exists()
+    a_runs_own = out.name in (ENCODER_FILE, BEST_FILE) and (out.parent / "config.yaml").exists()
     check(not a_runs_own, f"--out is {str(out)!r}, which is the encoder file of a run")
     check_ready(config.to, out)
     return out

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import asdict, replace
 from typing import Any
 
+from ssl_vit.commands.beginning import BEST, verdict
 from ssl_vit.commands.cli import (
     find_recipe,
     layered,
@@ -33,7 +34,7 @@ from ssl_vit.evaluators.watch import ScoreTable, Watch, read_scores, write_score
 from ssl_vit.methods.base import Method, find_method, method_names
 from ssl_vit.records.run_folder import read_run
 from ssl_vit.training.session import slug
-from ssl_vit.weights.exchange import ENCODER_FILE, sha256
+from ssl_vit.weights.exchange import BEST_FILE, ENCODER_FILE, load_encoder, sha256
 from ssl_vit.weights.official import weights_info
 
 log = logging.getLogger("ssl_vit")
@@ -57,7 +58,7 @@ def parse_options(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[An
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
     if config.init.encoder:
         info = weights_info(config.init.encoder, config.encoder.image_size)[0]
-        default = with_weights(default, info)
+        default = with_weights(default, info, config.init.heads)
         config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
         config = with_statistics(config, info)
     if not config.run.out:
@@ -118,6 +119,8 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
     kind = "accuracy" if watch.val.targets is None else "mean average precision"
     title = f"{kind} in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
+    if words := verdict(session.looks, session.trainer.step, session.out):
+        print(words)
     own = table[f"{session.name} encoder"]
     return {f"final/{evaluator}": score.value for evaluator, score in own.items()}
 
@@ -127,6 +130,9 @@ def measure(session: Pretraining, watch: Watch) -> ScoreTable:
     first = "initial encoder" if session.config.init.encoder else "random encoder"
     encoders = {first: session.untrained_encoder()}
     encoders[f"{session.name} encoder"] = session.task.exported_encoder()
+    best = session.looks.best
+    if best is not None and 0 < best["step"] < session.trainer.step:
+        encoders[f"{BEST}, step {best['step']}"] = load_encoder(session.out / BEST_FILE)[0]
     entries: dict[str, Embed] = {"raw pixels": pixels}
     for name, encoder in encoders.items():
         ready(encoder, session.parallel.device)

@@ -15,10 +15,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from ssl_vit.commands.beginning import Looks
 from ssl_vit.commands.cli import RESUMABLE, layered, show_table
 from ssl_vit.common.checks import flag
-from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.rates import SPARING, PretrainOptim
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
 from ssl_vit.data.base import Source, Subset, known_labels
@@ -36,6 +38,7 @@ from ssl_vit.training.session import Session, counted, prepare_folder, train
 from ssl_vit.training.shards import Parts, load_parts
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import (
+    BEST_FILE,
     ENCODER_FILE,
     EncoderInfo,
     encoder_writer,
@@ -122,7 +125,7 @@ class PretrainConfig(Generic[M]):
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: PretrainOptim = field(default_factory=PretrainOptim)
 
 
 def default_options(options: Any, method: type[Method], **groups: dict[str, Any]) -> Any:
@@ -130,7 +133,7 @@ def default_options(options: Any, method: type[Method], **groups: dict[str, Any]
 
     ``groups``: a command's own defaults of shared options; those of the method take precedence.
     """
-    kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": OptimConfig}
+    kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": PretrainOptim}
     given = groups | method.defaults
     shared = {name: kind(**given.get(name, {})) for name, kind in kinds.items()}
     return options(method=method.Config(), **shared)
@@ -179,11 +182,36 @@ class Pretraining(Session):
         """Evaluation during training: health, k-NN, pictures and the feature projection."""
         assert isinstance(whole, Method)
         watch, encoder = self.watch, whole.exported_encoder()
-        numbers, held_out = watch.probe(encoder)
+        look = watch.look(encoder)
+        numbers, held_out, news = look.numbers, look.held_out, ""
+        if self.config.init.encoder:
+            numbers = numbers | self.looks.add(step, look)
+            news = self.looks.news(look.knn)
+            self._keep_best(step, encoder)
         log.write(step, numbers, "probe")
+        if news:
+            log.warn(step, news)
         for name, picture in watch.paint(whole.panels, encoder, held_out).items():
             log.picture(step, name, picture)
         log.projection(step, *watch.projection(held_out))
+
+    @functools.cached_property
+    def looks(self) -> Looks:
+        """Looks at an encoder that began with given weights, up to the present step."""
+        return Looks.read(self.out, self.trainer.step)
+
+    def looks_at_once(self, due: bool) -> bool:
+        """At given weights before they are trained; and where a kill came before the look did."""
+        step = self.trainer.step
+        late = due and self.watch.labelled and not self.looks.has(step)
+        return bool(self.config.init.encoder) and (step == 0 or late)
+
+    def _keep_best(self, step: int, encoder: Encoder) -> None:
+        """Write the encoder if it is the best so far; before its row, which says that it is."""
+        best = self.looks.best
+        if best is not None and best["step"] == step:
+            self.guard()
+            encoder_writer(self.out / BEST_FILE, encoder, self.info())()
 
     def about(self) -> list[tuple[str, str]]:
         """Plan rows on the encoder."""
@@ -193,8 +221,12 @@ class Pretraining(Session):
             ("encoder", f"{encoder.config.arch}, {size} px, patch {encoder.patch_size}"),
             ("parameters", f"{counted(encoder)} encoder, {counted(self.task)} in all"),
         ]
-        reason = self.why_no_knn() if known_labels(self.images.train).any() else ""
-        return rows + ([("k-NN", f"not measured while training: {reason}")] if reason else [])
+        given, near = bool(self.config.init.encoder), self.config.init.keep_near
+        rows += [("kept near the start", f"x {near:g}")] if near else []
+        reason = self.why_no_knn() if given or known_labels(self.images.train).any() else ""
+        unseen = ", so that nothing shows whether the given weights get worse" if given else ""
+        said = f"not measured while training: {reason}{unseen}"
+        return rows + ([("k-NN", said)] if reason else [])
 
     def untrained_encoder(self) -> Encoder:
         """Encoder with its weights before the first step."""
@@ -257,6 +289,8 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         where = f"--init.encoder {config.init.encoder}"
         state, notes = adapted(given.encoder, method.encoder, config.init.channels, where)
         method.begin_with(state, where)
+        if config.init.keep_near:
+            method.stay_near(config.init.keep_near)
         report = "; ".join([given.report, *notes])
         log.info("initial weights from %s: %s, %s", given.path, given.format, report)
         if config.init.heads:
@@ -308,10 +342,15 @@ def whole_method(folder: Path) -> Method | None:
     return method
 
 
-def with_weights(default: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:
-    """Default options for initial weights: the encoder's architecture and channels."""
+def with_weights(
+    default: PretrainConfig[Any], info: EncoderInfo, heads: bool
+) -> PretrainConfig[Any]:
+    """Default options for initial weights: the encoder's architecture and channels, and rates that
+    spare it from new heads; ``heads``: they come with it."""
     encoder = replace(info.config, drop_path=default.encoder.drop_path)
-    return replace(default, encoder=encoder, data=replace(default.data, channels=info.channels))
+    optim = default.optim if heads else replace(default.optim, **SPARING)
+    data = replace(default.data, channels=info.channels)
+    return replace(default, encoder=encoder, data=data, optim=optim)
 
 
 def with_statistics(config: PretrainConfig[Any], info: EncoderInfo) -> PretrainConfig[Any]:

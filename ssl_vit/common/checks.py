@@ -98,11 +98,11 @@ def check_size(config: Any, *options: str) -> None:
         check(fits, f"{flag(config, option)} is {shown}; allowed: one number above 0, or two")
 
 
-def check_length(config: Any, *options: str, positive: bool = False) -> None:
-    """Spans of training: epochs as 10ep, or steps as 500st."""
+def check_length(config: Any, *options: str, positive: bool = False, share: bool = False) -> None:
+    """Spans of training: epochs as 10ep, or steps as 500st; ``share``: or of the run, as 10%."""
     for option in options:
         value, name = getattr(config, option), flag(config, option)
-        span = Length.parse(value, name)
+        span = Length.parse(value, name, share)
         check(span.amount > 0 or not positive, f"{name} is {value!r}; it must be above 0")
 
 

@@ -233,8 +233,17 @@ class InitConfig:
     one. mean: the mean of all filters for each new channel, the first ones keep theirs; of fewer
     channels each gets the mean. repeat: the same over and over. red,green,blue,mean or 0,1,mean:
     a filter for each channel."""
+    keep_near: float = 0.0
+    """Weight of a term of the loss that keeps features ([CLS], mean patch) near those of the
+    initial encoder: one minus their cosine on a crop. It costs a pass of each more. 0: none."""
 
     def __post_init__(self) -> None:
+        check_not_negative(self, "keep_near")
+        check(
+            bool(self.encoder) or not self.keep_near,
+            f"{flag(self, 'keep_near')} is {self.keep_near:g}; it has no effect without "
+            f"{flag(self, 'encoder')}",
+        )
         check(
             bool(self.encoder) or not self.heads,
             f"{flag(self, 'heads')} is True; it needs {flag(self, 'encoder')} RUN",
@@ -302,3 +311,11 @@ class OptimConfig:
             rate = base * math.sqrt(self.batch_size / 1024)
             return rate, f"{base:g} x sqrt({self.batch_size} / 1024)"
         return base * self.batch_size / 256, f"{base:g} x {self.batch_size} / 256"
+
+    def scale_of(self, encoder: bool, above: int, patches: bool) -> float:
+        """Factor of the learning rate of a parameter at this place (``task.Place``)."""
+        return 1.0
+
+    def held_back(self) -> tuple[str, str]:
+        """Lengths for which the encoder is frozen, and in which it is then released."""
+        return "0st", "0st"

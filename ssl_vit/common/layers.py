@@ -19,6 +19,11 @@ T = TypeVar("T")
 COMMAND_LINE = "command line"
 # Options of a single call, which are not saved in the run's config.
 _OF_THE_CALL = ("config", "dry_run")
+# Options by the names that files of earlier runs have for them.
+_MOVED = {
+    "method.layer_decay": "optim.layer_decay",
+    "method.patch_lr": "optim.patch_lr",
+}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -28,6 +33,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
+
+
+def written(tree: dict[str, Any]) -> dict[str, Any]:
+    """Options of a file, flattened, each by its present name."""
+    return {_MOVED.get(key, key): value for key, value in flatten(tree).items()}
 
 
 def _values(config: Any) -> dict[str, Any]:
@@ -53,7 +63,7 @@ def yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
 def tree_flags(tree: dict[str, Any], known: Sequence[str], where: str) -> list[str]:
     """Command-line flags for groups of options; unknown keys are refused, naming ``where``."""
     flags = []
-    for key, value in flatten(tree).items():
+    for key, value in written(tree).items():
         name = key.replace("-", "_")
         check(name in known, f"{where}: unknown key {key!r}{did_you_mean(name, known)}")
         values = value if isinstance(value, list) else [value]

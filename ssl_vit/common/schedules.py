@@ -10,22 +10,28 @@ from ssl_vit.common.errors import UserError
 
 @dataclass(frozen=True)
 class Length:
-    """Length of training: ``800ep`` (epochs, or parts of them) or ``5000st`` (optimizer steps)."""
+    """Length of training: ``800ep`` (epochs, or parts of them), ``5000st`` (optimizer steps) or,
+    of what is part of a run, ``10%`` of it."""
 
     amount: float
-    unit: Literal["ep", "st"]
+    unit: Literal["ep", "st", "%"]
 
     @classmethod
-    def parse(cls, text: str, option: str) -> "Length":
-        """Parse ``text``; ``option`` names it in the error."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st)", text.strip())
-        if not found:
-            raise UserError(f"{option} is {text!r}; allowed: epochs as 10ep, or steps as 500st")
-        return cls(float(found[1]), "ep" if found[2] == "ep" else "st")
+    def parse(cls, text: str, option: str, share: bool = False) -> "Length":
+        """Parse ``text``; ``option`` names it in the error. ``share``: per cent are allowed."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st|%)", text.strip())
+        if not found or (found[2] == "%" and not share):
+            more = ", a share of the run as 10%" if share else ""
+            raise UserError(
+                f"{option} is {text!r}; allowed: epochs as 10ep{more}, or steps as 500st"
+            )
+        units: dict[str, Literal["ep", "st", "%"]] = {"ep": "ep", "st": "st", "%": "%"}
+        return cls(float(found[1]), units[found[2]])
 
-    def steps(self, steps_per_epoch: int) -> int:
-        """Length in optimizer steps, rounded."""
-        return round(self.amount * (steps_per_epoch if self.unit == "ep" else 1))
+    def steps(self, steps_per_epoch: int, total: int = 0) -> int:
+        """Length in optimizer steps, rounded; ``total``: of the run, of which it may be a share."""
+        of = {"ep": steps_per_epoch, "st": 1, "%": total / 100}
+        return round(self.amount * of[self.unit])
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int, peak: float, end: float = 0.0) -> float:

@@ -13,6 +13,19 @@ from torch import Tensor, nn
 from ssl_vit.common.seeds import fold, fold_keys
 
 
+class Place(NamedTuple):
+    """Place of a parameter in what is trained, by which options scale its learning rate.
+
+    ``encoder``: it is the encoder's, which may come with given weights, not of a head beside it.
+    ``above``: blocks from it to the end, its own included; 0 after the last one, and in heads.
+    ``patches``: it is of the patch embedding.
+    """
+
+    encoder: bool = False
+    above: int = 0
+    patches: bool = False
+
+
 @dataclass
 class Views:
     """A batch as a task sees it: B samples, and n crops of each of a kind, view by view (all
@@ -175,6 +188,10 @@ class Task(nn.Module):
     def lr_scale(self, name: str) -> float:
         """Factor of the learning rate, for the parameter of this name."""
         return 1.0
+
+    def place_of(self, name: str) -> Place:
+        """Place of the parameter of this name, for the options that scale rates by it."""
+        return Place()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

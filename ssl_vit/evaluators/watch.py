@@ -25,7 +25,8 @@ from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, extract, poo
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
 from ssl_vit.evaluators.retrieval import nearest_images, same_class
-from ssl_vit.evaluators.scores import Score, class_name
+from ssl_vit.evaluators.scores import Score, both_outcomes, class_name
+from ssl_vit.evaluators.selection import split_rows
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pictures.neighbours import neighbours_panel
 from ssl_vit.pictures.patch_pca import pca_panel
@@ -39,6 +40,26 @@ _NEIGHBOURS = 8
 # Pixels of a neighbour, and of a picture in TensorBoard's projector.
 _SMALL, _TINY = 96, 64
 _PROJECTED = 1000
+
+
+@dataclass(frozen=True)
+class Look:
+    """Look at an encoder.
+
+    Attributes:
+        numbers: by name, to be logged: collapse statistics, k-NN in percent.
+        held_out: features of the held-out images.
+        knn: name of the k-NN score of the method's feature; empty without labels.
+        low: lower end of its 95 % interval.
+        selection: k-NN score of a fixed fifth of the training images, by the others: what may be
+            selected by, as held-out images may not. None without labels, and of too few images.
+    """
+
+    numbers: dict[str, float]
+    held_out: FeatureSet
+    knn: str = ""
+    low: float = 0.0
+    selection: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,19 +90,32 @@ class Watch:
 
         return (of(self.train) if self.labelled else None), of(self.val)
 
-    def probe(self, encoder: Encoder) -> tuple[dict[str, float], FeatureSet]:
-        """Probe an encoder: collapse statistics of the method's feature and, with labels, k-NN
+    def look(self, encoder: Encoder) -> Look:
+        """Look at an encoder: collapse statistics of the method's feature and, with labels, k-NN
         scores in percent for all features, accuracy or, of several labels an image, mean average
         precision; and the features of the held-out images."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
         numbers = health(val.parts[self.pooling]) | {"held_out_images": float(len(val.index))}
-        if train is not None:
-            bank, asked = train.known(), val.known()
-            k = min(20, len(bank.labels))
-            for score in knn_scores(bank, asked, (k,)):
-                numbers[f"knn{k}_{score.features}"] = score.value
-        return numbers, val
+        if train is None:
+            return Look(numbers, val)
+        bank, asked = train.known(), val.known()
+        k = min(20, len(bank.labels))
+        scores = {s.features: s for s in knn_scores(bank, asked, (k,))}
+        numbers |= {f"knn{k}_{name}": score.value for name, score in scores.items()}
+        own = scores[self.pooling]
+        return Look(numbers, val, f"knn{k}_{own.features}", own.interval[0], self._selection(bank))
+
+    def _selection(self, bank: FeatureSet) -> float | None:
+        """k-NN score of a fifth of these images by the others, a function of the seed."""
+        rows = split_rows(bank.labels, 0.2, self.seed)
+        if rows is None:
+            return None
+        kept, held = (bank.take(part) for part in rows)
+        if held.labels.ndim == 2 and not bool(both_outcomes(held.labels).any()):
+            return None
+        k = min(20, len(kept.labels))
+        return knn_scores(kept, held, (k,), (self.pooling,))[0].value
 
     def paint(
         self, painter: Painter, encoder: Encoder, held_out: FeatureSet

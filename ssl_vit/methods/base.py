@@ -18,14 +18,18 @@ from torch import Tensor, nn
 from ssl_vit import methods
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.common.task import Scalar, Task, Views
+from ssl_vit.common.task import Place, Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_all
 from ssl_vit.data.order import Places
 from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
+from ssl_vit.objectives.nearness import Nearness
 from ssl_vit.weights.exchange import load_strictly, resample_positions
+
+# Parameters of an encoder, beside the patch embedding, that come before its first block.
+_FIRST = ("cls_token", "pos_embed", "reg_token")
 
 
 class MethodConfig:
@@ -68,6 +72,7 @@ class Method(Task):
         )
         self.config = config
         self.encoder = Encoder(encoder_config, channels)
+        self.nearness: Nearness | None = None
         self.objectives = nn.ModuleDict()
         self.weights: dict[str, float] = {}
 
@@ -140,6 +145,10 @@ class Method(Task):
         for _, objective in self.parts():
             objective.set_statistics(mean, std)
 
+    def stay_near(self, weight: float) -> None:
+        """Keep the encoder's features near those that it has now, by a term of this weight."""
+        self.nearness = Nearness(self.encoder, weight)
+
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""
         return self.encoder
@@ -182,7 +191,17 @@ class Method(Task):
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """The objective's scalars; of several objectives each one's as ``name_scalar``, and
-        ``loss``, the sum by their weights."""
+        ``loss``, the sum by their weights; with the distance from the first features, where it is
+        a term of the loss."""
+        scalars = self._scalars(views, step)
+        if self.nearness is None:
+            return scalars
+        distance = self.nearness.distance(self.encoder, views.crops[0])
+        loss = scalars["loss"] + self.nearness.weight * distance
+        return scalars | {"loss": loss, "start_distance": distance.detach()}
+
+    def _scalars(self, views: Views, step: int) -> dict[str, Tensor]:
+        """Those of the objectives."""
         parts = self.parts()
         found = {n: o(self.encoder, self.seen_by(n, views), step) for n, o in parts}
         if len(found) == 1:
@@ -190,6 +209,17 @@ class Method(Task):
         losses = [self.weights[name] * scalars["loss"] for name, scalars in found.items()]
         apart = {f"{n}_{k}": value for n, scalars in found.items() for k, value in scalars.items()}
         return {"loss": torch.stack(losses).sum(), **apart}
+
+    def place_of(self, name: str) -> Place:
+        """Place of a parameter: in the encoder that is trained, or beside it."""
+        own, depth = name.removeprefix("encoder.vit."), len(self.encoder.vit.blocks)
+        if own == name:
+            return Place()
+        patches = own.startswith("patch_embed.")
+        if patches or own in _FIRST:
+            return Place(True, depth + 1, patches)
+        block = own.startswith("blocks.")
+        return Place(True, depth - int(own.split(".")[1]) if block else 0)
 
     def set_length(self, steps: int, steps_per_epoch: int) -> None:
         """Pass it on to the objectives."""

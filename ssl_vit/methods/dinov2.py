@@ -25,7 +25,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.schedules import Length
-from ssl_vit.common.task import Scalar, Views
+from ssl_vit.common.task import Place, Scalar, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
@@ -44,8 +44,6 @@ from ssl_vit.pictures.similarity import similarity_panel
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 from ssl_vit.weights.official import open_weights
 
-# Parameters of what comes before the first block.
-_FIRST = ("cls_token", "pos_embed", "reg_token", "patch_embed.")
 # Its objective in a method; iBOT's, too.
 _NAME = "dinov2"
 # Above this share of the largest entropy the teacher cannot distinguish patches.
@@ -104,16 +102,12 @@ class DINOv2Config(DINOConfig):
     """Take the training's own teacher anew this often from then on, as 10000st. Empty: never."""
     gram_scale: int = 2
     """Size of that teacher's crops over that of the global ones."""
-    layer_decay: float = 0.9
-    """Factor of the learning rate from one block to the one before it."""
-    patch_lr: float = 0.2
-    """Further factor of the learning rate of the patch embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "patch_weight")
         check_least(self, 0, "patch_prototypes", "patch_bottleneck", "koleo_images")
-        check_portion(self, "mask_probability", "layer_decay", "patch_lr")
+        check_portion(self, "mask_probability")
         check_range(self, "mask_ratio")
         check_not_negative(self, "koleo_weight", "local_weight", "gram_weight")
         check_least(self, 1, "gram_scale")
@@ -433,6 +427,8 @@ class DINOv2(DINO):
             "weight_decay_end": 0.4,
             "clip": 3.0,
             "clip_by": "network",
+            "layer_decay": 0.9,
+            "patch_lr": 0.2,
         },
     }
 
@@ -473,19 +469,11 @@ class DINOv2(DINO):
         start = f"objectives.{_NAME}.head."
         return name.removeprefix(start).split(".")[0] if name.startswith(start) else "encoder"
 
-    def lr_scale(self, name: str) -> float:
-        """Layer decay: 1 for heads and the final norm, less by a factor for each block before it
-        and for what precedes the blocks; the patch embedding less still."""
-        c, depth = self.config, len(self.encoder.vit.blocks)
-        own = name.removeprefix("encoder.vit.")
-        if name.endswith("mask_token") or own.startswith(_FIRST):
-            before = depth + 1
-        elif own.startswith("blocks."):
-            before = depth - int(own.split(".")[1])
-        else:
-            before = 0
-        rate: float = c.layer_decay**before
-        return rate * c.patch_lr if own.startswith("patch_embed.") else rate
+    def place_of(self, name: str) -> Place:
+        """As of any method; the mask token stands before the first block."""
+        if name.endswith("mask_token"):
+            return Place(above=len(self.encoder.vit.blocks) + 1)
+        return super().place_of(name)
 
     def panels(self, views: Views, normalize: Normalize) -> dict[str, np.ndarray]:
         """Attention of the teacher's [CLS], similarities of its patches, and masks as the student

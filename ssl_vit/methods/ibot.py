@@ -35,8 +35,6 @@ class IBOTConfig(DINOv2Config):
     local_crops: int = 10
     local_scale: tuple[float, float] = (0.05, 0.25)
     koleo_weight: float = 0.0
-    layer_decay: float = 1.0
-    patch_lr: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ssl_vit.reporting.explained import evaluator, method_scalars
-from ssl_vit.reporting.story import Story
+from ssl_vit.reporting.story import GIVEN, Story
 
 # Thresholds; each is named in the line that it leads to.
 _WAITING, _SLOW = 0.2, 1.5
@@ -24,6 +24,14 @@ _PAUSES = (
 _ENOUGH, _MOST_WARNINGS = 20, 8
 _SPREAD, _RANK = 0.1, 3.0
 _LOST_KNN = 2.0
+_MORE = (
+    "More steps are the usual remedy: a longer --run.length, a smaller --optim.batch-size with "
+    "--optim.lr as in the recipes for few images"
+)
+_SPARE = (
+    "A lower --optim.encoder-lr or --optim.layer-decay, a longer --optim.freeze-encoder; "
+    "encoder-best.safetensors is the best of all looks"
+)
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,11 @@ def _worthless(story: Story) -> Iterator[Advice]:
                 continue
             if scored.score.interval[1] < other.score.interval[0]:
                 whose = "an untrained encoder" if other.untrained else other.of
+                whose = "the weights it began with" if other.of == GIVEN else whose
                 name = evaluator(scored.evaluator)
                 yield Advice(
                     f"{name}: {scored.first:.1f} %, below the {other.first:.1f} % of {whose}",
-                    "More steps are the usual remedy: a longer --run.length, a smaller "
-                    "--optim.batch-size with --optim.lr as in the recipes for few images",
+                    _SPARE if other.of == GIVEN else _MORE,
                     serious=other.untrained,
                 )
 

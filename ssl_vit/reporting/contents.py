@@ -7,6 +7,7 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
+from ssl_vit.commands.beginning import BEST
 from ssl_vit.commands.pretraining import PretrainConfig, default_options
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import as_written
@@ -68,7 +69,8 @@ def lead(story: Story) -> str:
 def score_row(scored: Scored) -> dict[str, str]:
     """A line of the table of scores."""
     score, encoder = scored.score, scored.card.get("encoder")
-    step = encoder.get("step") if isinstance(encoder, dict) and scored.own else None
+    last = scored.own and not scored.of.startswith(BEST)  # that one's step is in its name
+    step = encoder.get("step") if isinstance(encoder, dict) and last else None
     first, *rest = score.metrics
     low, high = score.interval
     return {

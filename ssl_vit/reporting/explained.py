@@ -16,6 +16,10 @@ _FIRST = {
         "number to watch. It should rise, and pass raw pixels. (Mean average precision, where an "
         "image may have several labels.)",
     ),
+    "selection_knn": Scalar(
+        "k-NN accuracy of held-out training images, %",
+        "By this encoder-best.safetensors is chosen: never by the images of the number above.",
+    ),
     "feature_std": Scalar(
         "Feature spread",
         "1: features spread evenly over the sphere; 0: every image has the same. A fall towards 0 "
@@ -41,6 +45,13 @@ _LAST = {
     "grad_norm": Scalar(
         "Gradient norm",
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
+    ),
+    "start_distance": Scalar(
+        "Distance from the first features",
+        "One minus the cosine between features and those of the weights that training began with.",
+    ),
+    "encoder_share": Scalar(
+        "Encoder's share of its learning rate", "0 while it is frozen, then it rises to 1."
     ),
     "lr": Scalar("Learning rate", "Warm-up, then half a cosine."),
     "images_per_s": Scalar("Images per second", "Over all processes, without saving and probing."),

@@ -18,7 +18,7 @@ from ssl_vit import __version__
 from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
 from ssl_vit.reporting.explained import Glossary, evaluator, neighbours_of
-from ssl_vit.reporting.story import KNN, PIXELS, Scored, Story, knn_names
+from ssl_vit.reporting.story import GIVEN, KNN, PIXELS, Scored, Story, knn_names
 from ssl_vit.training.metrics import duration
 
 _HERE = Path(__file__).parent
@@ -106,11 +106,21 @@ def _levels(stories: Sequence[Story]) -> dict[str, float]:
         for scored in story.scores:
             if scored.evaluator == "knn" and scored.of and not scored.own:
                 found.setdefault(scored.of, {})[story.name] = scored.first
+        start = _start(story)
+        if start is not None:  # known from the first look on, and the same as in the closing scores
+            found.setdefault(GIVEN, {}).setdefault(story.name, start)
     levels: dict[str, float] = {}
     for of, by_run in found.items():
         alike = len(set(by_run.values())) == 1
         levels |= {of if alike else f"{run}: {of}": value for run, value in by_run.items()}
     return levels
+
+
+def _start(story: Story) -> float | None:
+    """k-NN of the weights that a run began with, by the feature that is watched; None: of none."""
+    own = story.run.knn
+    points = story.run.series(own[0]) if own and story.run.config.get("init.encoder") else []
+    return points[0][1] if points and points[0][0] == 0 else None
 
 
 def _score_chart(stories: Sequence[Story]) -> dict[str, Any] | None:

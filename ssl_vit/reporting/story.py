@@ -18,9 +18,10 @@ from ssl_vit.training.panels import panels
 
 # What is no curve: seconds beside the training, lists, flags of single steps.
 _NO_CURVES = {"step", "warning", "process_s", "skipped", "spikes", "slowest_s", "median_s"}
-_NO_CURVES |= {"held_out_images", *PAUSES}
+_NO_CURVES |= {"held_out_images", "knn_low", *PAUSES}
 # Entries of a run's own scores that are not what it has learnt.
-PIXELS, UNTRAINED = "raw pixels", ("random encoder", "initial encoder")
+PIXELS, GIVEN = "raw pixels", "initial encoder"
+UNTRAINED = ("random encoder", GIVEN)
 KNN = re.compile(r"knn\d+_(.+)")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.distributed import gather_texts
-from ssl_vit.common.errors import RunFailed, UserError
+from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize
@@ -46,13 +46,14 @@ class Hook:
     ``name``: the metric under which the seconds that it takes are logged. ``call``: all processes
     call it; if it returns a function, that is called next and may take long: a signal interrupts
     it, so it must not use collectives. ``when_stopped``: also called when a signal ends the run
-    before its last step.
+    before its last step. ``at_once``: also called before the first step.
     """
 
     name: str
     every: int
     call: Callable[[int], Callable[[], object] | None]
     when_stopped: bool = False
+    at_once: bool = False
 
     def due(self, step: int, total: int) -> bool:
         """True if the hook is called after ``step`` steps of ``total``."""
@@ -79,7 +80,15 @@ class Trainer:
         self.blank = blank_copy(task) if parallel.sharded else task
         parallel.shard(task, precision)
         self.optimizer = make_optimizer(task, optim)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = self.optimizer.param_groups
+        self.trained = [p for group in groups for p in group["params"]]
+        self.encoder = [p for group in groups if group["encoder"] for p in group["params"]]
+        check(
+            not schedule.frozen or len(self.encoder) < len(self.trained),
+            "--optim.freeze-encoder leaves nothing to train: nothing here has a head",
+        )
+        if schedule.frozen >= schedule.total:
+            log.warning("warning: --optim.freeze-encoder is the whole run: the encoder never moves")
         names = {parameter: task.network_of(name) for name, parameter in task.named_parameters()}
         self.networks = [names[parameter] for parameter in self.trained]
         self.model = parallel.wrap(task)
@@ -106,6 +115,8 @@ class Trainer:
         """
         self.kept = self.step
         with StopSignal() as stop, self.parallel.watchdog(self.run.timeout) as watch:
+            watch.at(self.step, "saving or probing")
+            self._call([hook for hook in hooks if hook.at_once], runlog, stop)
             while self.step < self.schedule.total:
                 self.task.train()
                 watch.at(self.step, "waiting for images")
@@ -129,13 +140,17 @@ class Trainer:
     def update(self, parts: list[Batch]) -> dict[str, Tensor]:
         """Optimizer step over the accumulated parts; returns its scalars, still on the device."""
         schedule = self.schedule
-        set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
+        share = schedule.encoder_share(self.step)
+        set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step), share)
         self.optimizer.zero_grad(set_to_none=True)
         # Activation checkpointing frees activations until backward; cached weight casts would stay.
         several = len(parts) > 1 and not self.run.activation_checkpointing
         with casts_kept(self.parallel.device) if several else nullcontext():
             scalars = self._forward_backward(parts)
         self.task.before_update(self.step)
+        if self.step < schedule.frozen:  # without a gradient neither decays nor moments move
+            for parameter in self.encoder:
+                parameter.grad = None
         norm = clip_gradients(self.trained, self.optim, self.networks)
         finite = torch.isfinite(scalars["loss"]) & torch.isfinite(norm)
         calm = self.guard.passes(scalars["loss"])
@@ -144,6 +159,8 @@ class Trainer:
         skipped, spike = (~took & calm).float(), (~calm).float()
         self.streak = (self.streak + skipped) * skipped
         counts = {"skipped": skipped} | ({"spikes": spike} if self.optim.spike else {})
+        if schedule.frozen or schedule.released:
+            counts["encoder_share"] = torch.full_like(norm, share)
         return {**scalars, "grad_norm": norm, **counts}
 
     def whole(self, device: torch.device | None = None) -> Task:

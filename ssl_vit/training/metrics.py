@@ -81,10 +81,10 @@ class RunLog:
         self.since = self.logged = time.perf_counter()
         self.progress: Progress | None = None
         if main:
-            keep_rows(folder / METRICS_FILE, start)
+            keep_rows(folder / METRICS_FILE, start or -1)  # a run that begins has no rows yet
             drop_pictures(folder, start)
             self.file = open(folder / METRICS_FILE, "a", buffering=1)  # noqa: SIM115
-            self.board = SummaryWriter(str(folder / BOARD_FOLDER), purge_step=start + 1)
+            self.board = SummaryWriter(str(folder / BOARD_FOLDER), purge_step=start and start + 1)
             self._start_progress()
 
     def _start_progress(self) -> None:

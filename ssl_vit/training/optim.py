@@ -20,33 +20,43 @@ from ssl_vit.common.task import Task
 
 
 def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
-    """Fused AdamW over the trained parameters, one group per (decays, lr scale), largest first."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    """Fused AdamW over the trained parameters, one group per (decays, lr scale, whether it is the
+    encoder's), largest first."""
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
-            kind = task.decays(name, parameter), task.lr_scale(name)
+            place = task.place_of(name)
+            scale = task.lr_scale(name) * config.scale_of(*place)
+            kind = task.decays(name, parameter), scale, place.encoder
             groups.setdefault(kind, []).append(parameter)
     made = [
         {
-            "params": groups[decays, scale],
+            "params": groups[decays, scale, encoder],
             "weight_decay": config.weight_decay if decays else 0.0,
             "decays": decays,
             "lr_scale": scale,
+            "encoder": encoder,
         }
-        for decays, scale in sorted(groups, reverse=True)
+        for decays, scale, encoder in sorted(groups, reverse=True)
     ]
     return AdamW(made, lr=config.peak_lr, betas=config.betas, fused=True)
 
 
-def set_rates(optimizer: AdamW, lr: float, weight_decay: float) -> None:
-    """Set the learning rate (scaled for each group) and weight decay (where it applies)."""
+def set_rates(optimizer: AdamW, lr: float, weight_decay: float, encoder: float = 1.0) -> None:
+    """Set the learning rate (scaled for each group; the encoder's by ``encoder``, too) and weight
+    decay (where it applies)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] * (encoder if group["encoder"] else 1.0)
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 class Schedule:
-    """Schedule: learning rate and weight decay as functions of the step, from the options."""
+    """Schedule: learning rate and weight decay as functions of the step, from the options.
+
+    Attributes:
+        frozen, released: steps in which the encoder does not move, and then those in which its rate
+            rises to its own.
+    """
 
     def __init__(
         self,
@@ -62,6 +72,9 @@ class Schedule:
         self.warmup = min(asked, self.total // 2)
         self.shortened = asked if asked > self.warmup else 0
         self.optim, self.peak_in_warmup = optim, peak_in_warmup
+        names = "--optim.freeze-encoder", "--optim.release"
+        spans = (Length.parse(*s, share=True) for s in zip(optim.held_back(), names, strict=True))
+        self.frozen, self.released = (span.steps(steps_per_epoch, self.total) for span in spans)
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0."""
@@ -71,12 +84,37 @@ class Schedule:
         peak, end = optim.peak_lr, optim.min_lr
         return warmup_cosine(step, warmup=self.warmup, total=self.total, peak=peak, end=end)
 
+    def encoder_share(self, step: int) -> float:
+        """Share of its own rate that the encoder has at a step: 0 while it is frozen."""
+        since = step - self.frozen
+        if since < 0:
+            return 0.0
+        return min(1.0, since / self.released) if self.released else 1.0
+
     def weight_decay(self, step: int) -> float:
         """Weight decay of optimizer step ``step``: constant, or half a cosine to its end."""
         start, end = self.optim.weight_decay, self.optim.weight_decay_end
         if end is None:
             return start
         return warmup_cosine(step, warmup=0, total=self.total, peak=start, end=end)
+
+
+def encoder_rates(schedule: Schedule, optim: OptimConfig) -> list[tuple[str, str]]:
+    """A row on the encoder's learning rate, where it is not that of the heads."""
+    said = []
+    if schedule.frozen >= schedule.total:
+        said.append("frozen for the whole run: it never moves")
+    elif schedule.frozen:
+        said.append(f"frozen for {schedule.frozen:,} steps")
+    if schedule.released and schedule.frozen < schedule.total:
+        said.append(f"rises from 0 to its own over {schedule.released:,}")
+    factors = {
+        "": optim.scale_of(True, 0, False),
+        "less from block to block, ": optim.scale_of(False, 1, False),
+        "patch embedding ": optim.scale_of(False, 0, True),
+    }
+    said += [f"{name}x {factor:g}" for name, factor in factors.items() if factor != 1]
+    return [("encoder's rate", "; ".join(said))] if said else []
 
 
 def clip_gradients(

@@ -12,7 +12,7 @@ import yaml
 
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.common.layers import as_written, flatten
+from ssl_vit.common.layers import as_written, written
 from ssl_vit.training.checkpoint import complete, load_checkpoint, read_images
 from ssl_vit.training.loop import Trainer
 
@@ -93,7 +93,7 @@ def check_same_run(config: Any, out: Path, alike: Mapping[str, bool] | None = No
     if not path.is_file():
         return
     try:
-        before = flatten(yaml.safe_load(path.read_text()))
+        before = written(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError):
         raise UserError(f"{path} is damaged; give another --run.out") from None
     now = as_written(config)

@@ -33,7 +33,7 @@ from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.optim import Schedule
+from ssl_vit.training.optim import Schedule, encoder_rates
 from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precision, start_parallel
 from ssl_vit.training.prefetch import on_device
 from ssl_vit.training.resume import (
@@ -105,6 +105,10 @@ class Session:
         """Probe the model on held-out images and log the results. Nothing is selected by them."""
         raise NotImplementedError
 
+    def looks_at_once(self, due: bool) -> bool:
+        """Whether to probe before the first step. ``due``: a probe is due after the steps done."""
+        return False
+
     def options(self) -> dict[str, Any]:
         """All options by name, ``group.option``, as in ``config.yaml``."""
         return as_written(self.config)
@@ -160,6 +164,7 @@ class Session:
             ("learning rate", rate),
             ("steps", f"{schedule.total:,} = {epochs}"),
             ("warm-up", warmup),
+            *encoder_rates(schedule, optim),
         ]
 
     def describe_views(self) -> str:
@@ -249,6 +254,8 @@ def train(session: Session) -> int:
     saving = every(run.save_every, "--run.save-every", per_epoch)
     probing = every(run.probe_every, "--run.probe-every", per_epoch)
     for_good = every(run.keep_every, "--run.keep-every", per_epoch) if run.keep_every else 0
+    due = trainer.step > 0 and trainer.step % probing == 0
+    at_once = session.parallel.any(main and session.looks_at_once(due))
     folder, guard = out / "checkpoints", session.guard
     checkpoints = Checkpoints(folder, run.keep, for_good, session.parallel, guard)
     with RunLog(
@@ -277,7 +284,7 @@ def train(session: Session) -> int:
 
         hooks = [
             Hook("saving_s", saving, save, when_stopped=True),
-            Hook("looking_s", probing, probe),
+            Hook("looking_s", probing, probe, at_once=at_once),
         ]
         bad = BadImages(session.images.train, data.max_bad)
         return trainer.train(batches, bad, runlog, hooks, checkpoints)

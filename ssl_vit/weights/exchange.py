@@ -23,7 +23,7 @@ from ssl_vit.model.architecture import take_memory, timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.positions import resampled
 
-ENCODER_FILE = "encoder.safetensors"
+ENCODER_FILE, BEST_FILE = "encoder.safetensors", "encoder-best.safetensors"
 _KEY = "ssl_vit"
 # Name prefix of a classifier's last layer, in a file of a fine-tuned network.
 HEAD = "head."

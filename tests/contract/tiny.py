@@ -73,8 +73,10 @@ def _encoder_file() -> Path:
 
 
 def run_arguments(name: str, *more: str) -> list[str]:
-    """The same for a whole run, with stochastic depth: its draws are a function of the step."""
-    return arguments(name, "--encoder.drop-path", "0.2", *more)
+    """The same for a whole run, with stochastic depth, whose draws are a function of the step, and
+    an encoder that is frozen at first, and being released where a run goes on."""
+    held = ("--optim.freeze-encoder", "1st", "--optim.release", "2st", "--optim.layer-decay", "0.9")
+    return arguments(name, "--encoder.drop-path", "0.2", *held, *more)
 
 
 @cache

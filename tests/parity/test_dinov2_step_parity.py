@@ -9,10 +9,12 @@ import torch
 from timm.layers import SwiGLUPacked
 
 from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.task import Views
 from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.training.optim import make_optimizer
 from ssl_vit.weights.keymaps import with_own_position
 from tests.parity.golden import check_there_are, close, golden_files, read_golden
 
@@ -239,21 +241,27 @@ def test_rates_and_decays(path):
         bottleneck=4,
         plain_last_layer=rotary,
         local_norm=rotary,
+        local_crops=0,
+    )
+    optim = PretrainOptim(
+        weight_decay=1.0,
         layer_decay=options["lr_decay_rate"],
         patch_lr=options["patch_embed_lr_mult"],
-        local_crops=0,
     )
     arch = "vit_huge_plus_patch16_dinov3_qkvb" if rotary else "vit_giant_patch14_reg4_dinov2"
     sizes: dict[str, Any] = {"image_size": (28,), "patch_size": 14, "width": 32, "heads": 2}
     method = DINOv2(config, EncoderConfig(arch=arch, depth=golden["depth"], **sizes), 3)
     parameters = dict(method.named_parameters())
+    made = make_optimizer(method, optim).param_groups
+    groups = {p: group for group in made for p in group["params"]}
     moved = set()
     for part in ("backbone", "dino_head"):
         for name, expected in golden[part].items():
             for own in names(f"{part}.{name}", rotary):
                 moved.add(own)
-                assert method.lr_scale(own) == pytest.approx(expected["lr"]), own
-                assert method.decays(own, parameters[own]) == bool(expected["wd"]), own
+                group = groups[parameters[own]]
+                assert group["lr_scale"] == pytest.approx(expected["lr"]), own
+                assert group["weight_decay"] == expected["wd"], own
                 assert ("last_layer." in own) == expected["last_layer"], own
     assert moved == {n for n, p in parameters.items() if p.requires_grad}
 

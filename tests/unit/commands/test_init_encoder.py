@@ -58,6 +58,29 @@ def test_architecture_channels_and_statistics_come_with_the_weights(given):
     assert parse_options([*flags, *DINO])[2].encoder.drop_path == 0.1  # the method's own
 
 
+def test_given_weights_are_spared_by_default(given):
+    """Which is said before the first step; a value of the user's own, in a file or not, wins."""
+    path, _ = given
+    flags = ["mae", "--data.train", folder_of(path.parent / "images", 2), "--run.length", "20st"]
+    flags += ["--optim.batch-size", "4"]
+    plain = build(*parse_options([*flags, "--data.channels", "2"]))
+    assert plain.trainer.schedule.frozen == 0
+    assert "encoder's rate" not in dict(plain.plan([]))
+    flags += ["--init.encoder", str(path)]
+    spared = build(*parse_options(flags))
+    assert dict(spared.plan([]))["encoder's rate"] == (
+        "frozen for 2 steps; rises from 0 to its own over 2; x 0.1; less from block to block, "
+        "x 0.9; patch embedding x 0.2"
+    )
+    own = path.with_name("own.yaml")
+    own.write_text("optim: {encoder_lr: 1.0, freeze_encoder: 1st}")
+    optim = parse_options([*flags, "--config", str(own), "--optim.release", "0st"])[2].optim
+    assert (optim.encoder_lr, optim.freeze_encoder, optim.release) == (1.0, "1st", "0st")
+    assert (optim.layer_decay, optim.patch_lr) == (0.9, 0.2)
+    whole = parse_options([*flags, "--init.heads", "True"])[2]
+    assert whole.optim == plain.config.optim, "heads that come with the encoder do not ruin it"
+
+
 def test_a_run_knows_the_file_it_began_with_wherever_it_is(given):
     """What a run that goes on compares: the same file in another place, and another one."""
     path, encoder = given

@@ -12,9 +12,10 @@ import yaml
 
 from ssl_vit.commands.cli import find_recipe, layered, recipes, split_config
 from ssl_vit.commands.pretraining import PretrainConfig
-from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, OptimConfig, RunConfig
+from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.errors import UserError, did_you_mean
-from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, yaml_flags
+from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, written, yaml_flags
+from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.schedules import Length
 from ssl_vit.methods.base import method_names
 from ssl_vit.methods.mae import MAEConfig
@@ -29,7 +30,7 @@ GROUPS = {
     "data": DataConfig,
     "init": InitConfig,
     "encoder": EncoderConfig,
-    "optim": OptimConfig,
+    "optim": PretrainOptim,
     "method": MAEConfig,
 }
 
@@ -324,12 +325,17 @@ def test_an_unreadable_file_is_named(tmp_path):
         (EncoderConfig, {"drop_path": 1.0}),
         (EncoderConfig, {"layer_scale": -1e-5}),
         (EncoderConfig, {"registers": -2}),
-        (OptimConfig, {"batch_size": 0}),
-        (OptimConfig, {"base_lr": float("nan")}),
-        (OptimConfig, {"weight_decay": -0.1}),
-        (OptimConfig, {"lr": 0.0}),
-        (OptimConfig, {"betas": (0.9, 1.0)}),
-        (OptimConfig, {"warmup": "10"}),
+        (PretrainOptim, {"batch_size": 0}),
+        (PretrainOptim, {"base_lr": float("nan")}),
+        (PretrainOptim, {"weight_decay": -0.1}),
+        (PretrainOptim, {"lr": 0.0}),
+        (PretrainOptim, {"betas": (0.9, 1.0)}),
+        (PretrainOptim, {"warmup": "10"}),
+        (PretrainOptim, {"freeze_encoder": "10"}),
+        (PretrainOptim, {"release": "-1st"}),
+        (PretrainOptim, {"encoder_lr": 0.0}),
+        (PretrainOptim, {"layer_decay": 1.1}),
+        (PretrainOptim, {"patch_lr": 0.0}),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(kind, options):
@@ -365,3 +371,15 @@ def test_parse_leaves_the_default_alone():
     before = to_yaml(DEFAULT)
     parse(DEFAULT, ["--run.seed", "5"], "command line", "prog", kind=KIND)
     assert to_yaml(DEFAULT) == before
+
+
+def test_options_of_earlier_files_that_have_moved(tmp_path):
+    """Those of DINOv2's rates are now of the optimizer, for all methods."""
+    file = tmp_path / "config.yaml"
+    file.write_text("method: {layer_decay: 0.5, patch_lr: 0.3}")
+    flags = ["--optim.layer-decay", "0.5", "--optim.patch-lr", "0.3"]
+    assert yaml_flags(file, KEYS) == flags
+    assert written(yaml.safe_load(file.read_text())) == {
+        "optim.layer_decay": 0.5,
+        "optim.patch_lr": 0.3,
+    }

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from ssl_vit.common.config import OptimConfig, RunConfig
+from ssl_vit.common.errors import UserError
+from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.schedules import Length, warmup_cosine
-from ssl_vit.common.task import Task
+from ssl_vit.common.task import Place, Task
 from ssl_vit.training.optim import (
     Schedule,
     clip_gradients,
@@ -126,6 +128,24 @@ def test_weight_decay_of_a_step():
     assert found == pytest.approx([0.04, 0.22, 0.4])
 
 
+def test_a_frozen_encoder_is_released_linearly():
+    run = RunConfig(length="40st")
+    held = PretrainOptim(freeze_encoder="10%", release="4st", warmup="0st")
+    schedule = Schedule(run, held, 10)
+    assert (schedule.frozen, schedule.released) == (4, 4)
+    found = [schedule.encoder_share(step) for step in range(10)]
+    assert found == [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert Schedule(run, PretrainOptim(freeze_encoder="1st"), 10).encoder_share(1) == 1
+    assert Schedule(run, OptimConfig(), 10).encoder_share(0) == 1
+
+
+def test_a_share_is_of_what_is_part_of_a_run_only():
+    with pytest.raises(UserError, match=r"--run.length is '10%'; allowed: epochs as 10ep, or"):
+        RunConfig(length="10%")
+    with pytest.raises(UserError, match="allowed: epochs as 10ep, a share of the run as 10%, or"):
+        PretrainOptim(release="long")
+
+
 # --- the optimizer ------------------------------------------------------------------------------
 
 
@@ -167,6 +187,27 @@ def test_rates_are_scaled_by_parameter_and_decay_only_where_it_applies():
         "norm.bias": (0.2, 0.0),
     }
     assert len(optimizer.param_groups) == 4
+
+
+class Placed(Toy):
+    """One whose linear map is an encoder's first layer, of four."""
+
+    def place_of(self, name: str) -> Place:
+        return Place(True, 2, name == "linear.weight") if name.startswith("linear") else Place()
+
+
+def test_the_encoder_is_slower_by_its_layers_and_by_the_step():
+    task = Placed()
+    held = PretrainOptim(encoder_lr=0.5, layer_decay=0.9, patch_lr=0.2)
+    optimizer = make_optimizer(task, held)
+    set_rates(optimizer, 1.0, 0.1, encoder=0.25)
+    names = {p: n for n, p in task.named_parameters()}
+    groups = optimizer.param_groups
+    found = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    slow = 0.25 * 0.5 * 0.81
+    assert found.pop("linear.weight") == pytest.approx(slow * 0.2)
+    assert found.pop("linear.bias") == pytest.approx(slow)
+    assert set(found.values()) == {1.0}
 
 
 # --- clipping -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.layers import parse
 
 _PROG = "python -m launch.slurm"
-DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "report", "runs")
+DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "report", "runs", "embed")
 # Signals that arrive before a task handles them are ignored, rather than end it: on preemption
 # Slurm requeues the job itself. In the task's children they have their usual effects.
 _PYTHON = shlex.join(["bash", "-c", 'trap "" TERM USR2; exec "$@"', "bash", sys.executable])

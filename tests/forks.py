@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 from tests.conftest import ROOT
 
-DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "runs", "report")
+DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "runs", "report", "embed")
 # Methods are found by name, and the digits come with scikit-learn: both are imported late.
 _LATE = ("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets")
 _FORKS = multiprocessing.get_context("forkserver")

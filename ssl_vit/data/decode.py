@@ -26,6 +26,7 @@ from ssl_vit.data.raster import (
     choose_plane,
     counts_for,
     find_missing,
+    reason,
     to_tensor,
 )
 
@@ -72,7 +73,7 @@ def decode(
     except BadImage:
         raise
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, zlib.error
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+        raise BadImage(reason(error)) from error
 
 
 def _again(image: Decoded, channels: int) -> torch.Tensor:

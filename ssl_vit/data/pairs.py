@@ -23,6 +23,7 @@ from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.folder import FolderSource, all_images
 from ssl_vit.data.loader import Batch, EvalImages, stack
 from ssl_vit.data.missing import missing_in, resized, with_data
+from ssl_vit.data.raster import reason
 
 CLASSES_FILE = "classes.txt"
 _FORM = "pairs:IMAGES_FOLDER:MASKS_FOLDER, or pairs:ROOT with ROOT/images and ROOT/masks"
@@ -149,7 +150,7 @@ def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
             mode, scale = image.mode, _scale(image, raw)
             array = np.asarray(image) if mode in _MODES and scale else None
     except Exception as error:  # decoders raise all kinds
-        raise BadImage(f"mask {name}: {type(error).__name__}: {error}") from error
+        raise BadImage(f"mask {name}: {reason(error)}") from error
     if array is None:
         kind = f"has the mode {mode}" if scale else "counts from white"
         raise UserError(f"{name} {kind}; a mask must have one channel (or a palette), of classes")

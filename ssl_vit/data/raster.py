@@ -6,6 +6,7 @@ the data statistics take care of. Floats and all other integers become float32 a
 becomes 0 and 255. Missing values are NaN: an 8-bit image that has some becomes float32 in [0, 1].
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,18 @@ from ssl_vit.common.config import ReadConfig
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG
 
+_ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
 _COUNTS = {1: (1, 3), 3: (3, 1)}
 
 
 class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
     """Unreadable image: it cannot be read or decoded; the message is the reason."""
+
+
+def reason(error: Exception) -> str:
+    """Reason of a library's error, the same whenever the same image is read: Pillow's has the
+    address of the stream that it read from."""
+    return f"{type(error).__name__}: {_ADDRESS.sub('', str(error))}"
 
 
 class OtherChannels(BadImage):

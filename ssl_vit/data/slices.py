@@ -18,7 +18,7 @@ import numpy as np
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, Decoded, array_planes, decode, npy_header
 from ssl_vit.data.formats import HEAD, format_of
-from ssl_vit.data.raster import to_tensor
+from ssl_vit.data.raster import reason, to_tensor
 
 _log = logging.getLogger("ssl_vit")
 _FIRST = 8
@@ -56,7 +56,7 @@ class Planes(Source):
             except BadImage:
                 raise
             except Exception as error:  # decoders raise all kinds
-                raise BadImage(f"{type(error).__name__}: {error}") from error
+                raise BadImage(reason(error)) from error
         return image, self.label(i)
 
     def name(self, i: int) -> str:

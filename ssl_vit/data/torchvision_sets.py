@@ -11,6 +11,7 @@ from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.raster import reason
 
 # Attributes in which torchvision's data sets have their labels, the most common first.
 _LABELS = ("targets", "labels", "_labels", "_samples", "samples")
@@ -39,7 +40,7 @@ class TorchvisionSource(Source):
                 image = image.convert("L" if image.mode == "1" else "RGB")
             return np.asarray(image), self.label(i)
         except Exception as error:  # data sets raise all kinds, depending on their format
-            raise BadImage(f"{type(error).__name__}: {error}") from error
+            raise BadImage(reason(error)) from error
 
     def name(self, i: int) -> str:
         return f"{self.spec}[{i}]"

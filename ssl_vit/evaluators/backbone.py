@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.view import View
-from ssl_vit.evaluators.features import FEATURES, Embed, pixels, pooled
+from ssl_vit.evaluators.features import FEATURES, PATCHES, Embed, pixels, pooled
 from ssl_vit.model.architecture import plain_architectures, rotary_architectures, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
@@ -43,12 +43,12 @@ class Backbone:
     info: EncoderInfo | None = None
 
     def embed(self, parts: tuple[str, ...]) -> Embed:
-        """Embedding function: images to these feature parts, each (b, D)."""
+        """Embedding function: images to these feature parts, each (b, D); ``patches`` (b, N, D)."""
         if self.module is None:
             return pixels
         if isinstance(self.module, Encoder):
             blocks = max([int(p.partition("-")[2] or 1) for p in parts], default=1)
-            made = pooled(self.module, blocks)
+            made = pooled(self.module, blocks, PATCHES in parts)
         else:
             made = _whole(self.module)
         return lambda images: {part: value for part, value in made(images).items() if part in parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ssl_vit.common.distributed import gather_rows, gather_texts, rank_and_world, share
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import EvalImages, eval_batches
+from ssl_vit.data.loader import Batch, EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.model.encoder import Encoder
@@ -38,6 +38,8 @@ FEATURES = {
     "pooled": ("pooled",),
     "pixels": ("pixels",),
 }
+PATCHES = "patches"
+"""Part (N, D) of an image, and no feature of evaluators, which take one vector an image."""
 
 
 def parts_of(features: tuple[str, ...]) -> tuple[str, ...]:
@@ -103,11 +105,11 @@ class Machine:
         return {"device": str(self.device), "precision": precision}
 
 
-def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
+def pooled(encoder: Encoder, blocks: int = 1, patches: bool = False) -> Embed:
     """Pooled features of an encoder: ``cls`` where it has one, and ``mean`` of the patches.
 
     With ``blocks`` above 1, also [CLS] after each of the last ones: ``cls-2`` is that of the last
-    but one.
+    but one. With ``patches`` these too, (b, N, D).
     """
 
     def embed(images: Tensor) -> dict[str, Tensor]:
@@ -116,7 +118,7 @@ def pooled(encoder: Encoder, blocks: int = 1) -> Embed:
         if outputs[-1].cls is not None:
             made["cls"] = outputs[-1].pool("cls")
             made |= {f"cls-{n}": outputs[-n].pool("cls") for n in range(2, blocks + 1)}
-        return made
+        return made | ({PATCHES: outputs[-1].patches} if patches else {})
 
     return embed
 
@@ -127,6 +129,25 @@ def pixels(images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
     return {"pixels": F.adaptive_avg_pool2d(images, size).flatten(1)}
 
 
+def embedded(
+    embed: Embed, batches: Iterable[Batch], view: View, machine: Machine
+) -> Iterator[tuple[dict[str, Tensor], Batch]]:
+    """Features of each batch, float32 on the CPU, with the batch; none where no image is readable.
+
+    ``batches``: those of :class:`EvalImages`, not yet normalised.
+    """
+    device = machine.device
+    normalize = Normalize(view.mean, view.std).to(device)
+    for batch in batches:
+        if not batch.views.crops:
+            yield {}, batch
+            continue
+        with torch.inference_mode(), autocast(device, machine.precision):
+            made = embed(normalize(batch.views.to(device)).crops[0])
+            found = {name: part.float().cpu() for name, part in made.items()}
+        yield found, batch
+
+
 @torch.inference_mode()
 def extract(embed: Embed, source: Source, view: View, machine: Machine) -> FeatureSet:
     """Extract features of every readable image of ``source``, in its order.
@@ -135,19 +156,17 @@ def extract(embed: Embed, source: Source, view: View, machine: Machine) -> Featu
         UserError: no image could be read.
     """
     device, workers = machine.device, loader_workers(machine.workers, machine.device)
-    normalize = Normalize(view.mean, view.std).to(device)
     images = EvalImages(source, view.size, view.crop_ratio, view.channels)
+    batches = eval_batches(images, machine.at_once, workers, device.type == "cuda")
     found: dict[str, list[Tensor]] = {}
     labels, places = [], []
     bad: dict[int, str] = {}
-    for batch in eval_batches(images, machine.at_once, workers, device.type == "cuda"):
+    for made, batch in embedded(embed, batches, view, machine):
         bad |= batch.bad
-        if not batch.views.crops:
+        if not made:
             continue
-        with autocast(device, machine.precision):
-            made = embed(normalize(batch.views.to(device)).crops[0])
         for name, part in made.items():
-            found.setdefault(name, []).append(part.float().cpu())
+            found.setdefault(name, []).append(part)
         labels.append(batch.views.labels)
         places.append(batch.views.keys)
     for reason in list(bad.values())[:5]:

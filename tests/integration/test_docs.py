@@ -17,6 +17,7 @@ from launch.options import LaunchConfig, merge_lists
 from ssl_vit import benchmark, evaluate, export, pretrain, report, visualize
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare import CompareConfig
+from ssl_vit.commands.embed_options import EmbedConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.evaluators.finetune import FinetuneConfig
@@ -112,6 +113,7 @@ _PARSERS = {
     "evaluate": _evaluate,
     "visualize": _visualize,
     "export": lambda argv: _parse(export.ExportConfig(), argv),
+    "embed": lambda argv: _parse(EmbedConfig(), argv),
     "benchmark": lambda argv: benchmark.parse_options(argv),
     "report": lambda argv: parse(report.ReportConfig(), argv, COMMAND_LINE, "report"),
     "runs": _runs,
@@ -145,6 +147,7 @@ def test_every_page_with_commands_was_read():
         "python -m ssl_vit.pretrain mae --config mae_vit_b61",
         "python -m ssl_vit.evaluate linear --protocol dinov3",
         "python -m ssl_vit.export --too timm",
+        "python -m ssl_vit.embed --out features.csv",
         "torchrun --nproc-per-node 8 -m ssl_vit.visualize attention --masse 1",
         "python -m launch.slurm --node 4 -- pretrain mae",
         "python -m launch.slurm --nodes 4 -- pretrain mae --optim.rl 1",

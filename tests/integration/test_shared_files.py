@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from ssl_vit import evaluate, export, pretrain, report
+from ssl_vit import embed, evaluate, export, pretrain, report
 from ssl_vit.common.files import write_atomically
 from tests.integration.conftest import TINY
 
@@ -49,6 +49,9 @@ def test_all_that_doors_leave_follows_the_umask(umask, under, tmp_path, monkeypa
     assert not pretrain.main(["mae", "--config", "tiny.yaml", "--run.out", "run", *short])
     given = ("--encoder", "run", "--data.train", "digits:train", "--data.val", "digits:val")
     assert not evaluate.main(["knn", *given, "--out", "scores.json", "--device", "cpu"])
+    for out in ("x.npz", "x.npy"):
+        given = ("--encoder", "run", "--data.train", "digits:val", "--out", out)
+        assert not embed.main([*given, "--device", "cpu"])
     for kind in ("timm", "huggingface", "onnx"):
         assert not export.main(["--to", kind, "--encoder", "run"])
     assert not report.main(["run"])

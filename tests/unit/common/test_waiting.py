@@ -13,7 +13,7 @@ from ssl_vit.common import waiting
 from ssl_vit.common.waiting import CHOICE, choose, crowded, local_processes, quota, threads
 
 ROOT = Path(__file__).parents[3]
-DOORS = ["pretrain", "evaluate", "export", "visualize", "benchmark", "report", "runs"]
+DOORS = ["pretrain", "evaluate", "export", "visualize", "benchmark", "report", "runs", "embed"]
 
 
 @pytest.fixture

@@ -327,3 +327,12 @@ def test_real_photographs(tmp_path, monkeypatch):
         assert decode(raw, 1).shape == (1, height, width)
         with pytest.raises(BadImage):
             decode(raw[: len(raw) // 2], 3)
+
+
+def test_the_reason_of_a_bad_image_is_the_same_every_time():
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(BadImage) as error:
+            decode(bytearray(b"no image"), 3)
+        reasons.add(str(error.value))
+    assert reasons == {"UnidentifiedImageError: cannot identify image file"}

@@ -20,7 +20,8 @@ from ssl_vit.commands.cli import RESUMABLE, layered, show_table
 from ssl_vit.common.checks import flag
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.errors import check
-from ssl_vit.common.rates import SPARING, PretrainOptim
+from ssl_vit.common.rates import SPARING, SPARING_ADAPTERS, PretrainOptim
+from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
 from ssl_vit.data.base import Source, Subset, known_labels
@@ -223,6 +224,9 @@ class Pretraining(Session):
         ]
         given, near = bool(self.config.init.encoder), self.config.init.keep_near
         rows += [("kept near the start", f"x {near:g}")] if near else []
+        if self.task.adapters is not None:
+            said = f"rank {self.config.init.lora}, {counted(self.task.adapters)}, in its place"
+            rows += [("trained of the encoder", said)]
         reason = self.why_no_knn() if given or known_labels(self.images.train).any() else ""
         unseen = ", so that nothing shows whether the given weights get worse" if given else ""
         said = f"not measured while training: {reason}{unseen}"
@@ -295,6 +299,10 @@ def initial_method(kind: type[Method], config: PretrainConfig[Any]) -> Method:
         log.info("initial weights from %s: %s, %s", given.path, given.format, report)
         if config.init.heads:
             _begin_with_all(method, given.path, f"{flag(config.init, 'heads')} True")
+    if config.init.lora:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(config.run.seed, config.init.lora))
+            method.adapt(config.init.lora)
     return method
 
 
@@ -337,18 +345,23 @@ def whole_method(folder: Path) -> Method | None:
     default = default_options(PretrainConfig, kind)
     options: PretrainConfig[Any] = layered(default, [folder / CONFIG_FILE], [], "", "", read)
     method = kind.blank(options.method, options.encoder, options.data.channels)
+    if options.init.lora:
+        method.adapt(options.init.lora)
     parts = Parts(sorted(found[-1].glob("task*.safetensors")))
     log.info("%s: the whole method, %s", found[-1], load_parts(method, parts))
+    method.adapters = None  # what they add is in the encoder
     return method
 
 
 def with_weights(
-    default: PretrainConfig[Any], info: EncoderInfo, heads: bool
+    default: PretrainConfig[Any], info: EncoderInfo, heads: bool, lora: bool = False
 ) -> PretrainConfig[Any]:
     """Default options for initial weights: the encoder's architecture and channels, and rates that
-    spare it from new heads; ``heads``: they come with it."""
+    spare it from new heads; ``heads``: they come with it; ``lora``: adapters are trained, which
+    are small, and have the whole rate."""
     encoder = replace(info.config, drop_path=default.encoder.drop_path)
-    optim = default.optim if heads else replace(default.optim, **SPARING)
+    sparing = {} if heads else SPARING_ADAPTERS if lora else SPARING
+    optim = replace(default.optim, **sparing)
     data = replace(default.data, channels=info.channels)
     return replace(default, encoder=encoder, data=data, optim=optim)
 
@@ -375,4 +388,10 @@ def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretrai
     images: Images = open_images(config.data, config.run.seed, given)
     method.set_statistics(images.mean, images.std)
     views = method.view_spec(config.method, method.encoder)
-    return Pretraining(name, config, method, views, images)
+    made = Pretraining(name, config, method, views, images)
+    check(
+        not (config.init.lora and made.parallel.sharded),
+        f"{flag(config.init, 'lora')} is {config.init.lora}; adapters are not sharded: give "
+        "--run.parallel ddp",
+    )
+    return made

@@ -233,12 +233,21 @@ class InitConfig:
     one. mean: the mean of all filters for each new channel, the first ones keep theirs; of fewer
     channels each gets the mean. repeat: the same over and over. red,green,blue,mean or 0,1,mean:
     a filter for each channel."""
+    lora: int = 0
+    """Rank of low-rank adapters, which are trained in place of the encoder: for a big one on a
+    small machine. The encoder is a plain one at every moment. 0: none; 8 to 64 are usual."""
     keep_near: float = 0.0
     """Weight of a term of the loss that keeps features ([CLS], mean patch) near those of the
     initial encoder: one minus their cosine on a crop. It costs a pass of each more. 0: none."""
 
     def __post_init__(self) -> None:
         check_not_negative(self, "keep_near")
+        check_least(self, 0, "lora")
+        check(
+            bool(self.encoder) or not self.lora,
+            f"{flag(self, 'lora')} is {self.lora}; it adapts given weights: give "
+            f"{flag(self, 'encoder')}",
+        )
         check(
             bool(self.encoder) or not self.keep_near,
             f"{flag(self, 'keep_near')} is {self.keep_near:g}; it has no effect without "

@@ -14,6 +14,7 @@ SPARING: dict[str, Any] = {
     "layer_decay": 0.9,
     "patch_lr": 0.2,
 }
+SPARING_ADAPTERS = {name: SPARING[name] for name in ("freeze_encoder", "release")}
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,10 @@ class Task(nn.Module):
         """
         return {}
 
+    def trains(self, name: str, parameter: nn.Parameter) -> bool:
+        """True if the optimizer moves the parameter of this name."""
+        return parameter.requires_grad
+
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """True where weight decay applies: to all but biases and other vectors."""
         return parameter.ndim > 1 and not name.endswith(".bias")

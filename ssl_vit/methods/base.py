@@ -25,6 +25,7 @@ from ssl_vit.data.order import Places
 from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
+from ssl_vit.objectives.lora import Adapters
 from ssl_vit.objectives.nearness import Nearness
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 
@@ -73,6 +74,7 @@ class Method(Task):
         self.config = config
         self.encoder = Encoder(encoder_config, channels)
         self.nearness: Nearness | None = None
+        self.adapters: Adapters | None = None
         self.objectives = nn.ModuleDict()
         self.weights: dict[str, float] = {}
 
@@ -149,6 +151,16 @@ class Method(Task):
         """Keep the encoder's features near those that it has now, by a term of this weight."""
         self.nearness = Nearness(self.encoder, weight)
 
+    def adapt(self, rank: int) -> None:
+        """Train low-rank adapters of the encoder in place of itself."""
+        self.adapters = Adapters(self.encoder, rank)
+
+    def trains(self, name: str, parameter: nn.Parameter) -> bool:
+        """Of an encoder with adapters, these."""
+        if self.adapters is None or not name.startswith(("encoder.", "adapters.")):
+            return parameter.requires_grad
+        return name.startswith("adapters.")
+
     def exported_encoder(self) -> Encoder:
         """The encoder that is saved and evaluated."""
         return self.encoder
@@ -213,6 +225,8 @@ class Method(Task):
     def place_of(self, name: str) -> Place:
         """Place of a parameter: in the encoder that is trained, or beside it."""
         own, depth = name.removeprefix("encoder.vit."), len(self.encoder.vit.blocks)
+        if name.startswith("adapters."):
+            return Place(True, depth - Adapters.block_of(name))
         if own == name:
             return Place()
         patches = own.startswith("patch_embed.")
@@ -227,12 +241,16 @@ class Method(Task):
             objective.set_length(steps, steps_per_epoch)
 
     def before_update(self, step: int) -> None:
-        """Pass it on to the objectives."""
+        """Pass it on to the objectives, and to adapters."""
         for _, objective in self.parts():
             objective.before_update(step)
+        if self.adapters is not None:
+            self.adapters.before_update(self.encoder)
 
     def after_update(self, step: int, took: Bool[Tensor, ""]) -> None:
-        """Pass it on to the objectives."""
+        """Let matrices follow their adapters; then pass it on to the objectives."""
+        if self.adapters is not None:
+            self.adapters.after_update(self.encoder)
         for _, objective in self.parts():
             objective.after_update(self.encoder, step, took)
 

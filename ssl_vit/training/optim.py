@@ -24,7 +24,7 @@ def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
     encoder's), largest first."""
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
-        if parameter.requires_grad:
+        if task.trains(name, parameter):
             place = task.place_of(name)
             scale = task.lr_scale(name) * config.scale_of(*place)
             kind = task.decays(name, parameter), scale, place.encoder

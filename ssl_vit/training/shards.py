@@ -139,7 +139,8 @@ def load_moments(task: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
     Raises:
         UserError: they are of other parameters, or of other shapes.
     """
-    parameters = {n: p for n, p in task.named_parameters() if p.requires_grad}
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    parameters = {n: p for n, p in task.named_parameters() if p in trained}
     labels = [label.partition("::") for label in parts.names]
     # A parameter that was frozen so far has no moments; unknown names belong to another task.
     strange = sorted({owner for owner, _, _ in labels} - parameters.keys())

@@ -12,7 +12,14 @@ from ssl_vit.common.errors import check
 from ssl_vit.model.architecture import rotary_architectures, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.grids import Hints
-from ssl_vit.weights.shapes import Inferred, State, change, count_blocks, projection
+from ssl_vit.weights.shapes import (
+    Inferred,
+    State,
+    change,
+    count_blocks,
+    count_registers,
+    projection,
+)
 
 # Heads by width, where it is not one for every 64 features.
 _HEADS = {4096: 32}
@@ -40,7 +47,7 @@ def infer_rotary(state: State, where: str, hints: Hints) -> Inferred:
     with without_memory():
         model = Encoder(EncoderConfig(arch, norm="pooled" if pooled else "tokens"))
     first: Any = model.vit.blocks[0]
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    registers = count_registers(state, width, where)
     size = hints.image_size or (model.grid[0] * patch, model.grid[1] * patch)
     config = dataclasses.replace(
         model.config,

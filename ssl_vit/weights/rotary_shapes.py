@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import timm
@@ -77,15 +78,21 @@ def _arch(state: State, width: int, heads: int, where: str) -> str:
     check(hidden in wanted, f"{where}: missing {plain}, or {gate}")
     own_widths: dict[str, int] = {}
     for arch in rotary_architectures():
-        with without_memory():
-            own: Any = timm.create_model(arch, num_classes=0, depth=1)
-            made = timm.create_model(arch, num_classes=0, depth=1, embed_dim=width, num_heads=heads)
-        shapes = {name: tuple(p.shape) for name, p in made.named_parameters()}
+        own_width, shapes = _of_timm(arch, width, heads)
         if {name: shapes[name] for name in (gate, plain, bias) if name in shapes} == wanted:
-            own_widths[arch] = own.embed_dim
+            own_widths[arch] = own_width
     check(
         bool(own_widths),
         f"{where}: timm has no DINOv3 of width {width} with {hidden} {wanted[hidden]} "
         f"{'and' if bias in wanted else 'but without'} biases of queries and values",
     )
     return min(own_widths, key=lambda arch: (own_widths[arch] != width, own_widths[arch]))
+
+
+@cache
+def _of_timm(arch: str, width: int, heads: int) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Width of timm's architecture, and shapes in one block of it at another width."""
+    with without_memory():
+        own: Any = timm.create_model(arch, num_classes=0, depth=1)
+        made = timm.create_model(arch, num_classes=0, depth=1, embed_dim=width, num_heads=heads)
+    return own.embed_dim, {name: tuple(p.shape) for name, p in made.named_parameters()}

@@ -40,6 +40,13 @@ class GalleryData(ReadConfig):
     train: str = ""
     """Images to find neighbours in, named as for pretraining. Empty: --images themselves, each
     without itself."""
+    workers: int = -1
+    """Loader processes, for more than 500 images. -1: one for each core (on the CPU, for every
+    second one), at most 16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, -1, "workers")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def neighbours(config: NeighboursConfig) -> Drawn:
     look_at(gallery, scene.backbone, config.seed)
     if isinstance(scene.source, Files):
         read_images(scene.source, scene.view)  # raises for a file that cannot be read
-    found = _features(scene, gallery, feature)
+    found = _features(scene, gallery, feature, config.data.workers)
     k = _enough(config.k, len(found.index), itself)
     rows = None
     queries = found
@@ -86,7 +93,7 @@ def neighbours(config: NeighboursConfig) -> Drawn:
         rows = torch.from_numpy(bounded_rows(len(found.index), count, config.seed))
         queries = found.take(rows)
     else:
-        queries = _features(scene, scene.source, feature)
+        queries = _features(scene, scene.source, feature, config.data.workers)
     places, cosines = nearest_images(queries.feature(feature), found.feature(feature), k, rows)
     asked = _shown(scene, scene.source, queries.index)
     answers = _shown(scene, gallery, found.index[places.flatten()])
@@ -127,13 +134,13 @@ def _default_feature(backbone: Backbone) -> str:
     return wanted if wanted in backbone.features else backbone.poolings[0]
 
 
-def _features(scene: Scene, source: Source, feature: str) -> FeatureSet:
+def _features(scene: Scene, source: Source, feature: str, workers: int) -> FeatureSet:
     """Features of all readable images; loader processes are started for many images only."""
     if scene.backbone.module is not None:
         ready(scene.backbone.module, scene.device)
-    workers = -1 if len(source) > 500 else 0
-    machine = Machine(scene.device, torch.float32, workers, at_once=64)
-    if len(source) > 500:
+    many = len(source) > 500
+    machine = Machine(scene.device, torch.float32, workers if many else 0, at_once=64)
+    if many:
         log.info("features of %s images of %s", f"{len(source):,}", source.spec)
     return extract(scene.backbone.embed(parts_of((feature,))), source, scene.view, machine)
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +22,14 @@ from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.folder import FolderSource, all_images
 from ssl_vit.data.loader import Batch, EvalImages, stack
 from ssl_vit.data.missing import missing_in, resized, with_data
-from ssl_vit.data.raster import reason
+from ssl_vit.data.raster import check_pixels, reason
+from ssl_vit.data.tiff import check_page, open_tiff
 
 CLASSES_FILE = "classes.txt"
 _FORM = "pairs:IMAGES_FOLDER:MASKS_FOLDER, or pairs:ROOT with ROOT/images and ROOT/masks"
 # Modes in which Pillow returns the file's values; of P, a palette, the indices are used.
-_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
+_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+_WHITE_IS_ZERO = 0
 _LARGEST = 65535
 
 
@@ -146,36 +147,42 @@ def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
         f"{name} is a JPEG, which does not keep classes; a mask must be PNG or TIFF",
     )
     try:
-        with Image.open(io.BytesIO(raw), formats=("PNG", "TIFF")) as image:
-            mode, scale = image.mode, _scale(image, raw)
-            array = np.asarray(image) if mode in _MODES and scale else None
+        values = _tiff_values(raw) if raw[:2] in (b"II", b"MM") else _png_values(raw)
     except Exception as error:  # decoders raise all kinds
         raise BadImage(f"mask {name}: {reason(error)}") from error
-    if array is None:
-        kind = f"has the mode {mode}" if scale else "counts from white"
-        raise UserError(f"{name} {kind}; a mask must have one channel (or a palette), of classes")
-    values = array.astype(np.int32) // scale
+    if isinstance(values, str):
+        raise UserError(f"{name} {values}; a mask must have one channel (or a palette), of classes")
     low, high = int(values.min()), int(values.max())
     check(
         low >= 0 and high <= _LARGEST,
         f"{name} has values from {low} to {high}; a mask's classes are 0 to {_LARGEST}",
     )
-    return torch.from_numpy(values.astype(np.uint8) if high < 256 else values)
+    return torch.from_numpy(values.astype(np.uint8 if high < 256 else np.int32))
 
 
-def _scale(image: Image.Image, raw: bytes) -> int:
-    """Scale by which Pillow multiplied the file's values; 0 where it inverted them.
+def _png_values(raw: bytes) -> np.ndarray | str:
+    """Values of a PNG as stored, (h, w); or what it has that is no class."""
+    with Image.open(io.BytesIO(raw), formats=("PNG",)) as image:
+        if image.mode not in _MODES:
+            return f"has the mode {image.mode}"
+        bits, gray = raw[24], raw[25] == 0  # of the first chunk
+        scale = 255 // (2**bits - 1) if gray and bits in (2, 4) else 1  # which Pillow applies
+        return np.asarray(np.asarray(image).astype(np.int32) // scale)
 
-    Gray of 2 and 4 bits is scaled to 0..255.
-    """
-    tags: Any = getattr(image, "tag_v2", None)
-    if tags is not None:
-        bits, gray = tags.get(258, (1,))[0], tags.get(262) in (0, 1)
-        if tags.get(262) == 0:
-            return 0
-    else:
-        bits, gray = raw[24], raw[25] == 0  # of PNG's first chunk
-    return 255 // (2**bits - 1) if gray and bits in (2, 4) else 1
+
+def _tiff_values(raw: bytes) -> np.ndarray | str:
+    """Values of the first page of a TIFF as stored, (h, w); or what it has that is no class."""
+    with open_tiff(io.BytesIO(raw)) as file:
+        page = file.pages.first
+        if page.samplesperpixel != 1 or page.imagedepth != 1:
+            return f"has {page.samplesperpixel} channels in {page.imagedepth} planes"
+        if page.dtype is None or page.dtype.kind not in "bui":
+            return f"holds {page.dtype}"
+        if page.photometric == _WHITE_IS_ZERO:
+            return "counts from white"
+        check_pixels(page.imagelength * page.imagewidth)
+        check_page(page, file.filehandle)
+        return np.asarray(page.asarray(maxworkers=1).astype(np.int64))
 
 
 def nearest_mask(mask: Integer[Tensor, "h w"], size: tuple[int, int]) -> Integer[Tensor, "r s"]:

@@ -89,7 +89,7 @@ def read_plane(file: Any, channels: int, reading: ReadConfig) -> Raster:
         raise _refusal(stack, has, channels)
     check_pixels(stack.height * stack.width)
     for part in stack.parts(number):
-        _check_page(part, file.filehandle)
+        check_page(part, file.filehandle)
     declared = str(page.tags.valueof(42113) or "") if page.tags.get(42113) else ""
     fill = nodata_value(declared, page.dtype) if page.dtype is not None else None
     page.nodata = 0 if fill is None else fill.item()  # for tiles that are left out of the file
@@ -126,7 +126,7 @@ def _colour_count(page: Any, bands: int, channels: int) -> int:
     return bands
 
 
-def _check_page(page: Any, file: Any) -> None:
+def check_page(page: Any, file: Any) -> None:
     """Check that all strips or tiles of a page are in the file and of a sane size, undecoded.
 
     tifffile detects most of what is missing itself, but may search for seconds.
@@ -190,7 +190,7 @@ def _mask(file: Any, stack: Stack, number: int) -> np.ndarray | None:
             return None
         if page.shape[:2] == (stack.height, stack.width):
             break
-    _check_page(page, file.filehandle)
+    check_page(page, file.filehandle)
     excluded = np.asarray(page.asarray(maxworkers=1) == 0)
     if not excluded.any():
         return None

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_vit.common.processes import process_space, process_start
+from ssl_vit.common.processes import boot, process_space, process_start
 from ssl_vit.records.status import Status
 
 RunState = Literal["running", "finished", "stopped", "failed", "killed", "silent", "unknown"]
@@ -64,7 +64,7 @@ def run_state_of(status: Status | None, traces: Traces) -> tuple[RunState, str]:
         at = f"at step {status.step}" + (f" of {status.total}" if status.total else "")
         return status.state, f"{at}: {status.reason or 'reason unknown'}; {traces.saved}"
     late = f"nothing written since {moment(traces.written)}, {span(quiet)} ago"
-    if status.host == platform.node() and status.processes_of in (0, process_space()):
+    if _seen_from_here(status):
         if gone(status):
             why = "killed, out of memory, or the machine went down"
             return "killed", f"process {status.pid} ended unexpectedly ({why}); {traces.saved}"
@@ -74,6 +74,13 @@ def run_state_of(status: Status | None, traces: Traces) -> tuple[RunState, str]:
         job = f", job {status.job}" if status.job else ""
         return "silent", f"{late}, on {where}{job}; check that it has ended; {traces.saved}"
     return "running", ""
+
+
+def _seen_from_here(status: Status) -> bool:
+    """True if the run's PID means something here: the same start of the same kernel, and the same
+    PID namespace. Containers of one machine may have other names, and two machines the same."""
+    here = status.boot == boot() if status.boot else status.host == platform.node()
+    return here and status.processes_of in (0, process_space())
 
 
 def gone(status: Status) -> bool:

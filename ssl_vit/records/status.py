@@ -20,7 +20,7 @@ import torch
 import ssl_vit
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_text_atomically
-from ssl_vit.common.processes import process_space, process_start
+from ssl_vit.common.processes import boot, process_space, process_start
 from ssl_vit.training.parallel import lost_process
 from ssl_vit.training.run_lock import LockLost
 
@@ -46,6 +46,7 @@ class Status:
         steps_per_epoch: optimizer steps per epoch.
         pooling: the feature that the task trains, ``cls`` or ``mean``; empty: not applicable.
         host, pid: of the main process.
+        boot: start of the kernel that it runs on, by its identifier; empty: unknown.
         processes_of: PID namespace of the main process (a container has its own); 0: unknown.
         process_started: its start, in clock ticks since boot; distinguishes a process from a later
             one with the same PID. None: not available on this system.
@@ -69,6 +70,7 @@ class Status:
     pooling: str = ""
     host: str = ""
     pid: int = 0
+    boot: str = ""
     processes_of: int = 0
     process_started: int | None = None
     job: str = ""
@@ -83,7 +85,7 @@ class Status:
 
 # Types of all fields, to validate a file.
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("state", "name", "command", "pooling", "host"), (str,)),
+    **dict.fromkeys(("state", "name", "command", "pooling", "host", "boot"), (str,)),
     **dict.fromkeys(("job", "device", "reason"), (str,)),
     **dict.fromkeys(("step", "total", "images_per_step", "steps_per_epoch"), (int,)),
     **dict.fromkeys(("pid", "processes_of", "processes", "threads"), (int,)),
@@ -209,6 +211,7 @@ def _described(session: Session, command: str) -> Status:
         pooling=getattr(session.task, "pooling", ""),
         host=platform.node(),
         pid=os.getpid(),
+        boot=boot(),
         processes_of=process_space(),
         process_started=process_start(os.getpid()),
         job=os.environ.get("SLURM_JOB_ID", ""),

@@ -71,12 +71,17 @@ def from_official(state: State, where: str) -> tuple[State, Counter[str]]:
     """Map an official file's backbone to timm's names; counts of tensors left out by their part.
 
     Raises:
-        UserError: keys have a bias, for which timm's network has no place.
+        UserError: keys have a bias, for which timm's network has no place, or a bias is not one of
+            queries, keys and values.
     """
     state = dict(state)
     for name in [k for k in state if k.endswith("attn.qkv.bias")]:
         mask = state.get(f"{name}_mask")
         bias = state.pop(name)
+        for part, found in ((name, bias), (f"{name}_mask", bias if mask is None else mask)):
+            shape = tuple(found.shape)
+            fits = len(shape) == 1 and shape == bias.shape and shape[0] > 0 == shape[0] % 3
+            check(fits, f"{where}: {part} is {shape}; expected (3 x width,)")
         mask = torch.ones_like(bias) if mask is None else mask.to(bias.dtype)
         queries, keys, values = bias.chunk(3)
         of_queries, of_keys, of_values = mask.chunk(3)
@@ -130,11 +135,15 @@ def rope_periods(found: State, where: str) -> tuple[tuple[float, ...], str]:
     Official files have them rounded to bfloat16. Ours, as timm's and Hugging Face's, are exact.
 
     Raises:
-        UserError: they have no constant ratio.
+        UserError: no list of numbers, or one without a constant ratio.
     """
     given = found.get("rope_embed.periods")
     if given is None:
         return (), ""
+    shape = tuple(given.shape)
+    check(
+        len(shape) == 1 and shape[0] > 0, f"{where}: rope_embed.periods is {shape}; expected (n,)"
+    )
     periods = given.double()
     n, order = len(periods), torch.arange(len(periods), dtype=torch.float64)
     first, ratio = 0.0, 0.0
@@ -163,7 +172,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 def heads_by_periods(found: State) -> int:
     """Number of heads that an official file's periods tell, a fourth of a head's features; or 0."""
     periods, stem = found.get("rope_embed.periods"), found.get(STEMS[0])
-    if periods is None or stem is None or not periods.numel():
+    if periods is None or stem is None or not periods.numel() or not stem.ndim:
         return 0
     return stem.shape[0] // (4 * periods.numel())
 

@@ -78,7 +78,7 @@ def _timm_call(info: EncoderInfo) -> dict[str, Any]:
     check(
         len(periods) == 1 and coords == "separate",
         f"--to timm: its rotary positions have one base, and coordinates for each side, not "
-        f"{' to '.join(f'{p:g}' for p in periods)}, {coords}",
+        f"{' to '.join(f'{p:g}' for p in periods)}, {coords}; --to onnx keeps them",
     )
     kwargs = timm_kwargs(info.config, info.channels)
     if info.config.norm_eps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import timm
@@ -12,7 +13,14 @@ from ssl_vit.common.errors import check
 from ssl_vit.model.architecture import rotary_architectures, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.grids import Hints
-from ssl_vit.weights.shapes import Inferred, State, change, count_blocks, projection
+from ssl_vit.weights.shapes import (
+    Inferred,
+    State,
+    change,
+    count_blocks,
+    count_registers,
+    projection,
+)
 
 # Heads by width, where it is not one for every 64 features.
 _HEADS = {4096: 32}
@@ -40,7 +48,7 @@ def infer_rotary(state: State, where: str, hints: Hints) -> Inferred:
     with without_memory():
         model = Encoder(EncoderConfig(arch, norm="pooled" if pooled else "tokens"))
     first: Any = model.vit.blocks[0]
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    registers = count_registers(state, width, where)
     size = hints.image_size or (model.grid[0] * patch, model.grid[1] * patch)
     config = dataclasses.replace(
         model.config,
@@ -70,15 +78,21 @@ def _arch(state: State, width: int, heads: int, where: str) -> str:
     check(hidden in wanted, f"{where}: missing {plain}, or {gate}")
     own_widths: dict[str, int] = {}
     for arch in rotary_architectures():
-        with without_memory():
-            own: Any = timm.create_model(arch, num_classes=0, depth=1)
-            made = timm.create_model(arch, num_classes=0, depth=1, embed_dim=width, num_heads=heads)
-        shapes = {name: tuple(p.shape) for name, p in made.named_parameters()}
+        own_width, shapes = _of_timm(arch, width, heads)
         if {name: shapes[name] for name in (gate, plain, bias) if name in shapes} == wanted:
-            own_widths[arch] = own.embed_dim
+            own_widths[arch] = own_width
     check(
         bool(own_widths),
         f"{where}: timm has no DINOv3 of width {width} with {hidden} {wanted[hidden]} "
         f"{'and' if bias in wanted else 'but without'} biases of queries and values",
     )
     return min(own_widths, key=lambda arch: (own_widths[arch] != width, own_widths[arch]))
+
+
+@cache
+def _of_timm(arch: str, width: int, heads: int) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Width of timm's architecture, and shapes in one block of it at another width."""
+    with without_memory():
+        own: Any = timm.create_model(arch, num_classes=0, depth=1)
+        made = timm.create_model(arch, num_classes=0, depth=1, embed_dim=width, num_heads=heads)
+    return own.embed_dim, {name: tuple(p.shape) for name, p in made.named_parameters()}

@@ -48,7 +48,7 @@ def infer(state: State, where: str, hints: Hints) -> Inferred:
         UserError: the shapes are not those of a Vision Transformer that can be built.
     """
     width, channels, patch = projection(state, where)
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    registers = count_registers(state, width, where)
     prefix = registers + ("cls_token" in state)
     position = tuple(state["pos_embed"].shape)
     fits = len(position) == 3 and position[0] == 1 and position[2] == width
@@ -90,6 +90,20 @@ def count_blocks(state: State, where: str) -> int:
     depth = len({found[1] for k in state if (found := re.match(r"blocks\.(\d+)\.", k))})
     check(depth > 0, f"{where}: no blocks.0 among its tensors")
     return depth
+
+
+def count_registers(state: State, width: int, where: str) -> int:
+    """Number of register tokens.
+
+    Raises:
+        UserError: they are of another shape than tokens.
+    """
+    if "reg_token" not in state:
+        return 0
+    shape = tuple(state["reg_token"].shape)
+    fits = len(shape) == 3 and (shape[0], shape[2]) == (1, width)
+    check(fits, f"{where}: reg_token is {shape}; expected (1, registers, {width})")
+    return shape[1]
 
 
 def change(found: int, own: int) -> int:

@@ -104,7 +104,11 @@ def family(encoder: Encoder) -> str:
         f"has {extra} and sizes that Dinov2Model lacks": (registers or swiglu) and not fits,
     }
     for what, holds in obstacles.items():
-        check(not holds, f"--to huggingface: transformers has no ViT like this one, which {what}")
+        check(
+            not holds,
+            f"--to huggingface: transformers has no ViT like this one, which {what}; --to timm and "
+            "--to onnx keep it",
+        )
     if registers:
         return "dinov2_with_registers"
     return "dinov2" if fits and (swiglu or has_layer_scale(encoder)) else "vit"

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ssl_vit.commands import neighbours
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.model.attention import cls_attention
@@ -240,10 +241,13 @@ def test_neighbours_among_others_and_among_themselves(room, monkeypatch, capsys)
     monkeypatch.chdir(room.folder)
     base = ["neighbours", "--encoder", "gray", "--k", "4", "--count", "3", "--size", "16"]
     base += ["--pooling", "mean"]
-    assert (
-        main([*base, "--images", "digits:val", "--data.train", "digits:train", "--out", "n.png"])
-        == 0
+    workers, real = [], neighbours.extract
+    monkeypatch.setattr(
+        neighbours, "extract", lambda *given: workers.append(given[3].workers) or real(*given)
     )
+    searched = ["--data.train", "digits:train", "--data.workers", "1"]
+    assert main([*base, "--images", "digits:val", *searched, "--out", "n.png"]) == 0
+    assert workers == [1, 0]  # of the many, and of the three
     assert main([*base, "--images", "digits:val", "--out", "m.png"]) == 0
     assert (
         main([*base, "--images", "digits:val", "--data.train", "digits:val", "--out", "o.png"]) == 0

@@ -157,6 +157,11 @@ LOSSLESS = {
     "deep tiff": tiff(CLASSES.astype(np.uint16), photometric="minisblack"),
     "big-endian tiff": tiff(CLASSES.astype(">u2"), byteorder=">", photometric="minisblack"),
     "palette tiff": encoded(as_palette(CLASSES), "TIFF"),
+    "lerc tiff": tiff(CLASSES, photometric="minisblack", compression="lerc"),
+    "zstd tiff in tiles": tiff(CLASSES, compression="zstd", tile=(16, 16), predictor=2),
+    "jpeg 2000 tiff": tiff(CLASSES, photometric="minisblack", compression="jpeg2000"),
+    "tiff of 64 bits": tiff(CLASSES.astype(np.int64)),
+    "tiff of 4 bits": tiff(CLASSES, photometric="minisblack", bitspersample=4),
 }
 
 
@@ -187,7 +192,8 @@ def test_a_mask_of_many_classes_keeps_them():
         (encoded(Image.new("RGBA", (4, 3))), "m has the mode RGBA"),
         (encoded(Image.new("LA", (4, 3))), "m has the mode LA"),
         (encoded(Image.new("L", (4, 3)), "JPEG"), "m is a JPEG.*must be PNG or TIFF"),
-        (encoded(Image.new("F", (4, 3)), "TIFF"), "m has the mode F"),
+        (encoded(Image.new("F", (4, 3)), "TIFF"), "m holds float32"),
+        (encoded(Image.new("RGB", (4, 3)), "TIFF"), "m has 3 channels"),
         (tiff(CLASSES, photometric="miniswhite"), "m counts from white"),
         (tiff(np.full((3, 4), -5, np.int32)), "m has values from -5 to -5"),
         (tiff(np.full((3, 4), 70000, np.int32)), "m has values from 70000 .* 0 to 65535"),

@@ -116,7 +116,41 @@ def test_opacity_of_the_newer_formats_is_dropped():
 # --- PNG and PPM -------------------------------------------------------------------------------
 
 
-def test_16_bit_png_with_opacity_and_interlaced():
+# Of Adam7's seven passes: first column and row, and steps from one to the next.
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+          (0, 1, 1, 2))  # fmt: skip
+
+
+def interlaced(image: np.ndarray, colour_type: int) -> bytes:
+    """A PNG in seven passes, written by hand: neither Pillow nor imagecodecs writes any."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    height, width = image.shape[:2]
+    big = image.astype(image.dtype.newbyteorder(">"))
+    parts = [big[y::by_row, x::by_column] for x, y, by_column, by_row in PASSES]
+    rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
+    bits = 8 * image.dtype.itemsize
+    head = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 1)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("size", [(12, 20), (3, 2)])
+@pytest.mark.parametrize(("bands", "colour_type"), [(1, 0), (2, 4), (3, 2), (4, 6)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_interlaced_png(dtype, bands, colour_type, size):
+    """Also so small that some passes are empty."""
+    image = RNG.integers(0, np.iinfo(dtype).max + 1, (*size, bands), dtype=dtype)
+    expected = image if dtype == np.uint8 else deep(image)
+    found = decoded(interlaced(image, colour_type), bands)
+    np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def test_16_bit_png_with_opacity():
     gray = RNG.integers(0, 65536, (12, 20, 2), dtype=np.uint16)
     raw = png16(gray, 4)
     np.testing.assert_array_equal(decoded(raw, 2), deep(gray), strict=True)

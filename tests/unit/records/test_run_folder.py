@@ -4,11 +4,12 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ssl_vit.common.processes import process_start
+from ssl_vit.common.processes import boot, process_start
 from ssl_vit.records import run_folder
 from ssl_vit.records.run_folder import Run, find_runs, read_run
 from ssl_vit.records.run_state import span
@@ -194,6 +195,21 @@ def test_gone_and_reused_process_numbers(tmp_path):
         assert run.state == "killed"
         assert "newest checkpoint is at step 1" in run.said
         assert run.resume == f"python -m ssl_vit.pretrain mae --config {folder}/config.yaml"
+
+
+@pytest.mark.skipif(not boot(), reason="the system does not tell it")
+def test_a_machine_is_known_by_its_kernels_start(tmp_path):
+    """Not by its name, which is another in each container, and may be another machine's, too."""
+    gone = Status("running", **{**HERE, "pid": 2**22 + 1, "boot": boot()})
+    for status, state in (
+        (gone, "killed"),
+        (replace(gone, host="container"), "killed"),
+        (replace(gone, boot="of another machine"), "running"),
+        (replace(gone, processes_of=1), "running"),
+        (replace(gone, boot="", host="far"), "running"),
+    ):
+        folder = make(tmp_path / status.host / status.boot[:2] / state, line(1), status=status)
+        assert read_run(folder).state == state
 
 
 def test_a_system_that_tells_no_start_is_asked_for_the_number_alone(tmp_path):

@@ -156,6 +156,19 @@ def test_another_patch_size(patch):
         torch.testing.assert_close(tokens[1], tokens[0], atol=1e-3, rtol=1e-3)
 
 
+def test_rotary_encoders():
+    """There are no positions to resample; all but the filters stays as it is."""
+    rotary = EncoderConfig("vit_small_plus_patch16_dinov3_qkvb", (32,), 8, **SMALL)
+    wide = EncoderConfig(rotary.arch, (16, 64), 16, **SMALL)
+    source, target = made(config=rotary), made(4, wide)
+    state, notes = adapted(source, target, "red,green,blue,mean", "x")
+    assert notes[0] == "filters of 4 channels: red, green, blue, mean, all times 3/4"
+    assert "resized to patches of 16" in notes[1]
+    own = source.vit.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in own.items() if k != PROJECTION)
+    target.vit.load_state_dict(state, strict=True)
+
+
 def test_channels_and_patches_together():
     config = EncoderConfig("vit_tiny_patch16_224", (64, 32), 16, **SMALL)
     source, target = made(), made(2, config)

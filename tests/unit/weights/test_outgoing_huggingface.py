@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.augment import Normalize, center_view
 from ssl_vit.weights.official import open_weights
-from ssl_vit.weights.outgoing import export_encoder
+from ssl_vit.weights.outgoing import FORMATS, export_encoder
 from tests.unit.weights.test_outgoing import (
     BIASED,
     CLOSE,
@@ -145,6 +145,31 @@ def test_rotary_positions_that_transformers_has_not_are_refused(tmp_path, change
     with pytest.raises(UserError, match=r"^--to huggingface: .* no DINOv3") as refusal:
         export(make(arch=GATED, **changes), "huggingface", tmp_path)
     assert fragment in str(refusal.value)
+    assert str(refusal.value).endswith("; --to onnx keeps it")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arch": BIASED, "image_size": (16, 32), "channels": 4},
+        {"arch": GATED, "channels": 4},
+        {"arch": "vit_7b_patch16_dinov3", "registers": 0},
+    ],
+)
+def test_rotary_exports_agree_at_other_sizes(tmp_path, changes):
+    """Than the one they are compared at: there is no table of positions to resample."""
+    encoder, info = make(**changes)
+    theirs = AutoModel.from_pretrained(export((encoder, info), "huggingface", tmp_path)).eval()
+    space = {}
+    exec(FORMATS["timm"].usage(export((encoder, info), "timm", tmp_path), info), space)
+    for size in ((40, 24), (8, 64), (72, 72)):
+        images = torch.randn(2, encoder.channels, *size)
+        found = encoder(images)
+        ours = torch.cat([found.cls[:, None], found.patches], dim=1)
+        for tokens in (theirs(images).last_hidden_state, space["model"].forward_features(images)):
+            kept = [0, *range(encoder.vit.num_prefix_tokens, tokens.shape[1])]
+            torch.testing.assert_close(tokens[:, kept], ours, **CLOSE)
 
 
 def test_a_rotary_folder_opens_as_it_was(tmp_path):

@@ -13,6 +13,7 @@ from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, load_encoder, save_encoder
 from ssl_vit.weights.grids import Hints
+from ssl_vit.weights.keymaps import to_timm
 from ssl_vit.weights.official import open_weights, weights_info
 from ssl_vit.weights.rotary_shapes import infer_rotary
 from tests.parity.golden import GOLDEN
@@ -25,7 +26,8 @@ SIZES |= {"num_register_tokens": 4, "pos_embed_rescale": None}
 MLP = SIZES | {"intermediate_size": 512, "num_hidden_layers": 3}
 GATED = SIZES | {"intermediate_size": 512, "num_hidden_layers": 2, "use_gated_mlp": True,
                  "hidden_act": "silu"}  # fmt: skip
-CASES = {"dinov3_vit_mlp": MLP, "dinov3_vit_swiglu": GATED}
+WITHOUT_BIASES = GATED | {"intermediate_size": 256, "query_bias": False, "value_bias": False}
+CASES = {"dinov3_vit_mlp": MLP, "dinov3_vit_swiglu": GATED, "dinov3_vit_7blike": WITHOUT_BIASES}
 SIZE = (32, 48)
 
 
@@ -100,7 +102,7 @@ def test_three_libraries_agree(tmp_path, case):
     configs = [found.info.config for found in opened.values()]
     config = configs[0]
     assert {c.arch for c in configs} == {config.arch}
-    assert config.arch.endswith("_qkvb")
+    assert config.arch.endswith("_qkvb") == (case != "dinov3_vit_7blike")
     sizes = {"embed_dim": 128, "depth": len(model.model.layer), "num_heads": 2, "patch_size": 8}
     theirs = timm.create_model(config.arch, num_classes=0, img_size=SIZE, **sizes).eval()
     theirs.load_state_dict(eva, strict=True)
@@ -273,6 +275,93 @@ def test_satellite_weights_have_statistics_of_their_own(tmp_path):
     assert (usual.info.mean, usual.info.std) == IMAGENET
     assert other.info.mean == timm.get_pretrained_cfg("vit_large_patch16_dinov3.sat493m").mean
     assert other.info.mean != usual.info.mean
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "shape", "message"),
+    [
+        ("official", "blocks.0.attn.qkv.bias", (385,), r"blocks\.0\.attn\.qkv\.bias is \(385,\)"),
+        ("official", "blocks.2.attn.qkv.bias_mask", (), r"blocks\.2\.attn\.qkv\.bias_mask is \(\)"),
+        ("official", "rope_embed.periods", (1, 16), r"rope_embed\.periods is \(1, 16\); expected"),
+        ("official", "storage_tokens", (4, 128), r"reg_token is \(4, 128\); expected \(1, regis"),
+        ("official", "patch_embed.proj.weight", (), r"patch_embed\.proj\.weight is \(\); expected"),
+        ("official", "blocks.0.mlp.fc1.weight", (513, 128), "timm has no DINOv3 of width 128 with"),
+        ("official", "blocks.1.ls1.gamma", (129,), r"blocks\.1\.gamma_1 is \(129,\) for \(128,\)"),
+        ("hf", "layer.0.attention.k_proj.weight", (129, 128), "have shapes .* must be equal"),
+        ("hf", "embeddings.register_tokens", (4, 1, 128), r"reg_token is \(4, 1, 128\)"),
+        ("timm", "blocks.1.attn.proj.weight", (128, 64), r"attn\.proj\.weight is \(128, 64\) for"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named(tmp_path, form, name, shape, message):
+    case = "dinov3_vit_mlp"
+    state = in_file(hugging_face(case)[0], tmp_path)
+    state = {"official": official, "timm": timms, "hf": lambda _, own: own}[form](case, state)
+    assert name in state
+    refused(saved({**state, name: torch.ones(shape)}, tmp_path), message)
+
+
+def test_values_that_are_no_numbers_are_named(tmp_path):
+    """But for the masked bias of keys, of which nothing is used."""
+    case = "dinov3_vit_mlp"
+    state = official(case, in_file(hugging_face(case)[0], tmp_path))
+    state["blocks.1.attn.qkv.bias"][-1] = torch.nan
+    refused(
+        saved(state, tmp_path), r"1 of \d+ tensors have values .* \(NaN\): blocks\.1\.attn\.v_b"
+    )
+
+
+# -- the released sizes
+
+# Width, heads, blocks, features within an MLP, whether it is gated: of the released networks.
+SIZED = {
+    "vit_small_patch16_dinov3_qkvb": (384, 6, 12, 1536, False),
+    "vit_small_plus_patch16_dinov3_qkvb": (384, 6, 12, 1536, True),
+    "vit_base_patch16_dinov3_qkvb": (768, 12, 12, 3072, False),
+    "vit_large_patch16_dinov3_qkvb": (1024, 16, 24, 4096, False),
+    "vit_huge_plus_patch16_dinov3_qkvb": (1280, 20, 32, 5120, True),
+    "vit_7b_patch16_dinov3": (4096, 32, 40, 8192, True),
+}
+
+
+def of_every_block(case, depth):
+    """The recorded names of a network of so many blocks, each as the first one."""
+    first = [row for row in names(case) if row[0].startswith("blocks.0.")]
+    blocks = [
+        [name.replace("blocks.0.", f"blocks.{i}.").replace("layer.0.", f"layer.{i}.")
+         for name in row]
+        for i in range(depth) for row in first
+    ]  # fmt: skip
+    return blocks + [row for row in names(case) if not row[0].startswith("blocks.")]
+
+
+@pytest.mark.parametrize("arch", SIZED)
+def test_names_and_shapes_of_the_released_sizes(monkeypatch, arch):
+    """Of official, Hugging Face's and timm's files, whole, without memory: all of ours, no more."""
+    width, heads, depth, hidden, gated = SIZED[arch]
+    case = "dinov3_vit_swiglu" if gated else "dinov3_vit_mlp"
+    biased = arch.endswith("_qkvb")
+    recorded = of_every_block(case if biased else "dinov3_vit_7blike", depth)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth,
+        intermediate_size=hidden, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu",
+        query_bias=biased, value_bias=biased, num_register_tokens=4)  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.DINOv3ViTModel(config).state_dict()
+        ours = Encoder(EncoderConfig(arch)).vit.state_dict()
+    # What biases hold decides on the architecture.
+    state = {
+        k.removeprefix("model."): torch.ones(v.shape) if k.endswith("_proj.bias") else v
+        for k, v in model.items()
+    }
+    monkeypatch.setitem(globals(), "names", lambda case: recorded)
+    files = {"DINOv3 (official)": official(case, state), "timm": timms(case, state)}
+    for form, file in (*files.items(), ("Hugging Face DINOv3ViT", state)):
+        mapped = to_timm("", file, "a file")
+        assert mapped.format == form
+        shapes = {name: tuple(tensor.shape) for name, tensor in mapped.state.items()}
+        assert shapes == {name: tuple(tensor.shape) for name, tensor in ours.items()}
+        found = infer_rotary(mapped.state, "a file", Hints()).config
+        assert found == EncoderConfig(arch)
 
 
 RELEASED = [

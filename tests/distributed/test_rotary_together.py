@@ -1,0 +1,66 @@
+"""Rotary encoders sharded over two processes: what one does, augmented coordinates included."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ssl_vit import pretrain
+from tests.contract import tiny
+from tests.distributed.together import together
+from tests.integration.conftest import Door
+
+# SwiGLU, biases, storage tokens. The small scale of layers that DINOv3 begins with would hide what
+# attention does. Kept patches turn by their own places (MAE), crops of two sizes apart (DINO).
+ROTARY = ("--encoder.arch", "vit_small_plus_patch16_dinov3_qkvb", "--encoder.layer-scale", "1")
+AUGMENTED = ("--encoder.rope-shift", "0.5", "--encoder.rope-jitter", "1.5")
+AUGMENTED += ("--encoder.rope-rescale", "2")
+LOCAL = ("--method.local-crops", "2", "--method.local-size", "8")
+OPTIONS = {"mae": ROTARY, "dino": (*ROTARY, *LOCAL)}
+RUNS = {name: tiny.run_arguments(name, *more, *AUGMENTED) for name, more in OPTIONS.items()}
+# All runs, in processes that meet once.
+PAIR = """
+import json, sys
+from ssl_vit import pretrain
+from ssl_vit.training.parallel import stop_parallel
+
+for name, arguments in json.loads(sys.argv[1]).items():
+    pretrain.main([*arguments, "--run.parallel", "fsdp", "--run.out", f"{name}-sharded"])
+stop_parallel()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, of one process and of two."""
+    door = Door(tmp_path_factory.mktemp("rotary"))
+    (door.folder / "pair.py").write_text(PAIR)
+    done = together(door, 2, "pair.py", json.dumps(RUNS))
+    assert [process.returncode for process in done] == [0, 0], [p.stderr for p in done]
+    for name, arguments in RUNS.items():
+        assert pretrain.main([*arguments, "--run.out", str(door.folder / name)]) == 0
+    return door.folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_sharded_processes_are_one(folder, name):
+    """The same losses and gradients; every weight moves alike, the teacher's too."""
+    one, two = folder / name, folder / f"{name}-sharded"
+    for a, b in zip(tiny.losses(one), tiny.losses(two), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    task = tiny.session(name, *OPTIONS[name], "--encoder.drop-path", "0.2").task
+    tiny.assert_same_training(tiny.state(task), tiny.weights(one), tiny.weights(two))
+    files = [load_file(run / "encoder.safetensors") for run in (one, two)]
+    first = tiny.state(task.exported_encoder().vit)
+    assert any(key.endswith(".attn.q_bias") for key in first)
+    tiny.assert_same_training(first, *files)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_augmentation_is_at_work(folder, name):
+    """Without it the first loss is another, by more than two processes may differ."""
+    plain = tiny.session(name, *OPTIONS[name], "--encoder.drop-path", "0.2")
+    loss = tiny.train(plain, 1)[0]["loss"]
+    assert abs(loss / tiny.losses(folder / name)[0]["loss"] - 1) > 3e-4

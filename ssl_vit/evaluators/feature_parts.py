@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +78,8 @@ class Batches:
             yield from map(list, self.layout.batches(part))
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Rows of a batch, without its images: features by name, none where no image is readable; the
     images' indices in the source; and the unreadable ones, with reasons."""
 

@@ -99,9 +99,7 @@ def chosen_features(config: EmbedConfig, backbone: Backbone) -> tuple[str, ...]:
     given = (*backbone.features, *tokens)
     asked = tuple(dict.fromkeys(config.features))
     strange = [name for name in asked if name not in given]
-    check(
-        not strange, f"--features has {strange}; {config.encoder} has {', '.join(map(str, given))}"
-    )
+    check(not strange, f"--features has {strange}; {config.encoder} has {', '.join(given)}")
     check(
         not single or len(asked) < 2,
         f"--features is {' '.join(asked)}, and a .npy file holds one array: give one of them, or "

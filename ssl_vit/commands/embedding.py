@@ -32,7 +32,7 @@ from ssl_vit.data.workers import load
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.evaluators.cache import labels_sha256
 from ssl_vit.evaluators.feature_files import Table, read_card, write_features
-from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts
+from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 from ssl_vit.evaluators.features import Machine, embedded, ready
 from ssl_vit.evaluators.protocol import protocol_card
 from ssl_vit.model.encoder import Encoder
@@ -204,8 +204,9 @@ class Embedding:
         made, progress = embedded(self.embed, batches, view, machine), Progress(layout, own)
         for part in own:
             rows = []
-            for batch in islice(made, len(layout.batches(part))):
-                rows.append(batch)
+            for features, batch in islice(made, len(layout.batches(part))):
+                # A copy: the batch is in memory shared with a worker, which has room for few.
+                rows.append(Rows(features, batch.views.keys.clone(), batch.bad))
                 progress.add()
             if lock:
                 lock.check()

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_vit.common.files import write_atomically, write_text_atomically
-from ssl_vit.data.loader import Batch
 from ssl_vit.training.run_lock import is_lock
 
 # Images and bytes of a part, at most: what a killed process loses, and what is held in memory. Of
@@ -78,6 +78,16 @@ class Batches:
             yield from map(list, self.layout.batches(part))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch, without its images: features by name, none where no image is readable; the
+    images' indices in the source; and the unreadable ones, with reasons."""
+
+    features: dict[str, Tensor]
+    index: Int64[Tensor, " n"]
+    bad: dict[int, str]
+
+
 class Parts:
     """Parts of a source's features in a folder, each complete or absent."""
 
@@ -112,14 +122,13 @@ class Parts:
         found = {path.name for path in self.folder.glob(_ANY)}
         return [part for part in range(self.layout.parts) if self._path(part).name in found]
 
-    def write(self, part: int, made: Sequence[tuple[dict[str, Tensor], Batch]]) -> None:
-        """Write a part, given features and images of its batches."""
-        batches = [batch for _, batch in made]
-        bad = {index: why for batch in batches for index, why in batch.bad.items()}
-        tensors = {_INDEX: torch.cat([batch.views.keys for batch in batches])}
+    def write(self, part: int, made: Sequence[Rows]) -> None:
+        """Write a part, given the rows of its batches."""
+        bad = {index: why for rows in made for index, why in rows.bad.items()}
+        tensors = {_INDEX: torch.cat([rows.index for rows in made])}
         for name, shape in self.layout.shapes.items():
-            rows = [features[name] for features, _ in made if features]
-            tensors[name] = torch.cat(rows) if rows else torch.empty(0, *shape)
+            there = [rows.features[name] for rows in made if rows.features]
+            tensors[name] = torch.cat(there) if there else torch.empty(0, *shape)
         metadata = {_BAD: json.dumps(bad)}
         write_atomically(self._path(part), lambda path: save_file(tensors, path, metadata=metadata))
 

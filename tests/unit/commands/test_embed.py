@@ -1,5 +1,6 @@
 """The embedding door, in this process: what it writes, where it goes on, and what it refuses."""
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -17,7 +18,8 @@ from ssl_vit.commands import embed_options, embedding
 from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
-from ssl_vit.evaluators.feature_parts import Parts
+from ssl_vit.data.loader import Batch
+from ssl_vit.evaluators.feature_parts import Layout, Parts
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.run_lock import RunLock
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
@@ -162,6 +164,22 @@ def test_workers_change_nothing(here, workers):
     call(out="x.npz")
     call("--data.workers", workers, out="y.npz")
     assert Path("x.npz").read_bytes() == Path("y.npz").read_bytes()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_images_are_let_go_before_a_part_is_whole(here, workers, monkeypatch):
+    """They are far larger than features, and the workers' memory has room for few batches."""
+    monkeypatch.setattr(Layout, "part_size", 16)
+    real, alive = Parts.write, []
+
+    def write(self: Parts, part: int, rows: object) -> None:
+        alive.append(sum(type(o) is Batch for o in gc.get_objects()))
+        real(self, part, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Parts, "write", write)
+    call("--batch-size", "2", "--data.workers", workers)
+    assert len(alive) == 3
+    assert max(alive) <= 3
 
 
 @pytest.fixture

@@ -13,12 +13,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ssl_vit.common.errors import UserError
-from ssl_vit.common.task import Views
 from ssl_vit.data.base import Source
-from ssl_vit.data.loader import Batch
 from ssl_vit.evaluators import feature_files, feature_parts
 from ssl_vit.evaluators.feature_files import Table, read_card, write_features
-from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts
+from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 
 SHAPES = {"cls": (4,), "patches": (6, 4)}
 
@@ -53,8 +51,7 @@ def fill(parts: Parts, bad: tuple[int, ...] = ()) -> None:
             kept = [i for i in batch if i not in bad]
             rows = {name: features(kept, shape) for name, shape in layout.shapes.items() if kept}
             reasons = {i: f"{i:08d}.png: is broken" for i in batch if i in bad}
-            views = Views([], torch.tensor(kept).long(), torch.zeros(len(kept)).long())
-            made.append((rows, Batch(views, reasons)))
+            made.append(Rows(rows, torch.tensor(kept).long(), reasons))
         parts.write(part, made)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,30 +47,35 @@ class Looks:
 
     def add(self, step: int, look: Look) -> dict[str, float]:
         """Remember a look; what is logged of it beside its numbers."""
-        more = {_LOW: look.low} if look.knn else {}
-        if look.selection is not None:
-            more[SELECTION] = look.selection
+        found = {_LOW: look.low, SELECTION: look.selection}
+        more = {name: value for name, value in found.items() if value is not None}
         # As metrics.jsonl has it, so that equal looks are equal after it has been read.
         row = {k: float(f"{v:.7g}") for k, v in (look.numbers | more).items()}
-        self.rows += [{"step": step, **row}] if look.knn else []
+        self.rows += [{"step": step, **row}] if _LOW in more else []
         return more
 
-    def news(self, name: str) -> str:
-        """Line on the last look's k-NN (``name``) if it has come to lie below the start's interval,
-        or is back; else empty."""
+    def news(self) -> str:
+        """Line on the last look if k-NN has come to lie below the start's interval, or is back;
+        else empty. Of several features the best one counts, then and now."""
         if len(self.rows) < 2 or self.rows[0]["step"]:
             return ""
         start, *later = self.rows
         low = float(start[_LOW])
-        below = [float(row.get(name, low)) < low for row in later]
+        below = [_knn(row) < low for row in later]
         step, before = later[-1]["step"], len(below) > 1 and below[-2]
         if below[-1] and not before:
             kept = "" if self.best is None else f"; the best so far is kept as {BEST_FILE}"
             return (
-                f"step {step}: k-NN is {later[-1][name]:.1f} %, below the {start[name]:.1f} % "
+                f"step {step}: k-NN is {_knn(later[-1]):.1f} %, below the {_knn(start):.1f} % "
                 f"(95 % from {low:.1f}) of the weights that training began with. {_REMEDIES}{kept}"
             )
         return f"step {step}: no longer: k-NN below the start's" if before and not below[-1] else ""
+
+
+def _knn(row: dict[str, Any]) -> float:
+    """k-NN of the best feature in a row; NaN where there is none."""
+    found = [v for k, v in row.items() if re.match(r"knn\d+_", k) and v is not None]
+    return max(map(float, found), default=math.nan)
 
 
 def verdict(looks: Looks, last: int, folder: Path) -> str:
@@ -77,7 +84,7 @@ def verdict(looks: Looks, last: int, folder: Path) -> str:
     best, final = looks.best, looks.rows[-1] if looks.rows else {}
     if best is None or final.get("step") != last or SELECTION not in final:
         return ""
-    by = "k-NN of held-out training images"
+    by = "leave-one-out k-NN of training images"
     if best["step"] == last:
         return f"the last encoder is the best, by {by}: {best[SELECTION]:.1f} %"
     which = "what training began with" if best["step"] == 0 else f"that of step {best['step']:,}"

@@ -183,11 +183,12 @@ class Pretraining(Session):
         """Evaluation during training: health, k-NN, pictures and the feature projection."""
         assert isinstance(whole, Method)
         watch, encoder = self.watch, whole.exported_encoder()
-        look = watch.look(encoder)
-        numbers, held_out, news = look.numbers, look.held_out, ""
-        if self.config.init.encoder:
+        given, news = bool(self.config.init.encoder), ""
+        look = watch.look(encoder, select=given)
+        numbers, held_out = look.numbers, look.held_out
+        if given:
             numbers = numbers | self.looks.add(step, look)
-            news = self.looks.news(look.knn)
+            news = self.looks.news()
             self._keep_best(step, encoder)
         log.write(step, numbers, "probe")
         if news:

@@ -22,11 +22,11 @@ from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, extract, pooled, ready
+from ssl_vit.evaluators.knn import knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores
+from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores, plain_features
 from ssl_vit.evaluators.retrieval import nearest_images, same_class
-from ssl_vit.evaluators.scores import Score, both_outcomes, class_name
-from ssl_vit.evaluators.selection import split_rows
+from ssl_vit.evaluators.scores import Score, both_outcomes, class_name, score_predictions
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pictures.neighbours import neighbours_panel
 from ssl_vit.pictures.patch_pca import pca_panel
@@ -49,16 +49,15 @@ class Look:
     Attributes:
         numbers: by name, to be logged: collapse statistics, k-NN in percent.
         held_out: features of the held-out images.
-        knn: name of the k-NN score of the method's feature; empty without labels.
-        low: lower end of its 95 % interval.
-        selection: k-NN score of a fixed fifth of the training images, by the others: what may be
-            selected by, as held-out images may not. None without labels, and of too few images.
+        low: lower end of the 95 % interval of the best feature's k-NN score; None without labels.
+        selection: k-NN score of the training images by the best feature, each image held out in
+            turn and classified by all others: what may be selected by, as the held-out images may
+            not. None without labels.
     """
 
     numbers: dict[str, float]
     held_out: FeatureSet
-    knn: str = ""
-    low: float = 0.0
+    low: float | None = None
     selection: float | None = None
 
 
@@ -90,10 +89,11 @@ class Watch:
 
         return (of(self.train) if self.labelled else None), of(self.val)
 
-    def look(self, encoder: Encoder) -> Look:
+    def look(self, encoder: Encoder, select: bool = False) -> Look:
         """Look at an encoder: collapse statistics of the method's feature and, with labels, k-NN
         scores in percent for all features, accuracy or, of several labels an image, mean average
-        precision; and the features of the held-out images."""
+        precision; and the features of the held-out images. ``select``: also what may be selected
+        by."""
         ready(encoder, self.device)
         train, val = self.features(pooled(encoder))
         numbers = health(val.parts[self.pooling]) | {"held_out_images": float(len(val.index))}
@@ -101,21 +101,10 @@ class Watch:
             return Look(numbers, val)
         bank, asked = train.known(), val.known()
         k = min(20, len(bank.labels))
-        scores = {s.features: s for s in knn_scores(bank, asked, (k,))}
-        numbers |= {f"knn{k}_{name}": score.value for name, score in scores.items()}
-        own = scores[self.pooling]
-        return Look(numbers, val, f"knn{k}_{own.features}", own.interval[0], self._selection(bank))
-
-    def _selection(self, bank: FeatureSet) -> float | None:
-        """k-NN score of a fifth of these images by the others, a function of the seed."""
-        rows = split_rows(bank.labels, 0.2, self.seed)
-        if rows is None:
-            return None
-        kept, held = (bank.take(part) for part in rows)
-        if held.labels.ndim == 2 and not bool(both_outcomes(held.labels).any()):
-            return None
-        k = min(20, len(kept.labels))
-        return knn_scores(kept, held, (k,), (self.pooling,))[0].value
+        scores = knn_scores(bank, asked, (k,))
+        numbers |= {f"knn{k}_{score.features}": score.value for score in scores}
+        best = max(scores, key=lambda score: score.value)
+        return Look(numbers, val, best.interval[0], _leave_one_out(bank) if select else None)
 
     def paint(
         self, painter: Painter, encoder: Encoder, held_out: FeatureSet
@@ -193,6 +182,17 @@ class Watch:
             linear = linear_scores(train, val, replace(protocol, features=(shown,)), names)
             table[name] = {"knn": by_neighbours[0], "linear": linear[0]}
         return table
+
+
+def _leave_one_out(bank: FeatureSet) -> float | None:
+    """k-NN score of these images by their best feature, each by all others; None where there are
+    too few, or no label has both outcomes."""
+    k = min(20, len(bank.labels) - 1)
+    if k < 1 or (bank.labels.ndim == 2 and not bool(both_outcomes(bank.labels).any())):
+        return None
+    names, device = plain_features(bank), bank.labels.device
+    found = knn_predictions(bank, None, (k,), names, device, shared=False)
+    return max(score_predictions(each, bank.labels, None, seed=0).value for each in found)
 
 
 def bounded(source: Source, count: int, seed: int) -> Source:

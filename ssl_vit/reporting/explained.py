@@ -17,7 +17,7 @@ _FIRST = {
         "image may have several labels.)",
     ),
     "selection_knn": Scalar(
-        "k-NN accuracy of held-out training images, %",
+        "Leave-one-out k-NN accuracy of training images, %",
         "By this encoder-best.safetensors is chosen: never by the images of the number above.",
     ),
     "feature_std": Scalar(

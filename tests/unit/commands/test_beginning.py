@@ -23,7 +23,7 @@ NONE = FeatureSet({}, torch.zeros(0), 0, torch.zeros(0, dtype=torch.int64))
 
 
 def look(knn: float, selection: float) -> Look:
-    return Look({"knn20_cls": knn}, NONE, "knn20_cls", knn - 2, selection)
+    return Look({"knn20_cls": knn, "knn20_mean": 9.0}, NONE, knn - 2, selection)
 
 
 def told(*values: float) -> list[str]:
@@ -31,7 +31,7 @@ def told(*values: float) -> list[str]:
     looks, said = Looks([]), []
     for i, value in enumerate(values):
         looks.add(10 * i, look(value, value))
-        said.append(looks.news("knn20_cls"))
+        said.append(looks.news())
     return said
 
 
@@ -55,8 +55,8 @@ def test_the_best_is_by_the_training_images_and_the_first_of_equal_ones(tmp_path
         looks.add(step, look(knn, selection))
     assert looks.best["step"] == 10
     assert verdict(looks, 30, tmp_path) == (
-        "the best encoder is that of step 10, by k-NN of held-out training images: 45.0 %, the "
-        f"last has 44.0 %: use --encoder {tmp_path / BEST_FILE}"
+        "the best encoder is that of step 10, by leave-one-out k-NN of training images: 45.0 %, "
+        f"the last has 44.0 %: use --encoder {tmp_path / BEST_FILE}"
     )
     looks.add(40, look(10.0, 46.0))
     assert verdict(looks, 40, tmp_path).startswith("the last encoder is the best")

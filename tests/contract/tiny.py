@@ -52,11 +52,11 @@ def arguments(name: str, *more: str) -> list[str]:
 def given_encoders(name: str) -> list[str]:
     """Options of a method that learns from other encoders, which are tiny, too."""
     options = find_method(name).encoders
-    return [part for option in options for part in (f"--method.{option}", str(_encoder_file()))]
+    return [part for option in options for part in (f"--method.{option}", str(encoder_file()))]
 
 
 @cache
-def _encoder_file() -> Path:
+def encoder_file() -> Path:
     """An encoder of another width and patch, for images of one channel."""
     config = EncoderConfig(
         "vit_tiny_patch16_224", image_size=(24,), patch_size=8, width=24, depth=2, heads=2

@@ -24,6 +24,7 @@ from ssl_vit.evaluators.finetune import FinetuneConfig
 from ssl_vit.methods.base import method_names
 from ssl_vit.runs import RunsConfig
 from tests.conftest import ROOT
+from tests.contract.tiny import encoder_file
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,9 +78,9 @@ def check_command(call: list[str]) -> None:
 
 
 def _pretrain(argv: list[str]) -> None:
-    if "--init.encoder" in argv:  # a file of which only the option's name is looked at
+    if "--init.encoder" in argv:  # another file, which is there
         at = argv.index("--init.encoder")
-        argv = argv[:at] + argv[at + 2 :]
+        argv = [*argv[: at + 1], str(encoder_file()), *argv[at + 2 :]]
     pretrain.parse_options(argv)
 
 

@@ -214,7 +214,7 @@ def test_a_file_with_an_underscore_is_no_method(written):
     written("_shared", IMPORTED + "class Own(MAE): pass\n")
     assert "_shared" not in method_names()
     with pytest.raises(
-        UserError, match=r"method is '_shared'; it must be one of dino, dinov2, mae"
+        UserError, match=r"method is '_shared'; it must be one of dino, dinov2, distill"
     ):
         find_method("_shared")
 

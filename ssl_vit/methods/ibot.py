@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssl_vit.common.checks import check_positive, flag
 from ssl_vit.common.errors import check
-from ssl_vit.methods.dino import DINOObjective
+from ssl_vit.methods.dino import DINO, DINOObjective
 from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config, DINOv2Objective
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.heads import last_layer
@@ -93,14 +93,4 @@ class IBOT(DINOv2):
     Config: ClassVar[type] = IBOTConfig
     title: ClassVar[str] = "iBOT"
     objective_class: ClassVar[type[DINOv2Objective]] = IBOTObjective
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "encoder": {"drop_path": 0.1},
-        "optim": {
-            "base_lr": 5e-4,
-            "min_lr": 1e-6,
-            "weight_decay": 0.04,
-            "weight_decay_end": 0.4,
-            "clip": 3.0,
-            "clip_by": "parameter",
-        },
-    }
+    defaults: ClassVar[dict[str, dict[str, Any]]] = DINO.defaults

@@ -1,19 +1,16 @@
 """Low-rank adapters of an encoder with given weights, for any method."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from ssl_vit import pretrain
 from ssl_vit.commands.pretraining import whole_method
 from ssl_vit.common.errors import UserError
-from ssl_vit.training.checkpoint import complete
 from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights
 from tests.contract import tiny
-from tests.contract.test_training import outcome
+from tests.contract.test_training import from_the_first_step, outcome
 
 RANK = 3
 AT_ONCE = ("--optim.freeze-encoder", "0st", "--optim.release", "0st", "--optim.lr", "1e-2")
@@ -81,14 +78,7 @@ def test_factors_have_the_gradients_of_the_chain_rule(name, given):
 
 
 def test_a_run_goes_on_to_the_bit_and_exports_a_plain_encoder(name, given, tmp_path):
-    options = (*given, *AT_ONCE, "--run.length", "3st", "--run.save-every", "1st")
-    options += ("--run.keep", "3")
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(one))) == 0
-    shutil.copytree(one, two)
-    for later in complete(two / "checkpoints")[1:]:
-        shutil.rmtree(later)
-    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(two))) == 0
+    one, two = from_the_first_step(name, tmp_path, *given, *AT_ONCE)
     assert outcome(two) == outcome(one)
     opened = open_weights(one / ENCODER_FILE).encoder.state_dict()
     expected = whole_method(one).exported_encoder().state_dict()

@@ -1,14 +1,10 @@
 """The encoder of any method frozen at first and then released, as a function of the step."""
 
-import shutil
-
 import pytest
 import torch
 
-from ssl_vit import pretrain
-from ssl_vit.training.checkpoint import complete
 from tests.contract import tiny
-from tests.contract.test_training import outcome
+from tests.contract.test_training import from_the_first_step, outcome
 
 HELD = ("--optim.freeze-encoder", "2st", "--optim.release", "2st", "--optim.weight-decay", "0.5")
 HELD += ("--optim.weight-decay-end", "0.5")
@@ -38,13 +34,7 @@ def test_a_frozen_encoder_neither_moves_nor_decays_nor_has_moments(name):
 
 def test_it_goes_on_to_the_bit_while_it_is_frozen(name, tmp_path):
     """After the first of two frozen steps."""
-    options = (*HELD, "--run.length", "3st", "--run.save-every", "1st", "--run.keep", "3")
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(one))) == 0
-    shutil.copytree(one, two)
-    for later in complete(two / "checkpoints")[1:]:
-        shutil.rmtree(later)
-    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(two))) == 0
+    one, two = from_the_first_step(name, tmp_path, *HELD)
     assert outcome(two) == outcome(one)
 
 

@@ -12,6 +12,18 @@ from ssl_vit.training.checkpoint import complete
 from tests.contract import tiny
 
 
+def from_the_first_step(name: str, folder: Path, *options: str) -> tuple[Path, Path]:
+    """A run of three steps, and its copy that has gone on after the first one."""
+    options += ("--run.length", "3st", "--run.save-every", "1st", "--run.keep", "3")
+    one, two = folder / "one", folder / "two"
+    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(one))) == 0
+    shutil.copytree(one, two)
+    for later in complete(two / "checkpoints")[1:]:
+        shutil.rmtree(later)
+    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(two))) == 0
+    return one, two
+
+
 def outcome(folder: Path) -> dict[str, bytes]:
     """All that a run leaves of its training."""
     last = complete(folder / "checkpoints")[-1]

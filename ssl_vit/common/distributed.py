@@ -49,6 +49,25 @@ def all_reduce_max(value: Tensor) -> Tensor:
     return value
 
 
+def mean_with_gradient(value: Tensor) -> Tensor:
+    """Mean of ``value`` over all processes; itself for a single process.
+
+    Differentiable, for a loss that every process computes alike from the mean: each gets the mean's
+    gradient for its own value, of which averaging over the processes makes the loss's.
+    """
+    return value if rank_and_world()[1] == 1 else _Mean.apply(value)
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_reduce_mean(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Gather rows (n, ...) of all processes, n each, in rank order; itself for a single process.
 

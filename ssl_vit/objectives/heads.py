@@ -76,6 +76,20 @@ def last_layer(width: int, prototypes: int, fixed_gain: bool, plain: bool = Fals
     return PrototypeLayer(width, prototypes, fixed_gain)
 
 
+def projector(widths: Sequence[int]) -> nn.Sequential:
+    """MLP with a layer norm and a GELU between its linear layers, of these widths.
+
+    Norms are of each image alone, not of a batch, so that a step is the same in any number of
+    processes and parts. The last layer has no bias: where only differences of projections count it
+    would have no gradient.
+    """
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(pairwise(widths)):
+        layers += [nn.LayerNorm(before), nn.GELU()] if i else []
+        layers.append(nn.Linear(before, after, bias=i + 2 < len(widths)))
+    return nn.Sequential(*layers)
+
+
 class ProjectionHead(nn.Module):
     """MLP to a bottleneck, L2 normalisation, weight-normalised prototypes (Caron et al. 2021,
     section 3.2).

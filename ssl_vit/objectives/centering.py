@@ -29,23 +29,24 @@ class Center(nn.Module):
         self._seen: list[Tensor] = []
 
     def forward(
-        self,
-        outputs: Float[Tensor, "n k"],
-        valid: Float[Tensor, " n"] | None = None,
-        moves_by: Float[Tensor, "m k"] | None = None,
+        self, outputs: Float[Tensor, "n k"], valid: Float[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n k"]:
-        """The outputs less the centre; in training their sum is kept for :meth:`update`.
+        """The outputs less the centre, of which :meth:`note` is taken."""
+        self.note(outputs, valid)
+        return self.apart(outputs)
 
-        ``valid``: 1 for rows that count, 0 for padding. ``moves_by``: other outputs whose sum is
-        kept in place of theirs, all of which count.
-        """
+    def apart(self, outputs: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """The outputs less the centre."""
+        return outputs - self.value
+
+    def note(self, outputs: Float[Tensor, "n k"], valid: Float[Tensor, " n"] | None = None) -> None:
+        """In training, keep the sum of the outputs for :meth:`update`; ``valid``: 1 for rows that
+        count, 0 for padding."""
         if self.training:
-            rows = (outputs if moves_by is None else moves_by).detach()
-            valid = valid if moves_by is None else None
+            rows = outputs.detach()
             total = rows.sum(0) if valid is None else valid @ rows
             count = rows.new_full((), len(rows)) if valid is None else valid.sum()
             self._seen.append(torch.cat([total, count[None]]))
-        return outputs - self.value
 
     @torch.no_grad()
     def update(self, took: Bool[Tensor, ""]) -> None:

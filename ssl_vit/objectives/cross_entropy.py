@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssl_vit.objectives.row_blocks import row_blocks
+
 
 def cross_entropy_of_views(
     target: Float[Tensor, "g b k"],
@@ -64,11 +66,15 @@ class _CrossEntropyOfRows(torch.autograd.Function):
         weights: Float[Tensor, " n"],
         temperature: float,
     ) -> Float[Tensor, ""]:
-        log_p = (student * (1 / temperature)).log_softmax(-1)
-        loss = -((target * log_p).sum(-1) * weights).sum()
-        grad = log_p.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
-        ctx.save_for_backward(grad.mul_(weights[:, None] / temperature))
-        return loss
+        grad, each = torch.empty_like(student), torch.empty_like(weights)
+        for block in row_blocks(student):
+            own = target[block]
+            log_p = (student[block] * (1 / temperature)).log_softmax(-1)
+            each[block] = -(own * log_p).sum(-1)
+            apart = log_p.exp_().mul_(own.sum(-1, keepdim=True)).sub_(own)
+            grad[block] = apart.mul_(weights[block, None] / temperature)
+        ctx.save_for_backward(grad)
+        return (each * weights).sum()
 
     @staticmethod
     @once_differentiable

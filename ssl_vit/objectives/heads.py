@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssl_vit.common.task import at_least_fp32
+from ssl_vit.objectives.row_blocks import row_blocks
 
 
 class PrototypeLayer(nn.Module):
@@ -53,7 +54,11 @@ class _Prototypes(torch.autograd.Function):
         length = v.norm(dim=1, keepdim=True)
         products = F.linear(x, low)
         ctx.save_for_backward(x, v, g, low, length, products)
-        return at_least_fp32(products) * (g / length).T
+        scale, kind = (g / length).T, at_least_fp32(products[:0]).dtype
+        scaled = torch.empty_like(products, dtype=kind)
+        for block in row_blocks(products):
+            scaled[block] = at_least_fp32(products[block]) * scale
+        return scaled
 
     @staticmethod
     @once_differentiable
@@ -62,8 +67,12 @@ class _Prototypes(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, v, g, low, length, products = ctx.saved_tensors
         _, moves, stretches = ctx.needs_input_grad
-        of_v, of_gain = None, (grad * products).sum(0)[:, None] / length
-        grad = (grad * (g / length).T).to(x.dtype)
+        scale, of_v, total = (g / length).T, None, torch.zeros_like(g.T)
+        low_grad = torch.empty_like(products)
+        for block in row_blocks(grad):
+            total += (grad[block] * products[block]).sum(0)
+            low_grad[block] = (grad[block] * scale).to(x.dtype)
+        of_gain, grad = total.T / length, low_grad
         if moves:
             of_v = torch.addcmul(grad.T @ x, v, -of_gain * g / length.square())
         return grad @ low, of_v, of_gain if stretches else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl_vit.common.distributed import all_reduce_mean
 from ssl_vit.objectives.centering import Center
+from ssl_vit.objectives.row_blocks import row_blocks
 from ssl_vit.objectives.sinkhorn import sinkhorn_knopp, unevenness
 
 Kind = Literal["centering", "sinkhorn"]
@@ -40,9 +41,13 @@ class Targets(nn.Module):
         moves_by: Float[Tensor, "m k"] | None = None,
     ) -> Float[Tensor, "n k"]:
         """Targets; ``valid``: 1 for rows that count, 0 for padding, whose targets are anything;
-        ``moves_by``: outputs that move the centre, if not these."""
+        ``moves_by``: outputs that move the centre in place of these; all count."""
         if self.center is not None:
-            return (self.center(outputs, valid, moves_by) / temperature).softmax(-1)
+            self.center.note(*((outputs, valid) if moves_by is None else (moves_by, None)))
+            targets = torch.empty_like(outputs)
+            for block in row_blocks(outputs):
+                targets[block] = (self.center.apart(outputs[block]) / temperature).softmax(-1)
+            return targets
         return sinkhorn_knopp(outputs / temperature, _ITERATIONS, valid)
 
     def update(self, took: Bool[Tensor, ""]) -> None:
@@ -62,7 +67,10 @@ class Targets(nn.Module):
         tiny = torch.finfo(targets.dtype).tiny
         weights = targets.new_ones(len(targets)) if weights is None else weights
         weights = weights / weights.sum().clamp(min=tiny)
-        entropy = torch.special.entr(targets).sum(-1) @ weights
+        each = torch.empty_like(weights)
+        for block in row_blocks(targets):
+            each[block] = torch.special.entr(targets[block]).sum(-1)
+        entropy = each @ weights
         share = weights @ targets
         found = {
             "teacher_entropy": entropy,

@@ -340,7 +340,7 @@ def test_reconstruction_of_a_run(trained):
     assert result.returncode == 0, result.stderr
     out = "trained/reconstruction-images.png"
     assert result.stdout == f"reconstruction of 2 images: {out}\n"
-    assert "encoder and decoder, " in result.stderr
+    assert "the whole method, " in result.stderr
     assert "as given by normalize_target in its config.yaml" in result.stderr
     picture = np.asarray(Image.open(trained.folder / out))
     assert picture.shape[1] == 4 * (CELL + 4) + 4

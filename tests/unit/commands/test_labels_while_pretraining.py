@@ -54,7 +54,7 @@ def test_labels_of_a_csv_are_used_for_knn(tmp_path, head, row, about):
     run = session(tmp_path, head, row)
     assert plan(run)["labels"].startswith(about)
     assert "k-NN" not in plan(run)
-    numbers, _ = run.watch.probe(run.task.exported_encoder())
+    numbers = run.watch.look(run.task.exported_encoder()).numbers
     assert numbers["held_out_images"] == 40
     assert numbers["knn20_mean"] > 95
     table = run.watch.compare({"pixels": lambda images: {"pixels": images.flatten(1)}})
@@ -74,7 +74,7 @@ def test_why_there_is_no_knn_is_said_before_the_first_step(tmp_path, row, flags,
     run = session(tmp_path, "image,label", row, *flags)
     assert re.match(f"not measured while training: .*{reason}", plan(run)["k-NN"])
     assert not run.watch.labelled
-    assert not any(name.startswith("knn") for name in run.watch.probe(run.task.encoder)[0])
+    assert not any(name.startswith("knn") for name in run.watch.look(run.task.encoder).numbers)
 
 
 def test_without_labels_the_plan_says_why(tmp_path):

@@ -485,7 +485,7 @@ def test_phases_follow_the_step(start, workers):
         return replace(SPEC, crops=crops, draw_together=drawn)
 
     phases = (
-        Phase(Length(2, "st"), (4, 4), sized(4, drawn_in_first)),
+        Phase(Length(2.0, "st"), (4, 4), sized(4, drawn_in_first)),
         Phase(Length(4 / 3, "ep"), (6, 6), sized(6, drawn_in_second)),
     )
     spec = replace(sized(8, stepwise), phases=phases)

@@ -57,7 +57,7 @@ def parse_options(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[An
     files = [find_recipe(c) for c in configs]
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
     if config.init.encoder:
-        info = weights_info(config.init.encoder, config.encoder.image_size)[0]
+        info = weights_info(config.init.encoder, config.encoder.image_size, "--init.encoder")[0]
         default = with_weights(default, info, config.init.heads, bool(config.init.lora))
         config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
         config = with_statistics(config, info)

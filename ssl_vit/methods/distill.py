@@ -91,9 +91,11 @@ class DistillConfig(MethodConfig):
         option = flag(self, "teacher")
         check(bool(self.teacher), f"{option} is empty; give a run folder or a weight file")
         try:
-            return weights_info(self.teacher)[0]
+            return weights_info(self.teacher, option=option)[0]
         except UserError as error:
-            raise UserError(f"{self.where}: {error}") from None
+            text = str(error)
+            known = text.startswith(option)
+            raise UserError(text if known else f"{self.where}: {text}") from None
 
     def seen_size(self, image: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which the teacher sees a crop of which the student sees ``image``.

@@ -118,15 +118,18 @@ def open_weights(name: str | Path, size: tuple[int, ...] = ()) -> Opened:
     return Opened(encoder, found.info, found.path, found.mapped.format, found.report())
 
 
-def weights_info(name: str | Path, size: tuple[int, ...] = ()) -> tuple[EncoderInfo, Path | None]:
-    """Encoder info of what :func:`open_weights` would open, without its weights.
+def weights_info(
+    name: str | Path, size: tuple[int, ...] = (), option: str = "--encoder"
+) -> tuple[EncoderInfo, Path | None]:
+    """Encoder info of what :func:`open_weights` would open, without its weights; ``option`` names
+    it, if there is no such file.
 
     For ``timm:NAME`` nothing is downloaded, and the path is None.
 
     Raises:
         UserError: no such file, damaged, or not a Vision Transformer.
     """
-    file = _file(name)
+    file = _file(name, option)
     if file is None:
         return _from_timm(_arch(name), with_weights=False).info, None
     if is_ours(file):
@@ -140,7 +143,7 @@ def _arch(name: str | Path) -> str:
     return text.split(":")[1] if text.startswith("timm:") else ""
 
 
-def _file(name: str | Path) -> Path | None:
+def _file(name: str | Path, option: str = "--encoder") -> Path | None:
     """Path of the weight file; None for ``timm:NAME``."""
     text = str(name)
     if text.startswith("timm:"):
@@ -152,7 +155,7 @@ def _file(name: str | Path) -> Path | None:
     inside = [path / file for file in allowed if (path / file).is_file()]
     check(
         path.is_file() or bool(inside),
-        f"--encoder is {str(name)!r}; no such file, nor a folder with {' or '.join(allowed)}",
+        f"{option} is {str(name)!r}; no such file, nor a folder with {' or '.join(allowed)}",
     )
     return path if path.is_file() else inside[0]
 

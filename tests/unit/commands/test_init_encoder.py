@@ -222,3 +222,8 @@ def test_all_weights_need_a_run_of_the_method(given, tmp_path):
     assert str(error.value).startswith(said)
     with pytest.raises(UserError, match=r"--init\.heads is True; it needs --init\.encoder RUN"):
         parse_options(["dino", "--init.heads", "True"])
+
+
+def test_a_file_that_is_not_there_is_named_with_its_option():
+    with pytest.raises(UserError, match=r"--init\.encoder is 'nowhere'; no such file"):
+        parse_options(["mae", "--data.train", "digits", "--init.encoder", "nowhere"])

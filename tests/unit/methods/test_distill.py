@@ -165,7 +165,7 @@ def test_a_file_of_timm_teaches(tmp_path):
     ("changed", "said"),
     [
         ({"teacher": ""}, "--method.teacher is empty; give a run folder or a weight file"),
-        ({"teacher": "none.pth"}, "--method.teacher none.pth: "),
+        ({"teacher": "none.pth"}, "--method.teacher is 'none.pth'; no such file, nor a folder"),
         ({"teacher_size": (20,)}, "--method.teacher-size is 20x20; the teacher's patch size, 8,"),
         ({"cls_weight": 0.0, "patch_weight": 0.0}, "--method.cls-weight and --method.patch-weight"),
     ],

@@ -98,6 +98,20 @@ def check_size(config: Any, *options: str) -> None:
         check(fits, f"{flag(config, option)} is {shown}; allowed: one number above 0, or two")
 
 
+def check_divides(
+    config: Any, option: str, size: tuple[int, int], patch: int, whose: str = "the"
+) -> None:
+    """Height and width in pixels that a patch size divides; ``whose``: that of another encoder."""
+    fits, shown = all(side > 0 and side % patch == 0 for side in size), "x".join(map(str, size))
+    rule = f"{whose} patch size, {patch}, must divide it"
+    check(fits, f"{flag(config, option)} is {shown}; {rule}")
+
+
+def whole_patches(height: float, width: float, patch: int) -> tuple[int, int]:
+    """Height and width rounded to whole patches, one at the least."""
+    return patch * max(1, round(height / patch)), patch * max(1, round(width / patch))
+
+
 def check_length(config: Any, *options: str, positive: bool = False, share: bool = False) -> None:
     """Spans of training: epochs as 10ep, or steps as 500st; ``share``: or of the run, as 10%."""
     for option in options:

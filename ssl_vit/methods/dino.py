@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ssl_vit.common.checks import (
+    check_divides,
     check_least,
     check_length,
     check_positive,
@@ -22,6 +23,7 @@ from ssl_vit.common.checks import (
     check_share,
     check_size,
     flag,
+    whole_patches,
 )
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
@@ -143,18 +145,12 @@ class DINOConfig(MethodConfig):
             UserError: a size that the patch does not divide.
         """
         large = _pair(self.global_size) or image
-        share = 3 / 7 / patch
-        small = _pair(self.local_size) or (
-            patch * max(1, round(large[0] * share)),
-            patch * max(1, round(large[1] * share)),
-        )
+        small = _pair(self.local_size) or whole_patches(large[0] * 3 / 7, large[1] * 3 / 7, patch)
         used = {"global_size": [large], "phases": [size for _, size in self.parsed_phases()]}
         used |= {"local_size": [small]} if self.local_crops else {}
         for option, sizes in used.items():
             for size in sizes:
-                fits, shown = all(s > 0 and s % patch == 0 for s in size), "x".join(map(str, size))
-                rule = f"the patch size, {patch}, must divide it"
-                check(fits, f"{flag(self, option)} is {shown}; {rule}")
+                check_divides(self, option, size, patch)
         return large, small
 
     def in_phases(
@@ -164,14 +160,7 @@ class DINOConfig(MethodConfig):
         global ones as they are afterwards, in whole patches."""
         (height, width), (h, w) = self.sizes(image, patch)
         return [
-            (
-                end,
-                size,
-                (
-                    patch * max(1, round(h * size[0] / height / patch)),
-                    patch * max(1, round(w * size[1] / width / patch)),
-                ),
-            )
+            (end, size, whole_patches(h * size[0] / height, w * size[1] / width, patch))
             for end, size in self.parsed_phases()
         ]
 

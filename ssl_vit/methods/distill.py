@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.common.checks import (
+    check_divides,
     check_not_negative,
     check_range,
     check_share,
     check_size,
     flag,
+    whole_patches,
 )
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
@@ -107,12 +109,9 @@ class DistillConfig(MethodConfig):
         with without_memory():
             patch = Encoder(info.config, info.channels).patch_size
         if not self.teacher_size:
-            height, width = (patch * max(1, round(side / patch)) for side in image)
-            return height, width
+            return whole_patches(float(image[0]), float(image[1]), patch)
         size = (self.teacher_size[0], self.teacher_size[-1])
-        fits, shown = all(s % patch == 0 for s in size), "x".join(map(str, size))
-        rule = f"the teacher's patch size, {patch}, must divide it"
-        check(fits, f"{flag(self, 'teacher_size')} is {shown}; {rule}")
+        check_divides(self, "teacher_size", size, patch, "the teacher's")
         return size
 
 

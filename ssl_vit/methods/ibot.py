@@ -80,10 +80,9 @@ class IBOTObjective(DINOv2Objective):
 
     def patch_outputs(self, head: Any, features: Float[Tensor, "u d"]) -> Float[Tensor, "u m"]:
         """A head's outputs of patches."""
-        whole = head["cls"]
         if "patch" not in head:
             return super().patch_outputs(head, features)
-        outputs: Tensor = head["patch"]["last_layer"](whole.on_sphere(features))
+        outputs: Tensor = head["patch"]["last_layer"](head["cls"].on_sphere(features))
         return outputs
 
 

@@ -10,7 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.common.checks import check_least, check_range, check_share, check_size, flag
+from ssl_vit.common.checks import (
+    check_divides,
+    check_least,
+    check_range,
+    check_share,
+    check_size,
+    flag,
+    whole_patches,
+)
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
@@ -92,12 +100,9 @@ class LeJEPAConfig(MethodConfig):
             UserError: the patch does not divide what is given.
         """
         if not self.local_size:
-            height, width = (patch * max(1, round(side * 3 / 7 / patch)) for side in image)
-            return height, width
+            return whole_patches(image[0] * 3 / 7, image[1] * 3 / 7, patch)
         size = (self.local_size[0], self.local_size[-1])
-        fits, shown = all(side % patch == 0 for side in size), "x".join(map(str, size))
-        option = flag(self, "local_size")
-        check(fits, f"{option} is {shown}; the patch size, {patch}, must divide it")
+        check_divides(self, "local_size", size, patch)
         return size
 
 

@@ -43,7 +43,10 @@ class Targets(nn.Module):
         """Targets; ``valid``: 1 for rows that count, 0 for padding, whose targets are anything;
         ``moves_by``: outputs that move the centre in place of these; all count."""
         if self.center is not None:
-            self.center.note(*((outputs, valid) if moves_by is None else (moves_by, None)))
+            if moves_by is None:
+                self.center.note(outputs, valid)
+            else:
+                self.center.note(moves_by)
             targets = torch.empty_like(outputs)
             for block in row_blocks(outputs):
                 targets[block] = (self.center.apart(outputs[block]) / temperature).softmax(-1)

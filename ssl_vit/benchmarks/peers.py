@@ -130,6 +130,7 @@ def check_plain(work: Workload, who: str, square: bool = True) -> Encoder:
     vit = encoder.vit
     obstacles = {
         "rotary positions": encoder.rotary,
+        "a convolutional stem": work.encoder.stem == "conv",
         "no [CLS], or registers": vit.cls_token is None or vit.num_prefix_tokens != 1,
         "a norm after the pooling": work.encoder.norm == "pooled",
         "images that are not square": square and len(set(encoder.image_size)) > 1,

@@ -165,6 +165,9 @@ class EncoderConfig:
     """Height and width in pixels, or one number for both; divisible by the patch size."""
     patch_size: int = 0
     """Side of a patch in pixels."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What makes tokens of pixels. patch: a linear map of each patch. conv: 3x3 convolutions of
+    stride 2; the patch size is a power of 2, and methods cannot hide patches."""
     width: int = 0
     """Features of a token."""
     depth: int = 0

@@ -52,8 +52,8 @@ def all_reduce_max(value: Tensor) -> Tensor:
 def mean_with_gradient(value: Tensor) -> Tensor:
     """Mean of ``value`` over all processes; itself for a single process.
 
-    Differentiable, for a loss that every process computes alike from the mean: each gets the mean's
-    gradient for its own value, of which averaging over the processes makes the loss's.
+    Differentiable: a loss is the mean of what the processes have, as that of averaged gradients,
+    so each gets the mean over all processes of the mean's gradient.
     """
     return value if rank_and_world()[1] == 1 else _Mean.apply(value)
 
@@ -65,7 +65,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+        return all_reduce_mean(grad)
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:

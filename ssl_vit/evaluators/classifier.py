@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.evaluators.start import Start
-from ssl_vit.model.architecture import set_norm_eps, timm_kwargs
+from ssl_vit.model.architecture import set_norm_eps, stem_option, timm_kwargs
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 from ssl_vit.model.encoder import Encoder
@@ -40,11 +40,13 @@ class TimmCall:
     """Timm call that builds a network: all that plain timm needs besides the weights.
 
     ``norm_eps``: epsilon of every LayerNorm, for which timm has no argument; 0: timm's default.
+    ``stem``: that of :class:`EncoderConfig`.
     """
 
     arch: str
     kwargs: dict[str, Any]
     norm_eps: float = 0.0
+    stem: str = "patch"
 
     def build(self, drop_path: float, seed: int) -> Any:
         """Build the network, with random weights by ``seed``.
@@ -53,6 +55,7 @@ class TimmCall:
             UserError: timm's network does not take these arguments.
         """
         extra: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        extra |= stem_option(self.stem)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -153,7 +156,7 @@ def _of_encoder(
             state["pos_embed"] = torch.cat([p for p in parts if p is not None], dim=1).detach()
     kwargs = timm_kwargs(config, encoder.channels)
     kwargs |= {"num_classes": classes, "global_pool": _POOLS[pooling]}
-    return TimmCall(config.arch, kwargs, config.norm_eps), state, (HEAD, "fc_norm.")
+    return TimmCall(config.arch, kwargs, config.norm_eps, config.stem), state, (HEAD, "fc_norm.")
 
 
 def _of_network(
@@ -219,7 +222,7 @@ def classifier_writer(
     which its file opens as an encoder.
     """
     tensors = contiguous_state(network)
-    timm_call = {k: v for k, v in dataclasses.asdict(call).items() if k != "norm_eps" or v}
+    timm_call = {k: v for k, v in dataclasses.asdict(call).items() if v not in (0.0, "patch")}
     content: dict[str, Any] = {"timm": timm_call, "about": about}
     if info is not None:
         content["info"] = dataclasses.asdict(info)

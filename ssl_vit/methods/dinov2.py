@@ -184,6 +184,7 @@ class DINOv2Objective(DINOObjective):
 
     def build(self, encoder: Encoder) -> None:
         """Heads, the mask token, and what makes targets of outputs."""
+        encoder.check_apart()
         c = self.config
         heads: dict[str, nn.Module] = {"cls": self._head(encoder, c.prototypes, c.bottleneck)}
         if c.patch_prototypes:

@@ -4,7 +4,7 @@ are kept an isotropic Gaussian. No teacher, no stop-gradient."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,9 @@ class LeJEPAConfig(MethodConfig):
     """Linear layers of the projector."""
     head_width: int = 2048
     """Features of its hidden layers."""
+    head_norm: Literal["batch", "layer"] = "batch"
+    """Norms between its layers. batch: by the batch of all processes (all crops together). layer:
+    by each crop alone."""
     outputs: int = 64
     """Features of a projection."""
     global_crops: int = 2
@@ -131,7 +134,7 @@ class LeJEPAObjective(Objective):
         )
         self.config = config
         hidden = [config.head_width] * (config.head_depth - 1)
-        self.head = projector([encoder.width, *hidden, config.outputs])
+        self.head = projector([encoder.width, *hidden, config.outputs], config.head_norm)
 
     def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """The losses of a batch."""
@@ -165,11 +168,16 @@ class LeJEPAObjective(Objective):
     def advice(self, setting: Setting) -> list[str]:
         """What is of a part of a step only."""
         c, each = self.config, setting.batch_size // setting.parts
-        if setting.parts == 1 or not c.sigreg_weight:
+        of_part = []
+        if c.sigreg_weight:
+            of_part.append(f"SIGReg ({flag(c, 'sigreg_weight')} {c.sigreg_weight:g})")
+        if c.head_norm == "batch" and c.head_depth > 1:
+            of_part.append(f"the projector's norm ({flag(c, 'head_norm')} batch)")
+        if setting.parts == 1 or not of_part:
             return []
         return [
-            f"{flag(c, 'sigreg_weight')} {c.sigreg_weight:g}: SIGReg is of the {each} images of "
-            f"each of the {setting.parts} parts of --optim.accumulate, not of the whole batch"
+            f"{' and '.join(of_part)}: of the {each} images of each of the {setting.parts} parts "
+            "of --optim.accumulate, not of the whole batch"
         ]
 
 
@@ -181,7 +189,7 @@ class LeJEPA(Method):
     explained: ClassVar[dict[str, Scalar]] = LeJEPAObjective.explained
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("invariance", "sigreg", "spread")
-    splits_with: ClassVar[dict[str, Any]] = {"sigreg_weight": 0.0}
+    splits_with: ClassVar[dict[str, Any]] = {"sigreg_weight": 0.0, "head_norm": "layer"}
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "optim": {"base_lr": 5e-4, "weight_decay": 0.05, "clip": 3.0},
     }

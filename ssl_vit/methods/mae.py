@@ -95,6 +95,7 @@ class MAEObjective(Objective):
 
     def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
         super().__init__()
+        encoder.check_apart()
         self.config, self.grid = config, encoder.grid
         self.target_known_from = "normalize_target in its config.yaml"
         self.n_visible = config.visible(encoder.grid[0] * encoder.grid[1])

@@ -72,6 +72,7 @@ class SimMIMObjective(Objective):
 
     def __init__(self, config: SimMIMConfig, encoder: Encoder) -> None:
         super().__init__()
+        encoder.check_apart()
         self.config = config
         self.mask_token = nn.Parameter(torch.zeros(encoder.width))
         self.predict_pixels = nn.Linear(encoder.width, encoder.patch_size**2 * encoder.channels)

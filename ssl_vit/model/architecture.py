@@ -16,12 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check, did_you_mean
+from ssl_vit.model.stem import ConvEmbed
 
 
 def timm_kwargs(config: EncoderConfig, channels: int = 3) -> dict[str, Any]:
     """Arguments of ``timm.create_model(config.arch, num_classes=0, ...)`` for the same weights.
 
-    It can be written as JSON, and so leaves out ``config.norm_eps``: :func:`set_norm_eps` after it.
+    It can be written as JSON, and so leaves out ``config.norm_eps``, :func:`set_norm_eps` after it,
+    and ``config.stem``, :func:`stem_option`.
     """
     kwargs: dict[str, Any] = {}
     if channels != 3:
@@ -95,6 +97,8 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
     )
     heads = kwargs.get("num_heads", vit.blocks[0].attn.num_heads)
     width = kwargs.get("embed_dim", vit.embed_dim)
+    if config.stem == "conv":
+        _check_stem(config, patch, width, rotary)
     check(width % heads == 0, f"--encoder.heads is {heads}; it must divide the width, {width}")
     check(
         not rotary or width % (4 * heads) == 0,
@@ -107,6 +111,24 @@ def check_sizes(config: EncoderConfig, kwargs: dict[str, Any]) -> None:
         f"--encoder.rope-shift, -jitter and -rescale are for rotary positions; {config.arch} has "
         "none (vit_small_patch16_dinov3 has)",
     )
+
+
+def _check_stem(config: EncoderConfig, patch: int, width: int, rotary: bool) -> None:
+    """Refuse what a convolutional stem does not fit."""
+    check(
+        patch > 1 and not patch & (patch - 1) and width % (patch // 2) == 0,
+        f"--encoder.stem is conv, the patch size {patch} and the width {width}; the patch size "
+        "must be a power of 2, half of which divides the width",
+    )
+    check(
+        not rotary,
+        f"--encoder.stem is conv; {config.arch}, with rotary positions, has patches alone",
+    )
+
+
+def stem_option(stem: str) -> dict[str, Any]:
+    """Argument of ``timm.create_model`` for a stem; it cannot be written as JSON."""
+    return {"embed_layer": ConvEmbed} if stem == "conv" else {}
 
 
 class _RealNumbers(TorchFunctionMode):

@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
-from ssl_vit.model.architecture import check_sizes, set_norm_eps, timm_kwargs, without_memory
+from ssl_vit.model.architecture import (
+    check_sizes,
+    set_norm_eps,
+    stem_option,
+    timm_kwargs,
+    without_memory,
+)
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 from ssl_vit.model.positions import resampled
@@ -86,6 +92,7 @@ class Encoder(nn.Module):
         check_sizes(config, kwargs)
         self.config = config
         self.channels = channels
+        kwargs |= stem_option(config.stem)
         self.vit = timm.create_model(
             config.arch, num_classes=0, drop_path_rate=config.drop_path, **kwargs
         )
@@ -95,7 +102,7 @@ class Encoder(nn.Module):
             set_norm_eps(self.vit, config.norm_eps)
         patches = self.vit.patch_embed
         self.image_size: tuple[int, int] = tuple(patches.img_size)
-        self.patch_size: int = patches.patch_size[0]
+        self.patch_size: int = patches.feat_ratio()
         self.grid: tuple[int, int] = tuple(patches.grid_size)
         self.width: int = self.vit.embed_dim
         if self.vit.attn_pool is not None:
@@ -184,23 +191,47 @@ class Encoder(nn.Module):
                 positions are added.
             token: what stands for a masked patch; needed with ``masked``.
         """
-        patches = self.patchify(images)
         grid = self.grid_of(images)
         position = self.positions(grid)[1]
         if keep is not None:
-            patches = take(patches, keep)
             position = None if position is None else position[0][keep]
-        # The stride-P convolution of timm is this linear map, with its weights reordered.
-        weight = rearrange(self.vit.patch_embed.proj.weight, "d c p q -> d (p q c)")
-        tokens = F.linear(patches, weight, self.vit.patch_embed.proj.bias)
-        tokens = self.vit.patch_embed.norm(tokens)
+        tokens = self._project(images, keep, hidden=masked is not None)
         if masked is not None:
             assert token is not None, "masked patches need a token that stands for them"
             masked = masked if keep is None else masked.gather(1, keep)
             tokens = torch.where(masked[:, :, None], token.to(tokens.dtype), tokens)
         # The sum of all blocks is kept in the weights' precision, whatever a block computes in.
-        placed = tokens.to(weight.dtype) if position is None else tokens + position
+        kind = self.vit.patch_embed.proj.weight.dtype
+        placed = tokens.to(kind) if position is None else tokens + position
         return Tokens(placed, grid, keep)
+
+    def _project(
+        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None, hidden: bool
+    ) -> Float[Tensor, "b _ d"]:
+        """Tokens without positions: of all patches, or of those to ``keep``."""
+        stem = self.vit.patch_embed
+        patches = self.patchify(images)
+        if self.config.stem == "conv":
+            if keep is not None or hidden:
+                self.check_apart()
+            return stem(images)
+        if keep is not None:
+            patches = take(patches, keep)
+        # The stride-P convolution of timm is this linear map, with its weights reordered.
+        weight = rearrange(stem.proj.weight, "d c p q -> d (p q c)")
+        return stem.norm(F.linear(patches, weight, stem.proj.bias))
+
+    def check_apart(self) -> None:
+        """Check that a patch token is of that patch alone, for methods that hide patches.
+
+        Raises:
+            UserError: the stem lets patches see their neighbours.
+        """
+        check(
+            self.config.stem == "patch",
+            f"--encoder.stem is {self.config.stem}, whose patches see their neighbours; methods "
+            "that hide patches need --encoder.stem patch",
+        )
 
     def encode(self, tokens: Tokens) -> Float[Tensor, "b m d"]:
         """Prefix tokens ([CLS] first) and patch tokens through all blocks and the final norm."""

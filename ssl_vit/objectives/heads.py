@@ -1,4 +1,4 @@
-"""Head of self-distillation: an MLP, a unit sphere, and prototypes on it."""
+"""Projection heads: of self-distillation, with prototypes on a unit sphere; others with norms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ssl_vit.common.distributed import mean_with_gradient, rank_and_world
 from ssl_vit.common.task import at_least_fp32
 from ssl_vit.objectives.row_blocks import row_blocks
 
@@ -85,16 +86,43 @@ def last_layer(width: int, prototypes: int, fixed_gain: bool, plain: bool = Fals
     return PrototypeLayer(width, prototypes, fixed_gain)
 
 
-def projector(widths: Sequence[int]) -> nn.Sequential:
-    """MLP with a layer norm and a GELU between its linear layers, of these widths.
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) by the global batch, that of all processes.
 
-    Norms are of each image alone, not of a batch, so that a step is the same in any number of
-    processes and parts. The last layer has no bias: where only differences of projections count it
+    A part of training alone: it has no running statistics, and normalises by the batch in
+    evaluation, too. All processes have as many rows.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Features of zero mean and unit variance over the batch, then scaled and shifted."""
+        if rank_and_world()[1] == 1:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = at_least_fp32(x)
+            mean = mean_with_gradient(rows.mean(0))
+            variance = mean_with_gradient((rows - mean).square().mean(0))
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return ((rows - mean) * scale + self.bias).to(x.dtype)
+
+
+def projector(widths: Sequence[int], norm: str = "batch") -> nn.Sequential:
+    """MLP with a norm and a GELU between its linear layers, of these widths.
+
+    ``norm`` is ``batch`` or ``layer``: that of each image alone, with which a step is the same in
+    any number of parts. The last layer has no bias: where only differences of projections count it
     would have no gradient.
     """
+    kind = BatchNorm if norm == "batch" else nn.LayerNorm
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(widths)):
-        layers += [nn.LayerNorm(before), nn.GELU()] if i else []
+        layers += [kind(before), nn.GELU()] if i else []
         layers.append(nn.Linear(before, after, bias=i + 2 < len(widths)))
     return nn.Sequential(*layers)
 

@@ -11,7 +11,8 @@ from ssl_vit.common.errors import check
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import resample_positions
 
-_PROJECTION = "patch_embed.proj.weight"
+# What sees the pixels: the patch projection, or a convolutional stem's first layer.
+_FIRST = {"patch": "patch_embed.proj.weight", "conv": "patch_embed.backbone.0.conv.weight"}
 _COLOURS = {"red": 0, "green": 1, "blue": 2}
 
 
@@ -33,7 +34,14 @@ def adapted(
     fixed = target.config.positions == source.config.positions == "sincos"
     if fixed and not target.rotary:
         state = {**state, "pos_embed": target.vit.pos_embed}
-    filters, notes = state[_PROJECTION], []
+    stem = source.config.stem
+    check(
+        stem == target.config.stem and (stem == "patch" or source.patch_size == target.patch_size),
+        f"{where}: its stem is {stem} for patches of {source.patch_size} pixels; --encoder.stem is "
+        f"{target.config.stem}, for {target.patch_size}; a stem keeps its kind, and conv its size",
+    )
+    first = _FIRST[stem]
+    filters, notes = state[first], []
     taken = choose_filters(channels, filters.shape[1], target.channels, where)
     if taken != tuple(range(filters.shape[1])):
         filters = with_channels(filters, taken)
@@ -45,7 +53,7 @@ def adapted(
             f"filters of {source.patch_size} pixels are resized to patches of {size[0]} by "
             "pseudo-inverse (FlexiViT)"
         )
-    return {**state, _PROJECTION: filters}, notes
+    return {**state, first: filters}, notes
 
 
 def choose_filters(how: str, given: int, wanted: int, where: str) -> tuple[int | None, ...]:

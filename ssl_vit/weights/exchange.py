@@ -59,6 +59,8 @@ def encoder_writer(path: Path, encoder: Encoder, info: EncoderInfo) -> Callable[
     }
     if info.config.norm_eps:  # not an argument of timm: ssl_vit.model.architecture.set_norm_eps
         recipe["norm_eps"] = info.config.norm_eps
+    if info.config.stem != "patch":  # nor is this: ssl_vit.model.architecture.stem_option
+        recipe["stem"] = info.config.stem
     content = {"timm": recipe, "info": dataclasses.asdict(info)}
     return lambda: write_own(path, tensors, content)
 
@@ -180,7 +182,10 @@ def _check_claims(config: EncoderConfig, state: dict[str, Tensor], where: str) -
     widths = (0, *(stem.shape[:1] if stem is not None else ()))
     # Rotary positions have no table, and take any number of patches: here that of 4096 pixels.
     places = 700 if positions is None else positions.shape[1] if positions.ndim == 3 else 0
-    patch = stem.shape[-1] if stem is not None and stem.ndim == 4 else 1
+    halvings = sum(
+        key.startswith("patch_embed.backbone.") and key.endswith(".conv.weight") for key in state
+    )
+    patch = 2**halvings * (stem.shape[-1] if stem is not None and stem.ndim == 4 else 1)
     pixels = math.prod(config.image_size) if len(config.image_size) == 2 else 0
     pixels = config.image_size[0] ** 2 if len(config.image_size) == 1 else pixels
     fits = config.depth in (0, blocks) and config.width in widths

@@ -72,8 +72,12 @@ def _timm_call(info: EncoderInfo) -> dict[str, Any]:
     """Arguments of the timm call; an epsilon is passed as a layer, which is not JSON.
 
     Raises:
-        UserError: timm cannot be told of its rotary positions.
+        UserError: timm cannot be told of its stem or its rotary positions.
     """
+    check(
+        info.config.stem == "patch",
+        "--to timm: timm has no name for a convolutional stem; --to onnx keeps it",
+    )
     periods, coords = info.config.rope_periods, info.config.rope_coords
     check(
         len(periods) == 1 and coords == "separate",

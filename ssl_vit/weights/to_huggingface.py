@@ -95,6 +95,7 @@ def family(encoder: Encoder) -> str:
     fits = fits_dinov2(encoder)
     extra = "register tokens" if registers else "a SwiGLU MLP"
     obstacles = {
+        "has a convolutional stem": encoder.config.stem == "conv",
         "has no [CLS] token": vit.cls_token is None,
         "has its final norm after the pooling": isinstance(vit.norm, nn.Identity),
         "has a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),

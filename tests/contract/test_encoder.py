@@ -35,6 +35,21 @@ def test_it_refuses_weights_that_are_not_its_encoders(name):
         task.begin_with(given, "these weights")
 
 
+def test_a_convolutional_stem_learns_or_is_refused(name):
+    """Refused where patches are hidden, which their neighbours would show; and at once."""
+    options = ("--encoder.stem", "conv", "--optim.freeze-encoder", "0st")
+    if name not in ("dino", "distill", "lejepa"):
+        with pytest.raises(UserError, match="methods that hide patches"):
+            tiny.session(name, *options)
+        return
+    made = tiny.session(name, *options)
+    before = tiny.state(made.task.encoder.vit.patch_embed)
+    tiny.train(made, 2)
+    after = tiny.state(made.task.encoder.vit.patch_embed)
+    assert len(before) == 10
+    assert not [key for key in before if torch.equal(before[key], after[key])]
+
+
 def test_plain_timm_loads_what_it_leaves(run):
     """All of it and nothing else, with the same features."""
     file = run / "encoder.safetensors"

@@ -13,6 +13,7 @@ import os, sys, torch
 from safetensors.torch import save_file
 from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
 from ssl_vit.objectives.centering import Center
+from ssl_vit.objectives.heads import projector
 from ssl_vit.objectives.koleo import koleo, nearest_distances
 from ssl_vit.objectives.sinkhorn import sinkhorn_knopp
 from ssl_vit.objectives.targets import Targets
@@ -35,6 +36,10 @@ groups = {}
 for images in (2, 3, 4, 8):
     koleo(nearest_distances(features @ map, images)).backward()
     groups[f"groups{images}"], map.grad = all_reduce_mean(map.grad), None
+torch.manual_seed(0)
+head = projector([5, 7, 3]).double()
+head(features).pow(3).mean().backward()
+normed = all_reduce_mean(head[0].weight.grad)
 center = Center(6, 0.5).double().train()
 center(logits, valid)
 center.update(torch.tensor(True))
@@ -42,6 +47,7 @@ made = Targets(6, "sinkhorn", 0.5)
 own = {
     "koleo": loss.detach(),
     "gradient": gradient,
+    "normed": normed,
     **groups,
     "targets": sinkhorn_knopp(logits, 3),
     "counted": sinkhorn_knopp(logits, 3, valid),
@@ -66,7 +72,7 @@ def found(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
 GROUPS = [f"groups{images}" for images in (2, 3, 4, 8)]
 
 
-@pytest.mark.parametrize("name", ["koleo", "gradient", "center", "left", *GROUPS])
+@pytest.mark.parametrize("name", ["koleo", "gradient", "normed", "center", "left", *GROUPS])
 def test_all_have_what_one_has(found, name):
     one, first, second = (own[name] for own in found)
     torch.testing.assert_close(first, one)

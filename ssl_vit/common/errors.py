@@ -1,7 +1,8 @@
 """Errors that are one clear line: a user's mistake, and a run that cannot go on."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -30,6 +31,17 @@ def check(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def said_of(option: str, given: str) -> Iterator[None]:
+    """Name the option that ``given`` came from in errors raised inside, unless they do already."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        named = text if text.startswith(option) else f"{option} {given}: {text}"
+        raise UserError(named, error.everywhere) from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

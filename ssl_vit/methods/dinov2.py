@@ -22,7 +22,7 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.errors import check, said_of
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Place, Scalar, Views
@@ -219,12 +219,11 @@ class DINOv2Objective(DINOObjective):
     def _open_gram_teacher(self) -> None:
         """Give the teacher of Gram anchoring the weights of a file."""
         name, own = self.config.gram_encoder, self.gram.encoder
-        where = f"{flag(self.config, 'gram_encoder')} {name}"
-        try:
-            given = open_weights(name).encoder
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        load_strictly(own.vit, resample_positions(given.vit.state_dict(), given, own), where)
+        option = flag(self.config, "gram_encoder")
+        with said_of(option, name):
+            given = open_weights(name, option=option).encoder
+        state = resample_positions(given.vit.state_dict(), given, own)
+        load_strictly(own.vit, state, f"{option} {name}")
 
     def encoder_replaced(self, encoder: Encoder) -> None:
         """Student and teachers start equal; but a given one of Gram anchoring stays."""

@@ -22,7 +22,7 @@ from ssl_vit.common.checks import (
     whole_patches,
 )
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.errors import check, said_of
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.photometric import Photometric
@@ -92,12 +92,8 @@ class DistillConfig(MethodConfig):
         """
         option = flag(self, "teacher")
         check(bool(self.teacher), f"{option} is empty; give a run folder or a weight file")
-        try:
+        with said_of(option, self.teacher):
             return weights_info(self.teacher, option=option)[0]
-        except UserError as error:
-            text = str(error)
-            known = text.startswith(option)
-            raise UserError(text if known else f"{self.where}: {text}") from None
 
     def seen_size(self, image: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which the teacher sees a crop of which the student sees ``image``.

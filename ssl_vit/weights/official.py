@@ -86,7 +86,7 @@ class _Found:
         return "; ".join(part for part in parts if part)
 
 
-def open_weights(name: str | Path, size: tuple[int, ...] = ()) -> Opened:
+def open_weights(name: str | Path, size: tuple[int, ...] = (), option: str = "--encoder") -> Opened:
     """Open the encoder that ``name`` denotes, with its weights, in evaluation mode.
 
     A run folder, a file of any format known here, a folder of Hugging Face's, ``timm:NAME:FILE``
@@ -95,12 +95,13 @@ def open_weights(name: str | Path, size: tuple[int, ...] = ()) -> Opened:
     Args:
         size: height and width in pixels, or one number, of the images it was trained on, if that
             is known; needed where the file does not say, and its positions are no square grid.
+        option: what names it, if there is no such file.
 
     Raises:
         UserError: no such file, damaged, not a Vision Transformer, or a tensor is missing,
             unexpected or of another shape.
     """
-    file = _file(name)
+    file = _file(name, option)
     if file is not None and is_ours(file):
         encoder, info = load_encoder(file)
         n = len(encoder.vit.state_dict())

@@ -95,7 +95,6 @@ def family(encoder: Encoder) -> str:
     fits = fits_dinov2(encoder)
     extra = "register tokens" if registers else "a SwiGLU MLP"
     obstacles = {
-        "has a convolutional stem": encoder.config.stem == "conv",
         "has no [CLS] token": vit.cls_token is None,
         "has its final norm after the pooling": isinstance(vit.norm, nn.Identity),
         "has a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),
@@ -104,6 +103,10 @@ def family(encoder: Encoder) -> str:
         f"has the MLP {mlp} with {activation}": not known,
         f"has {extra} and sizes that Dinov2Model lacks": (registers or swiglu) and not fits,
     }
+    check(
+        encoder.config.stem == "patch",
+        "--to huggingface: transformers has no ViT with a convolutional stem; --to onnx keeps it",
+    )
     for what, holds in obstacles.items():
         check(
             not holds,

@@ -53,7 +53,7 @@ def minutes_at(rows: list[Row], batch_size: int) -> list[tuple[int, float]]:
     """(step, minutes of training so far) at the start and at each metrics row with a rate.
 
     The first row includes the start of workers and compilation: its steps are taken to last as long
-    as those of the second.
+    as those of the second. Of a run that was stopped, the later starts are counted.
     """
     spans = intervals(rows, batch_size)
     if len(spans) > 1:
@@ -71,6 +71,11 @@ def curve(
     found = ((row["step"], k, v) for row in rows for k, v in row.items())
     probed = [(s, v) for s, k, v in found if k.startswith("knn") and k.endswith(f"_{feature}")]
     return [(float(np.interp(step, steps, passed)), value) for step, value in probed]
+
+
+def machine(hardware: Row) -> str:
+    """Machine in a line, from a machine card's hardware."""
+    return str(hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads")
 
 
 def by_recipe(report: Row) -> dict[str, list[Row]]:
@@ -108,10 +113,8 @@ def _cells(runs: list[Row]) -> list[str]:
 
 def markdown(report: Row) -> str:
     """Markdown of a report: the table, with machine, date and protocol."""
-    asked, hardware = report["asked"], report["hardware"]
-    device = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    source = f", commit {report['commit'][:12]}" if report["commit"] else ""
-    made = f"{report['date'][:10]}, {device}, torch {report['versions']['torch']}{source}"
+    asked, source = report["asked"], f", commit {report['commit'][:12]}" * bool(report["commit"])
+    made = f"{report['date'][:10]}, {asked['machine']}, torch {report['versions']['torch']}{source}"
     rows = [HEADER, ("---",) * 2 + ("---:",) * (len(HEADER) - 2), *table(report)]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     notes = _NOTES.format(train=asked["train"], val=asked["val"])

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ssl_vit.benchmarks.quality import (
     by_recipe,
     curve,
     fitted_steps,
+    machine,
     markdown,
     minutes_at,
     rate_after,
@@ -59,10 +60,10 @@ class Process:
     """
 
     def __init__(self, entry: Entry, flags: Sequence[str], told: Path | None = None) -> None:
-        command = [sys.executable, *f"-m ssl_vit.pretrain {entry.method}".split()]
-        out: Any = 2 if told is None else told.open("wb")
-        recipe = ["--config", str(entry.file)]
-        self.child = subprocess.Popen([*command, *recipe, *flags], stdout=out, stderr=out)
+        door = f"-m ssl_vit.pretrain {entry.method}".split()
+        command = [sys.executable, *door, "--config", str(entry.file), *flags]
+        with nullcontext(2) if told is None else told.open("wb") as out:
+            self.child = subprocess.Popen(command, stdout=out, stderr=out)
 
     def __enter__(self) -> subprocess.Popen[bytes]:
         return self.child
@@ -96,8 +97,10 @@ def measured_rate(entry: Entry, flags: list[str], minutes: float) -> float:
     batch, wanted = entry.options.optim.batch_size, min(_MOST, max(_LEAST, 60 * _SHARE * minutes))
     with tempfile.TemporaryDirectory(prefix="ssl_vit-") as scratch:
         out, told, last = Path(scratch) / "run", Path(scratch) / "told", f"{_LAST}st"
-        own = ["--run.length", last, "--run.probe-every", last, "--run.log-every", "5"]
-        with Process(entry, [*flags, *own, "--run.out", str(out)], told) as child:
+        own = ["--run.out", str(out), "--run.log-every", "5"]
+        for option in ("length", "probe-every", "save-every"):
+            own += [f"--run.{option}", last]
+        with Process(entry, [*flags, *own], told) as child:
             found, ended = None, None
             while ended is None and (found is None or found[1] < wanted):
                 time.sleep(0.2)
@@ -149,14 +152,16 @@ class Results:
     """Results: the report of a folder, written anew, with table and figure, after each piece.
 
     Raises:
-        UserError: those in the folder are of other options.
+        UserError: those in the folder are of other options, or another machine.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.path = plan, plan.out / "quality.json"
-        asked, device = plan.asked(), resolve_device(plan.entries[0].options.run.device)
-        self.report: dict[str, Any] = {"benchmark": "quality", "asked": asked}
-        self.report |= machine_card(device, torch.get_num_threads()) | {"runs": {}, "baselines": {}}
+        device = resolve_device(plan.entries[0].options.run.device)
+        card = machine_card(device, torch.get_num_threads())
+        asked = plan.asked() | {"machine": machine(card["hardware"])}
+        self.report: dict[str, Any] = {"benchmark": "quality", "asked": asked, **card}
+        self.report |= {"runs": {}, "baselines": {}}
         if self.path.is_file():
             self.report = json.loads(self.path.read_text())
         for key, value in asked.items():

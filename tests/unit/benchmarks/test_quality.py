@@ -78,10 +78,8 @@ def judged(value: float, seed: int = 0) -> dict:
 
 
 def test_the_table_has_mean_and_spread_over_seeds():
-    machine = {"gpu": None, "cpu": "a CPU", "threads": 2}
     report = {
-        "asked": {"minutes": 1.0, "train": "kept:x", "val": "held:x"},
-        "hardware": machine,
+        "asked": {"minutes": 1.0, "train": "kept:x", "val": "held:x", "machine": "a CPU"},
         "date": "2026-11-29T10:00:00",
         "versions": {"torch": "2"},
         "commit": None,
@@ -89,7 +87,7 @@ def test_the_table_has_mean_and_spread_over_seeds():
         "baselines": {"raw pixels": {"scores": judged(40.0)["scores"]}},
     }
     lines = markdown(report).splitlines()
-    assert lines[0] == "1 minutes of training each; 2026-11-29, a CPU, 2 threads, torch 2."
+    assert lines[0] == "1 minutes of training each; 2026-11-29, a CPU, torch 2."
     assert [word.strip() for word in lines[2].strip("| ").split(" | ")] == list(HEADER)
     cell = "50.5 ±3.0, sd 0.7"
     assert lines[4] == f"| a | a_b, 2 seeds | 640 | 38,400 | 1 | {cell} | {cell} |"

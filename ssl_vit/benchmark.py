@@ -1,4 +1,5 @@
-"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale METHOD``."""
+"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale METHOD``, or
+``quality``."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from ssl_vit.benchmarks.loader import measure_loader
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
 from ssl_vit.benchmarks.step import StepComparison
+from ssl_vit.commands import quality
 from ssl_vit.commands.cli import (
     find_recipe,
     layered,
@@ -215,7 +217,7 @@ def check_out(out: str) -> None:
 
 def parse_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
     """Benchmark, method name and class, and the options: method < YAML < command line."""
-    what = subcommand(argv, _PROG, "benchmark", list(_BENCHMARKS))
+    what = subcommand(argv, _PROG, "benchmark", [*_BENCHMARKS, "quality"])
     name = subcommand(argv[1:], f"{_PROG} {what}", "method", method_names())
     configs, flags = split_config(argv[2:])
     method, options = find_method(name), _BENCHMARKS[what].options
@@ -228,6 +230,8 @@ def parse_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
 
 def main(argv: list[str]) -> int:
     """Benchmark command; returns the exit status."""
+    if argv[:1] == ["quality"]:
+        return quality.main(argv[1:])
     what, name, kind, config = parse_options(argv)
     benchmark = _BENCHMARKS[what]
     check_out(config.out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -49,7 +50,8 @@ def describe(spec: ViewSpec) -> list[dict[str, Any]]:
 
 
 def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
-    """Machine card: date, hardware and versions of a measurement; None: unknown to the system."""
+    """Machine card: date, hardware, versions and commit of a measurement; None: unknown to the
+    system."""
     versions = {"ssl_vit": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -68,7 +70,20 @@ def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
             **_gpu(device),
         },
         "versions": versions,
+        "commit": _commit(Path(__file__).parents[2]),
     }
+
+
+def _commit(root: Path) -> str | None:
+    """Commit of the source, with -dirty where it was changed; None outside of a repository."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return found.stdout.strip() or None
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

@@ -82,12 +82,13 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: np.ndarray):
         indices = np.asarray(indices, dtype=np.int64)
+        self.spec = source.spec
         if isinstance(source, Subset):  # a single look-up, however often it was split
             indices = source.indices[indices]
             source = source.source
         self.source: Source = source
         self.indices: np.ndarray = indices
-        self.spec, self.classes, self.reading = source.spec, source.classes, source.reading
+        self.classes, self.reading = source.classes, source.reading
         self.labels_from = source.labels_from
         self.labels = None if source.labels is None else source.labels[indices]
         self.targets = None if source.targets is None else source.targets[indices]
@@ -104,25 +105,26 @@ class Subset(Source):
         return self.source.name(int(self.indices[i]))
 
 
-def split_holdout(source: Source, count: int, seed: int) -> tuple[Subset, Subset]:
-    """Split a source into (train, held out): `count` images by `seed`, at most a tenth of all.
+def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tuple[Subset, Subset]:
+    """Split a source into (train, held out): `count` images by `seed`, at most one in `parts`.
 
-    Both keep the order of the source. With fewer than 10 images none is held out. Planes of one
-    file are alike, and stay together: whole files are held out, at least one, and none of fewer
-    than 10.
+    Both keep the order of the source. With fewer than `parts` images none is held out. Planes of
+    one file are alike, and stay together: whole files are held out, at least one, and none of fewer
+    than `parts`.
     """
     if count < 0:
         raise ValueError(f"count must not be negative, is {count}")
     # RandomState, because its stream is frozen: a newer numpy must not move held-out images
     # into the training set of a resumed run.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-    held = min(count, len(source) // 10)
+    held = min(count, len(source) // parts)
     if source.file_of is None:
         order = random.permutation(len(source))
         return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
     files, file_of, sizes = np.unique(source.file_of, return_inverse=True, return_counts=True)
     order = random.permutation(len(files))
-    whole = max(1, int((np.cumsum(sizes[order]) <= held).sum())) if count and len(files) > 9 else 0
+    enough = count > 0 and len(files) >= parts
+    whole = max(1, int((np.cumsum(sizes[order]) <= held).sum())) if enough else 0
     out = np.isin(file_of, order[:whole])
     return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
 

@@ -27,8 +27,11 @@ _OPENERS = {
 _ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://|pipe:")
 _FORMS = (
     "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, "
-    "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT]"
+    "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT], "
+    "and of any of them kept:SOURCE, held:SOURCE"
 )
+# Parts of a source, in the order of split_holdout, and the share of the second: a fifth.
+_PARTS, _FIFTH = ("kept", "held"), 5
 
 
 def open_source(
@@ -45,6 +48,8 @@ def open_source(
     - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, lists, wildcards, or one file.
     - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
     - `hf:NAME_OR_PATH[#CONFIG][:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
+    - `kept:SOURCE`, `held:SOURCE`: of any of these, four fifths and the other fifth, at random but
+      always the same, so that options can be chosen without a validation set.
 
     Labels are the source's own, or those of `reading.labels`, a CSV file.
 
@@ -53,6 +58,8 @@ def open_source(
     """
     reading = reading or ReadConfig()
     scheme, _, rest = spec.partition(":")
+    if scheme in _PARTS and rest:
+        return _part(open_source(rest, reading, channels), spec, _PARTS.index(scheme))
     _refuse_address(spec, scheme, rest)
     if scheme not in _OPENERS:
         raise UserError(
@@ -67,6 +74,18 @@ def open_source(
     if reading.labels:
         source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
     return with_planes(source, channels or int(getattr(reading, "channels", 3)))
+
+
+def _part(source: Source, spec: str, number: int) -> Source:
+    """A fixed part of a source, under the name that the user gave it.
+
+    Raises:
+        UserError: it has too few images to be parted.
+    """
+    part = split_holdout(source, len(source), 0, _FIFTH)[number]
+    check(len(part) > 0, f"{spec!r}: {source.spec} has {len(source)} images, too few for a fifth")
+    part.spec = spec
+    return part
 
 
 def _refuse_address(spec: str, scheme: str, rest: str) -> None:

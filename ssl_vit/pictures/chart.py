@@ -1,8 +1,10 @@
-"""Score chart: horizontal bars with intervals."""
+"""Score charts: horizontal bars with intervals, and curves of a score over time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 Bars = dict[str, dict[str, tuple[float, float, float]]]
 """Scores by encoder, by evaluator: a score, and the ends of its interval."""
@@ -34,4 +36,38 @@ def bars(path: Path, values: Bars, axis: str) -> None:
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(evaluators), frameon=False)
+    figure.savefig(path, format="png", bbox_inches="tight")
+
+
+class Curve(NamedTuple):
+    """Curve: points (x, y), and its end (x, y, low, high), a score with its interval. Curves of one
+    label have one colour."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    end: tuple[float, float, float, float]
+
+
+def curves(path: Path, drawn: Sequence[Curve], x_axis: str, y_axis: str) -> None:
+    """Draw curves, each with its end as a point with an interval, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(curve.label for curve in drawn))
+    figure = Figure(figsize=(8, 5), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    named: set[str] = set()
+    for label, points, (x, y, low, high) in drawn:
+        colour = f"C{labels.index(label) % 10}"
+        axes.plot([p[0] for p in points], [p[1] for p in points], ".-", color=colour, linewidth=1)
+        shown = None if label in named else label
+        errors = [[y - low], [high - y]]
+        axes.errorbar([x], [y], errors, fmt="o", color=colour, capsize=3, label=shown)
+        named.add(label)
+    axes.set_xlabel(x_axis)
+    axes.set_ylabel(y_axis)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.savefig(path, format="png", bbox_inches="tight")

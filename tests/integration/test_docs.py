@@ -15,6 +15,7 @@ import pytest
 from launch import slurm
 from launch.options import LaunchConfig, merge_lists
 from ssl_vit import benchmark, evaluate, export, pretrain, report, visualize
+from ssl_vit.commands import quality_options
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare import CompareConfig
 from ssl_vit.commands.embed_options import EmbedConfig
@@ -99,6 +100,13 @@ def _visualize(argv: list[str]) -> None:
     _parse(visualize._PICTURES[name][0](), argv[1:])
 
 
+def _benchmark(argv: list[str]) -> None:
+    if argv[0] == "quality":
+        quality_options.parse_options(argv[1:])
+    else:
+        benchmark.parse_options(argv)
+
+
 def _runs(argv: list[str]) -> None:
     flags = [word for flag in argv for word in ([flag, "True"] if flag == "--live" else [flag])]
     parse(RunsConfig(), flags, COMMAND_LINE, "runs")
@@ -115,7 +123,7 @@ _PARSERS = {
     "visualize": _visualize,
     "export": lambda argv: _parse(export.ExportConfig(), argv),
     "embed": lambda argv: _parse(EmbedConfig(), argv),
-    "benchmark": lambda argv: benchmark.parse_options(argv),
+    "benchmark": _benchmark,
     "report": lambda argv: parse(report.ReportConfig(), argv, COMMAND_LINE, "report"),
     "runs": _runs,
 }

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.data import tar as tar_module
 from ssl_vit.data import tar_index
@@ -539,3 +540,38 @@ def test_equal_names_are_one_class_in_two_sources(tmp_path):
         align_classes(train, other)
     flat = open_source(f"flat:{tmp_path / 'val'}")
     assert align_classes(train, flat) is flat
+
+
+# --- four fifths and the other fifth -------------------------------------------------------------
+
+
+def test_kept_and_held_are_a_fixed_split_of_any_source():
+    whole, kept, held = (open_source(f"{part}digits:train") for part in ("", "kept:", "held:"))
+    assert (len(kept), len(held)) == (len(whole) - len(whole) // 5, len(whole) // 5)
+    names = [[source.name(i) for i in range(len(source))] for source in (whole, kept, held)]
+    assert sorted(names[1] + names[2]) == sorted(names[0])
+    assert [source.spec for source in (kept, held)] == ["kept:digits:train", "held:digits:train"]
+    assert open_source("held:digits:train").name(0) == names[2][0]
+    assert Subset(held, np.arange(3)).spec == "held:digits:train"
+
+
+def test_planes_of_a_file_are_not_parted(tmp_path):
+    for i in range(10):
+        frames = [Image.new("L", (4, 3), 20 * i + j) for j in range(3)]
+        path = tmp_path / f"{i}.tif"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    reading = ReadConfig(slices="all")
+    kept, held = (open_source(f"{part}:flat:{tmp_path}", reading) for part in ("kept", "held"))
+    assert (len(kept), len(held)) == (24, 6)
+    files = [
+        {source.name(i).split(".tif")[0] for i in range(len(source))} for source in (kept, held)
+    ]
+    assert not files[0] & files[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"), [("held:", "names no source"), ("kept:folder:nowhere", "nowhere")]
+)
+def test_a_part_of_nothing_is_refused(spec, said):
+    with pytest.raises(UserError, match=said):
+        open_source(spec)

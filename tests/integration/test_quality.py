@@ -1,0 +1,86 @@
+"""Quality per minute: runs in processes of their own, and a folder that is gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssl_vit.benchmark import main
+from ssl_vit.common.errors import UserError
+from tests.integration.conftest import TINY, TINY_DINO
+
+COMMAND = ("quality", "--minutes", "0.02", "--looks", "2", "--out", "q", "--data.train")
+COMMAND += ("digits:train", "--data.val", "digits:val", "--run.save-every", "100st", "--methods")
+BOTH = "mae_tiny.yaml,dino_tiny.yaml"
+STEPS = 8
+
+
+def test_a_half_finished_comparison_is_finished(tmp_path, monkeypatch, capsys, caplog):
+    """One method is done, and the other was killed before its first step."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO", "ssl_vit")
+    for name, recipe in (("mae_tiny.yaml", TINY), ("dino_tiny.yaml", TINY_DINO)):
+        (tmp_path / name).write_text(recipe)
+    path = tmp_path / "q" / "quality.json"
+    assert main([*COMMAND, "mae_tiny.yaml"]) == 0
+    half = json.loads(path.read_text())
+    checkpoints = [p.stat().st_mtime_ns for p in (tmp_path / "q/runs").rglob("state.json")]
+    path.write_text(json.dumps(half | {"runs": half["runs"] | {"dino_tiny-seed0": planned()}}))
+
+    assert main([*COMMAND, BOTH]) == 0
+    report = json.loads(path.read_text())
+    assert "mae_tiny-seed0 is done" in caplog.text
+    assert report["runs"]["mae_tiny-seed0"] == half["runs"]["mae_tiny-seed0"]
+    now = [p.stat().st_mtime_ns for p in (tmp_path / "q/runs/mae_tiny-seed0").rglob("state.json")]
+    assert now == checkpoints
+    assert report["runs"]["dino_tiny-seed0"]["images_seen"] == STEPS * 120
+    check_report(report, tmp_path / "q")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("mae_tiny", "dino_tiny", "raw pixels", "quality.png"))
+
+
+def planned() -> dict:
+    """A run whose rate is measured, and no more."""
+    numbers = {"minutes": 0.02, "images_per_second": 800.0, "steps": STEPS}
+    config = "runs/dino_tiny-seed0/config.yaml"
+    about = {"recipe": "dino_tiny", "method": "dino", "seed": 0, "config": config}
+    return about | {"planned": numbers}
+
+
+def check_report(report: dict, out: Path) -> None:
+    assert list(report["runs"]) == ["mae_tiny-seed0", "dino_tiny-seed0"]
+    assert {"cpu", "threads", "memory_bytes"} <= set(report["hardware"])
+    assert {"torch", "python"} <= set(report["versions"])
+    assert {"date", "commit"} <= set(report)
+    text = (out / "quality.md").read_text()
+    for name, run in report["runs"].items():
+        steps = run["planned"]["steps"]
+        assert steps == max(1, round(run["planned"]["images_per_second"] * 1.2 / 120))
+        assert f"length: {steps}st" in (out / run["config"]).read_text()
+        assert run["images_seen"] == steps * 120
+        assert run["images_per_second"] == pytest.approx(steps * 120 / (60 * run["minutes"]))
+        assert len(run["curve"]) == min(2, steps)
+        assert run["curve"][-1][0] == pytest.approx(run["minutes"])
+        knn, linear = run["scores"]["knn"], run["scores"]["linear"]
+        assert knn["setting"] == "k=20"
+        assert knn["interval"][0] <= knn["value"] <= knn["interval"][1]
+        card = json.loads((out / linear["card"]).read_text())
+        assert (card["train"]["images"], card["val"]["images"]) == (1438, 359)
+        assert card["scores"][0]["metrics"]["top1"] == linear["value"]
+        cell = f"{knn['value']:.1f} ±"
+        assert f"| {run['method']} | {name.removesuffix('-seed0')} |" in text
+        assert cell in text
+    names = ["raw pixels", "untrained, as mae_tiny", "untrained, as dino_tiny"]
+    assert list(report["baselines"]) == names
+    assert all(f"| {name} |" in text for name in names)
+    assert (out / "quality.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_cannot_be_trained_is_refused_by_its_reason(tmp_path, monkeypatch):
+    """What its own door says in its first steps is the one line, and nothing was trained."""
+    monkeypatch.chdir(tmp_path)
+    Path("mae_tiny.yaml").write_text(TINY)
+    with pytest.raises(UserError, match=r"^mae_tiny: --optim.batch-size is 5000; digits:train has"):
+        main([*COMMAND, "mae_tiny.yaml", "--optim.batch-size", "5000"])
+    assert not list(Path("q").rglob("checkpoints"))

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssl_vit.common.distributed import mean_with_gradient, rank_and_world
@@ -45,11 +48,50 @@ def sigreg(
     phi = (-t.square() / 2).exp()
     weights = torch.full_like(t, 2 * _FAR / (_POINTS - 1))
     weights[0] = weights[-1] = _FAR / (_POINTS - 1)
-    angles = (projections @ directions.to(projections.dtype))[..., None] * t
-    means = mean_with_gradient(torch.stack([angles.cos().mean(1), angles.sin().mean(1)]))
-    apart = (means[0] - phi).square() + means[1].square()
+    x = projections @ directions.to(projections.dtype)
+    cosines, sines = mean_with_gradient(_Means.apply(x, t)).unbind()
+    apart = (cosines - phi[:, None, None]).square() + sines.square()
     count = projections.shape[1] * rank_and_world()[1]
-    return count * (apart @ (weights * phi)).mean()
+    return count * ((weights * phi)[:, None, None] * apart).sum(0).mean()
+
+
+class _Means(torch.autograd.Function):
+    """Means over a batch of cos(t x) and sin(t x), for equally spaced ``t`` from 0.
+
+    From one to the next the angle grows by the same, so that cosine and sine of it are computed
+    once and turned on, and nothing of the size of all points is kept: 17 times less memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "v n m"], t: Float[Tensor, " k"]
+    ) -> Float[Tensor, "2 k v m"]:
+        first = torch.stack([(x * t[1]).cos(), (x * t[1]).sin()])
+        ctx.save_for_backward(first, t)
+        means = x.new_empty(2, len(t), x.shape[0], x.shape[2])
+        for i, turned in enumerate(_turning(first, len(t))):
+            means[:, i] = turned.mean(2)
+        return means
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "2 k v m"]) -> tuple[Tensor, None]:
+        first, t = ctx.saved_tensors
+        grad = grad[..., None, :] * (t / first.shape[2])[:, None, None, None]
+        own = torch.zeros_like(first[0])
+        for i, (cosine, sine) in enumerate(_turning(first, len(t))):
+            own.addcmul_(grad[1, i], cosine).addcmul_(grad[0, i], sine, value=-1)
+        return own, None
+
+
+def _turning(first: Float[Tensor, "2 v n m"], count: int) -> Iterator[Float[Tensor, "2 v n m"]]:
+    """Cosine and sine of 0, 1, 2 ... times an angle, of which those are given."""
+    cosine, sine = torch.ones_like(first[0]), torch.zeros_like(first[0])
+    for _ in range(count):
+        turned = torch.stack([cosine, sine])
+        yield turned
+        cosine = turned[0] * first[0] - turned[1] * first[1]
+        sine = turned[1] * first[0] + turned[0] * first[1]
 
 
 def invariance(projections: Float[Tensor, "v n d"], anchors: int) -> Float[Tensor, ""]:

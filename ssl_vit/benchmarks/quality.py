@@ -113,7 +113,8 @@ def _cells(runs: list[Row]) -> list[str]:
 
 def markdown(report: Row) -> str:
     """Markdown of a report: the table, with machine, date and protocol."""
-    asked, source = report["asked"], f", commit {report['commit'][:12]}" * bool(report["commit"])
+    asked = report["asked"]
+    source = f", commit {report['commit'][:12]}" if report["commit"] else ""
     made = f"{report['date'][:10]}, {asked['machine']}, torch {report['versions']['torch']}{source}"
     rows = [HEADER, ("---",) * 2 + ("---:",) * (len(HEADER) - 2), *table(report)]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -65,8 +65,8 @@ class Process:
         with nullcontext(2) if told is None else told.open("wb") as out:
             self.child = subprocess.Popen(command, stdout=out, stderr=out)
 
-    def __enter__(self) -> subprocess.Popen[bytes]:
-        return self.child
+    def __enter__(self) -> Process:
+        return self
 
     def __exit__(self, *error: object) -> None:
         if self.child.poll() is None:
@@ -100,11 +100,11 @@ def measured_rate(entry: Entry, flags: list[str], minutes: float) -> float:
         own = ["--run.out", str(out), "--run.log-every", "5"]
         for option in ("length", "probe-every", "save-every"):
             own += [f"--run.{option}", last]
-        with Process(entry, [*flags, *own], told) as child:
+        with Process(entry, [*flags, *own], told) as run:
             found, ended = None, None
             while ended is None and (found is None or found[1] < wanted):
                 time.sleep(0.2)
-                ended = child.poll()
+                ended = run.child.poll()
                 found = rate_after(read_rows(out / METRICS_FILE), batch, _WARM_UP)
         if found is not None:
             return found[0]
@@ -122,8 +122,8 @@ def train(entry: Entry, flags: list[str], out: Path, steps: int, looks: int) -> 
     """
     every = -(-steps // looks)
     own = ["--run.length", f"{steps}st", "--run.probe-every", f"{every}st", "--run.out", str(out)]
-    with Process(entry, [*flags, *own]) as child:
-        status = child.wait()
+    with Process(entry, [*flags, *own]) as run:
+        status = run.child.wait()
     if status in (RESUMABLE, 130):
         raise SystemExit(status)
     if status:

@@ -1,12 +1,17 @@
 """Quality per minute: runs in processes of their own, and a folder that is gone on with."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ssl_vit.benchmark import main
+from ssl_vit.commands import quality
 from ssl_vit.common.errors import UserError
+from tests.forks import Fork
 from tests.integration.conftest import TINY, TINY_DINO
 
 COMMAND = ("quality", "--minutes", "0.02", "--looks", "2", "--out", "q", "--data.train")
@@ -15,10 +20,28 @@ BOTH = "mae_tiny.yaml,dino_tiny.yaml"
 STEPS = 8
 
 
+class Forked(Fork):
+    """A fork for what a user's Python would start: a second instead of five."""
+
+    def __init__(self, command, **_):
+        super().__init__(command[1:], Path.cwd(), os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self):
+        self.process.join()
+        return self.returncode
+
+
 def test_a_half_finished_comparison_is_finished(tmp_path, monkeypatch, capsys, caplog):
     """One method is done, and the other was killed before its first step."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quality, "subprocess", SimpleNamespace(Popen=Forked))
     caplog.set_level("INFO", "ssl_vit")
     for name, recipe in (("mae_tiny.yaml", TINY), ("dino_tiny.yaml", TINY_DINO)):
         (tmp_path / name).write_text(recipe)

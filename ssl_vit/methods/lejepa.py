@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.common.checks import (
     check_divides,
@@ -199,7 +199,16 @@ class LeJEPA(Method):
         config.small(self.encoder.image_size, self.encoder.patch_size)
         objective = LeJEPAObjective(config, self.encoder)
         truncated_init(self.encoder, objective.head)
+        if config.head_norm == "batch" and config.head_depth > 1:
+            self._fix_last_bias()
         self.add("lejepa", objective)
+
+    def _fix_last_bias(self) -> None:
+        """Leave the encoder's last bias as it is: the projector's first norm takes away what all
+        [CLS] share, and AdamW would follow the rounding that is left of the bias's gradient."""
+        norm = self.encoder.vit.norm
+        if isinstance(norm, nn.LayerNorm):
+            norm.bias.requires_grad_(False)
 
     @staticmethod
     def views(config: LeJEPAConfig, encoder: Encoder) -> ViewSpec:

@@ -116,14 +116,14 @@ def projector(widths: Sequence[int], norm: str = "batch") -> nn.Sequential:
     """MLP with a norm and a GELU between its linear layers, of these widths.
 
     ``norm`` is ``batch`` or ``layer``: that of each image alone, with which a step is the same in
-    any number of parts. The last layer has no bias: where only differences of projections count it
-    would have no gradient.
+    any number of parts. Layers have no bias that would have no gradient: before a batch norm, and
+    the last one, where only differences of projections count.
     """
     kind = BatchNorm if norm == "batch" else nn.LayerNorm
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(widths)):
         layers += [kind(before), nn.GELU()] if i else []
-        layers.append(nn.Linear(before, after, bias=i + 2 < len(widths)))
+        layers.append(nn.Linear(before, after, bias=norm != "batch" and i + 2 < len(widths)))
     return nn.Sequential(*layers)
 
 

@@ -5,10 +5,11 @@ from torch import Tensor
 
 
 def without_wait(values: Tensor, device: torch.device) -> Tensor:
-    """``values``, on the CPU, on a device; on CUDA by way of pinned memory.
+    """``values`` on a device; from the CPU to CUDA by way of pinned memory.
 
     From pageable memory the driver would copy them first, in the host's time.
     """
-    if device.type == "cuda" and torch.cuda.is_available():  # fake tensors need no device
+    to_cuda = values.device.type == "cpu" and device.type == "cuda"
+    if to_cuda and torch.cuda.is_available():  # where it is not, tensors are fake
         values = values.pin_memory()
     return values.to(device, non_blocking=True)

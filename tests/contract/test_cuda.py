@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssl_vit.benchmarks.speed import trainer_midway
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.task import Task
+from ssl_vit.data import photometric
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
 from ssl_vit.evaluators.finetune import TuneConfig
@@ -90,6 +91,8 @@ def on_fake_cuda(
     for name in ("set_device", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(Augmentation, "draw", with_numbers(Augmentation.draw))
+    # As if each operation had been drawn for half of the images.
+    monkeypatch.setattr(photometric, "masked_rows", lambda mask: torch.arange(len(mask) // 2))
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.to_empty(device=GPU)
         task.to = lambda *_: task  # type: ignore[assignment] # it is there: fakes cannot be moved

@@ -1,4 +1,4 @@
-"""Batches on their way to a CUDA device: one is copied while another is in use."""
+"""Batches on their way to the device: on CUDA one is copied while another is in use."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from tests.unit.training import test_prefetch as same
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 30])
-def test_batches_arrive_whole_and_in_order(n):
-    same.whole_and_in_order("cuda", n)
+def test_batches_arrive_whole_and_in_order(n, device):
+    same.whole_and_in_order(device.type, n)
 
 
-def test_no_more_is_taken_than_one_batch_ahead():
-    same.no_more_is_taken("cuda", ahead=1)
+def test_no_more_is_taken_than_one_batch_ahead(device):
+    same.no_more_is_taken(device.type, ahead=int(device.type == "cuda"))
 
 
-def test_errors_come_through():
-    same.errors_come_through("cuda")
+def test_errors_come_through(device):
+    same.errors_come_through(device.type)

@@ -36,6 +36,7 @@ from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel, autocast, casts_kept
 from ssl_vit.training.shards import blank_copy, put_together
 from ssl_vit.training.stopping import StopSignal
+from ssl_vit.training.watchdog import Watchdog
 
 log = logging.getLogger("ssl_vit")
 
@@ -130,10 +131,7 @@ class Trainer:
                 with memory_of_a_step(self.run, self.optim, self.step):
                     scalars = self.update(parts)
                 self.step += 1
-                due = [hook for hook in hooks if hook.due(self.step, self.schedule.total)]
-                if due or runlog.due(self.step):  # they read from the device
-                    watch.at(self.step, "synchronizing with the other processes")
-                    self.parallel.meet()
+                due = self._due(hooks, runlog, watch)
                 means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
                 if means:
                     self._check(means, runlog, checkpoints)
@@ -227,6 +225,15 @@ class Trainer:
                 raise
         checkpoints.go_on(bool(failed), bool(busy))
         return int(signalled), self.parallel.first(gather_texts(failure)) if fails else ""
+
+    def _due(self, hooks: list[Hook], runlog: RunLog, watch: Watchdog) -> list[Hook]:
+        """Hooks that are called after this step. Where they, or a row of the log, read from the
+        device, all processes meet before, on the host."""
+        due = [hook for hook in hooks if hook.due(self.step, self.schedule.total)]
+        if due or runlog.due(self.step):
+            watch.at(self.step, "synchronizing with the other processes")
+            self.parallel.meet()
+        return due
 
     def _end_early(
         self,

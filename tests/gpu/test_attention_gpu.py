@@ -47,10 +47,14 @@ def test_gradients_of_a_single_query_are_finite(kernel, device, say):
     assert all(found) or kernel == "cudnn"
 
 
+def size(device: torch.device) -> tuple[str, int]:
+    """Encoder and images of a step: ViT-S/16 as published on a GPU, a tiny one elsewhere."""
+    return ("vit_small_patch16_224", 64) if device.type == "cuda" else ("test_vit", 2)
+
+
 def dino(device: torch.device, compiled: bool = False) -> Trainer:
-    """DINO's trainer: of ViT-S/16 as published on a GPU, of a tiny one elsewhere."""
-    arch = "vit_small_patch16_224" if device.type == "cuda" else "test_vit"
-    kind, encoder = find_method("dino"), EncoderConfig(arch, drop_path=0.1)
+    """DINO's trainer."""
+    kind, encoder = find_method("dino"), EncoderConfig(size(device)[0], drop_path=0.1)
     run, normalize = RunConfig(length="10ep", compile=compiled), Normalize((0.5,) * 3, (0.25,) * 3)
     task = kind(kind.Config(), encoder, 3)
     return trainer_midway(task, run, OptimConfig(clip=3.0), normalize, device, torch.bfloat16)
@@ -58,7 +62,7 @@ def dino(device: torch.device, compiled: bool = False) -> Trainer:
 
 def seconds(trainer: Trainer, device: torch.device, steps: int) -> list[float]:
     """Seconds of each step on the same batch, each waited for."""
-    task, images = trainer.task, 64 if device.type == "cuda" else 2
+    task, images = trainer.task, size(device)[1]
     spec = type(task).view_spec(task.config, task.encoder)
     batch = random_batch(spec, images, 3, seed=0)
     task.train()
@@ -91,8 +95,8 @@ def test_steps_of_dino(kernel, whole, device, say):
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     usual, worst = median(found[3:]), max(found[3:])
-    say(f"DINO ViT-S, 64 images, {kernel}, {'whole' if whole else 'rows'}: first step")
-    say(f"  {found[0]:.2f} s, median {1000 * usual:.1f} ms, longest {1000 * worst:.1f} ms")
+    say(f"DINO {size(device)}, {kernel}, {'whole' if whole else 'rows'}: first {found[0]:.2f} s,")
+    say(f"  then {1000 * usual:.1f} ms, at most {1000 * worst:.1f} ms")
     if device.type == "cuda" and kernel == "chosen" and whole:
         assert worst < 3 * usual + 0.05
 
@@ -103,4 +107,4 @@ def test_compiled_steps_of_dino(device, say):
         pytest.skip("of CUDA")
     found = seconds(dino(device, compiled=True), device, 15)
     usual = 1000 * median(found[8:])
-    say(f"DINO ViT-S, 64 images, compiled: {sum(found[:8]):.0f} s to compile, then {usual:.1f} ms")
+    say(f"DINO {size(device)}, compiled: {sum(found[:8]):.0f} s at first, then {usual:.1f} ms")

@@ -24,6 +24,8 @@ _SMALLER = (
 
 def failure_line(error: BaseException) -> str:
     """Cause of such a failure, and what to do, in one line; empty for any other error."""
+    if isinstance(error, RunFailed):  # which is a line already
+        return ""
     if lacks_memory(error):
         return f"{_memory(error)}: {_SMALLER}"
     if lost_process(error):

@@ -48,6 +48,9 @@ def batches(source: Source, count: int = 2):
     return eval_batches(EvalImages(source, (8, 8), 1.0, 3), 4, count, pin=False)
 
 
+# --- room ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("batch", "workers", "ahead"),
     [(616, 16, 1), (77, 16, 4), (256, 16, 4), (257, 16, 2), (9999, 16, 1), (9999, 0, 4), (0, 2, 4)],
@@ -57,7 +60,20 @@ def test_pinned_memory_is_bounded_by_bytes(batch, workers, ahead):
     assert pinnable(batch * MIB, workers, 4, memory=128 << 30) == ahead
 
 
-# --- room ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("pin", "ahead"), [(True, 1), (False, 4)])
+def test_batches_that_are_pinned_are_fewer(pin, ahead, monkeypatch):
+    asked = []
+
+    def no_room(size: int, count: int, prefetch: int, held: int) -> int:
+        asked.append(prefetch)
+        raise RunFailed("no room")
+
+    monkeypatch.setattr(workers, "affordable", no_room)
+    monkeypatch.setattr(workers, "pinnable", lambda size, count, prefetch: 1)
+    images = EvalImages(Noise(8), (8, 8), 1.0, 3)
+    with pytest.raises(RunFailed, match="no room"):
+        next(load(images, [[0, 1], [2, 3]], 2, pin, prefetch=4))
+    assert asked == [ahead]
 
 
 def with_room(monkeypatch, free: int, total: int = 64 * MIB) -> None:

@@ -82,6 +82,7 @@ def test_a_step_that_does_not_fit_ends_a_run_in_a_line(tmp_path, monkeypatch):
         "give --optim.accumulate 2 (the batch in more parts), or --run.parallel fsdp over several "
         "processes"
     )
+    assert _error_line(failed.value) == line
     assert failed.value.__suppress_context__, "the traceback would keep the step's tensors"
 
 

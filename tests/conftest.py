@@ -34,9 +34,20 @@ LONG = (
 )
 
 
+def wants_gpu(args: list[str]) -> bool:
+    """True if all that is asked for lies in ``tests/gpu``: then alone tests see a GPU.
+
+    The others compare bytes, and say which device they mean by nothing more than ``auto``.
+    """
+    paths = [Path(arg.split("::")[0]).resolve() for arg in args]
+    return bool(paths) and all(path.is_relative_to(ROOT / "tests" / "gpu") for path in paths)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """pytest-xdist would begin with the files that have most tests, which are not the longest."""
     config.option.loadscopereorder = False
+    if not wants_gpu(config.args):  # before torch looks; processes that tests start inherit it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(optionalhook=True)

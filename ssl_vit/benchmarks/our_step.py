@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import mean
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.benchmarks.breakdown import breakdown
 from ssl_vit.benchmarks.matmul_peak import MatmulShapes, Shape
@@ -15,6 +16,7 @@ from ssl_vit.benchmarks.speed import random_batch, trainer_midway, worker_batch
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize
+from ssl_vit.data.loader import Batch
 from ssl_vit.model.block import recomputing_nothing
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.training.footprint import measure_step
@@ -24,6 +26,8 @@ _COUNTED = 3  # steps to average FLOPs over; stochastic depth drops other sample
 
 class OurStep(Side):
     """Our step: everything the training loop does between two batches.
+
+    Its views lie on the device, normalised, as those of the peers do.
 
     Args:
         make: builds the method with its initial weights.
@@ -36,12 +40,22 @@ class OurStep(Side):
         self.trainer = trainer_midway(
             make(), run, work.optim, normalize, work.device, work.precision
         )
-        self.batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
+        batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
+        views = self.trainer.normalize(batch.views.to(work.device))
+        self.batch = replace(batch, views=views)
 
     def step(self) -> Tensor:
         """One optimizer step; returns the loss, on the device."""
+        normalize, self.trainer.normalize = self.trainer.normalize, nn.Identity()  # type: ignore[assignment]
+        try:
+            return self.learn(self.batch)
+        finally:
+            self.trainer.normalize = normalize
+
+    def learn(self, batch: Batch) -> Tensor:
+        """One optimizer step on a batch as a loader returns it; returns the loss."""
         self.trainer.task.train()
-        loss = self.trainer.update([self.batch])["loss"]
+        loss = self.trainer.update([batch])["loss"]
         self.trainer.step += 1
         return loss
 

@@ -101,8 +101,7 @@ class OurPipeline(Pipeline):
 
     def learn(self, batch: Any) -> Tensor:
         """One step of the trainer."""
-        self.side.batch = batch
-        return self.side.step()
+        return self.side.learn(batch)
 
     def breakdown(self, steps: int) -> dict[str, float]:
         """Median seconds of each stage of a step."""

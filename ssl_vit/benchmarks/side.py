@@ -95,6 +95,8 @@ class Side:
             UserError: the side does not support these sizes.
         """
         cls.load()
+        if work.device.type == "cuda":  # libraries may put things on the device that is set
+            torch.cuda.set_device(work.device)
         random.seed(work.seed)
         torch.manual_seed(work.seed)
         memory = PeakMemory(work.device)

@@ -15,7 +15,7 @@ from ssl_vit.data.base import Source
 from ssl_vit.data.loader import Batch, TrainImages, draw_all, whole_boxes
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
-from ssl_vit.training.parallel import Parallel, reuse_memory
+from ssl_vit.training.parallel import Parallel, prepare_device
 from ssl_vit.training.session import prepare_task
 
 # Schedule of the measured step, in whose middle there is no warm-up and nothing is frozen.
@@ -80,7 +80,7 @@ def trainer_midway(
     precision: torch.dtype,
 ) -> Trainer:
     """Trainer as in pretraining, in one process on ``device``, in the middle of its schedule."""
-    reuse_memory(device)
+    prepare_device(device)
     alone = Parallel(0, 1, device)
     prepare_task(task, run, alone)
     run = replace(run, length=f"{_EPOCHS}ep")

@@ -21,7 +21,7 @@ from ssl_vit.benchmarks.our_step import OurStep
 from ssl_vit.benchmarks.peers import Peer, peer_names, peers_of
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.task import Task
-from ssl_vit.training.parallel import reuse_memory
+from ssl_vit.training.parallel import prepare_device
 
 
 def step_peers(method: str, against: str) -> dict[str, type[Peer]]:
@@ -90,7 +90,7 @@ class StepComparison(Comparison):
 
     def _peak_and_stages(self, ours: Any) -> tuple[dict[str, Any], dict[str, float]]:
         """Matmul peak, the better of two measurements, and the stages of our step between them."""
-        reuse_memory(self.work.device)
+        prepare_device(self.work.device)
         measure = partial(matmul_peak, ours.ask("products"), self.work.device, self.work.precision)
         first = measure()
         stages = ours.ask("breakdown", self.config.repeats)

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import RunFailed, UserError, did_you_mean
 from ssl_vit.common.layers import known_keys, parse, yaml_flags
+from ssl_vit.training.failures import failure_line
 from ssl_vit.training.launched import Launched, launched
-from ssl_vit.training.parallel import lost_process, stop_parallel
+from ssl_vit.training.parallel import stop_parallel
 
 T = TypeVar("T")
 # Exit status of a run that a scheduler's signal stopped and that is saved: the same command resumes
@@ -34,7 +35,8 @@ def run_door(main: Callable[[list[str]], int]) -> None:
     """Door: run ``main`` on the command line and exit with its status.
 
     Errors are one line on standard error, without a traceback, and a status: 2 for a user's
-    mistake, 1 for a run that failed (or files that cannot be written, or a lost process), 130 when
+    mistake, 1 for a run that failed (or files that cannot be written, a lost process, a
+    lack of memory), 130 when
     interrupted.
     """
     # force: a library may have installed a handler of its own before.
@@ -53,10 +55,8 @@ def run_door(main: Callable[[list[str]], int]) -> None:
         status = 130
     except Exception as error:
         status = 1
-        if lost_process(error):
-            _print_error(
-                own, "stopped: another process has exited or did not respond in time", error
-            )
+        if line := failure_line(error):
+            _print_error(own, "stopped", RunFailed(line))
         else:
             traceback.print_exc()
     if status not in (0, RESUMABLE):
@@ -78,10 +78,9 @@ def _print_error(own: Launched, kind: str, error: Exception) -> None:
     same = getattr(error, "everywhere", False) or (not grouped and own.local_rank > 0)
     if own.rank and same:
         return
-    text = str(error).strip().split("\n")[0] if lost_process(error) else str(error)
     who = f"process {own.rank} ({platform.node()}): " if own.rank else ""
     with contextlib.suppress(OSError):  # a terminal that was closed
-        print(f"{who}{kind}: {text}", file=sys.stderr)
+        print(f"{who}{kind}: {error}", file=sys.stderr)
 
 
 def recipes() -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,8 +30,9 @@ from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
 from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_predictions
 from ssl_vit.evaluators.segment import SegmentOptions, segment_probe
-from ssl_vit.training.parallel import resolve_device, resolve_precision
+from ssl_vit.training.parallel import resolve_precision, start_parallel
 
+log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
 Result = tuple[list[Score], dict[str, Any], Path]
 """Result: scores, protocol card, and the file both are written to."""
@@ -147,16 +149,19 @@ def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
 
 def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> list[Score]:
     """Linear probe scores by a protocol on cached features, from all training images or few."""
-    config, device = by.config, by.device
+    config = by.config
     assert isinstance(config, LinearConfig)
     train, val = by.features("train"), by.features("val")
     check_labels(train, val, by.classes)
-    held_out = by.features("held_out").to(device) if "held_out" in by.sources else None
+    held_out = by.features("held_out") if "held_out" in by.sources else None
 
     def learn(rows: torch.Tensor | None, seed: int) -> list[Score]:
         some, seeded = train if rows is None else train.take(rows), replace(protocol, seed=seed)
-        probe: Any = logreg_probe if isinstance(protocol, LogregProtocol) else linear_probe
-        found = probe(some.to(device), val.to(device), seeded, held_out)
+        # Features stay in the host's memory.
+        if isinstance(seeded, LogregProtocol):
+            found = logreg_probe(some, val, seeded, held_out)
+        else:
+            found = linear_probe(some, val, seeded, held_out, by.device)
         return scores_of(found, val.labels, by)
 
     if not config.amounts:
@@ -195,7 +200,10 @@ def segment(config: SegmentConfig) -> Result:
     for option, spec in (("train", data.train), ("val", data.val)):
         check(bool(spec), f"--data.{option} is missing")
     train, val = open_pairs(data.train, data), open_pairs(data.val, data)
-    device = resolve_device(config.device)
+    parallel = start_parallel(config.device)
+    device = parallel.device
+    if parallel.world > 1:
+        log.warning("warning: segment is for one process; all %d do the same", parallel.world)
     precision = resolve_precision(config.precision, device)
     machine = Machine(device, precision, data.workers, config.batch_size)
     backbone = open_backbone(config.encoder, seed, config.size)

@@ -85,9 +85,14 @@ class Views:
         return replace(self, keys=fold_keys(self.keys, i), key=fold(self.key, i))
 
     def to(self, device: torch.device) -> Views:
-        """The same batch on ``device``; copies from pinned memory do not block."""
+        """The same batch on ``device``; copies from pinned memory do not block.
+
+        To CUDA photometric parameters do not go: by them the host picks the images of each
+        operation, which it could not without waiting for the device.
+        """
         free = device.type == "cuda"
-        return self._each(lambda tensor: tensor.to(device, non_blocking=free))
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=free))
+        return replace(moved, photometric=self.photometric) if free else moved
 
     def pin_memory(self) -> Views:
         """The same batch in page-locked memory."""

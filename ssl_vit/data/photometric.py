@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_vit.common.errors import check
+from ssl_vit.common.transfer import without_wait
 
 WIDTH = 10
 """Number of parameters of one crop, as listed by ``Photometric.draw``."""
@@ -107,7 +108,8 @@ def photometric(
     ``images``: values in 0..1 if ``bounded``, which keeps them there (to rounding), else of any
     range (then there is no solarise); three channels are RGB, any other number has neither
     saturation, hue nor grayscale, and contrast about each channel's own mean. The tensor may be
-    overwritten. ``parameters``: a row of ``Photometric.draw`` for each image. Operations are
+    overwritten. ``parameters``: a row of ``Photometric.draw`` for each image, on the images' device
+    or the CPU, by which only images that an operation is drawn for are computed. Operations are
     defined as those of torchvision on float images. There is no host synchronization.
     """
     rgb = images.shape[1] == 3
@@ -133,8 +135,11 @@ def _where(
     change: Callable[..., Tensor],
     *per_sample: Tensor,
 ) -> Float[Tensor, "b c h w"]:
-    """Apply ``change`` to the masked images; it takes their rows of ``per_sample``."""
-    way = _subset if images.device.type == "cpu" else _masked
+    """Apply ``change`` to the masked images; it takes their rows of ``per_sample``.
+
+    Where the host has the mask, nothing else is computed, wherever the images are.
+    """
+    way = _subset if mask.device.type == "cpu" else _masked
     return way(mask, images, change, *per_sample)
 
 
@@ -148,13 +153,25 @@ def _masked(
 def _subset(
     mask: Tensor, images: Tensor, change: Callable[..., Tensor], *per_sample: Tensor
 ) -> Tensor:
-    """Change only the masked images, in place, in chunks that fit into the cache."""
-    at_once = max(1, _IN_CACHE // images[0].numel())
-    for some in mask.nonzero().flatten().split(at_once):
+    """Change only the masked images, in place; on a CPU in chunks that fit into its cache."""
+    rows, device = masked_rows(mask), images.device
+    on_cpu = device.type == "cpu"
+    if not len(rows):
+        return images
+    if len(rows) == len(images) and not on_cpu:
+        return change(images, *(without_wait(p, device) for p in per_sample))
+    at_once = max(1, _IN_CACHE // images[0].numel()) if on_cpu else len(rows)
+    for some in rows.split(at_once):
+        there = without_wait(some, device)
+        own = (without_wait(p[some], device) for p in per_sample)
         # Several times faster than images[some], both reading and writing.
-        changed = change(images.index_select(0, some), *(p[some] for p in per_sample))
-        images.index_copy_(0, some, changed)
+        images.index_copy_(0, there, change(images.index_select(0, there), *own))
     return images
+
+
+def masked_rows(mask: Bool[Tensor, " b"]) -> Int64[Tensor, " k"]:
+    """Rows of a mask that the host has."""
+    return mask.nonzero().flatten()
 
 
 def _mix_some(

@@ -13,6 +13,8 @@ from ssl_vit.common.waiting import local_processes
 
 log = logging.getLogger("ssl_vit")
 SHARED_MEMORY = "/dev/shm"
+# Pinned batches take at most one part in so many of the machine's memory.
+_PINNED = 8
 
 
 def affordable(batch: int, workers: int, prefetch: int, held: int = 2) -> int:
@@ -47,6 +49,29 @@ def affordable(batch: int, workers: int, prefetch: int, held: int = 2) -> int:
         "docker run --shm-size=%s (or --ipc=host) would give them room",
         *(SHARED_MEMORY, mebibytes(batch), room_text(free, total), workers, ahead, prefetch, size),
     )
+    return ahead
+
+
+def pinnable(batch: int, workers: int, prefetch: int, memory: int | None = None) -> int:
+    """Batches that each worker can prepare ahead where each is copied to pinned memory, which is
+    never paged out: at most ``prefetch``, at least one, so that the copies of all processes take
+    an eighth of the machine's memory.
+
+    Args:
+        batch: bytes of a batch, which torch rounds up to a power of two; 0: unknown.
+        memory: of the machine, in bytes; None: what it says.
+    """
+    if not batch or not workers:
+        return prefetch
+    memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = memory // _PINNED // local_processes(os.environ)
+    copy = 1 << (batch - 1).bit_length()
+    ahead = max(1, min(prefetch, own // (workers * copy)))
+    if ahead < prefetch:
+        log.info(
+            "each of %d data workers prepares %d batches ahead, not %d: %s of pinned memory",
+            *(workers, ahead, prefetch, mebibytes(ahead * workers * copy)),
+        )
     return ahead
 
 

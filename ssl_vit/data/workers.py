@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ssl_vit.common.errors import RunFailed, UserError
-from ssl_vit.data.shared_memory import SHARED_MEMORY, affordable, remedy, room_now
+from ssl_vit.data.shared_memory import SHARED_MEMORY, affordable, pinnable, remedy, room_now
 
 # Signs of a lack of memory or of file descriptors, in messages of torch and of Python.
 _MEMORY = ("can't allocate memory", "Cannot allocate memory", "MemoryError")
@@ -59,7 +59,9 @@ def load(
     if not workers:
         return iter(DataLoader(images, collate_fn=collate, **options))
     try:
-        ahead = affordable(_batch_bytes(images, batches), workers, prefetch, held)
+        size = _batch_bytes(images, batches)
+        prefetch = pinnable(size, workers, prefetch) if pin else prefetch
+        ahead = affordable(size, workers, prefetch, held)
         loader = DataLoader(
             images,
             collate_fn=partial(_packed, collate),

@@ -179,10 +179,30 @@ def class_votes(
     weight: Float[Tensor, "q k"], label: Int64[Tensor, "q k"], classes: int
 ) -> Int64[Tensor, "q top"]:
     """Classes with the largest summed weight, best first, at most 5."""
-    votes = torch.zeros(len(weight), classes, device=weight.device).scatter_add_(1, label, weight)
+    votes = summed_votes(weight, label, classes)
     # Classes without a vote in order of index: ties of all of them would be much slower.
     order = torch.arange(classes, device=weight.device, dtype=votes.dtype)
     return largest(torch.where(votes > 0, votes, -order), min(5, classes))[1]
+
+
+def summed_votes(
+    weight: Float[Tensor, "q k"], label: Int64[Tensor, "q k"], classes: int
+) -> Float[Tensor, "q {classes}"]:
+    """Sum of the weights for each class; on CUDA, too, in an order that repeats."""
+    if weight.device.type == "cuda":
+        return votes_by_products(weight, label, classes)
+    return weight.new_zeros(len(weight), classes).scatter_add_(1, label, weight)
+
+
+def votes_by_products(
+    weight: Float[Tensor, "q k"], label: Int64[Tensor, "q k"], classes: int
+) -> Float[Tensor, "q {classes}"]:
+    """Sum of the weights for each class, as products with ones and zeros: on CUDA ``scatter_add_``
+    sums in any order."""
+    every = torch.arange(classes, device=weight.device)
+    step = max(1, _CELLS // (weight.shape[1] * classes))
+    parts = zip(weight.split(step), label.split(step), strict=True)
+    return torch.cat([(w[:, None] @ (n[:, :, None] == every).to(w))[:, 0] for w, n in parts])
 
 
 def label_means(

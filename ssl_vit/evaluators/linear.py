@@ -13,6 +13,7 @@ from ssl_vit.common.checks import check_below_one, check_given, check_least, che
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
+from ssl_vit.common.transfer import without_wait
 from ssl_vit.data.order import Order
 from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
 from ssl_vit.evaluators.linear_heads import (
@@ -36,6 +37,7 @@ from ssl_vit.evaluators.selection import (
 
 Parts = dict[str, Tensor]
 _LEAST_BATCH = 32
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -89,28 +91,33 @@ def joined(parts: Parts, names: tuple[str, ...]) -> Parts:
 
 
 def fit_linear_heads(
-    train: FeatureSet, points: list[tuple[str, float]], protocol: LinearProtocol
+    train: FeatureSet,
+    points: list[tuple[str, float]],
+    protocol: LinearProtocol,
+    device: torch.device = _CPU,
 ) -> dict[str, LinearHeads]:
-    """Fit a head for each (feature, learning rate), all on the same batches; stacked by feature."""
-    targets, n = train.labels, len(train.labels)
+    """Fit a head for each (feature, learning rate), all on the same batches; stacked by feature.
+
+    On ``device``, to which the rows of a batch are moved: features of many images do not fit there.
+    """
+    targets, n = train.labels.to(device), len(train.labels)
+    parts = {name: [train.parts[p] for p in FEATURES[name]] for name, _ in points}
     # Frozen features have fixed statistics: the exact ones, not a running estimate.
-    norms = {name: FeatureNorm.of(train.feature(name)) for name, _ in points}
+    norms = {name: FeatureNorm.of(*found).to(device) for name, found in parts.items()}
     widths = {name: len(norm.mean) for name, norm in norms.items()}
-    heads = heads_of(points, widths, outputs_of(targets), protocol.seed, norms.__getitem__)
+    heads = heads_of(points, widths, outputs_of(train.labels), protocol.seed, norms.__getitem__)
     for stack in heads.values():
-        stack.to(targets.device).eval()
-    flat = {
-        name: preconditioner(train.feature(name), norms[name], protocol.whitening) for name in heads
-    }
+        stack.to(device).eval()
+    flat = {n: preconditioner(parts[n], norms[n], protocol.whitening) for n in heads}
     optimizer = HeadOptimizer(heads, protocol.momentum, precondition=flat)
     names, size, total = tuple(heads), protocol.batch(n), protocol.steps(n)
     order = Order(n, size, fold(protocol.seed, 2))
     warmup = round(protocol.warmup_share * total)
     for step in range(total):
-        rows = torch.from_numpy(order.part(step, 0)[1]).to(targets.device)
-        features = joined({p: train.parts[p][rows] for p in parts_of(names)}, names)
+        rows = torch.from_numpy(order.part(step, 0)[1])
+        seen = {p: without_wait(train.parts[p][rows], device) for p in parts_of(names)}
         factor = warmup_cosine(step, warmup=warmup, total=total, peak=size / 256)
-        optimizer.step(features, targets[rows], factor)
+        optimizer.step(joined(seen, names), targets[without_wait(rows, device)], factor)
     return heads
 
 
@@ -119,13 +126,14 @@ def linear_probe(
     val: FeatureSet,
     protocol: LinearProtocol | None = None,
     held_out: FeatureSet | None = None,
+    device: torch.device = _CPU,
 ) -> list[Prediction]:
     """Linear probe: predict ``val`` with the head selected from the grid, without its labels.
 
     The head is selected on ``held_out``, or on a seeded share of the training images, stratified by
     class; it is then retrained on all of them. Of equal heads, the one with the narrowest feature,
     then the lowest learning rate is selected. Where too few images remain, the fallback is used,
-    and the details record it. All sets are on one device.
+    and the details record it. All sets are on the CPU; heads are trained on ``device``.
 
     Raises:
         UserError: fewer than two images, or none of the features.
@@ -133,18 +141,19 @@ def linear_probe(
     protocol = protocol or LinearProtocol()
     check(len(train.labels) >= 2, "a linear probe needs at least 2 training images")
     names = usable(protocol.features, train.has)
-    grid = grid_of({n: train.feature(n).shape[1] for n in names}, protocol.learning_rates)
-    found = score_grid(train, grid, protocol, held_out)
+    widths = {n: sum(train.parts[p].shape[1] for p in FEATURES[n]) for n in names}
+    grid = grid_of(widths, protocol.learning_rates)
+    found = score_grid(train, grid, protocol, held_out, device)
     chosen = best(found)
     point = chosen or (grid[0][0], protocol.fallback_rate)
-    heads = fit_linear_heads(train, [point], protocol)
+    heads = fit_linear_heads(train, [point], protocol, device)
     n = len(train.labels)
     resolved = {"batch_size": protocol.batch(n), "steps": protocol.steps(n)}
     details = protocol_details(
         protocol, found, resolved | ({} if chosen else {"selection": NOT_CHOSEN})
     )
-    logits = heads[point[0]].logits(val.feature(point[0]), point[1])
-    guesses = guesses_of(logits, train.labels)
+    logits = heads[point[0]].logits(val.feature(point[0]).to(device), point[1])
+    guesses = guesses_of(logits, train.labels).cpu()
     return [Prediction(point[0], f"lr={point[1]:g}", guesses, details)]
 
 
@@ -153,6 +162,7 @@ def score_grid(
     grid: list[tuple[str, float]],
     protocol: LinearProtocol,
     held_out: FeatureSet | None,
+    device: torch.device,
 ) -> dict[tuple[str, float], float]:
     """Quality of each grid point on held-out images; empty if there are too few."""
     if held_out is None:
@@ -160,7 +170,7 @@ def score_grid(
         if rows is None:
             return {}
         train, held_out = train.take(rows[0]), train.take(rows[1])
-    return grid_quality(fit_linear_heads(train, grid, protocol), held_out)
+    return grid_quality(fit_linear_heads(train, grid, protocol, device), held_out)
 
 
 def grid_quality(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
 from ssl_vit.common.seeds import fold
+from ssl_vit.common.transfer import without_wait
 
 SIGMA = 0.01
 """Standard deviation of a head's initial weights; the same in every published protocol."""
@@ -35,11 +36,13 @@ class FeatureNorm(nn.Module):
         self.register_buffer("variance", torch.ones(width))
 
     @classmethod
-    def of(cls, features: Float[Tensor, "n d"]) -> FeatureNorm:
-        """Norm with the exact statistics of these features, fixed."""
-        norm = cls(features.shape[1]).eval()
+    def of(cls, *parts: Float[Tensor, "n _"]) -> FeatureNorm:
+        """Norm with the exact statistics of a feature, given in parts; fixed."""
+        norm = cls(sum(part.shape[1] for part in parts)).eval()
+        norm.mean = torch.cat([part.mean(0) for part in parts])
         # A single image has no variance: it is mapped to 0.
-        norm.mean, norm.variance = features.mean(0), features.var(0, correction=len(features) > 1)
+        one = len(parts[0]) == 1
+        norm.variance = torch.cat([part.var(0, correction=not one) for part in parts])
         return norm
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
@@ -118,21 +121,24 @@ def heads_of(
 
 
 def preconditioner(
-    features: Float[Tensor, "n d"], norm: FeatureNorm, power: float
+    features: Sequence[Float[Tensor, "n _"]], norm: FeatureNorm, power: float
 ) -> Float[Tensor, "d d"]:
     """Preconditioner (C + 1e-4)^-power, C the covariance of at most 16,384 standardised features.
 
     Frozen features are so correlated (variances along principal axes from 250 to 0) that SGD learns
     hardly anything in most directions. Multiplying weight gradients by this is SGD in coordinates
-    whitened by half that power (full whitening: 1).
+    whitened by half that power (full whitening: 1). ``features``: in parts, anywhere; the result is
+    where the norm is.
     """
-    points = norm(features[:: max(1, len(features) // _ROWS)])
+    every = max(1, len(features[0]) // _ROWS)
+    some = torch.cat([part[::every] for part in features], dim=1)
+    points = norm(some.to(norm.mean.device))
     covariance = points.T @ points / len(points)
     # Apple's GPUs have no float64.
     covariance = covariance.cpu() if covariance.device.type == "mps" else covariance
     values, axes = torch.linalg.eigh(covariance.double())
     flat = (axes * (values.clamp(min=0) + 1e-4) ** -power) @ axes.T
-    return flat.float().to(features.device)
+    return flat.float().to(points.device)
 
 
 def linear_heads_loss(logits: Float[Tensor, "b g c"], targets: Tensor) -> Float[Tensor, ""]:
@@ -186,7 +192,7 @@ class HeadOptimizer:
         for name, heads in self.heads.items():
             loss = linear_heads_loss(heads(features[name]), targets)
             parameters = (heads.weight, heads.bias)
-            rates = factor * torch.tensor(heads.rates, device=loss.device)
+            rates = without_wait(factor * torch.tensor(heads.rates), loss.device)
             weight, bias = torch.autograd.grad(loss, parameters)
             if name in self.precondition:
                 weight = weight @ self.precondition[name]

@@ -39,8 +39,21 @@ class PatchHeads:
 
 
 def upsampled(logits: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[Tensor, "n c r s"]:
-    """Logits upsampled bilinearly between patch centres."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    """Logits upsampled bilinearly between patch centres.
+
+    As products with two matrices: on CUDA the gradient of torch's own is summed in any order, and
+    no score would repeat.
+    """
+    down, right = (
+        _between_centres(old, new, logits) for old, new in zip(logits.shape[2:], size, strict=True)
+    )
+    return down.mT @ (logits @ right)
+
+
+def _between_centres(old: int, new: int, like: Tensor) -> Float[Tensor, "{old} {new}"]:
+    """Weights of ``old`` values at ``new`` places evenly spaced over the same length."""
+    unit = torch.eye(old, device=like.device, dtype=like.dtype)
+    return F.interpolate(unit[None], new, mode="linear", align_corners=False)[0]
 
 
 def patch_heads_loss(

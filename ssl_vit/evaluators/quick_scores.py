@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from ssl_vit.evaluators.features import FEATURES, FeatureSet
 from ssl_vit.evaluators.knn import KS, knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.scores import Score, labelled, score_predictions
+
+_CPU = torch.device("cpu")
 
 
 def plain_features(features: FeatureSet) -> tuple[str, ...]:
@@ -21,12 +25,13 @@ def knn_scores(
     ks: Sequence[int] = KS,
     features: tuple[str, ...] = (),
     classes: Sequence[str] | None = None,
+    device: torch.device = _CPU,
 ) -> list[Score]:
     """k-NN scores for each feature (empty: the plain ones) and each possible k.
 
-    In one process. ``classes``: their names, if any.
+    In one process, on ``device``; the sets are on the CPU. ``classes``: their names, if any.
     """
-    truth, device = labelled(val.labels, "the validation set"), train.labels.device
+    truth = labelled(val.labels, "the validation set")
     names = features or plain_features(train)
     found = knn_predictions(train, val, ks, names, device, shared=False)
     return [score_predictions(prediction, truth, classes, seed=0) for prediction in found]
@@ -37,11 +42,12 @@ def linear_scores(
     val: FeatureSet,
     protocol: LinearProtocol,
     classes: Sequence[str] | None = None,
+    device: torch.device = _CPU,
 ) -> list[Score]:
-    """Linear probe score, of the head selected without the validation set."""
+    """Linear probe score, of the head selected without the validation set; sets are on the CPU."""
     labelled(train.labels, "the training set")
     truth = labelled(val.labels, "the validation set")
     return [
         score_predictions(p, truth, classes, protocol.seed)
-        for p in linear_probe(train, val, protocol)
+        for p in linear_probe(train, val, protocol, device=device)
     ]

@@ -174,12 +174,13 @@ class Watch:
         for name, embed in embeds.items():
             train, val = self.features(embed)
             assert train is not None
-            train, val = train.known().to(self.device), val.known().to(self.device)
+            train, val = train.known(), val.known()
             shown = self.pooling if self.pooling in train.parts else next(iter(train.parts))
             k = min(20, len(train.labels))
             names = self.val.classes or self.train.classes
-            by_neighbours = knn_scores(train, val, (k,), (shown,), names)
-            linear = linear_scores(train, val, replace(protocol, features=(shown,)), names)
+            by_neighbours = knn_scores(train, val, (k,), (shown,), names, self.device)
+            how = replace(protocol, features=(shown,))
+            linear = linear_scores(train, val, how, names, self.device)
             table[name] = {"knn": by_neighbours[0], "linear": linear[0]}
         return table
 

@@ -211,7 +211,7 @@ class LeanResidual(nn.Module):
     ``recomputes``: in training it keeps its input alone, and computes the rest again in backward.
     That is inside the block's own call: hooks upon the block or its parts (FSDP's, which gather
     weights) are met then as in ``forward``. ``whole``: stochastic depth computes all, and drops
-    then: a compiler starts anew for each number of rows.
+    then: a compiler, and a GPU's kernels, start anew for each number of rows.
     """
 
     recomputes = False

@@ -13,6 +13,7 @@ from timm import layers
 from torch import Tensor, nn
 
 from ssl_vit.common.seeds import fold
+from ssl_vit.common.transfer import without_wait
 
 
 class _Share(NamedTuple):
@@ -81,7 +82,7 @@ class DropPath(layers.DropPath):
         if not self.training or self.drop_prob == 0:
             return x
         factors = self.draw(len(x)).to(x.dtype) * self._scale
-        return x * factors.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        return x * without_wait(factors, x.device).view(-1, *[1] * (x.ndim - 1))
 
     def add(
         self,
@@ -99,7 +100,7 @@ class DropPath(layers.DropPath):
         kept = self.draw(len(x)).nonzero().flatten()
         if len(kept) == len(x):
             return torch.add(to, branch(x, None), alpha=self._scale)
-        kept = kept.to(x.device, non_blocking=True)
+        kept = without_wait(kept, x.device)
         found = branch(x.index_select(0, kept), kept).to(to.dtype)
         return to.index_add(0, kept, found, alpha=self._scale)
 

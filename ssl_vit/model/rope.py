@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssl_vit.common.seeds import fold
+from ssl_vit.common.transfer import without_wait
 from ssl_vit.model.drop_path import batch_key
 
 # Numbers that are turned together.
@@ -170,7 +171,7 @@ class Rope:
         column. Arguments as of :meth:`turns`; ``shift`` and ``scale``: of (rows, columns)."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         sides = {"separate": grid, "max": (max(grid),) * 2, "min": (min(grid),) * 2}[self.coords]
-        found = torch.tensor(self.all_periods(), device=like.device, dtype=dtype)
+        found = without_wait(torch.tensor(self.all_periods(), dtype=dtype), like.device)
         axes = []
         for length, side, by, times in zip(grid, sides, shift, scale, strict=True):
             # Centres of pixels of size 2 / side, of which -1 is the edge of the first one.

@@ -24,7 +24,7 @@ def random_directions(
     step: int, width: int, count: int, device: torch.device
 ) -> Float[Tensor, "width count"]:
     """Unit vectors, uniform on the sphere: a function of the step, the same in every process."""
-    keys = torch.tensor([fold(step)], device=device)
+    keys = torch.full((1,), fold(step), device=device)  # filled there: not copied to it
     first, second = uniform(keys, 2 * width * count).view(2, width, count)
     # Box and Muller 1958; 1 - u lies in (0, 1].
     normal = (-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()

@@ -21,7 +21,7 @@ import ssl_vit
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.processes import boot, process_space, process_start
-from ssl_vit.training.parallel import lost_process
+from ssl_vit.training.failures import failure_line
 from ssl_vit.training.run_lock import LockLost
 
 if TYPE_CHECKING:  # reading a status needs no import of the session
@@ -240,7 +240,7 @@ def _before(folder: Path) -> Status | None:
 def _error_line(error: BaseException) -> str:
     """Message of an error, in one line."""
     text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, Exception) and lost_process(error):
-        return f"another process has exited or did not respond in time: {text}"
+    if isinstance(error, Exception) and (line := failure_line(error)):
+        return line
     plain = isinstance(error, (UserError, RunFailed, OSError))
     return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -22,6 +22,9 @@ from ssl_vit.data.loader import Batch
 from ssl_vit.model.block import nothing_spared
 from ssl_vit.training.loop import Trainer
 
+# Fused kernels of attention, of CPUs and of CUDA.
+_FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -108,11 +111,12 @@ def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:
 
 def flop_counter() -> FlopCounterMode:
     """FLOP counter of attention without the products that a fused kernel's backward recomputes."""
-    ops = torch.ops.aten
-    formulas = {
-        ops._scaled_dot_product_flash_attention_for_cpu: _attention,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
+    formulas: dict[Any, Any] = {}
+    for kernel in _FUSED:
+        name = f"_scaled_dot_product_{kernel}"
+        formulas[getattr(torch.ops.aten, name)] = _attention
+        backward = name + "_backward"
+        formulas[getattr(torch.ops.aten, backward)] = _attention_backward
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 

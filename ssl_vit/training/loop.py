@@ -21,6 +21,7 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
 from ssl_vit.model.drop_path import batch_share
 from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.failures import memory_of_a_step
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import (
@@ -35,6 +36,7 @@ from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel, autocast, casts_kept
 from ssl_vit.training.shards import blank_copy, put_together
 from ssl_vit.training.stopping import StopSignal
+from ssl_vit.training.watchdog import Watchdog
 
 log = logging.getLogger("ssl_vit")
 
@@ -110,7 +112,7 @@ class Trainer:
 
         Raises:
             RunFailed: too many steps in a row had a non-finite loss or gradient, images cannot be
-                loaded any more, or a checkpoint cannot be written.
+                loaded any more, a step does not fit into memory, or a checkpoint cannot be written.
             UserError: too many images are unreadable.
         """
         self.kept = self.step
@@ -126,13 +128,14 @@ class Trainer:
                 if stopped or failure:
                     return self._end_early(stopped, failure, hooks, runlog, stop, checkpoints)
                 watch.at(self.step, "computing")
-                scalars = self.update(parts)
+                with memory_of_a_step(self.run, self.optim, self.step):
+                    scalars = self.update(parts)
                 self.step += 1
+                due = self._due(hooks, runlog, watch)
                 means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
                 if means:
                     self._check(means, runlog, checkpoints)
                 watch.at(self.step, "saving or probing")
-                due = [hook for hook in hooks if hook.due(self.step, self.schedule.total)]
                 self._call(due, runlog, stop)
             checkpoints.finish()
         return 0
@@ -222,6 +225,15 @@ class Trainer:
                 raise
         checkpoints.go_on(bool(failed), bool(busy))
         return int(signalled), self.parallel.first(gather_texts(failure)) if fails else ""
+
+    def _due(self, hooks: list[Hook], runlog: RunLog, watch: Watchdog) -> list[Hook]:
+        """Hooks that are called after this step. Where they, or a row of the log, read from the
+        device, all processes meet before, on the host."""
+        due = [hook for hook in hooks if hook.due(self.step, self.schedule.total)]
+        if due or runlog.due(self.step):
+            watch.at(self.step, "synchronizing with the other processes")
+            self.parallel.meet()
+        return due
 
     def _end_early(
         self,

@@ -117,19 +117,20 @@ class RunLog:
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
             self.finite[name] = self.finite.get(name, 0) + finite.float()
         self.count, self.step = self.count + 1, step
-        due = step % self.every == 0 or step == self.total
-        return self._flush(step, lr, pace) if due else {}
+        return self._flush(step, lr, pace) if self.due(step) else {}
+
+    def due(self, step: int) -> bool:
+        """True if a row is written after ``step`` steps."""
+        return step % self.every == 0 or step == self.total
 
     def _flush(self, step: int, lr: float, pace: StepTimes) -> dict[str, float]:
-        sums = all_reduce_mean(torch.stack(list(self.sums.values())))
-        counts = all_reduce_mean(torch.stack(list(self.finite.values())))
-        means = (sums / counts).tolist()
+        means, joules = self._means()
         seconds = time.perf_counter() - self.since
         rate = self.images_per_step * self.count / seconds
         row = dict(zip(self.sums, means, strict=True))
         waited, own = pace.take(self.count)
         row |= {"lr": lr, "images_per_s": rate, "waiting": waited / seconds}
-        row |= self.paused | self._used(sums)
+        row |= self.paused | ({"energy_j": joules} if math.isfinite(joules) else {})
         if len(own) > 1:
             row |= {"slowest_s": max(own), "median_s": median_low(own)}
         self.write(step, row, "train")
@@ -142,11 +143,13 @@ class RunLog:
         self.since = time.perf_counter()
         return row
 
-    def _used(self, like: Tensor) -> dict[str, float]:
-        """Energy of all processes in joules since the last row, if all devices have a counter."""
-        mean = all_reduce_mean(torch.tensor(self.energy.take(), device=like.device))
-        joules = float(mean) * rank_and_world()[1]
-        return {"energy_j": joules} if math.isfinite(joules) else {}
+    def _means(self) -> tuple[list[float], float]:
+        """Means of the scalars since the last row, over steps and processes, and joules of all
+        processes: NaN unless all devices have a counter. One copy from the device."""
+        rows, n = [*self.sums.values(), *self.finite.values()], len(self.sums)
+        own = rows[0].new_full((), self.energy.take())
+        found = all_reduce_mean(torch.stack([*rows, own])).cpu()
+        return (found[:n] / found[n : 2 * n]).tolist(), float(found[-1]) * rank_and_world()[1]
 
     def warn(self, step: int, line: str) -> None:
         """Log a warning, also to metrics.jsonl and as text in TensorBoard."""

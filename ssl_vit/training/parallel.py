@@ -107,6 +107,14 @@ class Parallel:
         largest: list[float] = seen.tolist()
         return tuple(largest)
 
+    def meet(self) -> None:
+        """Wait for all processes, on the host; all must call it.
+
+        Before anything is read from a device: where another process is gone, its kernels wait for
+        ever in a collective, and so would the reading host, but this raises.
+        """
+        self.most(0)
+
     def any(self, flag: bool) -> bool:
         """True if ``flag`` is true on any process; all must call it."""
         return bool(self.most(flag)[0])
@@ -117,8 +125,10 @@ class Parallel:
         return f"process {rank}: {texts[rank]}" if rank else texts[rank]
 
     def watchdog(self, minutes: float) -> Watchdog:
-        """Watchdog that reports a hung process before the process group's timeout."""
-        return Watchdog(self.rank, self.world, 60 * minutes * _WATCHED_SHARE)
+        """Watchdog that reports a hung process before the process group's timeout; on CUDA, where
+        the host may hang in a read that has no timeout, it ends this one where another is gone."""
+        ends = self.device.type == "cuda"
+        return Watchdog(self.rank, self.world, 60 * minutes * _WATCHED_SHARE, ends=ends)
 
     def check_agreement(self, what: str, value: int) -> None:
         """Check that ``value`` is equal on all processes; all must call it.
@@ -148,22 +158,24 @@ def start_parallel(
     """
     own = launched()
     chosen = resolve_device(device, own.local_rank)
+    prepare_device(chosen)  # before the group, whose NCCL would take the first GPU in each process
     if own.world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    reuse_memory(chosen)
     return Parallel(own.rank, own.world, chosen, kind)
 
 
-def lost_process(error: BaseException) -> bool:
-    """True if an error indicates that another process has exited or did not respond in time."""
-    message = str(error)
-    signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Socket", "TCPStore")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in message for sign in signs)
-    )
+def prepare_device(device: torch.device) -> None:
+    """Set this process up for its device, before anything is computed.
+
+    On CUDA cuDNN's attention is off: it plans for each shape, batch included, and its gradients of
+    a single query were reported as NaN. So is TF32 in cuDNN's convolutions: float32 means it.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cudnn.allow_tf32 = False
+    reuse_memory(device)
 
 
 def stop_parallel() -> None:

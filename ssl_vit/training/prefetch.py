@@ -39,6 +39,7 @@ def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     current = torch.cuda.current_stream(batch.views.keys.device)
     current.wait_event(copied)
     for tensor in batch.views.tensors():
-        # The memory belongs to the copy stream, which must not reuse it before this one is done.
-        tensor.record_stream(current)
+        if tensor.is_cuda:
+            # The memory is the copy stream's, which must not reuse it before this one is done.
+            tensor.record_stream(current)
     return batch

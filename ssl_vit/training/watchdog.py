@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -57,14 +58,22 @@ class Watchdog:
         rank, world: of this process.
         seconds: without progress, before it is reported.
         store: through which the processes exchange their progress; the process group's if None.
+        ends: whether a stall for which another process is missing ends this one, with status 1.
     """
 
     def __init__(
-        self, rank: int, world: int, seconds: float, store: dist.Store | None = None
+        self,
+        rank: int,
+        world: int,
+        seconds: float,
+        store: dist.Store | None = None,
+        ends: bool = False,
     ) -> None:
-        self.rank, self.seconds = rank, seconds
+        self.rank, self.seconds, self.ends = rank, seconds, ends
         # Frequent enough that the report precedes a timeout that is a third longer.
         self.interval = min(_LONGEST_INTERVAL, seconds / 20)
+        # How long another process may be silent.
+        self.patience = seconds / 4
         self.now = Place(0, 0, "before its first step"), time.monotonic()
         self.reported = 0.0
         self.left, self.well = threading.Event(), False
@@ -129,6 +138,15 @@ class Watchdog:
                 self.reported = since
                 for line in self._report(place, moment - since):
                     log.error(line)
+                if self.ends and self._abandoned():
+                    log.error("stopped: another process has exited or did not respond in time")
+                    # The main thread may never return from the device.
+                    os._exit(1)
+
+    def _abandoned(self) -> bool:
+        """True if another process, or the store, has not responded for long."""
+        board, patience = self.board, self.patience
+        return board is not None and (board.unanswered() > patience or bool(board.silent(patience)))
 
     def _arm(self) -> None:
         """Arm faulthandler: a C thread dumps the stacks if no Python thread runs for that long."""
@@ -139,14 +157,12 @@ class Watchdog:
         own = f"process {self.rank} ({node()})"
         if self.board is None:
             return [f"{own} hangs at {place}, for {still:.0f} s; its stack:\n{stacks()}"]
-        patience = self.seconds / 4
-        if (unanswered := self.board.unanswered()) > patience:
+        if (unanswered := self.board.unanswered()) > self.patience:
             # The store runs in process 0, or next to it. One process reports it.
             line = f"process 0 or its key-value store has not responded for {unanswered:.0f} s"
             return [f"{own} hangs at {place}, for {still:.0f} s: {line}"] * (self.rank == 1)
+        moment, silent = time.monotonic(), self.board.silent(self.patience)
         peers = {r: p for r, p in self.board.peers.items() if p.place.step != _LEFT}
-        moment = time.monotonic()
-        silent = {r: p for r, p in peers.items() if moment - p.heard > patience}
         reports = self.rank == min({self.rank} | (peers.keys() - silent.keys()))
         if silent:
             line = "process {} ({}) has not responded since {}, for more than {:.0f} s"
@@ -176,6 +192,12 @@ class Board:
     def unanswered(self) -> float:
         """Seconds since the last completed exchange."""
         return time.monotonic() - self.answered
+
+    def silent(self, patience: float) -> dict[int, ProcessState]:
+        """Processes that have not left, and have shown no sign of life for so many seconds."""
+        limit = time.monotonic() - patience
+        peers = self.peers.items()
+        return {r: p for r, p in peers if p.place.step != _LEFT and p.heard < limit}
 
     def exchange(self, place: Place, ask: bool) -> None:
         """Post the progress of this process; with ``ask``, read the others'."""

@@ -17,9 +17,9 @@ from ssl_vit.model.architecture import without_memory
 from tests.contract import tiny
 
 
-def weightless(kind: type[Method], name: str) -> Method:
+def weightless(kind: type[Method], name: str, *more: str) -> Method:
     """The method without memory."""
-    config = tiny.options(name)[1]
+    config = tiny.options(name, *more)[1]
     with without_memory():
         return kind(config.method, config.encoder, 1)
 

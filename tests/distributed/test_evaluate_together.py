@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed.together import together
 from tests.integration.conftest import Door
+from tests.unit.evaluators.test_segment import textures
 
 SETS = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
 
@@ -46,3 +47,14 @@ def test_two_processes_give_the_numbers_of_one(door, evaluator):
         assert b["metrics"]["top1"] == pytest.approx(a["metrics"]["top1"], abs=0.6)
         assert (a["features"], a["setting"]) == (b["features"], b["setting"])
     assert one["val"] == two["val"]
+
+
+def test_segmentation_is_scored_once(door):
+    """Each process does the same, on its own device; one says so, and writes the card."""
+    made = [textures(door.folder / name, 12, seed, channels=1) for seed, name in enumerate("ab")]
+    options = ("--encoder", "pixels:run", "--epochs", "1", "--data.workers", "0")
+    argv = ("segment", "--data.train", made[0], "--data.val", made[1], *options)
+    done = together(door, 2, "-m", "ssl_vit.evaluate", *argv, "--out", "segment.json")
+    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
+    assert "".join(d.stdout for d in done).count("protocol and scores") == 1
+    assert "".join(d.stderr for d in done).count("segment is for one process; all 2 do") == 1

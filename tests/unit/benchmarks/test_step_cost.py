@@ -20,7 +20,7 @@ from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.mae import MAE
 from ssl_vit.model.execution import checkpoint_activations
-from ssl_vit.training.footprint import measure_step
+from ssl_vit.training.footprint import flop_counter, measure_step
 from tests.unit.answers import Answers
 from tests.unit.benchmarks.test_peers import SINCOS, SMALL_DINO, SMALL_MAE, TINY, work
 
@@ -73,6 +73,42 @@ def ours(request):
         shared, kind = work(SMALL_DINO, replace(TINY, drop_path=0.3), BATCH), DINO
     make = lambda: kind(shared.method, shared.encoder, 3)  # noqa: E731
     return OurStep.build(shared, make, RunConfig())
+
+
+def test_our_views_are_ready_as_the_peers_are(ours):
+    """Normalised, on the device, before what is timed; they are not, where the parts of a step are
+    told apart, nor on the way from a loader."""
+    assert all(crop.dtype == torch.float32 for crop in ours.batch.views.crops)
+    before = [crop.clone() for crop in ours.batch.views.crops]
+    seen = []
+    hook = ours.trainer.normalize.register_forward_hook(lambda *_: seen.append(1))
+    ours.step()
+    assert not seen
+    assert all(torch.equal(*pair) for pair in zip(before, ours.batch.views.crops, strict=True))
+    ours.breakdown(1)
+    assert len(seen) == 1
+    hook.remove()
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
+def test_fused_attention_of_gpus_counts_as_its_definition(kernel):
+    """What its backward pass computes again is no work of the model."""
+    q = torch.empty(2, 3, 5, 8, device="meta", dtype=torch.bfloat16)
+    lse, scalar = torch.empty(2, 3, 5, device="meta"), torch.empty((), device="meta")
+    name, ops = f"_scaled_dot_product_{kernel}", torch.ops.aten
+    more = () if kernel == "flash_attention" else (None, True)
+    products = 2 * 2 * 3 * 5 * 5 * 8
+    with flop_counter() as counter:
+        getattr(ops, name)(q, q, q, *more)
+    assert counter.get_total_flops() == 2 * products
+    tail = {
+        "flash_attention": (q, lse, None, None, 5, 5, 0.0, False, scalar, scalar),
+        "efficient_attention": (None, q, lse, scalar, scalar, 0.0, [True, True, True, False]),
+        "cudnn_attention": (q, lse, scalar, scalar, None, None, None, 5, 5, 0.0, False),
+    }[kernel]
+    with flop_counter() as counter:
+        getattr(ops, f"{name}_backward")(q, q, q, q, *tail)
+    assert counter.get_total_flops() == 4 * products
 
 
 def test_the_products_of_our_step_are_all_its_operations(ours):

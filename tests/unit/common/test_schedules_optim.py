@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.errors import UserError
@@ -45,6 +46,30 @@ def give_gradients(task: nn.Module, seed: int, scale: float = 1.0) -> list[nn.Pa
 
 
 # --- the schedule -------------------------------------------------------------------------------
+
+
+class Multiplied(TorchDispatchMode):
+    """Overloads by which lists of tensors are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.startswith("_foreach_mul_"):
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_clipping_all_alike_multiplies_by_one_tensor():
+    """A list of factors takes a launch for each gradient, on GPUs."""
+    parameters = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with Multiplied() as made:
+        clip_gradients(parameters, OptimConfig(clip=0.5))
+    assert made.seen == ["_foreach_mul_.Tensor"]
+    assert float(torch.cat([p.grad for p in parameters]).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_warmup_cosine_at_its_corners():

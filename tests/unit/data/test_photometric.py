@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as tvf
 
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.task import Views
 from ssl_vit.data import photometric as module
 from ssl_vit.data.photometric import WIDTH, Photometric, left_out, photometric
 
@@ -332,3 +335,46 @@ def test_pil_agrees_to_a_few_gray_levels(row, theirs, levels):
     ours = apply(images, torch.tensor([row]))[0].permute(1, 2, 0).numpy() * 255
     apart = np.abs(ours - np.asarray(theirs(Image.fromarray(array)), dtype=float))
     assert apart[8:-8, 8:-8].max() <= levels + 0.51
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that are read and written; views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.index_select.default, torch.ops.aten.index_copy_.default):
+            self.bytes += 2 * (args[3] if "copy" in function.__name__ else out).nbytes
+            return out
+        aliases = [r.alias_info for r in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
+            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.nbytes for t in tensors if t.device.type == "meta")
+        return out
+
+
+def test_a_device_changes_only_images_that_the_host_has_drawn_it_for():
+    """Less than half of the bytes of changing all and choosing; nothing is asked of the device."""
+    rows, bytes_moved = draws(DINO, 64), []
+    for where in ("cpu", "meta"):
+        images = torch.empty(64, 3, 96, 96, device="meta")
+        with Moved() as moved:
+            assert photometric(images, rows.to(where), True).shape == images.shape
+        bytes_moved.append(moved.bytes / 64)
+    assert bytes_moved[0] < 0.5 * bytes_moved[1], bytes_moved
+    with Moved() as moved:
+        photometric(images, torch.tensor([NONE] * 64), True)
+    assert moved.bytes == 0, "for none of them anything is drawn"
+
+
+def test_photometric_parameters_stay_with_the_host_on_the_way_to_cuda():
+    rows = draws(DINO, 2)
+    crops = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    views = Views([crops], torch.zeros(2).long(), torch.zeros(2).long(), [rows])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = views.to(torch.device("cuda", 0))
+    assert there.crops[0].device.type == "cuda"
+    assert there.photometric[0] is rows

@@ -16,7 +16,7 @@ from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data import shared_memory, workers
 from ssl_vit.data.base import Source
 from ssl_vit.data.loader import EvalImages, eval_batches
-from ssl_vit.data.shared_memory import affordable, shm_size
+from ssl_vit.data.shared_memory import affordable, pinnable, shm_size
 from ssl_vit.data.workers import load
 from tests.conftest import ROOT
 
@@ -49,6 +49,31 @@ def batches(source: Source, count: int = 2):
 
 
 # --- room ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "ahead"),
+    [(616, 16, 1), (77, 16, 4), (256, 16, 4), (257, 16, 2), (9999, 16, 1), (9999, 0, 4), (0, 2, 4)],
+)
+def test_pinned_memory_is_bounded_by_bytes(batch, workers, ahead):
+    """An eighth of 128 GiB, of batches rounded up to powers of two; one of each worker at least."""
+    assert pinnable(batch * MIB, workers, 4, memory=128 << 30) == ahead
+
+
+@pytest.mark.parametrize(("pin", "ahead"), [(True, 1), (False, 4)])
+def test_batches_that_are_pinned_are_fewer(pin, ahead, monkeypatch):
+    asked = []
+
+    def no_room(size: int, count: int, prefetch: int, held: int) -> int:
+        asked.append(prefetch)
+        raise RunFailed("no room")
+
+    monkeypatch.setattr(workers, "affordable", no_room)
+    monkeypatch.setattr(workers, "pinnable", lambda size, count, prefetch: 1)
+    images = EvalImages(Noise(8), (8, 8), 1.0, 3)
+    with pytest.raises(RunFailed, match="no room"):
+        next(load(images, [[0, 1], [2, 3]], 2, pin, prefetch=4))
+    assert asked == [ahead]
 
 
 def with_room(monkeypatch, free: int, total: int = 64 * MIB) -> None:

@@ -141,7 +141,7 @@ def test_preconditioned_gradients_are_sgd_on_whitened_features():
     """Whole whitening: the same logits as plain SGD in coordinates of unit covariance."""
     points = normal(200, 6) @ normal(6, 6, seed=1)
     norm, targets = FeatureNorm.of(points), torch.arange(200) % 3
-    flat = preconditioner(points, norm, 1.0)
+    flat = preconditioner([points[:, :2], points[:, 2:]], norm, 1.0)
     values, axes = torch.linalg.eigh(flat)
     root = (axes * values.sqrt()) @ axes.T
     torch.testing.assert_close(root @ root, flat, rtol=1e-3, atol=1e-3)

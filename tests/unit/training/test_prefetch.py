@@ -1,4 +1,7 @@
-"""Batches on their way to the device: order, how many are taken, what is raised; on CUDA, too."""
+"""Batches on their way to the device: order, how many are taken, what is raised.
+
+``tests/gpu/test_prefetch_gpu.py`` runs the same on CUDA.
+"""
 
 from collections.abc import Iterator
 
@@ -10,10 +13,6 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.loader import Batch
 from ssl_vit.data.pairs import PairBatch
 from ssl_vit.training.prefetch import on_device
-
-CUDA = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-)
 
 
 def batch(i: int) -> Batch:
@@ -33,9 +32,12 @@ def numbers(found: Batch) -> tuple[float, ...]:
     return *(t.flatten()[0].item() for t in views.tensors()), views.key, *found.bad
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("n", [0, 1, 2, 30])
-def test_batches_arrive_whole_and_in_order(device, n):
+def test_batches_arrive_whole_and_in_order(n):
+    whole_and_in_order("cpu", n)
+
+
+def whole_and_in_order(device: str, n: int) -> None:
     """Each is read late, after more were sent and much was computed meanwhile."""
     x = torch.ones(2000, 2000, device=device) if device == "cuda" else torch.ones(2, 2)
     found, held = [], []
@@ -49,10 +51,12 @@ def test_batches_arrive_whole_and_in_order(device, n):
     assert found == [(i, i, i, i + 1, 0.5 * i, i, 2 * i, i % 2, i % 2, i, i) for i in range(n)]
 
 
-@pytest.mark.parametrize(
-    ("device", "ahead"), [("cpu", 0), pytest.param("cuda", 1, marks=CUDA.marks)]
-)
-def test_no_more_is_taken_than_one_batch_ahead(device, ahead):
+def test_no_more_is_taken_than_asked_for():
+    no_more_is_taken("cpu", ahead=0)
+
+
+def no_more_is_taken(device: str, ahead: int) -> None:
+    """Than so many batches ahead of those asked for."""
     taken: list[int] = []
 
     def batches() -> Iterator[Batch]:
@@ -64,8 +68,13 @@ def test_no_more_is_taken_than_one_batch_ahead(device, ahead):
         assert len(taken) == min(9, i + 1 + ahead)
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_errors_come_through(device):
+def test_errors_come_through():
+    errors_come_through("cpu")
+
+
+def errors_come_through(device: str) -> None:
+    """Those of the loader."""
+
     def batches() -> Iterator[Batch]:
         yield batch(0)
         yield batch(1)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 
 import pytest
 import torch
@@ -91,3 +92,18 @@ def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
         log._log_line(40, {"loss": 1.0, "lr": 1e-3, "images_per_s": 1000.0})
     assert "  1 img/s" in screen.getvalue()
     assert "9:00 left" in screen.getvalue()
+
+
+def test_a_row_is_one_exchange_and_one_copy(log, monkeypatch):
+    """Of all scalars, how often each was finite, and joules: a device is waited for once."""
+    asked = []
+    real = metrics.all_reduce_mean
+    monkeypatch.setattr(metrics, "all_reduce_mean", lambda x: asked.append(x.shape) or real(x))
+    log.energy.take = lambda: 7.5
+    for value in (1.0, math.nan, 2.0):
+        scalars = {"loss": torch.tensor(value), "kl": torch.tensor(4.0)}
+        log.every, log.now = 3, log.now + 1.0
+        log.add(log.step + 1, scalars, 1e-3, StepTimes(Parallel(0, 1, CPU)))
+    assert asked == [(5,)]
+    row = read_rows(log.folder / METRICS_FILE)[-1]
+    assert (row["loss"], row["kl"], row["energy_j"]) == (1.5, 4.0, 7.5)

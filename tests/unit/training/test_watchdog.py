@@ -56,6 +56,10 @@ def first_stopped(rank, store, dog):
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(1.7 * SECONDS)
 
+def abandoned(rank, store, dog):
+    stopped(rank, store, dog)
+    os.write(2, b"it went on")
+
 def first_killed(rank, store, dog):
     dog.at(7, "computing")
     meet(rank, store)
@@ -93,10 +97,10 @@ def main(scenario, rank, listening):
     # Listening before either process is there: none has to try again.
     server = dict(master_listen_fd=listening.fileno()) if rank == 0 else {}
     store = dist.TCPStore(host, port, 2, rank == 0, **server)
-    with Watchdog(rank, 2, SECONDS, store) as dog:
+    with Watchdog(rank, 2, SECONDS, store, ends=scenario is abandoned) as dog:
         scenario(rank, store, dog)
 
-scenarios = [hangs, stopped, first_stopped, first_killed, together, one_left,
+scenarios = [hangs, stopped, abandoned, first_stopped, first_killed, together, one_left,
              holds_the_interpreter, slow_but_moving]
 children = {}
 for i, scenario in enumerate(scenarios):
@@ -109,7 +113,7 @@ for i, scenario in enumerate(scenarios):
                 os._exit(0)  # quicker than leaving in order
             sys.exit(0)
         children[pid] = f"{scenario.__name__}-{rank}"
-stopped = ("stopped-1", "first_stopped-0")
+stopped = ("stopped-1", "abandoned-1", "first_stopped-0")
 for pid, name in sorted(children.items(), key=lambda child: child[1] in stopped):
     if name in stopped:
         os.kill(pid, signal.SIGKILL)
@@ -157,6 +161,14 @@ def test_one_that_is_stopped_is_named_by_another(said):
     assert line.startswith("process 1 (")
     assert "has not responded since step 7, computing, for more than " in line
     assert "stack" not in said["stopped-0"]
+
+
+def test_one_that_waits_for_a_stopped_one_is_ended_if_so_asked(said):
+    """By its watch thread, while the main thread waits in C; not before it has named the other."""
+    status, *rest = said["abandoned-0"].splitlines()
+    assert status == "1"
+    assert rest[0].startswith("process 1 (")
+    assert rest[1:] == ["stopped: another process has exited or did not respond in time"]
 
 
 def test_the_one_with_the_store_is_stopped(said):

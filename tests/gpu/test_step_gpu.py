@@ -1,0 +1,154 @@
+"""A training step on CUDA: it has the CPU's numbers, the host waits for nothing, NaN moves nothing.
+
+Every method that ``methods/`` holds, and fine-tuning.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_vit.benchmarks.speed import trainer_midway
+from ssl_vit.commands.pretraining import Pretraining
+from ssl_vit.common.config import OptimConfig, RunConfig
+from ssl_vit.common.errors import RunFailed
+from ssl_vit.common.seeds import uniform
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.loader import Batch
+from ssl_vit.evaluators.finetune import TuneConfig
+from ssl_vit.methods.base import method_names
+from ssl_vit.training.failures import memory_of_a_step
+from ssl_vit.training.loop import Trainer
+from tests.contract import tiny
+from tests.unit.commands.test_finetune import batch as image_batch
+from tests.unit.commands.test_finetune import tuned
+
+NAMES = method_names()
+CPU = torch.device("cpu")
+DROPS = ("--encoder.drop-path", "0.4")
+
+
+def session(name: str, device: torch.device, *more: str) -> Pretraining:
+    """A tiny run put together for the device, with stochastic depth."""
+    made = tiny.session(name, *DROPS, "--run.device", str(device), *more)
+    made.task.train()
+    return made
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights, buffers, moments and counters, on the CPU."""
+    names = {parameter: name for name, parameter in trainer.task.named_parameters()}
+    found = dict(trainer.task.state_dict())
+    for parameter, values in trainer.optimizer.state.items():
+        found |= {f"{names[parameter]}::{key}": value for key, value in values.items()}
+    return {name: value.detach().cpu().clone() for name, value in found.items()}
+
+
+def assert_near(found: Tensor, expected: Tensor, name: str) -> None:
+    """Alike but for rounding, by the size of the whole tensor."""
+    apart = (found.cpu().double() - expected.cpu().double()).norm()
+    assert apart <= 1e-4 * expected.double().norm() + 1e-7, f"{name}: {apart:.2g}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_has_the_cpus_numbers(name, device):
+    """Views, loss, gradients, and what has moved: teacher and centre, too. The CPU leaves out what
+    stochastic depth drops, which the GPU computes: both drop the same."""
+    one, two = session(name, CPU), session(name, device)
+    first = tiny.state(one.task)
+    for key, value in two.task.state_dict().items():
+        assert torch.equal(value.cpu(), first[key]), key
+    batch = next(tiny.batches(one))
+    views = [
+        made.trainer.normalize(batch.views.to(where)) for made, where in ((one, CPU), (two, device))
+    ]
+    for theirs, ours in zip(views[0].crops, views[1].crops, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
+    expected, found = (made.trainer.update([batch]) for made in (one, two))
+    for key in ("loss", "grad_norm"):
+        assert found[key].item() == pytest.approx(expected[key].item(), rel=1e-4), key
+    pairs = zip(one.task.named_parameters(), two.task.parameters(), strict=True)
+    for (key, theirs), ours in pairs:
+        assert (theirs.grad is None) == (ours.grad is None), key
+        if theirs.grad is not None and not key.endswith("attn.qkv.bias"):  # of keys: only rounding
+            assert_near(ours.grad, theirs.grad, key)
+    after = {key: value.cpu() for key, value in two.task.state_dict().items()}
+    tiny.assert_same_training(first, tiny.state(one.task), after)
+
+
+def test_draws_are_the_same_bits(device):
+    keys = torch.arange(-5, 1000) * 7919
+    assert torch.equal(uniform(keys.to(device), 9).cpu(), uniform(keys, 9))
+
+
+@contextmanager
+def no_wait(device: torch.device) -> Iterator[None]:
+    """Inside, a wait of the host for the device is an error."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def steps_without_wait(trainer: Trainer, batches: list[Batch], device: torch.device) -> None:
+    """Two steps that set things up, and two more; all from pinned memory."""
+    trainer.task.train()
+    ready = [b.pin_memory() if device.type == "cuda" else b for b in batches]
+    for i, batch in enumerate(ready * 2):
+        if i < 2:
+            trainer.update([batch])
+        else:
+            with no_wait(device):
+                scalars = trainer.update([batch])
+        trainer.step += 1
+    assert torch.isfinite(scalars["loss"]).item()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_waits_for_nothing_in_a_step(name, precision, device):
+    made = session(name, device, "--run.precision", precision, "--optim.spike", "6")
+    loaded = tiny.batches(made)
+    steps_without_wait(made.trainer, [next(loaded), next(loaded)], device)
+
+
+def test_nor_in_one_of_fine_tuning(device):
+    run, optim = RunConfig(length="10ep"), OptimConfig(clip=1.0)
+    normalize = Normalize((0.5,) * 3, (0.2,) * 3)
+    task = tuned(TuneConfig(drop_path=0.4, ema=0.9))
+    trainer = trainer_midway(task, run, optim, normalize, device, torch.bfloat16)
+    steps_without_wait(trainer, [Batch(image_batch(key=k)) for k in (1, 2)], device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_is_not_finite_moves_nothing(name, device, monkeypatch):
+    """Weights, moments, counters, teacher and centre keep their bits."""
+    made = session(name, device)
+    loaded = tiny.batches(made)
+    made.trainer.update([next(loaded)])
+    before, real = state(made.trainer), made.task.forward
+
+    def poisoned(*args):
+        scalars = real(*args)
+        return scalars | {"loss": scalars["loss"] * torch.nan}
+
+    monkeypatch.setattr(made.task, "forward", poisoned)
+    assert made.trainer.update([next(loaded)])["skipped"].item() == 1
+    after = state(made.trainer)
+    assert before.keys() == after.keys()
+    assert not [key for key in before if not torch.equal(before[key], after[key])]
+
+
+def test_out_of_memory_is_one_line(device):
+    run, optim = RunConfig(), OptimConfig()
+    with (
+        pytest.raises(RunFailed, match=r"^step 3: out of memory \(.* more were wanted\); give "),
+        memory_of_a_step(run, optim, 2),
+    ):
+        torch.empty(1 << 50, device=device)

@@ -1,0 +1,44 @@
+"""What a process sets up for a CUDA device, in which order; no device is there."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ssl_vit.training.parallel import Parallel, start_parallel
+
+WORLD = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of the driver and of the process group, in turn; torch's settings are put back."""
+    made: list[tuple[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(("device", device)))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **_: made.append(("group", backend))
+    )
+    for name, value in (WORLD | ADDRESS).items():
+        monkeypatch.setenv(name, value)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
+    yield made
+    torch.backends.cuda.enable_cudnn_sdp(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_the_device_is_set_before_the_process_group(calls):
+    parallel = start_parallel("cuda")
+    assert parallel.device == torch.device("cuda", 1)
+    assert calls == [("device", torch.device("cuda", 1)), ("group", "cpu:gloo,cuda:nccl")]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cudnn.allow_tf32
+    assert Parallel(0, 1, parallel.device).watchdog(1.0).ends
+
+
+def test_a_cpu_has_none_of_it(calls):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    parallel = start_parallel("cpu")
+    assert calls == [("group", "gloo")]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert not Parallel(0, 1, parallel.device).watchdog(1.0).ends

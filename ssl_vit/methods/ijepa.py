@@ -3,6 +3,7 @@ are predicted, as the encoder's own moving average finds them in the whole image
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,13 +24,15 @@ from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.encoder import Encoder, sincos_positions, take
 from ssl_vit.model.init import truncated_init
 from ssl_vit.model.positions import resampled
-from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.base import Objective, Setting
 from ssl_vit.objectives.context_blocks import ContextBlocks
 from ssl_vit.objectives.ema import Teacher
 from ssl_vit.objectives.masked_patches import Decoder, without_data
 
 # Targets whose deviation between images is below this, of 1, are alike; not checked on few images.
 _COLLAPSED, _ENOUGH_IMAGES = 0.05, 8
+# Less of an image is little to predict the rest from; of 14 x 14 patches it is 0.29.
+_LITTLE = 0.15
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,17 @@ class IJEPAObjective(Objective):
             "there is nothing to learn. Usual remedies: a lower --optim.lr, a longer "
             f"--optim.warmup, a higher {flag(self.config, 'momentum')}"
         }
+
+    def advice(self, setting: Setting) -> list[str]:
+        """A context of few patches, as in a coarse grid."""
+        c, kept, patches = self.config, self.config.blocks(self.grid).kept, math.prod(self.grid)
+        if kept >= _LITTLE * patches:
+            return []
+        return [
+            f"the encoder sees {kept} of {patches} patches, little to predict others from: take "
+            f"a smaller --encoder.patch-size, or lower {flag(c, 'targets')} or "
+            f"{flag(c, 'target_scale')}"
+        ]
 
     def fill_buffers(self, encoder: Encoder) -> None:
         """The predictor's fixed positions."""

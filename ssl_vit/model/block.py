@@ -102,8 +102,8 @@ class _Lean:
         else:
             q, k, v = self.project(x, rows, rotation)
             if own.fused_attn:
-                mask = None if attended is None else attended.view(1, 1, 1, -1)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+                keys = None if attended is None else attended.view(1, 1, 1, -1)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
             else:
                 scores = (q * own.scale) @ k.mT
                 scores = scores if attended is None else scores.masked_fill(~attended, -math.inf)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import Attention, Mlp
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
@@ -81,26 +82,32 @@ class _Lean:
         *mask: Any,
         rows: slice | None = None,
         rotation: Rotation | None = None,
+        attended: Bool[Tensor, " n"] | None = None,
         **masks: Any,
     ) -> Tensor:
         """As timm's for (B, N, D) tokens; ``rows``: of these tokens only, attending to all;
-        ``rotation``: of queries and keys."""
+        ``rotation``: of queries and keys; ``attended``: the tokens attended to (None: all)."""
         own: Any = self
         if any(value is not None and value is not False for value in (*mask, *masks.values())):
             assert rows is None, "a mask is for all tokens"
+            assert attended is None, "a mask states what is attended to"
             return super().forward(x, *mask, **masks)  # type: ignore[misc]
         dropout = own.attn_drop.p if own.training else 0.0
         normed = any(not isinstance(m, nn.Identity) for m in (own.q_norm, own.k_norm))
-        if rows is None and not (own.fused_attn or normed or dropout) and x.device.type == "cpu":
+        whole = rows is None and attended is None
+        if whole and not (own.fused_attn or normed or dropout) and x.device.type == "cpu":
             qkv = _part(self.qkv, self._bias(), x).unflatten(-1, (3, self.num_heads, -1))
             args = qkv, own.scale, rotation
             out = _Attend.apply(*args) if torch.is_grad_enabled() else _attend(*args)[0]
         else:
             q, k, v = self.project(x, rows, rotation)
             if own.fused_attn:
-                out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+                keys = None if attended is None else attended.view(1, 1, 1, -1)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
             else:
-                out = own.attn_drop(((q * own.scale) @ k.mT).softmax(dim=-1)) @ v
+                scores = (q * own.scale) @ k.mT
+                scores = scores if attended is None else scores.masked_fill(~attended, -math.inf)
+                out = own.attn_drop(scores.softmax(dim=-1)) @ v
             out = rearrange(out, "b h n d -> b n (h d)")
         out = own.norm(out)
         gate = getattr(self, "gate", None)  # which older releases lack
@@ -223,10 +230,13 @@ class LeanResidual(nn.Module):
         *mask: Any,
         rows: slice | None = None,
         rotation: Rotation | None = None,
+        attended: Bool[Tensor, " n"] | None = None,
         **masks: Any,
     ) -> Tensor:
         """As timm's block for (B, N, D) tokens; ``rows``: of these tokens only, of all the rest
-        nothing but keys and values; ``rotation``: of queries and keys, from the tokens' places."""
+        nothing but keys and values; ``rotation``: of queries and keys, from the tokens' places;
+        ``attended``: the tokens that any token attends to, where others are padding."""
+        masks |= {} if attended is None else {"attended": attended}
         options = {"rows": rows, "rotation": rotation, **masks}
         if not (self.recomputes and self.training and torch.is_grad_enabled()):
             return self._layers(x, *mask, **options)
@@ -243,7 +253,7 @@ class LeanResidual(nn.Module):
         def attend(some: Tensor, kept: Tensor | None) -> Tensor:
             turn = {} if rotation is None else {"rotation": rotation.images(kept)}
             if rows is not None and isinstance(own.attn, LeanAttention | LeanEvaAttention):
-                return self._scaled(1, own.attn(some, rows=rows, **turn))
+                return self._scaled(1, own.attn(some, *mask, rows=rows, **turn, **masks))
             out = self._scaled(1, own.attn(some, *mask, **turn, **masks))
             return out if rows is None else out[:, rows]
 

@@ -49,26 +49,29 @@ class Decoder(nn.Module):
     def forward(
         self,
         latent: Float[Tensor, "b m d"],
-        order: Int64[Tensor, "b n"],
+        order: Int64[Tensor, "c n"],
         prefix: int,
         masked_only: bool = False,
-    ) -> Float[Tensor, "b k w"]:
+        attended: Bool[Tensor, " all"] | None = None,
+    ) -> Float[Tensor, "c k w"]:
         """Decoded tokens of all patches, in ``order``: the visible ones first, then the masked.
 
+        Of an image there may be several orders in a row, which begin with the same visible patches.
         ``masked_only``: those of the masked ones, for which the last block has less to do.
+        ``attended``: of prefix and patches those that are there, where others are padding.
 
         The tokens stay in shuffled order, each with the position of its patch. Attention does not
         see the order, so this equals restoring the order first, and saves the two shuffles.
         """
-        x = self.embed(latent)
+        x = self.embed(latent).repeat_interleave(len(order) // len(latent), dim=0)
         n_masked = order.shape[1] - (latent.shape[1] - prefix)
         masks = self.mask_token.to(x.dtype).expand(x.shape[0], n_masked, -1)
         tokens = torch.cat([x[:, prefix:], masks], dim=1) + self.positions[order]
         tokens = torch.cat([x[:, :prefix].to(tokens.dtype), tokens], dim=1)
         for block in self.blocks[:-1]:
-            tokens = block(tokens)
+            tokens = block(tokens, attended=attended)
         wanted = slice(latent.shape[1] if masked_only else prefix, None)
-        return self.norm(self.blocks[-1](tokens, rows=wanted))
+        return self.norm(self.blocks[-1](tokens, rows=wanted, attended=attended))
 
 
 def patch_statistics(

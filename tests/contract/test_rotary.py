@@ -11,7 +11,7 @@ ROTARY += ("--encoder.rope-rescale", "2")
 
 
 def test_it_trains(name):
-    """Every weight of the encoder moves, but a last bias that a method's loss does not depend on."""
+    """Every weight of the encoder moves, but for a last bias that no loss depends on."""
     made = tiny.session(name, *ROTARY)
     before = tiny.state(made.task)
     said = tiny.train(made)

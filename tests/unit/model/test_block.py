@@ -93,6 +93,29 @@ def test_some_rows_are_those_of_the_whole(kind, device, rows):
     assert_alike(learn(ours, tokens(), rows), learn(theirs, tokens(), rows))
 
 
+@pytest.mark.parametrize("rows", [None, slice(4, None)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_not_attended_to_is_as_if_it_were_not_there(device, rows):
+    """Numbers and gradients of the others are those without it."""
+    theirs, ours = blocks()
+    for block in (theirs, ours):
+        choose_attention(block, torch.device(device))
+    x = tokens()
+    attended = torch.tensor([True] * 4 + [False, True, False])
+    both = []
+    for block, given in ((ours, x), (theirs, x[:, attended])):
+        given = given.clone().requires_grad_()
+        if block is ours:
+            out = block(given, rows=rows, attended=attended)
+            out = out[:, attended if rows is None else attended[rows]]
+        else:
+            out = block(given) if rows is None else block(given)[:, 4:]
+        out.square().sum().backward()
+        own = given.grad if block is theirs else given.grad[:, attended]
+        both.append((out.detach(), own, {n: p.grad for n, p in block.named_parameters()}))
+    assert_alike(*both)
+
+
 def test_some_rows_of_another_attention():
     """Of a kind that computes all tokens alone."""
 

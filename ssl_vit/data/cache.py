@@ -10,6 +10,7 @@ writer at a time and a size set beforehand, and must not be on a network disk.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -52,7 +53,7 @@ class ImageCache:
     stores: bool = True
     stopped: str = ""
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         """Where the images are, within the folder that the user gave."""
         return Path(self.path).expanduser() / _FOLDER
@@ -72,12 +73,12 @@ class ImageCache:
         digest = hashlib.sha256(raw)
         digest.update(how.encode())
         name = digest.hexdigest()
-        file = self.folder / name[:2] / name[2:]
+        file = f"{self.folder}/{name[:2]}/{name[2:]}"
         found = _load(file)
         if found is None:
             found = decode()
             if found is not None and self.stores and not self.stopped:
-                self._store(file, found)
+                self._store(Path(file), found)
         return found
 
     def _store(self, file: Path, image: Tensor) -> None:
@@ -166,15 +167,15 @@ def no_use(source: Source) -> str:
     return ""
 
 
-def _load(file: Path) -> Tensor | None:
+def _load(file: str) -> Tensor | None:
     """The image in a file; None where it is not there, or not whole, as after a power failure."""
     try:
-        data = np.fromfile(file, dtype=np.uint8)
+        data = _read(file)
     except OSError:
         return None
     if len(data) < _HEAD.size:
         return None
-    mark, number, by_pixel, channels, height, width = _HEAD.unpack_from(data)
+    mark, number, by_pixel, channels, height, width = _HEAD.unpack(data[: _HEAD.size].tobytes())
     if mark != _MARK or number >= len(_NUMBERS):
         return None
     kind = _NUMBERS[number]
@@ -184,6 +185,16 @@ def _load(file: Path) -> Tensor | None:
     if by_pixel:
         return values.view(height, width, channels).permute(2, 0, 1)
     return values.view(channels, height, width)
+
+
+def _read(file: str) -> np.ndarray:
+    """The bytes of a file; half the time of ``numpy.fromfile`` where they are few."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = np.empty(os.fstat(descriptor).st_size, dtype=np.uint8)
+        return data[: os.readv(descriptor, [data])]
+    finally:
+        os.close(descriptor)
 
 
 def _existing(path: Path) -> Path:

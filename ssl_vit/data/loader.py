@@ -38,7 +38,7 @@ class Batch:
 
     views: Views
     bad: dict[int, str] = field(default_factory=dict)
-    unkept: str = ""
+    unkept: str = field(default="", kw_only=True)
 
     def pin_memory(self) -> Batch:
         """Hook of torch's loader: pinned memory, so that copies to a GPU need not wait."""
@@ -102,7 +102,7 @@ class TrainImages(Dataset):
             boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
             missing=[kind.isnan() for kind in stacked] if missing else [],
         )
-        return Batch(views, bad, self.cache.stopped if self.cache else "")
+        return Batch(views, bad, unkept=self.cache.stopped if self.cache else "")
 
     def _readable(
         self, index: int, key: int, spec: ViewSpec, bad: dict[int, str]

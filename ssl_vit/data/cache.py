@@ -192,7 +192,7 @@ def _read(file: str) -> np.ndarray:
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = np.empty(os.fstat(descriptor).st_size, dtype=np.uint8)
-        return data[: os.readv(descriptor, [data])]
+        return data[: os.readv(descriptor, [data.data])]
     finally:
         os.close(descriptor)
 

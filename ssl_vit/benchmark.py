@@ -65,7 +65,8 @@ class _Shared(PretrainConfig[M]):
 @dataclass(frozen=True)
 class LoaderConfig(_Shared[M]):
     """Loader benchmark: images per second that one core prepares, for a method's crops. Used are
-    --data.train, --encoder, --method, --run.seed and --optim.batch-size."""
+    --data.train, --encoder, --method, --run.seed and --optim.batch-size; and --data.cache, measured
+    beside the loader without it."""
 
     count: int = 256
     """At most this many images of --data.train, a seeded choice."""

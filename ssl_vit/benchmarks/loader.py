@@ -17,6 +17,7 @@ from ssl_vit.benchmarks.peers import peer_names, peers_of
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import Source, Subset
+from ssl_vit.data.cache import open_cache
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import open_source
@@ -25,6 +26,7 @@ from ssl_vit.evaluators.watch import bounded
 
 log = logging.getLogger("ssl_vit")
 WORKERS, DEVICE, BOTH = "workers", "device half on CPU", "workers + device half"
+CACHED = "workers, from the cache"
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -80,12 +82,20 @@ def measure_loader(
     size = min(config.batch_size or config.optim.batch_size, len(chosen))
     images = TrainImages(chosen, spec, data.channels, seed)
     normalize = Normalize(*statistics, bounded=not is_deep(chosen, config))
-    speeds = time_loader(images, normalize, chains, size, config.repeats)
+    cached = None
+    if cache := open_cache(data):
+        cache.prepare()
+        cached = TrainImages(chosen, spec, data.channels, seed, cache)
+    speeds = time_loader(images, normalize, chains, size, config.repeats, cached)
     ratios = {
         f"{half} / {name}": speeds[half].rate / speeds[name].rate
         for name in chains
         for half in (WORKERS, BOTH)
     }
+    if cache:
+        ratios[f"{CACHED} / {WORKERS}"] = speeds[CACHED].rate / speeds[WORKERS].rate
+        if cache.stopped:
+            log.warning("%s", cache.stopped)
     sizes = {
         "source": data.train,
         "images": len(chosen),
@@ -143,20 +153,26 @@ def time_loader(
     chains: Mapping[str, OriginalChain],
     batch_size: int,
     repeats: int,
+    cached: TrainImages | None = None,
 ) -> dict[str, Speed]:
     """Loader speeds from ``repeats`` passes over all images, with new crops each time, one thread.
 
     Measured are the workers' half, the device's half on the CPU, both together, and each peer's
-    whole chain. The first batch of every side is made once before, untimed.
+    whole chain. The first batch of every side is made once before, untimed; of ``cached``, the same
+    images with a cache, all are.
     """
     n = len(images.source)
     parts = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    speeds = {name: Speed(n) for name in (WORKERS, DEVICE, BOTH, *chains)}
+    sides = (WORKERS, DEVICE, BOTH, *([CACHED] if cached else []), *chains)
+    speeds = {name: Speed(n) for name in sides}
     with one_thread():
         for repeat in range(-1, repeats):
             todo = parts if repeat >= 0 else parts[:1]
             halves = _ours(images, normalize, todo, repeat + 1)
             seconds = dict(zip((WORKERS, DEVICE, BOTH), (*halves, sum(halves)), strict=True))
+            if cached:
+                whole = todo if repeat >= 0 else parts
+                seconds[CACHED] = _ours(cached, normalize, whole, repeat + 1)[0]
             seconds |= {name: _theirs(images.source, c, todo) for name, c in chains.items()}
             if repeat >= 0:
                 for name, speed in speeds.items():

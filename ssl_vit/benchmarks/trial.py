@@ -121,7 +121,9 @@ def _one_crop(session: Session, found: Found) -> float:
 def _images(session: Session, spec: ViewSpec | None = None) -> TrainImages:
     # The last phase is the heaviest as a rule, and the one that the run has to get through.
     views, config = spec or session.views.last, session.config
-    return TrainImages(session.images.train, views, config.data.channels, config.run.seed)
+    channels, cache = config.data.channels, session.images.cache
+    cache = cache.read_only() if cache else None  # a trial writes nothing
+    return TrainImages(session.images.train, views, channels, config.run.seed, cache)
 
 
 def _deliver(session: Session, workers: int) -> tuple[list[list[Batch]], float]:

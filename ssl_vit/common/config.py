@@ -137,11 +137,16 @@ class DataConfig(ReadConfig):
     the CPU itself, for every second one), at most 16."""
     max_bad: float = 0.05
     """Stop when more than this share of the images is unreadable."""
+    cache: str = ""
+    """Folder, best on a fast disk of this machine, in which decoded training images are kept when
+    first used, for later epochs and other runs. Crops are the same. Empty: none."""
+    cache_reserve: float = 10.0
+    """Room that --data.cache leaves free on its disk, in GB: with less, no more images are kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "channels")
-        check_least(self, 0, "holdout")
+        check_least(self, 0, "holdout", "cache_reserve")
         check_least(self, -1, "workers")
         check_share(self, "max_bad")
         check(len(self.mean) == len(self.std), "--data.mean and --data.std go together")

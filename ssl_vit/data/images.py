@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ssl_vit.common.config import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ssl_vit.data.cache import ImageCache, no_use, open_cache
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, open_source, split_holdout
@@ -46,6 +47,8 @@ class Images:
     warnings: tuple[str, ...] = ()
     named: tuple[tuple[str, Source], ...] = ()
     """The sources that the options name, by option."""
+    cache: ImageCache | None = None
+    """Where decoded training images are kept."""
 
     @property
     def held_out(self) -> bool:
@@ -71,6 +74,9 @@ class Images:
             share = f"{100 * looked.missing:.3g} % of the pixels of {len(looked):,} images"
             none = f"; {looked.empty:,} of them hold none" if looked.empty else ""
             rows.append(("no data", f"{share} looked at ({how}){none}"))
+        if self.cache:
+            each = looked.decoded / len(looked)
+            rows.append(("cache", self.cache.about(len(self.train), each)))
         return rows
 
 
@@ -80,8 +86,20 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
     ``given``: the encoder that it begins with, if any.
 
     Raises:
-        UserError: sources that do not exist, or do not match the options or each other.
+        UserError: sources that do not exist, or do not match the options or each other; or there
+            can be no ``data.cache``.
     """
+    cache = open_cache(data)
+    images = _opened(data, seed, given)
+    if cache and (reason := no_use(images.train)):
+        images.warnings += (f"--data.cache has no effect: {reason}",)
+    elif cache:
+        images.cache = cache
+    return images
+
+
+def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
+    """The images of a run, without a cache."""
     train = open_source(data.train, data)
     given_by = [("data.train", train)]
     if data.val:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view
+from ssl_vit.data.cache import ImageCache
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.missing import missing_in, with_data
 from ssl_vit.data.order import Order, Places
@@ -30,14 +31,18 @@ _ATTEMPTS = 10
 
 @dataclass
 class Batch:
-    """Batch from a worker: views, and unreadable images (index -> reason)."""
+    """Batch from a worker: views, and unreadable images (index -> reason).
+
+    ``unkept``: why the worker's cache takes no more images; empty: it does.
+    """
 
     views: Views
     bad: dict[int, str] = field(default_factory=dict)
+    unkept: str = field(default="", kw_only=True)
 
     def pin_memory(self) -> Batch:
         """Hook of torch's loader: pinned memory, so that copies to a GPU need not wait."""
-        return Batch(self.views.pin_memory(), self.bad)
+        return replace(self, views=self.views.pin_memory())
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +51,24 @@ class Batch:
 
 
 class TrainImages(Dataset):
-    """Crops of a source's images; everything random follows from (seed, epoch, index)."""
+    """Crops of a source's images; everything random follows from (seed, epoch, index).
 
-    def __init__(self, source: Source, spec: ViewSpec, channels: int, seed: int) -> None:
+    ``cache``: where decoded images are kept; the crops do not depend on it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        spec: ViewSpec,
+        channels: int,
+        seed: int,
+        cache: ImageCache | None = None,
+    ) -> None:
         self.source = source
         self.spec = spec
         self.channels = channels
         self.seed = seed
+        self.cache = cache
 
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (epoch, index) pairs, collated here, in the worker.
@@ -86,7 +102,7 @@ class TrainImages(Dataset):
             boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
             missing=[kind.isnan() for kind in stacked] if missing else [],
         )
-        return Batch(views, bad)
+        return Batch(views, bad, unkept=self.cache.stopped if self.cache else "")
 
     def _readable(
         self, index: int, key: int, spec: ViewSpec, bad: dict[int, str]
@@ -95,7 +111,8 @@ class TrainImages(Dataset):
         for attempt in range(_ATTEMPTS):
             try:
                 raw, label = self.source.read(index)
-                return views_of(raw, self.channels, spec, key, self.source.reading), label
+                reading = self.source.reading
+                return views_of(raw, self.channels, spec, key, reading, self.cache), label
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
             index = fold(self.seed, index, attempt) % len(self.source)
@@ -213,9 +230,26 @@ class _Positions:
 def train_batches(
     images: TrainImages, order: Order, start: int, stop: int, workers: int, pin: bool
 ) -> Iterator[Batch]:
-    """The batches of steps ``start`` to ``stop``, ``order.accumulate`` for each step."""
+    """The batches of steps ``start`` to ``stop``, ``order.accumulate`` for each step.
+
+    Raises:
+        UserError: the images' cache cannot be written to.
+    """
+    if images.cache:
+        images.cache.prepare()
     batches, held = _Positions(order, start, stop), order.accumulate + 1
-    return load(images, batches, workers, pin, prefetch=4, held=held)
+    loaded = load(images, batches, workers, pin, prefetch=4, held=held)
+    return _telling(loaded) if images.cache else loaded
+
+
+def _telling(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; says once that a worker's cache takes no more images."""
+    told = False
+    for batch in batches:
+        if batch.unkept and not told:
+            told = True
+            log.warning("%s", batch.unkept)
+        yield batch
 
 
 class EvalImages(Dataset):

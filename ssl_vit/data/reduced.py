@@ -9,6 +9,7 @@ noise: over 43 dB), and the edges of a crop's box move by at most a quarter of t
 
 import io
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.data.augment import Cut, DrawnCrop, ViewSpec, cut_views, draw_views, take_views
+from ssl_vit.data.cache import ImageCache
 from ssl_vit.data.decode import MAX_PIXELS, decode
 from ssl_vit.data.headers import jpeg_size
 from ssl_vit.data.stills import nodata_given
+
+Raw = bytes | bytearray | np.ndarray
+Keep = Callable[[Raw, str, Callable[[], Tensor | None]], Tensor | None]
 
 GAP = 2
 """Minimum pixels of the reduced image per output pixel and direction, as in Pillow's thumbnails."""
@@ -29,31 +34,45 @@ _SMALL = 1 << 18  # below this many pixels reduced decoding is not faster
 
 
 def views_of(
-    raw: bytes | bytearray | np.ndarray,
+    raw: Raw,
     channels: int,
     spec: ViewSpec,
     key: int,
     reading: ReadConfig | None = None,
+    cache: ImageCache | None = None,
 ) -> list[list[DrawnCrop]]:
     """Crops of one image, by kind of crop; all random numbers follow from ``key``.
 
-    The boxes are those of the whole image, independent of the reduction.
+    The boxes are those of the whole image, independent of the reduction. Each of its reductions is
+    an image of its own for ``cache``, so that crops are the same with it and without.
 
     Raises:
         BadImage: the image cannot be decoded, or holds no data.
     """
-    plain = reading is None or (not nodata_given(reading) and not reading.slices.isdecimal())
-    found = None
-    if plain and not isinstance(raw, np.ndarray):
-        found = _reduced_views(raw, channels, spec, key)
-    return found or take_views(decode(raw, channels, reading), spec, random.Random(key))
+    reading = reading or ReadConfig()
+    keep = cache.image if cache else _decoded
+    if not nodata_given(reading) and not reading.slices.isdecimal():
+        found = _reduced_views(raw, channels, spec, key, keep)
+        if found:
+            return found
+    how = f"{channels} channels, slices {reading.slices}, nodata {reading.nodata}"
+    image = keep(raw, how, lambda: decode(raw, channels, reading))
+    assert image is not None  # decode raises an error instead
+    return take_views(image, spec, random.Random(key))
+
+
+def _decoded(raw: Raw, how: str, decode: Callable[[], Tensor | None]) -> Tensor | None:
+    """What ``ImageCache.image`` does, without a cache."""
+    return decode()
 
 
 def _reduced_views(
-    raw: bytes | bytearray, channels: int, spec: ViewSpec, key: int
+    raw: Raw, channels: int, spec: ViewSpec, key: int, keep: Keep
 ) -> list[list[DrawnCrop]] | None:
     """Crops from a reduced image; None where that is inaccurate or not faster."""
-    size = jpeg_size(raw) if raw[:2] == b"\xff\xd8" and channels in (1, 3) else None
+    if isinstance(raw, np.ndarray) or raw[:2] != b"\xff\xd8" or channels not in (1, 3):
+        return None
+    size = jpeg_size(raw)
     if size is None or not _worth_a_look(*size, spec):
         return None
     drawn = draw_views(*size, spec, random.Random(key), policies=True)
@@ -61,7 +80,8 @@ def _reduced_views(
     area = sum(cut.box[2] * cut.box[3] for cuts in drawn for cut in cuts)
     if by == 1 or (by == 2 and area < _SEEN_OFTEN * size[0] * size[1]):
         return None
-    image = decode_reduced(raw, channels, size, by)
+    how = f"{channels} channels, reduced by {by}"
+    image = keep(raw, how, lambda: decode_reduced(raw, channels, size, by))
     if image is None:
         return None
     return cut_views(image, spec, [[_shrunk(cut, by) for cut in cuts] for cuts in drawn])

@@ -35,6 +35,7 @@ class Survey:
     ``rows``: for each readable image (3, C) float64: mean, variance and valid share of its
     channels; the first two are 0 where no pixel is valid. ``deep``: how many have more than 8
     bits; ``empty``: how many have no valid pixel. ``reasons``: why others are unreadable, by name.
+    ``decoded``: bytes of all of them.
     """
 
     spec: str
@@ -42,6 +43,7 @@ class Survey:
     deep: int = 0
     empty: int = 0
     reasons: dict[str, BadImage] = field(default_factory=dict)
+    decoded: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,6 +136,7 @@ def survey(source: Source, channels: int, seed: int, count: int) -> Survey:
             found.reasons[source.name(index)] = error
             continue
         found.add(image if count > FEW else _thinned(image))
+        found.decoded += image.nbytes
     return found
 
 

@@ -22,6 +22,8 @@ CONFIG_FILE = "config.yaml"
 # Options that may change when a run is resumed: they do not affect its numbers, except by rounding
 # (and except how fine-tuning mixes images, which is within the parts of a batch).
 _FREE = {
+    "data.cache",
+    "data.cache_reserve",
     "data.max_bad",
     "data.workers",
     "optim.accumulate",

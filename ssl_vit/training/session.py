@@ -245,7 +245,8 @@ def train(session: Session) -> int:
     """Run the training loop with its hooks; returns 0, or the signal that stopped it."""
     run, trainer, out, task = session.config.run, session.trainer, session.out, session.task
     data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
-    images = TrainImages(session.images.train, session.views, data.channels, run.seed)
+    source, cache = session.images.train, session.images.cache
+    images = TrainImages(source, session.views, data.channels, run.seed, cache)
     main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
     loaded = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)

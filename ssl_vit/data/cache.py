@@ -1,0 +1,214 @@
+"""Image cache: decoded images on a disk, stored when first used and read from there afterwards.
+
+Each is a file, named by a hash of its encoded bytes and of how they are decoded. So changed images
+are other ones; and any number of runs, processes and machines fill and read one folder, without a
+lock and without knowing of each other: a file is written under a name of its own, then renamed, and
+thus complete or absent, also where its writer is killed. (A database of one file, as LMDB, has one
+writer at a time and a size set beforehand, and must not be on a network disk.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import struct
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit.common.config import DataConfig
+from ssl_vit.common.errors import UserError
+from ssl_vit.data.base import Source
+from ssl_vit.data.decode import BadImage, Decoded
+
+Raw = bytes | bytearray | np.ndarray
+
+_FOLDER, _PARTIAL = "decoded-images", "partial"
+# Mark, kind of number, order in memory (1: pixel by pixel), channels, height, width; 32 bytes.
+_HEAD = struct.Struct("<4sBBxxIII12x")
+_MARK, _NUMBERS = b"SVI1", (np.dtype(np.uint8), np.dtype("<f4"))
+_NPY = b"\x93NUMPY"
+_ABANDONED = 3600  # seconds; an image is written in one, at most
+_GB = 1e9
+
+
+@dataclass
+class ImageCache:
+    """Cache in a folder; ``reserve``: bytes that stay free on its disk.
+
+    ``stores``: whether images are added to it. ``stopped``: why no more are, as a line for people.
+    """
+
+    path: str
+    reserve: float
+    stores: bool = True
+    stopped: str = ""
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the images are, within the folder that the user gave."""
+        return Path(self.path).expanduser() / _FOLDER
+
+    def image(self, raw: Raw, how: str, decode: Callable[[], Tensor | None]) -> Tensor | None:
+        """The image (C, H, W) that ``decode`` makes of ``raw``, from the cache if it is there: the
+        same values in the same order in memory. It may be written to.
+
+        ``how``: all that ``decode`` depends on beside ``raw``. Arrays, also those of NPY files, are
+        not kept: they need no decoding.
+
+        Raises:
+            BadImage: raised by ``decode``.
+        """
+        if isinstance(raw, np.ndarray) or raw[: len(_NPY)] == _NPY:
+            return decode()
+        digest = hashlib.sha256(raw)
+        digest.update(how.encode())
+        name = digest.hexdigest()
+        file = f"{self.folder}/{name[:2]}/{name[2:]}"
+        found = _load(file)
+        if found is None:
+            found = decode()
+            if found is not None and self.stores and not self.stopped:
+                self._store(Path(file), found)
+        return found
+
+    def _store(self, file: Path, image: Tensor) -> None:
+        """Store an image; where that fails, or too little room is left, none is from now on."""
+        by_pixel = not image.is_contiguous()
+        pixels = (image.permute(1, 2, 0) if by_pixel else image).contiguous().numpy()
+        head = _HEAD.pack(_MARK, _NUMBERS.index(pixels.dtype), by_pixel, *image.shape)
+        partial = self.folder / _PARTIAL / uuid.uuid4().hex
+        try:
+            free = float(shutil.disk_usage(self.folder).free)
+            if free - len(head) - pixels.nbytes < self.reserve:
+                keep = f"--data.cache-reserve keeps {_size(self.reserve)}"
+                self._stop(f"{_size(free)} are free there, and {keep}")
+                return
+            try:
+                with partial.open("xb") as stream:
+                    stream.write(head)
+                    stream.write(pixels.data)
+                file.parent.mkdir(exist_ok=True)
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            self._stop(error.strerror or str(error))
+
+    def _stop(self, reason: str) -> None:
+        rest = "images that are not in it are decoded each time"
+        self.stopped = f"--data.cache {self.path} takes no more images ({reason}): {rest}"
+
+    def prepare(self) -> None:
+        """Make its folders, if it stores, and remove what killed processes left half written.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        if not self.stores:
+            return
+        partial = self.folder / _PARTIAL
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            for file in partial.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if file.stat().st_mtime < time.time() - _ABANDONED:
+                        file.unlink()
+        except OSError as error:
+            raise _refused(self.path, error.strerror or str(error)) from None
+
+    def read_only(self) -> ImageCache:
+        """The same cache for who only reads from it."""
+        return replace(self, stores=False)
+
+    def about(self, images: int, size: float) -> str:
+        """The cache in a line; ``size``: bytes of one of so many ``images``, on average."""
+        free = float(shutil.disk_usage(_existing(self.folder)).free)
+        need = f"{images:,} decoded images take about {_size(images * size)}"
+        return f"{self.path}: {need}; {_size(free)} are free there, {_size(self.reserve)} stay so"
+
+
+def open_cache(data: DataConfig) -> ImageCache | None:
+    """The cache of ``--data.cache``, if one is asked for; nothing is written yet.
+
+    Raises:
+        UserError: there can be no folder there that is written to.
+    """
+    if not data.cache:
+        return None
+    cache = ImageCache(data.cache, data.cache_reserve * _GB)
+    there = _existing(cache.folder)
+    if not there.is_dir():
+        raise _refused(data.cache, f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _refused(data.cache, f"{there} cannot be written to")
+    return cache
+
+
+def no_use(source: Source) -> str:
+    """Why a cache is of no use for a source, by its first image; empty if it may be."""
+    try:
+        raw = source.read(0)[0]
+    except BadImage:
+        return ""
+    if isinstance(raw, Decoded):
+        return "planes of files (--data.slices all) are not kept"
+    if isinstance(raw, np.ndarray) or raw[: len(_NPY)] == _NPY:
+        return f"the images of {source.spec} are arrays, which need no decoding"
+    return ""
+
+
+def _load(file: str) -> Tensor | None:
+    """The image in a file; None where it is not there, or not whole, as after a power failure."""
+    try:
+        data = _read(file)
+    except OSError:
+        return None
+    if len(data) < _HEAD.size:
+        return None
+    mark, number, by_pixel, channels, height, width = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    if mark != _MARK or number >= len(_NUMBERS):
+        return None
+    kind = _NUMBERS[number]
+    if len(data) - _HEAD.size != channels * height * width * kind.itemsize:
+        return None
+    values = torch.from_numpy(data[_HEAD.size :].view(kind))
+    if by_pixel:
+        return values.view(height, width, channels).permute(2, 0, 1)
+    return values.view(channels, height, width)
+
+
+def _read(file: str) -> np.ndarray:
+    """The bytes of a file; half the time of ``numpy.fromfile`` where they are few."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = np.empty(os.fstat(descriptor).st_size, dtype=np.uint8)
+        return data[: os.readv(descriptor, [data.data])]
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+
+
+def _refused(path: str, reason: str) -> UserError:
+    advice = "give a folder on a fast disk of this machine"
+    return UserError(f"--data.cache is {path!r}: {reason}; {advice}")
+
+
+def _size(count: float) -> str:
+    """Bytes for people, in the units of ``--data.cache-reserve``."""
+    if count < _GB:
+        return f"{count / 1e6:.3g} MB"
+    return f"{count / _GB:.1f} GB" if count < 10 * _GB else f"{count / _GB:,.0f} GB"

@@ -90,8 +90,8 @@ class ReadConfig:
     """Pixels without data: those of this value. auto: NaN, what a GeoTIFF declares, and the padding
     of DICOM. none: every value is data."""
     slices: str = "middle"
-    """Of files with several planes (z-stacks, time series, pages, frames of DICOM): all of them as images of their
-    own, the middle one, or the one of this number, from 0."""
+    """Of files with several planes (z-stacks, time series, pages, frames of DICOM): all of them as
+    images of their own, the middle one, or the one of this number, from 0."""
     key: Literal["auto", "webdataset", "full"] = "auto"
     """Shards: a sample is named up to the first dot after the last slash (webdataset), or up to the
     last one (full), for names with dots of their own. auto: full where that is certain."""

@@ -231,6 +231,8 @@ def test_colours_of_any_depth():
     deep = RNG.integers(0, 4096, (40, 36, 3)).astype(np.uint16)
     found = decoded(written(deep, BitsStored=12), 3)
     np.testing.assert_allclose(found, deep / 4095, rtol=1e-6)
+    wide = decoded(written(rgb.astype(np.uint16), BitsStored=8), 3)
+    np.testing.assert_array_equal(wide, rgb, strict=True)
     assert decoded(written(rgb), 1).shape == (40, 36, 1)
     with pytest.raises(BadImage, match="has 3 channels"):
         decoded(written(rgb), 5)

@@ -21,13 +21,14 @@ _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 
 
 def by_level(stored: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Convert pixels; where they are more than the values they may have, these are converted."""
-    bits = 8 * stored.dtype.itemsize
-    if stored.dtype.kind not in "iu" or bits > 16 or stored.size <= 2**bits:
+    """Convert pixels; where they are more than the values they span, these are converted."""
+    if stored.dtype.kind not in "iu":
         return convert(stored)
-    unsigned = np.dtype(f"u{stored.dtype.itemsize}")
-    table = convert(np.arange(2**bits, dtype=unsigned).view(stored.dtype))
-    return table[stored.view(unsigned)]
+    low, high = int(stored.min()), int(stored.max())
+    if high - low >= stored.size:
+        return convert(stored)
+    table = convert(np.arange(low, high + 1).astype(stored.dtype))
+    return table[stored.astype(np.intp) - low]
 
 
 def take_from_frame(header: Dataset, number: int) -> None:

@@ -162,7 +162,7 @@ def test_twelve_bits_and_every_frame_in_each_transfer_syntax(syntax):
         decoded(raw, slices="5")
 
 
-def test_more_pixels_than_levels_are_the_same_values():
+def test_more_pixels_than_values_are_converted_alike():
     few = RNG.integers(-2048, 2048, (40, 36)).astype(np.int16)
     many = np.tile(few, (20, 20))
     for stored in (few, few.astype(">i2"), (few % 256).astype(np.uint8)):

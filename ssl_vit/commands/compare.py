@@ -113,11 +113,6 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
     """Command line options of ``finetune`` for one encoder."""
     options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
-    for option in fields(ReadConfig):
-        value = getattr(config.data, option.name)
-        if value != option.default:
-            values = value if isinstance(value, tuple) else (value,)
-            options += [f"--data.{option.name.replace('_', '-')}", *map(str, values)]
     options += ["--tune.image-size", *map(str, config.size)] if config.size else []
     for option in fields(ReadConfig):
         given = getattr(config.data, option.name)

@@ -74,6 +74,12 @@ class RunConfig:
         check_least(self, 1, "keep", "log_every", "probe_images", "max_nonfinite")
 
 
+def _is_window(texts: tuple[str, ...]) -> bool:
+    """True for the centre and the width of a window."""
+    numbers = [float(text) for text in texts if is_number(text)]
+    return len(numbers) == len(texts) == 2 and all(map(math.isfinite, numbers)) and numbers[1] > 0
+
+
 @dataclass(frozen=True)
 class ReadConfig:
     """How files become images and labels, where they leave a choice."""
@@ -81,11 +87,11 @@ class ReadConfig:
     group: ClassVar[str] = "data"
 
     nodata: str = "auto"
-    """Pixels without data: those of this value. auto: NaN, and what a GeoTIFF declares. none: every
-    value is data."""
+    """Pixels without data: those of this value. auto: NaN, what a GeoTIFF declares, and the padding
+    of DICOM. none: every value is data."""
     slices: str = "middle"
-    """Of files with several planes (z-stacks, time series, pages): all of them as images of their
-    own, the middle one, or the one of this number, from 0."""
+    """Of files with several planes (z-stacks, time series, pages, frames of DICOM): all of them as
+    images of their own, the middle one, or the one of this number, from 0."""
     key: Literal["auto", "webdataset", "full"] = "auto"
     """Shards: a sample is named up to the first dot after the last slash (webdataset), or up to the
     last one (full), for names with dots of their own. auto: full where that is certain."""
@@ -98,8 +104,17 @@ class ReadConfig:
     label_column: tuple[str, ...] = ()
     """Columns of labels in the CSV, in a Hugging Face data set, or in the .json files of shards (or
     txt: their whole text); of several each holds 1 or 0. Empty: told by their names, and said."""
+    window: tuple[str, ...] = ("file",)
+    """Gray values of DICOM from black to white. file: the first window or VOI table of each file,
+    where it has one. full: all that the stored bits can hold. CENTER WIDTH: these, in the units of
+    the modality (CT: Hounsfield), as 40 400."""
 
     def __post_init__(self) -> None:
+        check(
+            self.window in (("file",), ("full",)) or _is_window(self.window),
+            f"{flag(self, 'window')} is {' '.join(self.window)}; allowed: file, full, or two "
+            "numbers, CENTER and a WIDTH above 0",
+        )
         check(
             self.nodata in ("auto", "none") or is_number(self.nodata),
             f"{flag(self, 'nodata')} is {self.nodata!r}; allowed: auto, none, or a number",

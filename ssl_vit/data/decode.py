@@ -1,7 +1,8 @@
 """Image decoding: encoded bytes or arrays to tensors; any failure raises `BadImage`.
 
 What a file is, is known by its first bytes, independent of its name. How values become numbers is
-said in ``raster``, what is done with TIFF in ``tiff`` and with all other formats in ``stills``.
+said in ``raster``, what is done with TIFF in ``tiff``, with DICOM in ``dicom``, and with all
+other formats in ``stills``.
 """
 
 import io
@@ -40,6 +41,8 @@ _READERS: dict[str, Callable[[bytes | bytearray, int, ReadConfig], Raster]] = {
     "JPEGXL": stills.read_jpegxl,
     "HEIF": stills.read_heif,
 }
+# Groups 2 and 8, by which a DICOM begins that lacks its preamble: known by its extension only.
+_DICOM_STARTS = (b"\2\0", b"\b\0", b"\0\b")
 
 
 class Decoded(np.ndarray):
@@ -96,6 +99,8 @@ def _read(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster 
     if kind == "NPY":
         array = _read_npy(raw)
         return _from_array(array, channels, reading, array_planes(array.shape, channels))
+    if kind == "DICOM" or (not kind and raw[:2] in _DICOM_STARTS):
+        return _read_dicom(raw, channels, reading)
     if kind in _READERS:
         return _READERS[kind](raw, channels, reading)
     return stills.read_pil(raw, kind, channels, reading)
@@ -115,6 +120,14 @@ def _read_jpeg(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Ra
         if "truncated" in str(error):
             raise BadImage("truncated JPEG") from error
         return stills.other_jpeg(raw, channels, reading)
+
+
+def _read_dicom(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster:
+    try:
+        from ssl_vit.data.dicom import read_dicom
+    except ImportError as error:
+        raise BadImage("a DICOM image needs: pip install 'ssl_vit[dicom]' (or pydicom)") from error
+    return read_dicom(io.BytesIO(raw), channels, reading)
 
 
 def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -5,10 +5,11 @@ EXTENSIONS = (
     *("tif", "tiff", "btf", "tf8", "lsm", "stk", "npy"),
     *("ppm", "pgm", "pbm", "pnm", "pfm"),
     *("avif", "heic", "heif", "hif", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "jxl"),
+    *("dcm", "dicom"),
 )
 """Extensions by which a file is taken for an image; what it is, its content says."""
 
-HEAD = 64
+HEAD = 132
 """Bytes from a file's start by which its format is known."""
 
 _ISO = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
@@ -38,6 +39,8 @@ def format_of(head: bytes) -> str:
     Two bytes are too few to tell an image from other data: of BMP and PPM more is compared, and
     the bare form of JPEG XL is known by the extension only.
     """
+    if head[128:132] == b"DICM":  # behind 128 bytes of any kind, often a TIFF's
+        return "DICOM"
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name

@@ -36,13 +36,16 @@ def _number(data: bytes | bytearray, at: int, count: int, order: str = "big") ->
 
 
 def jpeg_frame(raw: bytes | bytearray) -> int | None:
-    """Position of a JPEG's frame header: 0xFF, marker, length (2), bits, height (2), width (2)."""
+    """Position of a JPEG's frame header: 0xFF, marker, length (2), bits, height (2), width (2).
+
+    Of JPEG-LS too, whose marker is 0xF7.
+    """
     at = 2
     while at + 9 <= len(raw) and raw[at] == 0xFF:
         marker = raw[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             return at
         else:
             at += 2 + int.from_bytes(raw[at + 2 : at + 4], "big")

@@ -18,7 +18,11 @@ from ssl_vit.data.formats import EXTENSIONS, HEAD, format_of
 _log = logging.getLogger("ssl_vit")
 _LOOKS = 1000
 _TAKEN = frozenset(b"." + extension.encode() for extension in EXTENSIONS)
-_HEIF = frozenset((b"heic", b"heif", b"hif"))
+# Formats that need an optional library: its module, the extra that installs it, and extensions.
+_OPTIONAL = {
+    "HEIF": ("pillow_heif", "heif", (b"heic", b"heif", b"hif")),
+    "DICOM": ("pydicom", "dicom", (b"dcm", b"dicom")),
+}
 # Begin like an image, and are not the image that they are of: raw data of cameras, of which a
 # reader of TIFF finds the thumbnail, and files that are not complete or a copy.
 _NOT_TAKEN = frozenset(
@@ -34,7 +38,7 @@ _OTHER = frozenset(
 # What storage boxes, archives and desktops leave beside images; hidden names are skipped besides.
 _JUNK = frozenset(
     b"@eadir __macosx #recycle #snapshot $recycle.bin lost+found thumbs.db ehthumbs.db "
-    b"desktop.ini".split()
+    b"desktop.ini dicomdir".split()
 ) | {b"system volume information"}
 _SHOWN = 6
 
@@ -59,10 +63,14 @@ class Listing:
         self.spec = spec
         self.images = 0
         self.passed: Counter[bytes] = Counter()
-        self.lacking: Counter[bytes] = Counter()
+        self.lacking: Counter[tuple[str, bytes]] = Counter()
         self._looked: Counter[bytes] = Counter()
         self._found: set[bytes] = set()
-        self._heif = importlib.util.find_spec("pillow_heif") is not None
+        self._absent = {
+            kind: extensions
+            for kind, (module, _, extensions) in _OPTIONAL.items()
+            if importlib.util.find_spec(module) is None
+        }
 
     def list(self, folder: bytes) -> tuple[list[bytes], list[bytes]]:
         """List the images and the sub-folders of a folder, each sorted by bytes.
@@ -92,28 +100,28 @@ class Listing:
             raise UserError(
                 f"{self.spec!r}: cannot list {os.fsdecode(folder)!r}: {error.strerror}"
             ) from None
-        if not self._heif:
+        if self._absent:
             images = [name for name in images if not self._lacks(_extension(name))]
         images += [entry.name for entry in others if self._is_image(entry)]
         self.images += len(images)
         return sorted(images), sorted(folders)
 
     def _lacks(self, extension: bytes) -> bool:
-        if extension not in _HEIF:
-            return False
-        self.lacking[extension] += 1
-        return True
+        """Whether an image by its name needs a library that is absent; counts it if so."""
+        kinds = [kind for kind, own in self._absent.items() if extension in own]
+        self.lacking.update((kind, extension) for kind in kinds)
+        return bool(kinds)
 
     def _is_image(self, entry: "os.DirEntry[bytes]") -> bool:
         """Whether a file with none of the extensions is an image; counts it if it is not."""
         extension = _extension(entry.name)
         opened = is_unclear(extension) and entry.is_file()
         kind = self._look(extension, entry) if opened else ""
-        if kind == "HEIF" and not self._heif:
-            self.lacking[extension] += 1
+        if kind in self._absent:
+            self.lacking[kind, extension] += 1
         elif not kind:
             self.passed[extension] += 1
-        return bool(kind) and (kind != "HEIF" or self._heif)
+        return bool(kind) and kind not in self._absent
 
     def _look(self, extension: bytes, entry: "os.DirEntry[bytes]") -> str:
         """Format of a file by its first bytes; empty for none, and where none was ever found."""
@@ -153,11 +161,13 @@ class Listing:
             count = self.passed.total()
             are = "file is no image and was" if count == 1 else "files are no images and were"
             parts.append(f"{count:,} {are} passed over: {_by_extension(self.passed)}")
-        if self.lacking:
-            count = self.lacking.total()
-            need = "image needs" if count == 1 else "images need"
-            named = _by_extension(self.lacking)
-            parts.append(f"{count:,} {need} pip install 'ssl_vit[heif]' and were left out: {named}")
+        for kind in self._absent:
+            own = Counter({name: n for (of, name), n in self.lacking.items() if of == kind})
+            if count := own.total():
+                need = "image needs" if count == 1 else "images need"
+                install = f"pip install 'ssl_vit[{_OPTIONAL[kind][1]}]'"
+                named = _by_extension(own)
+                parts.append(f"{count:,} {need} {install} and were left out: {named}")
         return "; ".join(parts)
 
     def tell(self) -> None:

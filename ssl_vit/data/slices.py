@@ -1,4 +1,4 @@
-"""Files with several planes: z-stacks, time series, pages, frames of an animation.
+"""Files with several planes: z-stacks, time series, pages, frames.
 
 By default one plane of a file is read, and it is said once how many there are. With
 ``--data.slices all`` every plane is an image of its own. Planes are counted from the headers of
@@ -85,6 +85,10 @@ def _read_plane(stream: io.IOBase, source: Planes, plane: int) -> Decoded:
 
         with open_tiff(stream) as file:
             image = to_tensor(read_plane(file, source.channels, reading), source.channels)
+    elif kind == "DICOM":
+        from ssl_vit.data.dicom import read_dicom
+
+        image = to_tensor(read_dicom(stream, source.channels, reading), source.channels)
     else:
         image = decode(stream.read(), source.channels, reading)
     return image.numpy().view(Decoded)
@@ -143,7 +147,7 @@ def _tell(source: Source, channels: int) -> None:
 
 
 class Counted(NamedTuple):
-    """What a file holds: planes, letters of its axes (none: frames), files of its set."""
+    """What a file holds: planes, letters of its axes (none: of an animation), files of its set."""
 
     planes: int = 1
     axes: str = ""
@@ -179,6 +183,10 @@ def count_planes(stream: Any, channels: int) -> Counted:
     if kind == "NPY":
         shape = npy_header(stream)[0]
         return Counted(array_planes(shape, channels), "x".join(map(str, shape)))
+    if kind == "DICOM":
+        from ssl_vit.data.dicom import count_frames
+
+        return Counted(count_frames(stream), "frames")
     if kind in _FRAMES:
         from PIL import Image
 

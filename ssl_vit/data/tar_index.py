@@ -29,7 +29,7 @@ from ssl_vit.data.formats import EXTENSIONS, HEAD, format_of
 from ssl_vit.data.listing import is_junk, is_unclear
 
 INDEX_SUFFIX = ".ssl_vit.npz"
-_VERSION = 3
+_VERSION = 4
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _LARGEST_TEXT, _LARGEST_JSON, _MOST_KEYS = 256, 1 << 20, 12
 _log = logging.getLogger(__name__)

@@ -136,13 +136,16 @@ class Encoder(nn.Module):
 
     def patchify(self, images: Shaped[Tensor, "b c h w"]) -> Shaped[Tensor, "b n ppc"]:
         """Images as flattened patches; pixels of a patch are ordered (row, column, channel)."""
+        self._check_size(images)
         p = self.patch_size
-        height, width = images.shape[-2:]
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+    def _check_size(self, images: Shaped[Tensor, "b c h w"]) -> None:
+        p, (height, width) = self.patch_size, images.shape[-2:]
         check(
             height % p == 0 and width % p == 0,
             f"an image of {height}x{width} pixels does not divide into patches of {p}",
         )
-        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
     def unpatchify(
         self, patches: Float[Tensor, "b n ppc"], grid: tuple[int, int]
@@ -210,11 +213,12 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "b _ d"]:
         """Tokens without positions: of all patches, or of those to ``keep``."""
         stem = self.vit.patch_embed
-        patches = self.patchify(images)
         if self.config.stem == "conv":
             if keep is not None or hidden:
                 self.check_apart()
+            self._check_size(images)
             return stem(images)
+        patches = self.patchify(images)
         if keep is not None:
             patches = take(patches, keep)
         # The stride-P convolution of timm is this linear map, with its weights reordered.

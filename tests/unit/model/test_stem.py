@@ -44,6 +44,8 @@ def test_patches_cannot_be_hidden():
     made, images = encoder(), torch.randn(2, 3, 32, 32)
     with pytest.raises(UserError, match="methods that hide patches"):
         made.embed(images, keep=torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(UserError, match="does not divide into patches of 8"):
+        made.embed(images[..., :30])
     with pytest.raises(UserError, match="methods that hide patches"):
         made.embed(images, masked=torch.zeros(2, 16, dtype=torch.bool), token=torch.zeros(48))
 

@@ -124,6 +124,11 @@ class ReadConfig:
             f"{flag(self, 'slices')} is {self.slices!r}; allowed: all, middle, or a number from 0",
         )
 
+    @property
+    def decoding(self) -> str:
+        """What decides the values of an image's pixels, and not where it and its labels are."""
+        return f"slices {self.slices}, nodata {self.nodata}, window {' '.join(self.window)}"
+
 
 @dataclass(frozen=True)
 class DataConfig(ReadConfig):

@@ -29,6 +29,7 @@ from ssl_vit.common.config import DataConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage, Decoded
+from ssl_vit.data.formats import HEAD, format_of
 
 Raw = bytes | bytearray | np.ndarray
 
@@ -36,7 +37,6 @@ _FOLDER, _PARTIAL = "decoded-images", "partial"
 # Mark, kind of number, order in memory (1: pixel by pixel), channels, height, width; 32 bytes.
 _HEAD = struct.Struct("<4sBBxxIII12x")
 _MARK, _NUMBERS = b"SVI1", (np.dtype(np.uint8), np.dtype("<f4"))
-_NPY = b"\x93NUMPY"
 _ABANDONED = 3600  # seconds; an image is written in one, at most
 _GB = 1e9
 
@@ -68,7 +68,7 @@ class ImageCache:
         Raises:
             BadImage: raised by ``decode``.
         """
-        if isinstance(raw, np.ndarray) or raw[: len(_NPY)] == _NPY:
+        if isinstance(raw, np.ndarray) or _is_npy(raw):
             return decode()
         digest = hashlib.sha256(raw)
         digest.update(how.encode())
@@ -162,9 +162,13 @@ def no_use(source: Source) -> str:
         return ""
     if isinstance(raw, Decoded):
         return "planes of files (--data.slices all) are not kept"
-    if isinstance(raw, np.ndarray) or raw[: len(_NPY)] == _NPY:
+    if isinstance(raw, np.ndarray) or _is_npy(raw):
         return f"the images of {source.spec} are arrays, which need no decoding"
     return ""
+
+
+def _is_npy(raw: bytes | bytearray) -> bool:
+    return format_of(bytes(raw[:HEAD])) == "NPY"
 
 
 def _load(file: str) -> Tensor | None:

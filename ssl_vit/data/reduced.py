@@ -55,7 +55,7 @@ def views_of(
         found = _reduced_views(raw, channels, spec, key, keep)
         if found:
             return found
-    how = f"{channels} channels, slices {reading.slices}, nodata {reading.nodata}"
+    how = f"{channels} channels, {reading.decoding}"
     image = keep(raw, how, lambda: decode(raw, channels, reading))
     assert image is not None  # decode raises an error instead
     return take_views(image, spec, random.Random(key))

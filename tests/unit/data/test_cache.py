@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -153,6 +154,30 @@ def test_what_is_decoded_otherwise_is_another_image(cache):
         views = [views_of(raw, channels, SPEC, 0, reading, c)[0][0].crop for c in (cache, None)]
         assert torch.equal(*(v.nan_to_num(-1.0) for v in views))
     assert len(stored(cache)) == 3
+
+
+# Options of ReadConfig with a value that changes pixels, and those by which images are found.
+DECODING = {"nodata": "9", "slices": "0", "window": ("40", "400")}
+NAMING = {"key", "image", "labels", "label_column"}
+
+
+def test_every_option_of_reading_is_known_to_the_cache():
+    """A new one decides pixels, or does not: with the first kind forgotten, old pixels are read."""
+    assert {f.name for f in fields(ReadConfig)} == NAMING | DECODING.keys()
+    kinds = [ReadConfig(), *(ReadConfig(**{name: v}) for name, v in DECODING.items())]
+    assert len({reading.decoding for reading in kinds}) == len(kinds)
+
+
+def test_a_dicom_in_another_window_is_another_image(cache):
+    raw = Path(pytest.importorskip("pydicom").examples.get_path("ct")).read_bytes()
+    seen = []
+    for window in (("file",), ("full",), ("40", "400")):
+        reading = ReadConfig(window=window)
+        first, plain = (views_of(raw, 1, SPEC, 0, reading, c)[0][0].crop for c in (cache, None))
+        assert torch.equal(first, plain)
+        seen.append(first)
+    assert len(stored(cache)) == 3
+    assert not torch.equal(seen[1], seen[2])
 
 
 def test_a_changed_image_is_another_one(cache, tmp_path):

@@ -74,6 +74,11 @@ def machine_card(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
+def machine(hardware: dict[str, Any]) -> str:
+    """Machine in a line, from the hardware of a machine card."""
+    return str(hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads")
+
+
 def _commit(root: Path) -> str | None:
     """Commit of the source, with -dirty where it was changed; None outside of a repository."""
     if not (root / ".git").exists():

@@ -73,11 +73,6 @@ def curve(
     return [(float(np.interp(step, steps, passed)), value) for step, value in probed]
 
 
-def machine(hardware: Row) -> str:
-    """Machine in a line, from a machine card's hardware."""
-    return str(hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads")
-
-
 def by_recipe(report: Row) -> dict[str, list[Row]]:
     """Judged runs of a report by recipe, one for each seed."""
     found: dict[str, list[Row]] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ssl_vit.benchmarks.measured import machine
+
 
 class TableOf(NamedTuple):
     """Table: title, header and rows; the first column names the rows."""
@@ -63,9 +65,8 @@ def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
 
 
 def _title(report: dict[str, Any]) -> str:
-    machine, sizes = report["hardware"], report["sizes"]
+    sizes, where = report["sizes"], machine(report["hardware"])
     crops = " + ".join(f"{c['count']} of {'x'.join(map(str, c['size']))}" for c in sizes["crops"])
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     title = f"{report['benchmark']} {report['method']}: {crops} px, "
     title += f"batches of {sizes['batch_size']}\n"
     return title + f"{report.get('precision', 'uint8 to float32')}, {where}"

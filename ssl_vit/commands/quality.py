@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from ssl_vit.benchmarks.measured import machine_card
+from ssl_vit.benchmarks.measured import machine, machine_card
 from ssl_vit.benchmarks.quality import (
     HEADER,
     JUDGES,
     by_recipe,
     curve,
     fitted_steps,
-    machine,
     markdown,
     minutes_at,
     rate_after,

@@ -222,7 +222,8 @@ def classifier_writer(
     which its file opens as an encoder.
     """
     tensors = contiguous_state(network)
-    timm_call = {k: v for k, v in dataclasses.asdict(call).items() if v not in (0.0, "patch")}
+    options = ((f, getattr(call, f.name)) for f in dataclasses.fields(call))
+    timm_call = {f.name: value for f, value in options if value != f.default}
     content: dict[str, Any] = {"timm": timm_call, "about": about}
     if info is not None:
         content["info"] = dataclasses.asdict(info)

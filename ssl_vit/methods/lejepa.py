@@ -96,6 +96,11 @@ class LeJEPAConfig(MethodConfig):
         check_range(self, "blur_sigma", most=float("inf"))
         check_share(self, "flip", "vertical_flip", "jitter", "gray", "blur", "solarize")
 
+    @property
+    def batch_normed(self) -> bool:
+        """Whether the projector has batch norms."""
+        return self.head_norm == "batch" and self.head_depth > 1
+
     def small(self, image: tuple[int, int], patch: int) -> tuple[int, int]:
         """Height and width of a local crop.
 
@@ -171,7 +176,7 @@ class LeJEPAObjective(Objective):
         of_part = []
         if c.sigreg_weight:
             of_part.append(f"SIGReg ({flag(c, 'sigreg_weight')} {c.sigreg_weight:g})")
-        if c.head_norm == "batch" and c.head_depth > 1:
+        if c.batch_normed:
             of_part.append(f"the projector's norm ({flag(c, 'head_norm')} batch)")
         if setting.parts == 1 or not of_part:
             return []
@@ -199,7 +204,7 @@ class LeJEPA(Method):
         config.small(self.encoder.image_size, self.encoder.patch_size)
         objective = LeJEPAObjective(config, self.encoder)
         truncated_init(self.encoder, objective.head)
-        if config.head_norm == "batch" and config.head_depth > 1:
+        if config.batch_normed:
             self._fix_last_bias()
         self.add("lejepa", objective)
 

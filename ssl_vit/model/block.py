@@ -83,15 +83,18 @@ class _Lean:
         rows: slice | None = None,
         rotation: Rotation | None = None,
         attended: Bool[Tensor, " n"] | None = None,
+        gamma: Float[Tensor, " d"] | None = None,
         **masks: Any,
     ) -> Tensor:
         """As timm's for (B, N, D) tokens; ``rows``: of these tokens only, attending to all;
-        ``rotation``: of queries and keys; ``attended``: the tokens attended to (None: all)."""
+        ``rotation``: of queries and keys; ``attended``: the tokens attended to (None: all);
+        ``gamma``: layer scale of the result."""
         own: Any = self
         if any(value is not None and value is not False for value in (*mask, *masks.values())):
             assert rows is None, "a mask is for all tokens"
             assert attended is None, "a mask states what is attended to"
-            return super().forward(x, *mask, **masks)  # type: ignore[misc]
+            found: Tensor = super().forward(x, *mask, **masks)  # type: ignore[misc]
+            return found if gamma is None else gamma * found
         dropout = own.attn_drop.p if own.training else 0.0
         normed = any(not isinstance(m, nn.Identity) for m in (own.q_norm, own.k_norm))
         whole = rows is None and attended is None
@@ -113,7 +116,7 @@ class _Lean:
         gate = getattr(self, "gate", None)  # which older releases lack
         if gate is not None:
             out = out * gate(x if rows is None else x[:, rows]).sigmoid()
-        return own.proj_drop(own.proj(out))
+        return own.proj_drop(_scaled(own.proj, out, gamma))
 
     def project(
         self,
@@ -164,6 +167,22 @@ def _part(
     return F.linear(x, linear.weight[outputs], None if bias is None else bias[outputs])
 
 
+def _scaled(linear: nn.Linear, x: Tensor, gamma: Float[Tensor, " d"] | None) -> Tensor:
+    """A linear layer, then layer scale."""
+    return linear(x) if gamma is None else F.linear(x, *_times(linear, gamma))
+
+
+def _times(
+    linear: nn.Linear, gamma: Float[Tensor, " d"] | None
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " d"] | None]:
+    """Weight and bias of a linear layer, scaled, so that its many results need not be: of these no
+    unscaled copy is kept for backward."""
+    weight, bias = linear.weight, linear.bias
+    if gamma is None:
+        return weight, bias
+    return gamma[:, None] * weight, None if bias is None else gamma * bias
+
+
 class _GeluLinear(torch.autograd.Function):
     """linear(gelu(h)); of the hidden layer h alone is kept, and gelu(h), as large, computed again.
 
@@ -199,17 +218,20 @@ class LeanMlp(Mlp):
     ``torch.func`` are not for it, nor for attention on CPUs.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As timm's."""
+    def forward(self, x: Tensor, gamma: Float[Tensor, " d"] | None = None) -> Tensor:
+        """As timm's; ``gamma``: layer scale of the result."""
         act, dropout = self.act, self.drop1.p if self.training else 0.0
         plain = type(act) is nn.GELU and act.approximate == "none" and type(self.fc2) is nn.Linear
         plain = plain and isinstance(self.norm, nn.Identity) and not dropout
-        if not (plain and torch.is_grad_enabled()):
-            return super().forward(x)
+        if not plain:
+            found: Tensor = super().forward(x)
+            return found if gamma is None else gamma * found
         h = self.fc1(x)
-        weight, bias = self.fc2.weight.to(h.dtype), self.fc2.bias
+        if not torch.is_grad_enabled():
+            return self.drop2(_scaled(self.fc2, act(h), gamma))
+        weight, bias = _times(self.fc2, gamma)
         bias = None if bias is None else bias.to(h.dtype)
-        return self.drop2(_GeluLinear.apply(h, weight, bias))
+        return self.drop2(_GeluLinear.apply(h, weight.to(h.dtype), bias))
 
 
 class LeanResidual(nn.Module):
@@ -252,19 +274,25 @@ class LeanResidual(nn.Module):
 
         def attend(some: Tensor, kept: Tensor | None) -> Tensor:
             turn = {} if rotation is None else {"rotation": rotation.images(kept)}
-            if rows is not None and isinstance(own.attn, LeanAttention | LeanEvaAttention):
-                return self._scaled(1, own.attn(some, *mask, rows=rows, **turn, **masks))
-            out = self._scaled(1, own.attn(some, *mask, **turn, **masks))
-            return out if rows is None else out[:, rows]
+            gamma = self._gamma(1)
+            if isinstance(own.attn, LeanAttention | LeanEvaAttention):
+                return own.attn(some, *mask, rows=rows, gamma=gamma, **turn, **masks)
+            out = own.attn(some, *mask, **turn, **masks)
+            out = out if rows is None else out[:, rows]
+            return out if gamma is None else gamma * out
 
         def perceive(some: Tensor, kept: Tensor | None) -> Tensor:
-            return self._scaled(2, own.mlp(some))
+            gamma = self._gamma(2)
+            if isinstance(own.mlp, LeanMlp):
+                return own.mlp(some, gamma)
+            out = own.mlp(some)
+            return out if gamma is None else gamma * out
 
         # Norms are of all rows: those of some alone would keep another copy of their input.
         out = self._add(x if rows is None else x[:, rows], own.norm1(x), attend, own.drop_path1)
         return self._add(out, own.norm2(out), perceive, own.drop_path2)
 
-    def _scaled(self, branch: int, x: Tensor) -> Tensor:
+    def _gamma(self, branch: int) -> Float[Tensor, " d"] | None:
         """Layer scale of a branch, where there is one."""
         raise NotImplementedError
 
@@ -277,8 +305,8 @@ class LeanResidual(nn.Module):
 class LeanBlock(LeanResidual, Block):
     """timm's block, for less work."""
 
-    def _scaled(self, branch: int, x: Tensor) -> Tensor:
-        return (self.ls1 if branch == 1 else self.ls2)(x)
+    def _gamma(self, branch: int) -> Tensor | None:
+        return getattr(self.ls1 if branch == 1 else self.ls2, "gamma", None)
 
 
 class LeanEvaBlock(LeanResidual, EvaBlock):
@@ -293,9 +321,8 @@ class LeanEvaBlock(LeanResidual, EvaBlock):
         rotation = Rotation.of_timm(rope, self.attn.num_prefix_tokens)
         return super().forward(x, *mask, rotation=rotation, **options)
 
-    def _scaled(self, branch: int, x: Tensor) -> Tensor:
-        gamma = self.gamma_1 if branch == 1 else self.gamma_2
-        return x if gamma is None else gamma * x
+    def _gamma(self, branch: int) -> Tensor | None:
+        return self.gamma_1 if branch == 1 else self.gamma_2
 
 
 _LEAN: dict[type, type] = {

@@ -7,21 +7,23 @@ from functools import partial
 import pytest
 import torch
 from timm.layers import Attention
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit.model.block import LeanAttention, LeanBlock, lean_blocks
+from ssl_vit.model.block import LeanAttention, LeanBlock, LeanEvaBlock, lean_blocks
 from ssl_vit.model.drop_path import DropPath, batch_share, draw_for_whole_batch
 from ssl_vit.model.execution import choose_attention
 
 WIDTH, HEADS, TOKENS, IMAGES = 24, 3, 7, 6
+SCALED = {"init_values": 0.3}
 KINDS = {
     "plain": {},
     "without biases": {"qkv_bias": False, "proj_bias": False},
     "normed queries": {"qk_norm": True},
     "normed output": {"scale_attn_norm": True},
-    "layer scale": {"init_values": 0.3},
+    "layer scale": SCALED,
     "dropout": {"attn_drop": 0.3, "proj_drop": 0.2},
     "another activation": {"act_layer": partial(torch.nn.GELU, approximate="tanh")},
     "normed hidden layer": {"scale_mlp_norm": True},
@@ -39,6 +41,18 @@ def blocks(**changes) -> tuple[Block, LeanBlock]:
     lean_blocks(ours)
     assert isinstance(ours, LeanBlock)
     assert type(ours.attn) is LeanAttention
+    return theirs, ours
+
+
+def rotary_blocks(**changes) -> tuple[EvaBlock, LeanEvaBlock]:
+    """The same of timm's Eva."""
+    torch.manual_seed(0)
+    theirs = EvaBlock(WIDTH, HEADS, **changes).double().train()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = copy.deepcopy(theirs)
+    lean_blocks(ours)
+    assert isinstance(ours, LeanEvaBlock)
     return theirs, ours
 
 
@@ -206,20 +220,33 @@ def test_stochastic_depth_computes_what_it_keeps(rate, rows):
     assert torch.equal(ours(tokens()), whole.eval()(tokens()))
 
 
+def kept_for_backward(block, numbers):
+    """How many tensors of so many numbers a block keeps."""
+    choose_attention(block, torch.device("cpu"))
+    storages: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(tokens())
+    return sum(tensor.numel() == numbers for tensor in storages.values())
+
+
 def test_the_hidden_layer_is_kept_once():
     """And GELU's output not at all; gradients are compared above."""
-    for block, times in zip(blocks(), (2, 1), strict=True):
-        choose_attention(block, torch.device("cpu"))
-        storages: dict[int, torch.Tensor] = {}
+    hidden = 4 * IMAGES * TOKENS * WIDTH
+    assert [kept_for_backward(block, hidden) for block in blocks()] == [2, 1]
 
-        def keep(tensor: torch.Tensor, to=storages) -> torch.Tensor:
-            to[tensor.untyped_storage()._cdata] = tensor
-            return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(tokens())
-        hidden = [t for t in storages.values() if t.numel() == 4 * IMAGES * TOKENS * WIDTH]
-        assert len(hidden) == times
+@pytest.mark.parametrize("make", [blocks, rotary_blocks])
+def test_layer_scale_keeps_no_more(make):
+    """It scales weights, not tokens; timm's keeps what both branches give."""
+    size = IMAGES * TOKENS * WIDTH
+    plain, scaled = ([kept_for_backward(b, size) for b in make(**c)] for c in ({}, SCALED))
+    assert scaled[0] == plain[0] + 2
+    assert scaled[1] == plain[1]
 
 
 def test_what_is_dropped_costs_nothing():

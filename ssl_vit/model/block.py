@@ -226,6 +226,7 @@ class LeanMlp(Mlp):
         if not plain:
             found: Tensor = super().forward(x)
             return found if gamma is None else gamma * found
+        assert isinstance(self.fc2, nn.Linear)
         h = self.fc1(x)
         if not torch.is_grad_enabled():
             return self.drop2(_scaled(self.fc2, act(h), gamma))

@@ -1,5 +1,5 @@
-"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale METHOD``, or
-``quality``."""
+"""Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale METHOD``,
+``quality`` or ``device``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ssl_vit.benchmarks.loader import measure_loader
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
 from ssl_vit.benchmarks.step import StepComparison
-from ssl_vit.commands import quality
+from ssl_vit.commands import device, quality
 from ssl_vit.commands.cli import (
     find_recipe,
     layered,
@@ -153,7 +153,7 @@ def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
 
 def workload(kind: type[Method], config: Any) -> Workload:
     """Workload that all sides of a comparison share."""
-    device = resolve_device(config.run.device)
+    where = resolve_device(config.run.device)
     return Workload(
         encoder=config.encoder,
         channels=config.data.channels,
@@ -163,8 +163,8 @@ def workload(kind: type[Method], config: Any) -> Workload:
         batch_size=config.batch_size,
         seed=config.run.seed,
         statistics=statistics(config.data),
-        device=device,
-        precision=resolve_precision(config.run.precision, device),
+        device=where,
+        precision=resolve_precision(config.run.precision, where),
     )
 
 
@@ -218,7 +218,7 @@ def check_out(out: str) -> None:
 
 def parse_options(argv: Sequence[str]) -> tuple[str, str, type[Method], Any]:
     """Benchmark, method name and class, and the options: method < YAML < command line."""
-    what = subcommand(argv, _PROG, "benchmark", [*_BENCHMARKS, "quality"])
+    what = subcommand(argv, _PROG, "benchmark", [*_BENCHMARKS, "quality", "device"])
     name = subcommand(argv[1:], f"{_PROG} {what}", "method", method_names())
     configs, flags = split_config(argv[2:])
     method, options = find_method(name), _BENCHMARKS[what].options
@@ -233,6 +233,8 @@ def main(argv: list[str]) -> int:
     """Benchmark command; returns the exit status."""
     if argv[:1] == ["quality"]:
         return quality.main(argv[1:])
+    if argv[:1] == ["device"]:
+        return device.main(argv[1:])
     what, name, kind, config = parse_options(argv)
     benchmark = _BENCHMARKS[what]
     check_out(config.out)

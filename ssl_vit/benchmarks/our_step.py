@@ -8,11 +8,13 @@ from dataclasses import replace
 from statistics import mean
 
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit.benchmarks.breakdown import breakdown
 from ssl_vit.benchmarks.matmul_peak import MatmulShapes, Shape
 from ssl_vit.benchmarks.side import Side, Workload
-from ssl_vit.benchmarks.speed import random_batch, trainer_midway, worker_batch
+from ssl_vit.benchmarks.speed import random_batch, trainer_midway, wait, worker_batch
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize
@@ -76,6 +78,15 @@ class OurStep(Side):
         with MatmulShapes() as products:
             measure_step(self.trainer, [self.batch])
         return products.shapes
+
+    def kernels(self) -> int | None:
+        """Kernels and copies that a step starts on the device; None: on the CPU, which is none."""
+        if self.work.device.type != "cuda":
+            return None
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self.step()
+            wait(self.work.device)
+        return sum(event.device_type == DeviceType.CUDA for event in seen.events())
 
     def breakdown(self, steps: int) -> dict[str, float]:
         """Median seconds of each stage of a step, photometric operations included."""

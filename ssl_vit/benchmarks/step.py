@@ -61,7 +61,7 @@ class StepComparison(Comparison):
             side.ask("watch_memory")
 
     def report(self, sides: Sides, timings: dict[str, Timing]) -> dict[str, Any]:
-        """Results, ratios of speed and memory, matmul peak and breakdown of our step."""
+        """Results, ratios of speed and memory, matmul peak, kernels and breakdown of our step."""
         memory = {name: side.ask("peak_memory") for name, side in sides.items()}
         # After the memory: what counting FLOPs leaves behind is not memory of a step.
         flops = {name: side.ask("flops") for name, side in sides.items()}
@@ -85,6 +85,7 @@ class StepComparison(Comparison):
             "ratios": ratios(results, "images_per_second"),
             "memory_ratios": ratios(results, "peak_memory_bytes"),
             "matmul_peak": peak,
+            "kernels": sides[OURS].ask("kernels"),
             "breakdown": shares(stages),
         }
 

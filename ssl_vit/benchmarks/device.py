@@ -1,0 +1,255 @@
+"""Proof on a device: what only a GPU can tell, in parts of their own processes, cheapest first.
+
+A part is a folder's tests or a benchmark by its own door. One that fails, or has no time left,
+stops none of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from ssl_vit.benchmarks.speed_tables import TableOf
+
+_TESTS = Path(__file__).parents[2] / "tests" / "gpu"
+# Seconds between the request to end and the end of a part that is out of time.
+_GRACE = 5.0
+# How a test may end, but for passing, in a report of pytest.
+_ENDS = ("failure", "error", "skipped")
+# Last lines of what a failed part said that are kept.
+_KEPT = 20
+# The step that is measured: method, recipe, images of a step.
+STEPS = (
+    ("mae", "mae_vit_b16", 256),
+    ("dino", "dino_vit_s16", 64),
+    ("mae", "mae_vit_l16", 128),
+    ("dino", "dino_vit_b16", 32),
+)
+# Peers of a method, and the library that each needs.
+_PEERS = {"mae": {"huggingface": "transformers"}, "dino": {"lightly": "lightly"}}
+# The same steps, as small as a rehearsal on the CPU allows.
+_SMALL = (
+    *("--encoder.arch", "vit_tiny_patch16_224", "--encoder.depth", "1"),
+    *("--encoder.image-size", "32", "--repeats", "1", "--warm-up", "1"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question to the device, asked in a process of its own.
+
+    Attributes:
+        name: in the report.
+        asks: what it finds out, in some words.
+        arguments: of Python; ``{out}`` is the file for its findings.
+        least: seconds without which it is not begun.
+        needs: modules that it imports; without one it is left out.
+        files: without these it is left out, too.
+    """
+
+    name: str
+    asks: str
+    arguments: tuple[str, ...]
+    least: float = 20.0
+    needs: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def missing(self) -> str:
+        """What it lacks here; empty: nothing."""
+        lacks = [f"{name} is not installed" for name in self.needs if find_spec(name) is None]
+        lacks += [f"{path.name} is only in a checkout" for path in self.files if not path.exists()]
+        return ", ".join(lacks)
+
+
+@dataclass
+class Outcome:
+    """What became of a part.
+
+    Attributes:
+        state: ``passed``, ``failed``, ``out of time``, ``not begun`` or ``left out``.
+        seconds: that it took.
+        said: its measurements in words, the reasons of failures, or why it was not run.
+        found: its report, if it writes one.
+    """
+
+    state: str
+    seconds: float = 0.0
+    said: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def parts(device: str) -> Iterator[Part]:
+    """All parts for a kind of device, in their order; on ``cpu`` a rehearsal: all parts are tried,
+    on small networks, and nothing is proven."""
+    for name, asks, least in (
+        ("scores", "k-NN, linear probe and patch heads repeat, and are the CPU's", 20.0),
+        ("prefetch", "batches arrive whole and in order", 10.0),
+        ("step", "numbers against the CPU, waits of the host, NaN, out of memory", 30.0),
+        ("memory", "peak memory of a step beside what scale predicts", 20.0),
+        ("attention", "seconds of a step by kernel, gradients of a single query", 40.0),
+    ):
+        yield _tests(name, asks, least)
+    for compiled in (False, True):
+        for method, recipe, images in STEPS:
+            yield _step(method, recipe, images, device, compiled)
+    yield _tests("run", "kill and resume, scores again, two processes", 60.0)
+    for method in ("mae", "dino"):
+        yield _prediction(method)
+
+
+def _tests(name: str, asks: str, least: float) -> Part:
+    file = _TESTS / f"test_{name}_gpu.py"
+    arguments = ("-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}")
+    return Part(name, asks, (*arguments, str(file)), least, ("pytest", "beartype"), (file,))
+
+
+def _step(method: str, recipe: str, images: int, device: str, compiled: bool) -> Part:
+    small = device == "cpu"
+    with_peers = [name for name, module in _PEERS[method].items() if find_spec(module)]
+    against = "none" if compiled or small else ",".join(with_peers) or "none"
+    options: tuple[str, ...] = ("--config", recipe, "--batch-size", str(2 if small else images))
+    options += ("--run.device", device, "--run.precision", "bf16", "--against", against)
+    options += ("--run.compile", str(compiled), "--out", "{out}", *(_SMALL if small else ()))
+    how = "compiled" if compiled else "eager"
+    asks = f"images/s and share of peak of {recipe}, {how}"
+    arguments = ("-m", "ssl_vit.benchmark", "step", method, *options)
+    return Part(f"{recipe} {how}", asks, arguments, 60.0 if compiled else 30.0)
+
+
+def _prediction(method: str) -> Part:
+    archs = [f"vit_{size}_patch16_224" for size in ("small", "base", "large")]
+    options = ("--archs", *archs, "--image-sizes", "224", "--out", "{out}")
+    arguments = ("-m", "ssl_vit.benchmark", "scale", method, *options)
+    return Part(f"scale {method}", "memory as predicted, without a device", arguments, 30.0)
+
+
+def carry_out(part: Part, seconds: float, device: str) -> Outcome:
+    """Run a part for at most so many seconds."""
+    if part.missing:
+        return Outcome("left out", said=[part.missing])
+    if seconds < part.least:
+        left = max(0.0, seconds)
+        return Outcome("not begun", said=[f"{left:.0f} s are left; {part.least:.0f} are needed"])
+    with tempfile.TemporaryDirectory(prefix="ssl_vit-") as scratch:
+        out, told = Path(scratch) / "found.json", Path(scratch) / "told"
+        command = [sys.executable, *(a.replace("{out}", str(out)) for a in part.arguments)]
+        started = time.perf_counter()
+        status = _ended(command, told, seconds, device)
+        took = time.perf_counter() - started
+        lines = told.read_text(errors="replace").splitlines()
+        state = {0: "passed", None: "out of time"}.get(status, "failed")
+        outcome = Outcome(state, round(took, 1))
+        _read(outcome, out, lines)
+    return outcome
+
+
+def _ended(command: Sequence[str], told: Path, seconds: float, device: str) -> int | None:
+    """Status of a command; None: it was ended, with all its children, as its time was over."""
+    with told.open("wb") as out:
+        child = subprocess.Popen(
+            command, stdout=out, stderr=out, env=_surroundings(device), start_new_session=True
+        )
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(child.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE)
+
+
+def _surroundings(device: str) -> dict[str, str]:
+    """Environment of a part: it sees the one device, which is then its first."""
+    name, _, index = device.partition(":")
+    if name == "cpu":
+        return os.environ | {"SSL_VIT_REHEARSE": "cpu"}
+    if not index:
+        return dict(os.environ)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = seen.split(",")[int(index)] if seen else index
+    return os.environ | {"CUDA_VISIBLE_DEVICES": chosen}
+
+
+def _read(outcome: Outcome, out: Path, lines: list[str]) -> None:
+    """What a part has found, from its report and from what it said."""
+    text = out.read_text() if out.exists() else ""
+    if text.startswith("<"):
+        cases = list(ElementTree.fromstring(text).iter("testcase"))
+        kinds = {k: [c for c in cases if c.find(k) is not None] for k in _ENDS}
+        outcome.found = {"tests": len(cases)} | {k: len(found) for k, found in kinds.items()}
+        outcome.said = [line.strip() for line in lines if line.startswith("    ")]
+        for case in kinds["failure"] + kinds["error"]:
+            reason = next(e for e in case if e.tag in _ENDS).get("message", "")
+            outcome.said.append(f"{case.get('name')}: {reason.splitlines()[0][:200]}")
+    elif text:
+        outcome.found = json.loads(text)
+    if outcome.state == "failed" and not outcome.said:
+        outcome.said = [line for line in lines if line.strip()][-_KEPT:]
+
+
+def steps_table(outcomes: dict[str, Outcome]) -> TableOf:
+    """Table of the measured steps: speed, share of peak, memory beside its prediction, peers."""
+    header = ("", "images/s", "of peak", "kernels", "device half", "memory", "predicted", "peers")
+    rows: list[tuple[str, ...]] = []
+    for name, outcome in outcomes.items():
+        if "results" not in outcome.found:
+            continue
+        report, ours = outcome.found, outcome.found["results"]["ours"]
+        share, half = ours["share_of_peak"], report["breakdown"]["parts"]["device augmentation"]
+        faster = [f"{key.split(' / ')[1]} {r:.2f} x" for key, r in report["ratios"].items() if r]
+        rows.append(
+            (
+                f"{name}, {report['sizes']['batch_size']}",
+                f"{ours['images_per_second']:,.1f}",
+                "?" if share is None else f"{share:.0%}",
+                str(report.get("kernels") or "?"),
+                f"{half['share']:.1%}",
+                _gigabytes(ours["peak_memory_bytes"]),
+                _gigabytes(_predicted(report, outcomes)),
+                ", ".join(faster) or "-",
+            )
+        )
+    return TableOf("steps in bf16; peers: how many times as many images/s ours makes", header, rows)
+
+
+def _predicted(report: dict[str, Any], outcomes: dict[str, Outcome]) -> int | None:
+    """Bytes that ``scale`` predicts for a measured step; None: it was not asked."""
+    scale = outcomes.get(f"scale {report['method']}", Outcome("not begun")).found
+    rows = {row["name"]: row for row in scale.get("sizes", [])}
+    row = rows.get(report["options"]["encoder"]["arch"])
+    if row is None or report["options"]["encoder"]["depth"]:
+        return None
+    kept = row["activations"]["kept"]
+    images = report["sizes"]["batch_size"]
+    return int(row["state"]["1"]["total"] + kept["fixed"] + images * kept["per_image"])
+
+
+def _gigabytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**30:.1f} GiB"
+
+
+def markdown(table: TableOf, where: str) -> str:
+    """The table for a page of the docs, with the device and the date."""
+    lines = [f"{where}: {table.title}", "", _line(table.header)]
+    lines += [_line(("---",) * len(table.header)), *map(_line, table.rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

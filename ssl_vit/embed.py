@@ -1,10 +1,12 @@
-"""Embedding command: ``python -m ssl_vit.embed --encoder RUN --data.train ... --out x.npz``."""
+"""Embedding command: ``python -m ssl_vit.embed --encoder RUN --data.train ... --out x.npz``.
+
+Options are read before torch is imported: what embeds is imported late.
+"""
 
 from __future__ import annotations
 
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config
 from ssl_vit.commands.embed_options import EmbedConfig
-from ssl_vit.commands.embedding import Embedding
 
 _PROG = "python -m ssl_vit.embed"
 
@@ -14,7 +16,10 @@ def main(argv: list[str]) -> int:
     configs, flags = split_config(argv)
     files = [find_recipe(c) for c in configs]
     about = EmbedConfig.__doc__ or ""
-    embedding = Embedding(layered(EmbedConfig(), files, flags, _PROG, about, EmbedConfig))
+    config = layered(EmbedConfig(), files, flags, _PROG, about, EmbedConfig)
+    from ssl_vit.commands.embedding import Embedding
+
+    embedding = Embedding(config)
     table = embedding.run()
     if table is not None:
         left = f", {len(table.unreadable):,} left out as unreadable" if table.unreadable else ""

@@ -1,62 +1,42 @@
-"""Pretraining command: ``python -m ssl_vit.pretrain mae [--config FILE] [--group.option ...]``."""
+"""Pretraining command: ``python -m ssl_vit.pretrain mae [--config FILE] [--group.option ...]``.
+
+Options are read before torch is imported: what trains is imported late.
+"""
 
 from __future__ import annotations
 
 import logging
-import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-from ssl_vit.commands.beginning import BEST, verdict
-from ssl_vit.commands.cli import (
-    find_recipe,
-    layered,
-    recipes,
-    run_door,
-    show_table,
-    split_config,
-    subcommand,
-)
-from ssl_vit.commands.preflight import preflight
-from ssl_vit.commands.pretraining import (
-    PretrainConfig,
-    Pretraining,
-    build,
-    carry_out,
-    default_options,
-    with_statistics,
-    with_weights,
-)
-from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
-from ssl_vit.evaluators.linear import LinearProtocol
-from ssl_vit.evaluators.protocol import protocol_card
-from ssl_vit.evaluators.watch import ScoreTable, Watch, read_scores, write_scores
-from ssl_vit.methods.base import Method, find_method, method_names
-from ssl_vit.records.run_folder import read_run
-from ssl_vit.training.session import slug
-from ssl_vit.weights.exchange import BEST_FILE, ENCODER_FILE, load_encoder, sha256
-from ssl_vit.weights.official import weights_info
+from ssl_vit.commands.cli import find_recipe, layered, recipes, run_door, split_config, subcommand
+from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
+from ssl_vit.methods import find_options, method_names
+from ssl_vit.training.run_files import slug
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.pretrain"
 _ABOUT = "Pretrain a Vision Transformer on images without labels."
 
 
-def parse_options(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[Any]]:
-    """Method name and class, and the options: defaults < method < YAML < command line."""
+def parse_options(argv: list[str]) -> tuple[str, PretrainConfig[Any]]:
+    """Method name and the options: defaults < method < YAML < command line."""
     name = subcommand(argv, _PROG, "method", method_names())
     configs, flags = split_config(argv[1:])
-    method = find_method(name)
+    own = find_options(name)
     given = any(f.split("=")[0] in ("--data.train", "--init.encoder") for f in flags)
     if not configs and not given and f"{name}_digits" in recipes():
         configs = [f"{name}_digits"]
         if "--help" not in flags and "-h" not in flags:
             log.info("no --config and no --data.train: using the recipe %s", configs[0])
-    default = default_options(PretrainConfig, method)
-    kind = PretrainConfig[method.Config]  # type: ignore[name-defined]
+    default = default_options(PretrainConfig, own)
+    kind = PretrainConfig[own.config]  # type: ignore[name-defined]
     files = [find_recipe(c) for c in configs]
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
     if config.init.encoder:
+        from ssl_vit.commands.pretraining import with_statistics, with_weights
+        from ssl_vit.weights.official import weights_info
+
         info = weights_info(config.init.encoder, config.encoder.image_size, "--init.encoder")[0]
         default = with_weights(default, info, config.init.heads, bool(config.init.lora))
         config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
@@ -64,87 +44,19 @@ def parse_options(argv: list[str]) -> tuple[str, type[Method], PretrainConfig[An
     if not config.run.out:
         out = f"runs/{name}-{slug(config.data.train)}"
         config = replace(config, run=replace(config.run, out=out))
-    return name, method, config
-
-
-def show_results(session: Pretraining) -> dict[str, float]:
-    """Print the scores, the files of the run and what to try next; returns the scores."""
-    watch, out, data = session.watch, session.out, session.config.data
-    loss = read_run(out).latest("loss")
-    outcome = {} if loss is None else {"final/loss": loss}
-    if watch.labelled:
-        outcome |= show_scores(session, watch)
-    print(f"encoder:  {out / ENCODER_FILE}")
-    for picture in sorted(out.glob("*.png")):
-        print(f"picture:  {picture}")
-    print(f"curves:   tensorboard --logdir {shlex.quote(str(out))}")
-    print(f"report:   python -m ssl_vit.report {shlex.quote(str(out))}")
-    print("try next:")
-    if watch.labelled and data.val:
-        sets = f"--data.train {shlex.quote(data.train)} --data.val {shlex.quote(data.val)}"
-        print(f"  python -m ssl_vit.evaluate linear --encoder {shlex.quote(str(out))} {sets}")
-    print(f"  {_PROG} {session.name} --data.train folder:PATH_TO_YOUR_IMAGES")
-    return outcome
-
-
-def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
-    """Print the table of scores; returns those of the trained encoder.
-
-    They are measured once for each encoder file, and then read from ``results.json``.
-    """
-    path, encoder_file = session.out / "results.json", session.out / ENCODER_FILE
-    identity = sha256(encoder_file)
-    table = read_scores(path, identity)
-    if table is None:
-        table = measure(session, watch)
-        encoder = {"file": str(encoder_file), "sha256": identity, **asdict(session.info())}
-        card = protocol_card(
-            "pretrain",
-            encoder,
-            watch.view,
-            {
-                "train": {"source": watch.train.spec, "images": len(watch.train)},
-                "val": {"source": watch.val.spec, "images": len(watch.val)},
-            },
-            options=asdict(session.config),
-            probe=asdict(LinearProtocol(seed=watch.seed)),
-            precision=str(watch.precision).removeprefix("torch."),
-        )
-        session.guard()
-        write_scores(path, table, card)
-    rows = [
-        (n, f"{row['knn'].value:.1f}", f"{row['linear'].value:.1f}") for n, row in table.items()
-    ]
-    k = table["raw pixels"]["knn"].setting
-    kind = "accuracy" if watch.val.targets is None else "mean average precision"
-    title = f"{kind} in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
-    show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
-    if words := verdict(session.looks, session.trainer.step, session.out):
-        print(words)
-    own = table[f"{session.name} encoder"]
-    return {f"final/{evaluator}": score.value for evaluator, score in own.items()}
-
-
-def measure(session: Pretraining, watch: Watch) -> ScoreTable:
-    """Scores of raw pixels, the untrained encoder and the trained one, under one protocol."""
-    first = "initial encoder" if session.config.init.encoder else "random encoder"
-    encoders = {first: session.untrained_encoder()}
-    encoders[f"{session.name} encoder"] = session.task.exported_encoder()
-    best = session.looks.best
-    if best is not None and 0 < best["step"] < session.trainer.step:
-        encoders[f"{BEST}, step {best['step']}"] = load_encoder(session.out / BEST_FILE)[0]
-    entries: dict[str, Embed] = {"raw pixels": pixels}
-    for name, encoder in encoders.items():
-        ready(encoder, session.parallel.device)
-        entries[name] = pooled(encoder)
-    return watch.compare(entries)
+    return name, config
 
 
 def main(argv: list[str]) -> int:
     """Pretraining command; returns the exit status."""
-    name, kind, config = parse_options(argv)
-    session = build(name, kind, config)
+    name, config = parse_options(argv)
+    from ssl_vit.commands.pretraining import build, carry_out
+    from ssl_vit.commands.results import show_results
+
+    session = build(name, config)
     if config.dry_run:
+        from ssl_vit.commands.preflight import preflight
+
         return preflight(session)
     return carry_out(session, session.about(), show_results, f"{_PROG} {name}")
 

@@ -21,10 +21,10 @@ from rich.text import Text
 
 from ssl_vit.commands.cli import run_door
 from ssl_vit.common.checks import check_positive
+from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import check
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.records.run_folder import Run, find_runs, read_run
-from ssl_vit.training.metrics import duration
 
 _PROG = "python -m ssl_vit.runs"
 _ABOUT = "Overview of runs: progress, scores, state, and the commands that resume them."

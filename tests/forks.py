@@ -26,8 +26,13 @@ from tempfile import TemporaryDirectory
 from tests.conftest import ROOT
 
 DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "runs", "report", "embed")
-# Methods are found by name, and the digits come with scikit-learn: both are imported late.
-_LATE = ("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets")
+# Imported late: what doors do once their options are read, methods, which are found by name, and
+# the digits, which come with scikit-learn.
+_WORK = ("results", "preflight", "probing", "finetuning", "compare", "embedding", "exporting")
+_LATE = (
+    *(f"ssl_vit.commands.{work}" for work in (*_WORK, "drawing", "benchmarking", "quality")),
+    *("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets"),
+)
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [*(f"ssl_vit.{door}" for door in DOORS), *_LATE, "tests.warm", __name__]

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "ssl_vit"
 # package is a door, or the library's own face for notebooks.
 FLOORS = (
     {"common"},
+    {"options"},
     {"data", "model"},
     {"objectives"},
     {"weights", "pictures"},

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.evaluators.watch import Look
-from ssl_vit.training.metrics import METRICS_FILE, read_rows
-from ssl_vit.weights.exchange import BEST_FILE
+from ssl_vit.training.run_files import METRICS_FILE, read_rows
+from ssl_vit.weights.own_files import BEST_FILE
 
 # Names in metrics.jsonl: the score that is selected by, and the lower end of the interval of k-NN.
 SELECTION, _LOW = "selection_knn", "knn_low"

@@ -1,4 +1,7 @@
-"""Command line of all doors: one-line errors, exit status, recipes by name, tables, logging."""
+"""Command line of all doors: one-line errors, exit status, recipes by name, tables, logging.
+
+Nothing here imports torch, which takes longer than all else that a mistake or ``--help`` needs.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import RunFailed, UserError, did_you_mean
 from ssl_vit.common.layers import known_keys, parse, yaml_flags
-from ssl_vit.training.failures import failure_line
 from ssl_vit.training.launched import Launched, launched
-from ssl_vit.training.parallel import stop_parallel
 
 T = TypeVar("T")
 # Exit status of a run that a scheduler's signal stopped and that is saved: the same command resumes
@@ -55,6 +55,8 @@ def run_door(main: Callable[[list[str]], int]) -> None:
         status = 130
     except Exception as error:
         status = 1
+        from ssl_vit.training.failures import failure_line
+
         if line := failure_line(error):
             _print_error(own, "stopped", RunFailed(line))
         else:
@@ -67,15 +69,27 @@ def run_door(main: Callable[[list[str]], int]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-    stop_parallel()
+    if _processes() > 1:
+        from ssl_vit.training.parallel import stop_parallel
+
+        stop_parallel()
     sys.exit(status)
+
+
+def _processes() -> int:
+    """Processes of the group that this one has joined; 1 where torch, which has it, is not used."""
+    if "torch" not in sys.modules:
+        return 1
+    from ssl_vit.common.distributed import rank_and_world
+
+    return rank_and_world()[1]
 
 
 def _print_error(own: Launched, kind: str, error: Exception) -> None:
     """Print an error in one line; of an error that all processes raise, one process prints it."""
     # Before the process group exists, all processes on one machine raise the same error.
-    grouped = rank_and_world()[1] > 1
-    same = getattr(error, "everywhere", False) or (not grouped and own.local_rank > 0)
+    alone = _processes() == 1
+    same = getattr(error, "everywhere", False) or (alone and own.local_rank > 0)
     if own.rank and same:
         return
     who = f"process {own.rank} ({platform.node()}): " if own.rank else ""

@@ -7,59 +7,25 @@ import io
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ssl_vit.commands import finetuning as finetune
-from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
-from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
-from ssl_vit.commands.probes import KnnConfig, LinearConfig, Result, best_pooling, knn, linear
+from ssl_vit.commands.cli import show_table
+from ssl_vit.commands.compare_options import CompareConfig, named
+from ssl_vit.commands.eval_options import FeatureConfig, KnnConfig, LinearConfig
+from ssl_vit.commands.evaluating import Evaluation
+from ssl_vit.commands.probes import Result, best_pooling, knn, linear
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.pictures.chart import Bars, bars
-from ssl_vit.training.metrics import duration
 
 log = logging.getLogger("ssl_vit")
-_PROG = "python -m ssl_vit.evaluate compare"
-_EVALUATORS = ("knn", "linear", "logreg", "finetune")
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Comparison of several encoders by the same evaluators and images: a table, CSV and chart."""
-
-    config: str = ""
-    """A YAML file of these options. The command line wins."""
-    data: EvalData = field(default_factory=EvalData)
-    encoders: tuple[str, ...] = ()
-    """Encoders as for --encoder of the other evaluators, each optionally named as NAME=ENCODER."""
-    evaluators: tuple[Literal["knn", "linear", "logreg", "finetune"], ...] = ("knn", "linear")
-    """knn: k = 20, with the pooling that is best by leave-one-out on 5,000 training images.
-    linear: the fast protocol. logreg: logistic regression. finetune: with --recipe."""
-    recipe: str = ""
-    """A YAML file of options for finetune, or a recipe by name. It trains encoders with random
-    weights from scratch."""
-    size: tuple[int, ...] = ()
-    """As for the other evaluators."""
-    out: str = "compare"
-    """Folder for the table (compare.csv, compare.png), all cards (compare.json) and fine-tuning
-    runs, which are resumed if they were stopped."""
-    seed: int = 0
-    """As for the other evaluators."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """As for the other evaluators."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.encoders), "--encoders is missing; one or more, as --encoder elsewhere")
-        check(bool(self.evaluators), "--evaluators is empty; allowed: " + ", ".join(_EVALUATORS))
-        needs = "finetune" in self.evaluators
-        check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
 
 
 @dataclass(frozen=True)
@@ -72,21 +38,6 @@ class Cell:
 
 
 Table = dict[str, dict[str, Cell]]
-
-
-def named(encoders: tuple[str, ...]) -> dict[str, str]:
-    """Encoders by their names in the table.
-
-    Raises:
-        UserError: two have the same name.
-    """
-    found: dict[str, str] = {}
-    for text in encoders:
-        name, _, spec = text.rpartition("=")
-        name = name or spec
-        check(name not in found, f"--encoders has {name!r} twice; give names as NAME={spec}")
-        found[name] = spec
-    return found
 
 
 def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -> Result | None:
@@ -178,16 +129,8 @@ def write(config: CompareConfig, table: Table) -> list[Path]:
     return [out / name for name in ("compare.csv", "compare.png", "compare.json")]
 
 
-def main(argv: list[str]) -> int:
+def compare(config: CompareConfig) -> int:
     """``evaluate compare``; returns the exit status."""
-    configs, flags = split_config(argv)
-    files = [find_recipe(c) for c in configs]
-    about = CompareConfig.__doc__ or ""
-    default = CompareConfig(encoders=("",))
-    config = layered(default, files, flags, _PROG, about, CompareConfig)
-    check(any(config.encoders), "--encoders is missing; one or more, as --encoder elsewhere")
-    for spec in ("train", "val"):
-        check(bool(getattr(config.data, spec)), f"--data.{spec} is missing")
     encoders = named(config.encoders)
     out = Path(config.out).expanduser()
     if out.is_file():

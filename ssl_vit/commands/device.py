@@ -4,59 +4,35 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ssl_vit.benchmarks.device import Outcome, carry_out, markdown, parts, steps_table
+from ssl_vit.benchmarks.device import Outcome, carry_out, markdown, steps_table
 from ssl_vit.benchmarks.measured import machine, machine_card
 from ssl_vit.commands.cli import show_table
-from ssl_vit.common.checks import check_positive
+from ssl_vit.commands.device_options import DeviceConfig
+from ssl_vit.commands.device_parts import parts
 from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
-from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import resolve_device
 
-_PROG = "python -m ssl_vit.benchmark device"
 
+def prove(config: DeviceConfig) -> int:
+    """``benchmark device``; returns the exit status: 1 when a part failed.
 
-@dataclass(frozen=True)
-class DeviceConfig:
-    """Proof on a GPU: numbers against the CPU, waits of the host, NaN, memory, attention kernels,
-    the steps of published recipes, eager and compiled, beside peers; kill and resume. One line a
-    part, cheapest first; what has no time left is said. No network is needed, but a checkout with
-    its tests."""
-
-    minutes: float = 10.0
-    """No part is begun without the time it may need, and none goes on beyond this."""
-    device: str = "auto"
-    """cuda, or cuda:N. auto: cuda. cpu: a rehearsal on small networks, which proves nothing."""
-    out: str = "device"
-    """Folder for the report (device.json) and the table for a page (device.md)."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "minutes")
-
-
-def main(argv: Sequence[str]) -> int:
-    """``benchmark device``; returns the exit status: 1 when a part failed."""
-    about = DeviceConfig.__doc__ or ""
-    config = parse(DeviceConfig(), list(argv), COMMAND_LINE, _PROG, about)
+    Raises:
+        UserError: there is no such device.
+    """
     wanted = "cuda" if config.device == "auto" else config.device
-    check(
-        wanted.split(":")[0] in ("cuda", "cpu"),
-        f"--device is {config.device!r}; allowed: auto, cuda, cuda:N, and cpu for a rehearsal",
-    )
     check(
         wanted == "cpu" or torch.cuda.is_available(),
         "no CUDA device is seen; --device cpu rehearses the parts on small networks",
     )
     device = resolve_device(wanted)
     out = Path(config.out).expanduser()
-    check(not out.is_file(), f"--out is {config.out!r}, a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     outcomes: dict[str, Outcome] = {}

@@ -7,16 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from ssl_vit.common.checks import check_least, check_size
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
-from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.feature_files import check_format
-from ssl_vit.evaluators.features import FEATURES, PATCHES, Embed, parts_of
-from ssl_vit.model.encoder import Encoder
+from ssl_vit.evaluators.options import FEATURES, PATCHES, check_format
 
 
 @dataclass(frozen=True)
@@ -86,37 +80,3 @@ def check_place(out: Path) -> None:
     check(folder.is_dir(), f"--out is {str(out)!r}; there is no folder {str(folder)!r}")
     usable = os.access(folder, os.W_OK)
     check(usable, f"--out is {str(out)!r}; nothing can be written to {str(folder)!r}")
-
-
-def chosen_features(config: EmbedConfig, backbone: Backbone) -> tuple[str, ...]:
-    """Features to compute, each once.
-
-    Raises:
-        UserError: the encoder lacks one, or they are several for a .npy file.
-    """
-    single = Path(config.out).suffix == ".npy"
-    tokens = (PATCHES,) if isinstance(backbone.module, Encoder) else ()
-    given = (*backbone.features, *tokens)
-    asked = tuple(dict.fromkeys(config.features))
-    strange = [name for name in asked if name not in given]
-    check(not strange, f"--features has {strange}; {config.encoder} has {', '.join(given)}")
-    check(
-        not single or len(asked) < 2,
-        f"--features is {' '.join(asked)}, and a .npy file holds one array: give one of them, or "
-        "--out with .npz or .parquet",
-    )
-    return asked or backbone.poolings[: 1 if single else None]
-
-
-def embedding_of(backbone: Backbone, features: tuple[str, ...]) -> Embed:
-    """Embedding function: images to these features, each (b, D); patches (b, N, D)."""
-    needs = {name: FEATURES.get(name, (name,)) for name in features}
-    pooled = parts_of(tuple(name for name in features if name in FEATURES))
-    embed = backbone.embed((*pooled, *({PATCHES} & set(features))))
-
-    def made(images: Tensor) -> dict[str, Tensor]:
-        parts = embed(images)
-        joined = {name: [parts[part] for part in own] for name, own in needs.items()}
-        return {name: torch.cat(own, dim=-1) for name, own in joined.items()}
-
-    return made

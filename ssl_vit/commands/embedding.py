@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 
-from ssl_vit.commands.embed_options import (
-    EmbedConfig,
-    check_place,
-    chosen_features,
-    embedding_of,
-)
+from ssl_vit.commands.embed_features import chosen_features, embedding_of
+from ssl_vit.commands.embed_options import EmbedConfig, check_place
 from ssl_vit.commands.evaluating import look_at
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.distributed import gather_texts, rank_and_world, share
+from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.data.base import describe_labels
 from ssl_vit.data.fingerprint import fingerprint
@@ -36,7 +33,6 @@ from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 from ssl_vit.evaluators.features import Machine, embedded, ready
 from ssl_vit.evaluators.protocol import protocol_card
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import loader_workers, resolve_precision, start_parallel
 from ssl_vit.training.run_lock import RunLock, locked
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from ssl_vit.common.checks import check_least
+from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
 from ssl_vit.data.base import describe_labels, known_labels
@@ -20,88 +20,13 @@ from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import cached, content_sha256
-from ssl_vit.evaluators.features import (
-    FEATURES,
-    FeatureSet,
-    Machine,
-    extract_shared,
-    parts_of,
-    ready,
-)
+from ssl_vit.evaluators.features import FeatureSet, Machine, extract_shared, ready
+from ssl_vit.evaluators.options import parts_of
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import Parallel, resolve_precision, start_parallel
 
 log = logging.getLogger("ssl_vit")
-
-
-@dataclass(frozen=True)
-class EvalData(ReadConfig):
-    """Labelled images for training and evaluation."""
-
-    train: str = ""
-    """Training images with labels, named as for pretraining: folder:PATH, tar:..., torchvision:...,
-    hf:..."""
-    val: str = ""
-    """Validation images with labels, for the score only; no setting is chosen on them."""
-    held_out: str = ""
-    """Held-out images with labels, to choose settings. Empty: a seeded tenth of the training
-    images."""
-    workers: int = -1
-    """Loader processes. -1: one for each core (on the CPU, for every second one), at most 16."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, -1, "workers")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Options of every evaluator."""
-
-    config: str = ""
-    """A YAML file of these options. The command line wins."""
-    data: EvalData = field(default_factory=EvalData)
-    encoder: str = ""
-    """A run folder; a weight file: ours, official MAE or DINO (1 to 3), Hugging Face, timm;
-    timm:NAME (timm's own weights) or timm:NAME:FILE. With the prefix random: the same architecture
-    with random weights. With the prefix pixels: no encoder, but its input images, at most
-    32 x 32."""
-    size: tuple[int, ...] = ()
-    """Height and width in pixels, or one number for both, that images are resized to; positions
-    are resampled. Empty: the image size of the encoder."""
-    out: str = ""
-    """JSON file for the scores and their protocol. Empty: knn.json, linear.json (the fast
-    protocol), linear-mae.json ... beside the encoder."""
-    seed: int = 0
-    """Seed of a random encoder, of the probe's weights, batches and held-out split, and of the
-    bootstrap."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16, fp32 or auto, as in pretraining. Features are kept, and heads trained, in fp32."""
-    batch_size: int = 256
-    """Images per forward pass of the encoder."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "batch_size")
-
-
-@dataclass(frozen=True)
-class FeatureConfig(EvalConfig):
-    """Options of evaluators of whole images."""
-
-    features: tuple[str, ...] = ()
-    """Features: cls, mean, cls+mean, cls4, cls4+mean (4: of the last four blocks, concatenated),
-    pooled, pixels. Empty: the evaluator's default."""
-    cache: bool = True
-    """Cache features (in $SSL_VIT_CACHE or ~/.cache/ssl_vit), by the content of the weights and the
-    images."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        strange = [name for name in self.features if name not in FEATURES]
-        check(not strange, f"--features has {strange}; allowed: {', '.join(FEATURES)}")
 
 
 # Up to this many bytes, all features of an encoder are extracted, also those for other evaluators.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_vit.commands.cli import find_recipe, layered, show_table, split_config
+from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.evaluating import with_labels
+from ssl_vit.commands.finetune_options import PROG, first_options, read_options
 from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
@@ -31,18 +32,19 @@ from ssl_vit.evaluators.classifier import (
     saved_step,
 )
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
-from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, recipe
+from ssl_vit.evaluators.finetune import FineTune, tuning_views
 from ssl_vit.evaluators.online import Numbered, source_targets
+from ssl_vit.evaluators.options import FinetuneConfig, recipe
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
 from ssl_vit.evaluators.selection import guesses_of, outputs_of, quality
 from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.session import Session, counted, slug
+from ssl_vit.training.run_files import slug
+from ssl_vit.training.session import Session, counted
 from ssl_vit.weights.exchange import EncoderInfo, sha256
 
-_PROG = "python -m ssl_vit.evaluate finetune"
 CARD_FILE = "finetune.json"
 
 
@@ -52,23 +54,15 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
     Raises:
         UserError: a mistake in the options, or the encoder cannot be opened.
     """
-    configs, flags = split_config(argv)
-    files = [find_recipe(c) for c in configs]
-
-    def read(default: FinetuneConfig) -> FinetuneConfig:
-        about = FinetuneConfig.__doc__ or ""
-        return layered(default, files, flags, _PROG, about, FinetuneConfig)
-
-    scratch = True
+    first = first_options(argv)  # the default recipe depends on the encoder
+    scratch, size = first.encoder == "none", first.tune.image_size
     try:
-        first = read(FinetuneConfig())  # the default recipe depends on the encoder
-        scratch, size = first.encoder == "none", first.tune.image_size
         start = open_start(first.encoder, first.scratch, first.data.channels, first.run.seed, size)
     except UserError as error:
         message = str(error).replace("--size is", "--tune.image-size is")
         message = message.replace("--encoder.", "--scratch.") if scratch else message
         raise UserError(message) from None
-    config = read(recipe(start.pretrained, start.depth, start.channels))
+    config = read_options(argv, recipe(start.pretrained, start.depth, start.channels))
     data = config.data
     if start.pretrained or data.channels != start.channels:
         start = for_channels(start, data.channels, config.tune.channels)
@@ -134,7 +128,7 @@ class Finetuning(Session):
         several = images.train.targets
         targets = None if several is None else torch.from_numpy(several)
         task = FineTune(self.made.network, tune, self.classes, targets)
-        views = tune.views(self.made.size, images.mean)
+        views = tuning_views(tune, self.made.size, images.mean)
         super().__init__("finetune", config, task, views, images)
         check(
             not tune.mixes or self.part_size % 2 == 0,
@@ -275,4 +269,4 @@ def main(argv: list[str]) -> int:
     """Fine-tuning command; returns the exit status."""
     config, start = parse_options(argv)
     session = Finetuning(config, start)
-    return carry_out(session, session.about(), show_results, _PROG)
+    return carry_out(session, session.about(), show_results, PROG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ssl_vit.commands.evaluating import look_at
-from ssl_vit.common.checks import check_least, check_size
+from ssl_vit.commands.picture_options import PictureConfig
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize
@@ -30,43 +30,6 @@ from ssl_vit.training.parallel import resolve_device
 
 log = logging.getLogger("ssl_vit")
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class PictureConfig:
-    """Options of every picture."""
-
-    config: str = ""
-    """A YAML file of these options. The command line wins."""
-    encoder: str = ""
-    """A run folder or a weight file of any kind that evaluate accepts. With the prefix random: the
-    same architecture with random weights."""
-    images: tuple[str, ...] = ()
-    """Images to show: image files, or one source named as for --data.train of the other commands:
-    digits:val, folder:PATH, tar:..."""
-    count: int = 8
-    """At most this many images of a source are shown, a seeded choice. Files are all shown."""
-    size: tuple[int, ...] = ()
-    """Height and width in pixels, or one number for both, that images are resized to; divisible
-    by the patch size. Positions are resampled. Empty: the image size of the encoder."""
-    out: str = ""
-    """PNG file. Empty: a file named after the picture, as attention-images.png, in the run folder
-    or beside the encoder file."""
-    seed: int = 0
-    """Seed of the choice of images, of masks, and of a random encoder."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    data: ReadConfig = field(default_factory=ReadConfig)
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "count")
-        check_size(self, "size")
-        out = Path(self.out).expanduser()
-        check(
-            not self.out or (out.suffix.lower() == ".png" and not out.is_dir()),
-            f"--out is {self.out!r}; the picture is a PNG file, its name must end in .png",
-        )
-        check(out.parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(out.parent)!r}")
 
 
 class Files(Source):

@@ -3,69 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ssl_vit.commands.evaluating import look_at
-from ssl_vit.commands.gallery import (
-    Drawn,
-    Files,
-    PictureConfig,
-    Scene,
-    normalized,
-    prepare,
-    read_images,
-)
-from ssl_vit.common.checks import check_least
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.commands.gallery import Drawn, Files, Scene, normalized, prepare, read_images
+from ssl_vit.commands.picture_options import GalleryData, NeighboursConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import FeatureSet, Machine, extract, parts_of, ready
+from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
+from ssl_vit.evaluators.options import parts_of
 from ssl_vit.evaluators.retrieval import nearest_images, same_class
 from ssl_vit.evaluators.watch import bounded, bounded_rows
-from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import find_method
 from ssl_vit.pictures.neighbours import neighbours_panel
 
 log = logging.getLogger("ssl_vit")
 _NEIGHBOURS = 7
-
-
-@dataclass(frozen=True)
-class GalleryData(ReadConfig):
-    """Images to search."""
-
-    train: str = ""
-    """Images to find neighbours in, named as for pretraining. Empty: --images themselves, each
-    without itself."""
-    workers: int = -1
-    """Loader processes, for more than 500 images. -1: one for each core (on the CPU, for every
-    second one), at most 16."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, -1, "workers")
-
-
-@dataclass(frozen=True)
-class NeighboursConfig(PictureConfig):
-    """Nearest neighbours: images with the most similar features."""
-
-    data: GalleryData = field(default_factory=GalleryData)
-    k: int = 0
-    """Neighbours shown for each image. 0: seven, or as many as there are."""
-    pooling: str = ""
-    """Feature: cls, mean, ... as --features of evaluate. Empty: the feature by which pretraining
-    monitors the method; for other encoders cls if they have it."""
-    gallery: int = 10000
-    """At most this many images of --data.train are searched, a seeded choice."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 0, "k")
-        check_least(self, 1, "gallery")
 
 
 def neighbours(config: NeighboursConfig) -> Drawn:

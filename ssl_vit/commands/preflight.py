@@ -13,10 +13,10 @@ from ssl_vit.benchmarks.trial import Found, Throughput, try_out
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig
+from ssl_vit.common.duration import duration
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.objectives.base import Setting
-from ssl_vit.training.metrics import duration
 from ssl_vit.training.parallel import loader_workers, own_cores
 from ssl_vit.training.resume import check_same, starting_point
 from ssl_vit.training.shared_cores import SharedCores

@@ -8,19 +8,20 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ssl_vit.commands.beginning import Looks
 from ssl_vit.commands.cli import RESUMABLE, layered, show_table
+from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.checks import flag
-from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
+from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import check
-from ssl_vit.common.rates import SPARING, SPARING_ADAPTERS, PretrainOptim
+from ssl_vit.common.rates import SPARING, SPARING_ADAPTERS
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
@@ -28,29 +29,21 @@ from ssl_vit.data.base import Source, Subset, known_labels
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
+from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.records.status import by_signal, recorded
-from ssl_vit.training.checkpoint import complete
-from ssl_vit.training.metrics import RunLog, duration, note_outcome
-from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.records.recording import by_signal, recorded
+from ssl_vit.training.metrics import RunLog, note_outcome
+from ssl_vit.training.run_files import CONFIG_FILE, complete
 from ssl_vit.training.run_lock import locked
 from ssl_vit.training.session import Session, counted, prepare_folder, train
 from ssl_vit.training.shards import Parts, load_parts
 from ssl_vit.weights.adapting import adapted
-from ssl_vit.weights.exchange import (
-    BEST_FILE,
-    ENCODER_FILE,
-    EncoderInfo,
-    encoder_writer,
-    load_strictly,
-    read_info,
-    sha256,
-)
+from ssl_vit.weights.exchange import EncoderInfo, encoder_writer, load_strictly, read_info, sha256
 from ssl_vit.weights.official import open_weights, weights_info
+from ssl_vit.weights.own_files import BEST_FILE, ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
-M = TypeVar("M")
 S = TypeVar("S", bound=Session)
 
 
@@ -109,35 +102,6 @@ def _carry_out(
             log.info("done in %s", duration(time.perf_counter() - started))
     session.parallel.any(False)  # processes exit together: a launcher may kill those that remain
     return 0
-
-
-@dataclass(frozen=True)
-class PretrainConfig(Generic[M]):
-    """Options of a pretraining run."""
-
-    method: M
-    config: str = ""
-    """A YAML file of options, or a recipe by its name in configs/. The command line wins. Without
-    this and --data.train: the method's recipe for the digits inside scikit-learn."""
-    dry_run: bool = False
-    """Build everything, take some steps, and print what the run needs (memory, time) and what looks
-    wrong. Nothing is written."""
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    optim: PretrainOptim = field(default_factory=PretrainOptim)
-
-
-def default_options(options: Any, method: type[Method], **groups: dict[str, Any]) -> Any:
-    """Default options (``options`` is a ``PretrainConfig``) of a method, before YAML and flags.
-
-    ``groups``: a command's own defaults of shared options; those of the method take precedence.
-    """
-    kinds = {"run": RunConfig, "data": DataConfig, "encoder": EncoderConfig, "optim": PretrainOptim}
-    given = groups | method.defaults
-    shared = {name: kind(**given.get(name, {})) for name, kind in kinds.items()}
-    return options(method=method.Config(), **shared)
 
 
 class Pretraining(Session):
@@ -341,9 +305,10 @@ def whole_method(folder: Path) -> Method | None:
     found = complete(folder / "checkpoints")
     if not found or not (folder / CONFIG_FILE).is_file():
         return None
-    kind = find_method(read_info(folder / ENCODER_FILE).method)
-    read = PretrainConfig[kind.Config]  # type: ignore[name-defined]
-    default = default_options(PretrainConfig, kind)
+    name = read_info(folder / ENCODER_FILE).method
+    own, kind = find_options(name), find_method(name)
+    read = PretrainConfig[own.config]  # type: ignore[name-defined]
+    default = default_options(PretrainConfig, own)
     options: PretrainConfig[Any] = layered(default, [folder / CONFIG_FILE], [], "", "", read)
     method = kind.blank(options.method, options.encoder, options.data.channels)
     if options.init.lora:
@@ -376,13 +341,13 @@ def with_statistics(config: PretrainConfig[Any], info: EncoderInfo) -> PretrainC
     return replace(config, data=replace(data, mean=info.mean, std=info.std))
 
 
-def build(name: str, kind: type[Method], config: PretrainConfig[Any]) -> Pretraining:
+def build(name: str, config: PretrainConfig[Any]) -> Pretraining:
     """Pretraining run built from its options; nothing is written yet.
 
     Raises:
         UserError: options contradict each other, or images do not exist.
     """
-    method, given = initial_method(kind, config), None
+    method, given = initial_method(find_method(name), config), None
     if config.init.encoder:
         info = weights_info(config.init.encoder, config.encoder.image_size)[0]
         given = Given(f"--init.encoder {config.init.encoder}", info.mean, info.std)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from ssl_vit.commands.evaluating import EvalConfig, Evaluation, FeatureConfig, look_at
-from ssl_vit.common.checks import check_given, check_least, check_portion
+from ssl_vit.commands.eval_options import (
+    KnnConfig,
+    LinearConfig,
+    SegmentConfig,
+)
+from ssl_vit.commands.evaluating import Evaluation, look_at
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import permute
@@ -21,35 +25,22 @@ from ssl_vit.data.pairs import open_pairs
 from ssl_vit.evaluators.backbone import open_backbone, result_file
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.features import FeatureSet, Machine, ready
-from ssl_vit.evaluators.knn import KS, knn_predictions
+from ssl_vit.evaluators.knn import knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
 from ssl_vit.evaluators.online import online_probe, source_targets
+from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
 from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_predictions
-from ssl_vit.evaluators.segment import SegmentOptions, segment_probe
+from ssl_vit.evaluators.segment import segment_probe
 from ssl_vit.training.parallel import resolve_precision, start_parallel
 
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
 Result = tuple[list[Score], dict[str, Any], Path]
 """Result: scores, protocol card, and the file both are written to."""
-
-
-@dataclass(frozen=True)
-class KnnConfig(FeatureConfig):
-    """k-NN evaluation weighted by cosine; leave-one-out without --data.val."""
-
-    k: tuple[int, ...] = KS
-    """Numbers of neighbours; those above the number of training images are skipped."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_given(self, "k")
-        check_least(self, 1, "k")
-        check(not self.data.held_out, "--data.held-out is not for knn, which chooses no setting")
 
 
 def knn(config: KnnConfig) -> Result:
@@ -63,47 +54,6 @@ def knn(config: KnnConfig) -> Result:
     how = "leave-one-out" if val is None else "validation set"
     card = evaluation.card("knn", judged_on=how)
     return scores_of(found, truth.labels, evaluation), card, evaluation.out("knn")
-
-
-@dataclass(frozen=True)
-class LinearConfig(FeatureConfig):
-    """Linear probe on frozen features, by a published protocol or the fast one."""
-
-    protocol: Literal["fast", "dinov2", "mae", "dino", "logreg"] = "fast"
-    """fast: DINOv2's grid of learning rates and features on cached features, in minutes. dinov2,
-    mae, dino: as published, with augmented images, in hours. logreg: logistic regression on cached
-    features. Settings are chosen without --data.val."""
-    epochs: int = 0
-    """Passes over the training images. 0: the protocol's own."""
-    probe_batch: int = 0
-    """Batch size (images) of the probe's optimizer steps. 0: the protocol's own."""
-    per_class: tuple[int, ...] = ()
-    """Low-shot: train on this many images of each class, for each number given. For fast and
-    logreg."""
-    fraction: tuple[float, ...] = ()
-    """Low-shot: train on this share of the images, for each number given."""
-    repeats: int = 5
-    """Low-shot: mean over this many random choices of the images."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 0, "epochs", "probe_batch")
-        check_least(self, 1, "repeats", "per_class")
-        check_portion(self, "fraction")
-        cached = self.protocol in ("fast", "logreg")
-        few = bool(self.per_class or self.fraction)
-        check(cached or not few, f"--protocol is {self.protocol!r}; low-shot is for fast, logreg")
-        if self.protocol == "logreg":
-            check(not self.epochs, "--epochs is not for logreg")
-            check(not self.probe_batch, "--probe-batch is not for logreg")
-        chooses = self.protocol not in ("mae", "dino") or len(self.features) > 1
-        there = f"--data.held-out is not for --protocol {self.protocol} with one feature"
-        check(chooses or not self.data.held_out, f"{there}: it chooses no setting")
-
-    @property
-    def amounts(self) -> list[tuple[int | None, float | None]]:
-        """Low-shot amounts: (images per class, None) or (None, share of the images)."""
-        return [(n, None) for n in self.per_class] + [(None, share) for share in self.fraction]
 
 
 def linear(config: LinearConfig) -> Result:
@@ -174,23 +124,6 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
         amount = f"{per_class} a class" if share is None else f"{100 * share:g} %"
         scores.append(replace(over_seeds(several), setting=amount))
     return scores
-
-
-@dataclass(frozen=True)
-class SegmentConfig(SegmentOptions, EvalConfig):
-    """Segmentation probe: a linear head on patch tokens, for folders of images and masks.
-
-    --data.train and --data.val are pairs:FOLDER (with images/ and masks/ in
-    it) or pairs:IMAGES:MASKS, files of the same stems; a mask's pixel is the
-    number of its class.
-    """
-
-    def __post_init__(self) -> None:
-        SegmentOptions.__post_init__(self)
-        EvalConfig.__post_init__(self)
-        for option in ("held_out", "labels"):
-            given = getattr(self.data, option)
-            check(not given, f"--data.{option.replace('_', '-')} is not for segment")
 
 
 def segment(config: SegmentConfig) -> Result:

@@ -31,18 +31,20 @@ from ssl_vit.benchmarks.quality import (
     table,
 )
 from ssl_vit.commands.cli import RESUMABLE, show_table
-from ssl_vit.commands.compare import CompareConfig, measure
+from ssl_vit.commands.compare import measure
+from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.evaluating import open_labelled
-from ssl_vit.commands.quality_options import Entry, Plan, parse_options
+from ssl_vit.commands.quality_options import Entry, Plan
+from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
 from ssl_vit.evaluators.protocol import write_card
 from ssl_vit.pictures.chart import Curve, curves
 from ssl_vit.records.run_folder import read_run
-from ssl_vit.training.metrics import METRICS_FILE, duration, read_rows
 from ssl_vit.training.parallel import resolve_device
-from ssl_vit.training.resume import CONFIG_FILE
-from ssl_vit.weights.exchange import ENCODER_FILE, read_info
+from ssl_vit.training.run_files import CONFIG_FILE, METRICS_FILE, read_rows
+from ssl_vit.weights.exchange import read_info
+from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
 # Measurement of a rate: steps that do not count; its share of the budget, and the bounds of that in
@@ -237,10 +239,9 @@ def baselines(plan: Plan, first: int, results: Results) -> None:
             results.write()
 
 
-def main(argv: Sequence[str]) -> int:
+def compare(plan: Plan) -> int:
     """``benchmark quality``; returns the exit status."""
     started = time.perf_counter()
-    plan = parse_options(argv)
     options = plan.entries[0].options
     open_labelled(plan.data, options.data.channels)
     check(not plan.out.is_file(), f"--out is {str(plan.out)!r}, a file; give a folder")

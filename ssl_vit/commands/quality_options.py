@@ -1,4 +1,7 @@
-"""Options of the benchmark of quality per minute: what is compared, and on which images."""
+"""Options of the benchmark of quality per minute: what is compared, and on which images.
+
+Options are read before torch is imported, which building a network takes.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ssl_vit.commands.cli import layered, recipes
-from ssl_vit.commands.evaluating import EvalData
-from ssl_vit.commands.pretraining import PretrainConfig, default_options
+from ssl_vit.commands.eval_options import EvalData
+from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.checks import check_least, check_positive
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.layers import COMMAND_LINE, parse
-from ssl_vit.methods.base import find_method, method_names
-from ssl_vit.model.architecture import without_memory
+from ssl_vit.methods import find_options, method_names
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.benchmark quality"
@@ -102,7 +104,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def last_value(flags: Sequence[str], name: str) -> str:
     """Value of an option among arguments, the last one that is given; empty: none is."""
     found = ""
-    for word, after in zip(flags, [*flags[1:], ""], strict=True):
+    for word, after in zip(flags, [*flags[1:], ""], strict=False):
         found = after if word == name else found
         found = word.removeprefix(f"{name}=") if word.startswith(f"{name}=") else found
     return found
@@ -175,9 +177,9 @@ def _entry(name: str, file: Path, flags: list[str]) -> Entry:
     """Recipe with its options: defaults < recipe < command line."""
     method = _method_of(name)
     check(bool(method), f"{file}: its name must begin with a method, as METHOD_ANYTHING.yaml")
-    kind = find_method(method)
-    read = PretrainConfig[kind.Config]  # type: ignore[name-defined]
-    default = default_options(PretrainConfig, kind)
+    own = find_options(method)
+    read = PretrainConfig[own.config]  # type: ignore[name-defined]
+    default = default_options(PretrainConfig, own)
     return Entry(name, method, file, layered(default, [file], flags, _PROG, "", read))
 
 
@@ -187,6 +189,9 @@ def _try_out(entry: Entry) -> None:
     Raises:
         UserError: it cannot be built, as where it needs weights that are not there.
     """
+    from ssl_vit.methods.base import find_method
+    from ssl_vit.model.architecture import without_memory
+
     kind, options = find_method(entry.method), entry.options
     with without_memory():
         built = kind(options.method, options.encoder, options.data.channels)

@@ -16,11 +16,12 @@ from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import Normalize
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.methods.base import Method, find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.objectives.base import Target
-from ssl_vit.training.resume import CONFIG_FILE
-from ssl_vit.weights.exchange import ENCODER_FILE
+from ssl_vit.options.base import Target
+from ssl_vit.training.run_files import CONFIG_FILE
+from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
 

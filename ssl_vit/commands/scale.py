@@ -4,72 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from ssl_vit.benchmarks.costs import count_step, largest_batch, sharded_state, state_of
 from ssl_vit.benchmarks.measured import describe
+from ssl_vit.commands.benchmark_options import ScaleConfig
 from ssl_vit.commands.cli import layered, recipes, show_table
-from ssl_vit.commands.pretraining import PretrainConfig, default_options
-from ssl_vit.common.checks import check_least, check_portion, check_positive
+from ssl_vit.commands.pretrain_options import default_options
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import Length
+from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder, parameter_count
 
 log = logging.getLogger("ssl_vit")
-M = TypeVar("M")
 # The share of a device's memory that is given out; the rest is for temporary buffers.
 _USED = 0.9
-
-
-@dataclass(frozen=True)
-class ScaleConfig(PretrainConfig[M]):
-    """Scale estimate: FLOPs and memory of a step by encoder and image size, counted without a
-    device, and the predicted time of whole runs. Stochastic depth, which saves some of the FLOPs,
-    is not counted."""
-
-    config: str = ""
-    """A YAML file of options, or a recipe by its name in configs/. The command line wins."""
-    archs: tuple[str, ...] = (
-        "vit_tiny_patch16_224",
-        "vit_small_patch16_224",
-        "vit_base_patch16_224",
-        "vit_large_patch16_224",
-        "vit_huge_patch14_224",
-    )
-    """Encoders by timm's names, each at its own or at --encoder.image-size."""
-    image_sizes: tuple[int, ...] = (224, 384, 512)
-    """Side lengths of images in pixels, rounded down to whole patches, for --encoder.arch."""
-    devices: tuple[int, ...] = (8, 64)
-    """Numbers of devices to predict for."""
-    peak: float = 989.0
-    """Peak TFLOP/s of a device in bfloat16, without sparsity: 989 for an H200 (NVIDIA's data
-    sheet)."""
-    share: float = 0.5
-    """Share of that peak that the steps reach. An assumption, not a measurement: what a ViT-L
-    should reach; small encoders reach less. benchmark step measures yours."""
-    memory: float = 139.0
-    """Memory of a device in GiB: 139 for an H200. A tenth of it is reserved for temporary
-    buffers."""
-    count: int = 1_281_167
-    """Images of an epoch: those of ImageNet-1k."""
-    out: str = ""
-    """JSON file for the report. Empty: none."""
-
-    def __post_init__(self) -> None:
-        for option in ("archs", "devices"):
-            check(bool(getattr(self, option)), f"--{option} is empty; give one or more")
-        check_least(self, 1, "devices", "image_sizes", "count")
-        check_positive(self, "peak", "memory")
-        check_portion(self, "share")
-        check(
-            self.run.precision != "fp32",
-            "--run.precision is fp32; scale supports bf16 only, as do --peak and --share",
-        )
 
 
 def _words(values: tuple[int, ...]) -> str:
@@ -100,7 +54,7 @@ def scale_report(name: str, kind: type[Method], config: ScaleConfig[Any]) -> dic
     found = {
         "sizes": [_row(kind, c, c.encoder.arch) for c in sizes],
         "resolutions": [_row(kind, c, own.arch) for c in larger],
-        "recipes": [_row(kind, c, recipe) for recipe, c in _recipes(name, kind, config)],
+        "recipes": [_row(kind, c, recipe) for recipe, c in _recipes(name, config)],
     }
     assumed = _assumed(config)
     assumed |= {"images": assumed.pop("count"), "memory_used": _USED}
@@ -112,12 +66,11 @@ def _assumed(config: ScaleConfig[Any]) -> dict[str, Any]:
     return {k: getattr(config, k) for k in ("peak", "share", "memory", "count", "devices")}
 
 
-def _recipes(
-    name: str, kind: type[Method], config: ScaleConfig[Any]
-) -> list[tuple[str, ScaleConfig[Any]]]:
+def _recipes(name: str, config: ScaleConfig[Any]) -> list[tuple[str, ScaleConfig[Any]]]:
     """Recipes of the method for ImageNet, under the same assumptions."""
-    default = default_options(ScaleConfig, kind)
-    assumed, read = _assumed(config), ScaleConfig[kind.Config]  # type: ignore[name-defined]
+    own = find_options(name)
+    default = default_options(ScaleConfig, own)
+    assumed, read = _assumed(config), ScaleConfig[own.config]  # type: ignore[name-defined]
     return [
         (recipe, replace(layered(default, [file], [], "", "", read), **assumed))
         for recipe, file in recipes().items()

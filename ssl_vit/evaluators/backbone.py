@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.view import View
-from ssl_vit.evaluators.features import FEATURES, PATCHES, Embed, pixels, pooled
+from ssl_vit.evaluators.features import Embed, pixels, pooled
+from ssl_vit.evaluators.options import FEATURES, PATCHES
 from ssl_vit.model.architecture import plain_architectures, rotary_architectures, without_memory
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, random_like, sha256
+from ssl_vit.weights.exchange import EncoderInfo, random_like, sha256
 from ssl_vit.weights.from_timm import tensors_only
 from ssl_vit.weights.official import open_weights, weights_info
+from ssl_vit.weights.own_files import ENCODER_FILE
 from ssl_vit.weights.reading import read_content
 from ssl_vit.weights.unwrapping import unwrapped
 

@@ -20,14 +20,8 @@ from ssl_vit.model.architecture import set_norm_eps, stem_option, timm_kwargs
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.weights.exchange import (
-    HEAD,
-    EncoderInfo,
-    contiguous_state,
-    load_strictly,
-    own_metadata,
-    write_own,
-)
+from ssl_vit.weights.exchange import HEAD, EncoderInfo, contiguous_state, load_strictly, write_own
+from ssl_vit.weights.own_files import own_metadata
 
 MODEL_FILE = "model.safetensors"
 _POOLS = {"mean": "avg", "cls": "token"}

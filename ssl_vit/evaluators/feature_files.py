@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import zipfile
@@ -15,7 +14,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_atomically, write_text_atomically
 from ssl_vit.data.base import Source
 from ssl_vit.evaluators.feature_parts import Parts
@@ -257,33 +255,19 @@ def _npy_card(path: Path) -> str:
 class Format(NamedTuple):
     """Format of a feature file: how it is written, and its card read.
 
-    ``first``: writes what lies beside the file, before it. ``needs``: a library.
+    ``first``: writes what lies beside the file, before it.
     """
 
     write: Callable[[Path, Table], None]
     card: Callable[[Path], str]
     first: Callable[[Path, Table], None] | None = None
-    needs: str = ""
 
 
 FORMATS = {
     ".npz": Format(write_npz, _npz_card),
-    ".parquet": Format(write_parquet, _parquet_card, needs="pyarrow"),
+    ".parquet": Format(write_parquet, _parquet_card),
     ".npy": Format(write_npy, _npy_card, first=write_beside),
 }
-
-
-def check_format(out: str) -> None:
-    """Check that ``--out`` names a file of a known format whose library is installed.
-
-    Raises:
-        UserError: it does not.
-    """
-    suffix = Path(out).suffix
-    check(suffix in FORMATS, f"--out is {out!r}; its name must end in {', '.join(FORMATS)}")
-    needs = FORMATS[suffix].needs
-    there = not needs or importlib.util.find_spec(needs) is not None
-    check(there, f"--out is {out!r}, which needs {needs}: pip install 'ssl_vit[parquet]'")
 
 
 def write_features(path: Path, table: Table) -> None:

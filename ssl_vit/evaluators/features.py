@@ -18,6 +18,7 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch, EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
+from ssl_vit.evaluators.options import FEATURES, PATCHES
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.execution import choose_attention
 from ssl_vit.training.parallel import autocast, loader_workers
@@ -25,26 +26,6 @@ from ssl_vit.training.parallel import autocast, loader_workers
 log = logging.getLogger("ssl_vit")
 Embed = Callable[[Float[Tensor, "b c h w"]], dict[str, Tensor]]
 _PIXELS = 32
-
-
-# A feature is a concatenation of parts. ``cls-2`` is [CLS] after the last block but one.
-_LAST_FOUR = ("cls-4", "cls-3", "cls-2", "cls")
-FEATURES = {
-    "cls": ("cls",),
-    "mean": ("mean",),
-    "cls+mean": ("cls", "mean"),
-    "cls4": _LAST_FOUR,
-    "cls4+mean": (*_LAST_FOUR, "mean"),
-    "pooled": ("pooled",),
-    "pixels": ("pixels",),
-}
-PATCHES = "patches"
-"""Part (N, D) of an image, and no feature of evaluators, which take one vector an image."""
-
-
-def parts_of(features: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts that these features (keys of ``FEATURES``) consist of, each once."""
-    return tuple(dict.fromkeys(part for name in features for part in FEATURES[name]))
 
 
 @dataclass

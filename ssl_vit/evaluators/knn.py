@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ssl_vit.common.distributed import gather_rows, share
 from ssl_vit.common.errors import check
-from ssl_vit.evaluators.features import FEATURES, FeatureSet
+from ssl_vit.evaluators.features import FeatureSet
+from ssl_vit.evaluators.options import FEATURES
 from ssl_vit.evaluators.scores import Prediction, labelled
 
-KS = (10, 20, 100, 200)
 _CELLS = 1 << 25
 _BANK_ROWS = 1 << 16
 _QUERIES = 1 << 14

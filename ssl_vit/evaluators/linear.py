@@ -15,7 +15,7 @@ from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.transfer import without_wait
 from ssl_vit.data.order import Order
-from ssl_vit.evaluators.features import FEATURES, FeatureSet, parts_of
+from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.linear_heads import (
     FeatureNorm,
     HeadOptimizer,
@@ -23,6 +23,7 @@ from ssl_vit.evaluators.linear_heads import (
     heads_of,
     preconditioner,
 )
+from ssl_vit.evaluators.options import FEATURES, parts_of
 from ssl_vit.evaluators.scores import Prediction
 from ssl_vit.evaluators.selection import (
     NOT_CHOSEN,

@@ -17,9 +17,10 @@ from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import FEATURES, FeatureSet, Machine, parts_of
+from ssl_vit.evaluators.features import FeatureSet, Machine
 from ssl_vit.evaluators.linear import Parts, grid_quality, joined, protocol_details
 from ssl_vit.evaluators.linear_heads import FeatureNorm, HeadOptimizer, LinearHeads, heads_of
+from ssl_vit.evaluators.options import FEATURES, parts_of
 from ssl_vit.evaluators.published import OnlineProtocol
 from ssl_vit.evaluators.scores import Prediction, labelled
 from ssl_vit.evaluators.selection import (

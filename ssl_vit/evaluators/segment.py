@@ -8,15 +8,14 @@ brings to that of the mask. What differs: ``patch_heads.fit_patch_heads``, ``dat
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from ssl_vit.common.checks import check_least, check_not_negative
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.base import check_classes
@@ -24,6 +23,7 @@ from ssl_vit.data.order import permute
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import (
     BATCH,
@@ -42,26 +42,6 @@ _MOST_CLASSES = 4096
 _LARGEST_CONFUSION = 100
 # Maximum number of logits held at once when a mask is scored, 256 MB.
 _VALUES = 1 << 26
-
-
-@dataclass(frozen=True)
-class SegmentOptions:
-    """Options of the segmentation probe."""
-
-    blocks: Literal[1, 4] = 1
-    """Patch tokens of the last block, or of each of the last four, joined."""
-    ignore: int = 255
-    """Number in the masks of pixels that have no class. -1: there is none."""
-    epochs: int = 30
-    """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
-    cache_gb: float = 8.0
-    """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
-    If they need more, they are recomputed in every epoch: same score, more time."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 1, "epochs")
-        check(self.ignore >= -1, f"--ignore is {self.ignore}; a class number, or -1 for none")
-        check_not_negative(self, "cache_gb")
 
 
 def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:

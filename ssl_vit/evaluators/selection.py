@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import permute
-from ssl_vit.evaluators.features import FEATURES
+from ssl_vit.evaluators.options import FEATURES
 
 _LEAST_IMAGES, _LEAST_OF_A_CLASS = 20, 5
 NOT_CHOSEN = "not chosen: too few images"

@@ -16,7 +16,7 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.adapting import adapted
-from ssl_vit.weights.exchange import ENCODER_FILE
+from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
 

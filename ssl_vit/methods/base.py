@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from functools import partial
@@ -15,28 +14,23 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ssl_vit import methods
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.task import Place, Scalar, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_all
 from ssl_vit.data.order import Places
+from ssl_vit.methods import method_names
 from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
-from ssl_vit.objectives.base import Objective, Reconstruction, Setting, Target
+from ssl_vit.objectives.base import Objective, Reconstruction, Setting
 from ssl_vit.objectives.lora import Adapters
 from ssl_vit.objectives.nearness import Nearness
+from ssl_vit.options.base import Defaults, MethodConfig, Target
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 
 # Parameters of an encoder, beside the patch embedding, that come before its first block.
 _FIRST = ("cls_token", "pos_embed", "reg_token")
-
-
-class MethodConfig:
-    """Base of a method's options, a frozen dataclass with the paper's values as defaults."""
-
-    group: ClassVar[str] = "method"
 
 
 class Method(Task):
@@ -60,7 +54,7 @@ class Method(Task):
     title: ClassVar[str]
     explained: ClassVar[dict[str, Scalar]]
     pooling: ClassVar[str] = "mean"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    defaults: ClassVar[Defaults] = {}
     reconstructs: ClassVar[bool] = False
     splits_with: ClassVar[dict[str, Any]] = {}
     encoders: ClassVar[tuple[str, ...]] = ()
@@ -316,12 +310,6 @@ class Method(Task):
         for (_, objective), (_, own) in zip(made.parts(), self.parts(), strict=True):
             objective.take_tables(own, old)
         return made
-
-
-def method_names() -> list[str]:
-    """The methods there are: the modules of ``methods/`` but this one and those of ``_names``."""
-    found = (m.name for m in pkgutil.iter_modules(methods.__path__))
-    return sorted(name for name in found if name != "base" and not name.startswith("_"))
 
 
 def find_method(name: str) -> type[Method]:

@@ -4,8 +4,8 @@ patches, on images without labels (Hinton et al. 2015; of features, Romero et al
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,6 @@ from torch.nn import functional as F
 
 from ssl_vit.common.checks import (
     check_divides,
-    check_not_negative,
-    check_range,
-    check_share,
-    check_size,
     flag,
     whole_patches,
 )
@@ -26,7 +22,7 @@ from ssl_vit.common.errors import check, said_of
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.photometric import Photometric
-from ssl_vit.methods.base import Method, MethodConfig
+from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder, Features
 from ssl_vit.model.init import truncated_init
@@ -34,81 +30,41 @@ from ssl_vit.objectives.base import Objective
 from ssl_vit.objectives.frozen import Frozen
 from ssl_vit.objectives.gram import resized_patches
 from ssl_vit.objectives.masked_patches import without_data
+from ssl_vit.options.base import Defaults
+from ssl_vit.options.distill import DEFAULTS, DistillConfig, Loss
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import EncoderInfo, load_strictly
 from ssl_vit.weights.official import open_weights, weights_info
 
 log = logging.getLogger("ssl_vit")
-Loss = Literal["cosine", "mse", "smooth_l1"]
 
 
-@dataclass(frozen=True)
-class DistillConfig(MethodConfig):
-    """A student of any size learns the features of a frozen teacher through linear heads."""
+def teacher_info(config: DistillConfig) -> EncoderInfo:
+    """What the teacher is, without its weights.
 
-    teacher: str = ""
-    """The encoder to learn from: a run folder or weight file, as for --init.encoder. Of another
-    size, patch and number of channels if need be."""
-    teacher_size: tuple[int, ...] = ()
-    """Height and width in pixels at which the teacher sees a crop. Empty: the student's image size,
-    in whole patches of the teacher."""
-    loss: Loss = "cosine"
-    """Between a head's output and the teacher's feature: 1 - cosine, or the mean over features of
-    the squared error or of smooth L1, with the teacher's layer-normalised."""
-    cls_weight: float = 1.0
-    """Weight of the image's feature: [CLS], or the mean patch of an encoder without it."""
-    patch_weight: float = 1.0
-    """Weight of the patches' features; the teacher's grid is resized to the student's."""
-    crop_scale: tuple[float, float] = (0.25, 1.0)
-    """Share of the image's area that a random crop covers, least and most."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    vertical_flip: float = 0.0
-    """Probability of a vertical flip: for images without an up, as of microscopes."""
-    jitter: float = 0.8
-    """Probability of colour jitter (brightness .4, contrast .4, saturation .2, hue .1)."""
+    Raises:
+        UserError: none is given, or it cannot be opened.
+    """
+    option = flag(config, "teacher")
+    check(bool(config.teacher), f"{option} is empty; give a run folder or a weight file")
+    with said_of(option, config.teacher):
+        return weights_info(config.teacher, option=option)[0]
 
-    def __post_init__(self) -> None:
-        check_size(self, "teacher_size")
-        check_not_negative(self, "cls_weight", "patch_weight")
-        check_range(self, "crop_scale")
-        check_share(self, "flip", "vertical_flip", "jitter")
-        check(
-            self.cls_weight + self.patch_weight > 0,
-            f"{flag(self, 'cls_weight')} and {flag(self, 'patch_weight')} are 0; nothing is left "
-            "to learn",
-        )
 
-    @property
-    def where(self) -> str:
-        """The teacher, in messages."""
-        return f"{flag(self, 'teacher')} {self.teacher}"
+def seen_size(config: DistillConfig, image: tuple[int, int]) -> tuple[int, int]:
+    """Height and width at which the teacher sees a crop of which the student sees ``image``.
 
-    def info(self) -> EncoderInfo:
-        """What the teacher is, without its weights.
-
-        Raises:
-            UserError: none is given, or it cannot be opened.
-        """
-        option = flag(self, "teacher")
-        check(bool(self.teacher), f"{option} is empty; give a run folder or a weight file")
-        with said_of(option, self.teacher):
-            return weights_info(self.teacher, option=option)[0]
-
-    def seen_size(self, image: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which the teacher sees a crop of which the student sees ``image``.
-
-        Raises:
-            UserError: no teacher, or a size that its patch does not divide.
-        """
-        info = self.info()
-        with without_memory():
-            patch = Encoder(info.config, info.channels).patch_size
-        if not self.teacher_size:
-            return whole_patches(float(image[0]), float(image[1]), patch)
-        size = (self.teacher_size[0], self.teacher_size[-1])
-        check_divides(self, "teacher_size", size, patch, "the teacher's")
-        return size
+    Raises:
+        UserError: no teacher, or a size that its patch does not divide.
+    """
+    info = teacher_info(config)
+    with without_memory():
+        patch = Encoder(info.config, info.channels).patch_size
+    if not config.teacher_size:
+        return whole_patches(float(image[0]), float(image[1]), patch)
+    size = (config.teacher_size[0], config.teacher_size[-1])
+    check_divides(config, "teacher_size", size, patch, "the teacher's")
+    return size
 
 
 def feature_loss(
@@ -139,8 +95,8 @@ class DistillObjective(Objective):
 
     def __init__(self, config: DistillConfig, encoder: Encoder) -> None:
         super().__init__()
-        self.config, self.info = config, config.info()
-        size, channels = config.seen_size(encoder.image_size), encoder.channels
+        self.config, self.info = config, teacher_info(config)
+        size, channels = seen_size(config, encoder.image_size), encoder.channels
         made = replace(self.info.config, image_size=size, drop_path=0.0)
         teacher = Encoder(made, channels)
         teacher.augmented = False
@@ -224,9 +180,7 @@ class Distill(Method):
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("cls_loss", "patch_loss", "cls_cosine")
     encoders: ClassVar[tuple[str, ...]] = ("teacher",)
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "optim": {"base_lr": 5e-4, "weight_decay": 0.05, "clip": 3.0},
-    }
+    defaults: ClassVar[Defaults] = DEFAULTS
 
     def __init__(self, config: DistillConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)
@@ -241,7 +195,7 @@ class Distill(Method):
     @staticmethod
     def views(config: DistillConfig, encoder: Encoder) -> ViewSpec:
         """One random resized crop, as large as the larger of the two sees it."""
-        seen = config.seen_size(encoder.image_size)
+        seen = seen_size(config, encoder.image_size)
         height, width = (max(pair) for pair in zip(seen, encoder.image_size, strict=True))
         crop = Crop(
             (height, width),

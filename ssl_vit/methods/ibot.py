@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ssl_vit.common.checks import check_positive, flag
-from ssl_vit.common.errors import check
-from ssl_vit.methods.dino import DINO, DINOObjective
-from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config, DINOv2Objective
+from ssl_vit.methods.dino import DINOObjective
+from ssl_vit.methods.dinov2 import DINOv2, DINOv2Objective
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.heads import last_layer
-
-
-@dataclass(frozen=True)
-class IBOTConfig(DINOv2Config):
-    """Self-distillation of [CLS], as DINO's, and of masked patches. Defaults are those of the
-    published ViT-S/16."""
-
-    prototypes: int = 8192
-    momentum: float = 0.996
-    teacher_temp_warmup: str = "30ep"
-    """Length of that warm-up: 30ep rises by epoch, as the original does, 500st by step."""
-    patch_temp: float = 0.07
-    """Temperature of the teacher's softmax for patches."""
-    patch_temp_start: float = 0.04
-    """Temperature at the start of its linear warm-up, which is as long."""
-    patch_prototypes: int = 0
-    """Outputs of the patches' own last layer, on the rest of [CLS]'s head. 0: they share its."""
-    global_scale: tuple[float, float] = (0.25, 1.0)
-    local_crops: int = 10
-    local_scale: tuple[float, float] = (0.05, 0.25)
-    koleo_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "patch_temp", "patch_temp_start")
-        check(
-            not self.patch_bottleneck,
-            f"{flag(self, 'patch_bottleneck')} is {self.patch_bottleneck}; patches share the head "
-            "but for its last layer",
-        )
+from ssl_vit.options.base import Defaults
+from ssl_vit.options.ibot import DEFAULTS, IBOTConfig
 
 
 class IBOTObjective(DINOv2Objective):
@@ -92,4 +61,4 @@ class IBOT(DINOv2):
     Config: ClassVar[type] = IBOTConfig
     title: ClassVar[str] = "iBOT"
     objective_class: ClassVar[type[DINOv2Objective]] = IBOTObjective
-    defaults: ClassVar[dict[str, dict[str, Any]]] = DINO.defaults
+    defaults: ClassVar[Defaults] = DEFAULTS

@@ -4,8 +4,7 @@ are predicted, as the encoder's own moving average finds them in the whole image
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,14 +12,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.common.checks import check_least, check_range, check_share, flag
+from ssl_vit.common.checks import flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.order import Places
-from ssl_vit.methods.base import Method, MethodConfig
+from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder, sincos_positions, take
 from ssl_vit.model.init import truncated_init
 from ssl_vit.model.positions import resampled
@@ -28,6 +27,8 @@ from ssl_vit.objectives.base import Objective, Setting
 from ssl_vit.objectives.context_blocks import ContextBlocks
 from ssl_vit.objectives.ema import Teacher
 from ssl_vit.objectives.masked_patches import Decoder, without_data
+from ssl_vit.options.base import Defaults
+from ssl_vit.options.ijepa import DEFAULTS, IJEPAConfig
 
 # Targets whose deviation between images is below this, of 1, are alike; not checked on few images.
 _COLLAPSED, _ENOUGH_IMAGES = 0.05, 8
@@ -35,73 +36,37 @@ _COLLAPSED, _ENOUGH_IMAGES = 0.05, 8
 _LITTLE = 0.15
 
 
-@dataclass(frozen=True)
-class IJEPAConfig(MethodConfig):
-    """From a context block of an image, features of its other blocks are predicted."""
+def blocks(config: IJEPAConfig, grid: tuple[int, int]) -> ContextBlocks:
+    """What is drawn on a grid of patches.
 
-    targets: int = 4
-    """Target blocks of an image, each predicted on its own."""
-    target_scale: tuple[float, float] = (0.15, 0.2)
-    """Share of the image that a target block covers, least and most."""
-    target_aspect: tuple[float, float] = (0.75, 1.5)
-    """Height of a target block over its width in patches, least and most."""
-    context_scale: tuple[float, float] = (0.85, 1.0)
-    """Share of the image that the context block covers, before target blocks are taken out."""
-    predictor_width: int = 384
-    """Features of a token of the predictor, which is narrower than the encoder."""
-    predictor_depth: int = 12
-    """Blocks of the predictor."""
-    predictor_heads: int = 0
-    """Attention heads of each of its blocks. 0: as many as the encoder's."""
-    momentum: float = 0.996
-    """The teacher keeps this share of itself at each step; rises to 1, linearly."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Share of the image's area that a random crop covers, least and most."""
-    flip: float = 0.0
-    """Probability of a horizontal flip."""
+    Raises:
+        UserError: target blocks may leave nothing of the context.
+    """
+    found = ContextBlocks(
+        grid, config.targets, config.target_scale, config.target_aspect, config.context_scale
+    )
+    check(
+        found.kept > 0,
+        f"{config.targets} target blocks of {config.target_scale[1]:g} of the image leave nothing "
+        f"of the context in a grid of {grid[0]}x{grid[1]} patches: lower "
+        f"{flag(config, 'target_scale')} or {flag(config, 'targets')}, or take smaller patches",
+    )
+    return found
 
-    def __post_init__(self) -> None:
-        check_least(self, 1, "targets", "predictor_width", "predictor_depth")
-        check_least(self, 0, "predictor_heads")
-        check_range(self, "target_scale", "context_scale", "crop_scale")
-        check_range(self, "target_aspect", most=float("inf"))
-        check_share(self, "momentum", "flip")
-        check(
-            self.predictor_width % 4 == 0,
-            f"{flag(self, 'predictor_width')} is {self.predictor_width}; sine-cosine positions "
-            "need a number that 4 divides",
-        )
 
-    def blocks(self, grid: tuple[int, int]) -> ContextBlocks:
-        """What is drawn on a grid of patches.
+def heads(config: IJEPAConfig, encoder: Encoder) -> int:
+    """Attention heads of the predictor.
 
-        Raises:
-            UserError: target blocks may leave nothing of the context.
-        """
-        found = ContextBlocks(
-            grid, self.targets, self.target_scale, self.target_aspect, self.context_scale
-        )
-        check(
-            found.kept > 0,
-            f"{self.targets} target blocks of {self.target_scale[1]:g} of the image leave nothing "
-            f"of the context in a grid of {grid[0]}x{grid[1]} patches: lower "
-            f"{flag(self, 'target_scale')} or {flag(self, 'targets')}, or take smaller patches",
-        )
-        return found
-
-    def heads(self, encoder: Encoder) -> int:
-        """Attention heads of the predictor.
-
-        Raises:
-            UserError: they do not divide its width.
-        """
-        heads = self.predictor_heads or encoder.vit.blocks[0].attn.num_heads
-        check(
-            self.predictor_width % heads == 0,
-            f"{flag(self, 'predictor_heads')} is {heads}; "
-            f"it must divide {flag(self, 'predictor_width')}, {self.predictor_width}",
-        )
-        return int(heads)
+    Raises:
+        UserError: they do not divide its width.
+    """
+    heads = config.predictor_heads or encoder.vit.blocks[0].attn.num_heads
+    check(
+        config.predictor_width % heads == 0,
+        f"{flag(config, 'predictor_heads')} is {heads}; "
+        f"it must divide {flag(config, 'predictor_width')}, {config.predictor_width}",
+    )
+    return int(heads)
 
 
 class IJEPAObjective(Objective):
@@ -130,12 +95,12 @@ class IJEPAObjective(Objective):
         super().__init__()
         encoder.check_apart()
         self.config, self.grid = config, encoder.grid
-        config.blocks(encoder.grid)
+        blocks(config, encoder.grid)
         self.predictor = Decoder(
             encoder.width,
             config.predictor_width,
             config.predictor_depth,
-            config.heads(encoder),
+            heads(config, encoder),
             encoder.grid,
             encoder.width,
         )
@@ -221,7 +186,7 @@ class IJEPAObjective(Objective):
 
     def advice(self, setting: Setting) -> list[str]:
         """A context of few patches, as in a coarse grid."""
-        c, kept, patches = self.config, self.config.blocks(self.grid).kept, math.prod(self.grid)
+        c, kept, patches = self.config, blocks(self.config, self.grid).kept, math.prod(self.grid)
         if kept >= _LITTLE * patches:
             return []
         return [
@@ -262,15 +227,7 @@ class IJEPA(Method):
     title: ClassVar[str] = "I-JEPA"
     explained: ClassVar[dict[str, Scalar]] = IJEPAObjective.explained
     progress: ClassVar[tuple[str, ...]] = ("target_spread",)
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "encoder": {"positions": "sincos"},
-        "optim": {
-            "base_lr": 1.25e-4,
-            "min_lr": 1e-6,
-            "weight_decay": 0.04,
-            "weight_decay_end": 0.4,
-        },
-    }
+    defaults: ClassVar[Defaults] = DEFAULTS
 
     def __init__(self, config: IJEPAConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)
@@ -290,7 +247,7 @@ class IJEPA(Method):
         config: IJEPAConfig, grid: tuple[int, int], places: Places
     ) -> dict[str, np.ndarray]:
         """Context and target blocks: see :meth:`ContextBlocks.draw`."""
-        return config.blocks(grid).draw(places)
+        return blocks(config, grid).draw(places)
 
     def exported_encoder(self) -> Encoder:
         """The teacher's, which the paper evaluates."""

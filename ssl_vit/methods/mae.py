@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.methods.base import Method, MethodConfig
+from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import set_norm_eps
 from ssl_vit.model.encoder import Encoder, sincos_positions, take
 from ssl_vit.model.init import xavier_init
 from ssl_vit.model.positions import resampled
-from ssl_vit.objectives.base import Objective, Reconstruction, Target
+from ssl_vit.objectives.base import Objective, Reconstruction
 from ssl_vit.objectives.masked_patches import (
     Decoder,
     explained_shares,
@@ -31,56 +29,12 @@ from ssl_vit.objectives.masked_patches import (
     patch_statistics,
     visible_first,
 )
+from ssl_vit.options.base import Defaults, Target
+from ssl_vit.options.mae import DEFAULTS, MAEConfig
 from ssl_vit.weights.decoders import read_decoder
 from ssl_vit.weights.exchange import load_strictly
 
 log = logging.getLogger("ssl_vit")
-
-
-@dataclass(frozen=True)
-class MAEConfig(MethodConfig):
-    """Masked autoencoder: hide most patches of an image, predict their pixels."""
-
-    mask_ratio: float = 0.75
-    """Share of the patches that is hidden, per image at random."""
-    normalize_target: bool = True
-    """Predict each patch normalised by its own mean and variance, rather than raw pixels."""
-    decoder_width: int = 512
-    """Features of a decoder token."""
-    decoder_depth: int = 8
-    """Blocks of the decoder."""
-    decoder_heads: int = 16
-    """Attention heads of each decoder block."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a random crop covers, least and most."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-
-    def __post_init__(self) -> None:
-        check_inside(self, "mask_ratio")
-        check_least(self, 1, "decoder_width", "decoder_depth", "decoder_heads")
-        check(
-            self.decoder_width % self.decoder_heads == 0,
-            f"{flag(self, 'decoder_heads')} is {self.decoder_heads}; "
-            f"it must divide {flag(self, 'decoder_width')}, {self.decoder_width}",
-        )
-        check_range(self, "crop_scale")
-        check_share(self, "flip")
-
-    def visible(self, n: int, asked: float = 0.0) -> int:
-        """Number of visible patches of ``n``; ``asked``: with another ratio, of ``--mask-ratio``.
-
-        Raises:
-            UserError: none would be visible, or none masked.
-        """
-        ratio = asked or self.mask_ratio
-        visible = int(n * (1 - ratio))
-        check(
-            1 <= visible < n,
-            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {n} patches "
-            f"it leaves {visible} visible, and at least 1 must be visible and 1 masked",
-        )
-        return visible
 
 
 class MAEObjective(Objective):
@@ -270,10 +224,7 @@ class MAE(Method):
     title: ClassVar[str] = "MAE"
     explained: ClassVar[dict[str, Scalar]] = MAEObjective.explained
     reconstructs: ClassVar[bool] = True
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "encoder": {"positions": "sincos"},
-        "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},
-    }
+    defaults: ClassVar[Defaults] = DEFAULTS
 
     def __init__(self, config: MAEConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)

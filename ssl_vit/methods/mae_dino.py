@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from ssl_vit.common.checks import flag
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.methods.base import Method, MethodConfig
-from ssl_vit.methods.dino import DINO, DINOConfig, DINOObjective, attention
-from ssl_vit.methods.mae import MAE, MAEConfig, MAEObjective
+from ssl_vit.methods.base import Method
+from ssl_vit.methods.dino import DINO, DINOObjective, attention
+from ssl_vit.methods.mae import MAE, MAEObjective
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init, xavier_linears
+from ssl_vit.options.base import Defaults
+from ssl_vit.options.mae_dino import DEFAULTS, MAEDINOConfig
 
 _MAE, _DINO = "mae", "dino"
-
-
-@dataclass(frozen=True)
-class MAEPart(MAEConfig):
-    """Options of the masked autoencoder."""
-
-    group: ClassVar[str] = "method.mae"
-
-
-@dataclass(frozen=True)
-class DINOPart(DINOConfig):
-    """Options of the self-distillation."""
-
-    group: ClassVar[str] = "method.dino"
-
-
-@dataclass(frozen=True)
-class MAEDINOConfig(MethodConfig):
-    """Masked autoencoder and self-distillation on one encoder; the loss is their weighted sum."""
-
-    mae_weight: float = 1.0
-    """Weight of the masked autoencoder's loss."""
-    dino_weight: float = 1.0
-    """Weight of the self-distillation's loss."""
-    mae: MAEPart = field(default_factory=MAEPart)
-    dino: DINOPart = field(default_factory=DINOPart)
-
-    def __post_init__(self) -> None:
-        for option, other in (("mae_weight", "dino"), ("dino_weight", "mae")):
-            value = getattr(self, option)
-            check(
-                0 < value < math.inf,
-                f"{flag(self, option)} is {value:g}; it must be above 0 (pretrain {other} is "
-                "without it)",
-            )
 
 
 class MAEDINO(Method):
@@ -74,7 +38,7 @@ class MAEDINO(Method):
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("mae_loss", "dino_loss", "dino_kl")
     peak_in_warmup: ClassVar[bool] = DINO.peak_in_warmup
-    defaults: ClassVar[dict[str, dict[str, Any]]] = DINO.defaults
+    defaults: ClassVar[Defaults] = DEFAULTS
     reconstructs: ClassVar[bool] = True
 
     def __init__(self, config: MAEDINOConfig, encoder_config: EncoderConfig, channels: int) -> None:

@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import draw_samples
-from ssl_vit.methods.base import Method, MethodConfig
+from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init
-from ssl_vit.objectives.base import Objective, Reconstruction, Target
+from ssl_vit.objectives.base import Objective, Reconstruction
 from ssl_vit.objectives.masked_patches import masked_pictures, mean_of_valid, without_data
 from ssl_vit.objectives.masks import random_units
-
-
-@dataclass(frozen=True)
-class SimMIMConfig(MethodConfig):
-    """Masked image modelling: mask tokens in place of patches, one linear layer to their pixels."""
-
-    mask_ratio: float = 0.6
-    """Share of the image that is masked, in units at random."""
-    mask_unit: int = 2
-    """Side of a unit in patches; it divides the grid of patches (2: 32 px of patches of 16)."""
-    crop_scale: tuple[float, float] = (0.67, 1.0)
-    """Share of the image's area that a random crop covers, least and most."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-
-    def __post_init__(self) -> None:
-        check_inside(self, "mask_ratio")
-        check_least(self, 1, "mask_unit")
-        check_range(self, "crop_scale")
-        check_share(self, "flip")
-
-    def check_grid(self, grid: tuple[int, int], asked: float = 0.0) -> None:
-        """Refuse a grid of patches that units do not divide, or of which nothing stays visible;
-        ``asked``: with another ratio, of ``--mask-ratio``."""
-        unit, shown = self.mask_unit, "x".join(map(str, grid))
-        fits = all(side % unit == 0 for side in grid)
-        check(
-            fits,
-            f"{flag(self, 'mask_unit')} is {unit}; it must divide the grid of {shown} patches",
-        )
-        ratio, units = asked or self.mask_ratio, grid[0] * grid[1] // unit**2
-        other = "" if asked else f", or {flag(self, 'mask_unit')}"
-        check(
-            math.ceil(units * ratio) < units,
-            f"{'--mask-ratio' if asked else flag(self, 'mask_ratio')} is {ratio}; of {units} units "
-            f"of {unit}x{unit} patches it leaves none visible: lower it{other}",
-        )
+from ssl_vit.options.base import Defaults, Target
+from ssl_vit.options.simmim import DEFAULTS, SimMIMConfig
 
 
 class SimMIMObjective(Objective):
@@ -143,10 +106,7 @@ class SimMIM(Method):
     explained: ClassVar[dict[str, Scalar]] = SimMIMObjective.explained
     reconstructs: ClassVar[bool] = True
     # The original's rate is 1e-4 for 512 images.
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
-        "encoder": {"drop_path": 0.1},
-        "optim": {"base_lr": 5e-5, "weight_decay": 0.05, "clip": 5.0},
-    }
+    defaults: ClassVar[Defaults] = DEFAULTS
 
     def __init__(self, config: SimMIMConfig, encoder_config: EncoderConfig, channels: int) -> None:
         super().__init__(config, encoder_config, channels)

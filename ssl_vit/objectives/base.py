@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -13,8 +13,7 @@ from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder
-
-Target = Literal["auto", "pixels", "normalized"]
+from ssl_vit.options.base import Target
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,8 +12,8 @@ from ssl_vit.common.distributed import all_reduce_mean
 from ssl_vit.objectives.centering import Center
 from ssl_vit.objectives.row_blocks import row_blocks
 from ssl_vit.objectives.sinkhorn import sinkhorn_knopp, unevenness
+from ssl_vit.options.base import Kind
 
-Kind = Literal["centering", "sinkhorn"]
 _ITERATIONS = 3
 
 

@@ -12,10 +12,8 @@ import yaml
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import flatten
 from ssl_vit.records.status import STATUS_FILE
-from ssl_vit.training.checkpoint import complete
-from ssl_vit.training.metrics import METRICS_FILE, read_row
-from ssl_vit.training.resume import CONFIG_FILE
-from ssl_vit.weights.exchange import ENCODER_FILE, own_metadata
+from ssl_vit.training.run_files import CONFIG_FILE, METRICS_FILE, complete, read_row
+from ssl_vit.weights.own_files import ENCODER_FILE, own_metadata
 
 # Detects a changed file: its size in bytes, and its modification time in nanoseconds.
 Stamp = tuple[int, int]

@@ -24,8 +24,7 @@ from ssl_vit.records.run_files import (
 )
 from ssl_vit.records.run_state import RunState, Traces, gone, run_state_of
 from ssl_vit.records.status import STATUS_FILE, Status, read_status
-from ssl_vit.training.metrics import METRICS_FILE
-from ssl_vit.training.resume import CONFIG_FILE
+from ssl_vit.training.run_files import CONFIG_FILE, METRICS_FILE
 from ssl_vit.training.smoothing import SmoothedRate
 
 __all__ = ["Run", "find_runs", "read_run"]

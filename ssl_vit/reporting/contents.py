@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ssl_vit.commands.beginning import BEST
-from ssl_vit.commands.pretraining import PretrainConfig, default_options
+from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import as_written
-from ssl_vit.methods.base import find_method
+from ssl_vit.methods import find_options
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape
 from ssl_vit.reporting.explained import evaluator, feature, method_title
@@ -165,7 +165,7 @@ def defaults(story: Story) -> dict[str, Any]:
     """The options of a run's method as they are by default; empty for an unknown one, and
     for a fine-tuning, whose defaults are by its encoder."""
     try:
-        made = default_options(PretrainConfig, find_method(story.run.method))
+        made = default_options(PretrainConfig, find_options(story.run.method))
     except UserError:
         return {}
     return as_written(made)

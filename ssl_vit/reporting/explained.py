@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ssl_vit.common.task import Scalar
-from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import find_method
 
 # Before what methods log of themselves, and after; order is that of the page.
 _FIRST = {

@@ -15,11 +15,11 @@ import vl_convert
 from markupsafe import Markup
 
 from ssl_vit import __version__
+from ssl_vit.common.duration import duration
 from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
 from ssl_vit.reporting.explained import Glossary, evaluator, neighbours_of
 from ssl_vit.reporting.story import GIVEN, KNN, PIXELS, Scored, Story, knn_names
-from ssl_vit.training.metrics import duration
 
 _HERE = Path(__file__).parent
 _PLAIN = "#8a8f98"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from statistics import median
 
+from ssl_vit.common.duration import duration
 from ssl_vit.reporting.explained import evaluator, neighbours_of
 from ssl_vit.reporting.story import Story
-from ssl_vit.training.metrics import duration
 
 _NOTHING = "-"
 

@@ -24,26 +24,21 @@ from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import share_as_usual, sync, write_text_atomically
 from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.run_files import CHECKPOINT, STATE_FILE, complete, is_whole
 from ssl_vit.training.shards import Parts, load_moments, load_parts, moments, own_part
 
 log = logging.getLogger("ssl_vit")
-_STATE, _TASK, _OPTIMIZER = "state.json", "task", "optimizer"
+_TASK, _OPTIMIZER = "task", "optimizer"
 _NAME = "step-{:08d}"
-_ANY = "step-" + 8 * "[0-9]"  # not step-00001000-good: a user's own copy
-
-
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first. Interrupted saves have another name."""
-    return sorted(path for path in folder.glob(_ANY) if _is_whole(path))
 
 
 def clean(folder: Path) -> None:
     """Remove what interrupted saves left; warn of checkpoints incomplete for another reason."""
-    for partial in folder.glob(f".{_ANY}.partial"):
+    for partial in folder.glob(f".{CHECKPOINT}.partial"):
         if _remove(partial):
             log.warning("%s is an incomplete checkpoint; removed", partial)
-    for path in folder.glob(_ANY):
-        if not _is_whole(path):
+    for path in folder.glob(CHECKPOINT):
+        if not is_whole(path):
             log.warning("%s lacks some of its files; it is ignored", path)
 
 
@@ -55,17 +50,6 @@ def _remove(folder: Path) -> bool:
         log.warning("%s cannot be removed: %s", folder, error)
         return False
     return True
-
-
-def _is_whole(path: Path) -> bool:
-    """True if all files are there, with the sizes they were written with."""
-    try:
-        sizes = json.loads((path / _STATE).read_text()).get("files", {})
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except OSError:
-        return False
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return True  # damaged otherwise: reported when it is opened
 
 
 @dataclass
@@ -215,7 +199,7 @@ class Checkpoints:
         sizes = {}
         for name in names:
             sizes[name] = _size(save.partial / name)
-        write_text_atomically(save.partial / _STATE, json.dumps({**save.state, "files": sizes}))
+        write_text_atomically(save.partial / STATE_FILE, json.dumps({**save.state, "files": sizes}))
         if save.path.exists():  # an incomplete one, which was ignored
             shutil.rmtree(save.path)
         save.partial.rename(save.path)
@@ -292,15 +276,17 @@ def read_images(path: Path) -> dict[str, Any]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     kind = "a file, not a checkpoint folder" if path.is_file() else "not a checkpoint folder"
-    check((path / _STATE).is_file(), f"{path} is {kind} (step-00001000, with {_STATE} in it)")
+    check(
+        (path / STATE_FILE).is_file(), f"{path} is {kind} (step-00001000, with {STATE_FILE} in it)"
+    )
     try:
-        state = json.loads((path / _STATE).read_text())
+        state = json.loads((path / STATE_FILE).read_text())
         found = state | {"step": int(state["step"]), "world": int(state.get("world", 1))}
         check(found["step"] >= 0, f"step is {found['step']}")
         # At most the number of files: that many would be opened.
         most = len(list(path.glob(f"{_TASK}*.safetensors")))
         check(1 <= found["world"] <= most, f"world is {found['world']}, of {most} files")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path / _STATE} is damaged: {error}") from None
-    check(_is_whole(path), f"{path} lacks some of its files, or of their bytes")
+        raise UserError(f"{path / STATE_FILE} is damaged: {error}") from None
+    check(is_whole(path), f"{path} lacks some of its files, or of their bytes")
     return found

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
+from ssl_vit.common.duration import duration
 from ssl_vit.common.figures import save_png
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.training.energy import Energy
@@ -37,12 +38,12 @@ from ssl_vit.training.panels import (
     projections,
     thin_panels,
 )
+from ssl_vit.training.run_files import METRICS_FILE, read_rows
 from ssl_vit.training.run_lock import LockLost
 from ssl_vit.training.shared_cores import SHARED
 from ssl_vit.training.smoothing import SmoothedRate
 
 log = logging.getLogger("ssl_vit")
-METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 10.0
 
 
@@ -242,13 +243,6 @@ class RunLog:
             self.board.close()
 
 
-def duration(seconds: float) -> str:
-    """Duration in seconds as text: 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def note_outcome(
     folder: Path, step: int, options: dict[str, Any], outcome: dict[str, float]
 ) -> None:
@@ -264,21 +258,6 @@ def note_outcome(
             board.add_scalar(name, value, step)
         for summary in hparams(plain, outcome):
             board.file_writer.add_summary(summary)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; lines that are truncated (by a killed run) or no rows are skipped."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [row for line in lines if (row := read_row(line)) is not None]
-
-
-def read_row(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of a metrics file; None if it is not a valid row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def keep_rows(path: Path, step: int) -> None:

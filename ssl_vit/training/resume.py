@@ -13,11 +13,11 @@ import yaml
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.layers import as_written, written
-from ssl_vit.training.checkpoint import complete, load_checkpoint, read_images
+from ssl_vit.training.checkpoint import load_checkpoint, read_images
 from ssl_vit.training.loop import Trainer
+from ssl_vit.training.run_files import CONFIG_FILE, complete
 
 log = logging.getLogger("ssl_vit")
-CONFIG_FILE = "config.yaml"
 
 # Options that may change when a run is resumed: they do not affect its numbers, except by rounding
 # (and except how fine-tuning mixes images, which is within the parts of a batch).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,13 +35,8 @@ from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import Schedule, encoder_rates
 from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precision, start_parallel
 from ssl_vit.training.prefetch import on_device
-from ssl_vit.training.resume import (
-    CONFIG_FILE,
-    check_same,
-    load_into,
-    move_aside,
-    starting_point,
-)
+from ssl_vit.training.resume import check_same, load_into, move_aside, starting_point
+from ssl_vit.training.run_files import CONFIG_FILE
 from ssl_vit.training.run_lock import RunLock, is_lock
 from ssl_vit.training.shared_cores import SHARED
 
@@ -299,10 +293,3 @@ def every(text: str, option: str, steps_per_epoch: int) -> int:
 def counted(module: nn.Module) -> str:
     """Parameter count of a module in millions, as text."""
     return f"{parameter_count(module) / 1e6:.2f} M"
-
-
-def slug(spec: str) -> str:
-    """Short name of a data set for a folder: the last part of its spec that has a letter."""
-    parts = [re.sub(r"[^A-Za-z0-9]+", "-", p).strip("-") for p in re.split(r"[:/]", spec)]
-    named = [p for p in parts if re.search("[A-Za-z]", p) and p not in ("train", "val", "test")]
-    return named[-1] if named else "data"

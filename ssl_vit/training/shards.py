@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from ssl_vit.common.distributed import local
 from ssl_vit.common.errors import check
-from ssl_vit.weights.exchange import check_names_and_shapes, read_safetensors
+from ssl_vit.weights.exchange import check_names_and_shapes
+from ssl_vit.weights.own_files import read_metadata
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -70,7 +71,7 @@ class Parts:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         for path in paths:
-            read_safetensors(path, tensors=False)  # raises UserError for anything else
+            read_metadata(path)  # raises UserError for anything else
         self.where = str(paths[0])
         self.files = [safe_open(path, "pt") for path in paths]
         self.names = sorted({name for file in self.files for name in file.keys()})  # noqa: SIM118

@@ -22,9 +22,8 @@ from ssl_vit.common.files import write_atomically
 from ssl_vit.model.architecture import take_memory, timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.positions import resampled
+from ssl_vit.weights.own_files import ENCODER_FILE, KEY, not_safetensors, own_metadata
 
-ENCODER_FILE, BEST_FILE = "encoder.safetensors", "encoder-best.safetensors"
-_KEY = "ssl_vit"
 # Name prefix of a classifier's last layer, in a file of a fine-tuned network.
 HEAD = "head."
 
@@ -68,7 +67,7 @@ def encoder_writer(path: Path, encoder: Encoder, info: EncoderInfo) -> Callable[
 def write_own(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     """Write tensors with ``content`` as their metadata, atomically."""
     # One key, because safetensors writes several in random order.
-    metadata = {_KEY: json.dumps(content)}
+    metadata = {KEY: json.dumps(content)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -84,21 +83,6 @@ def encoder_path(name: str | Path) -> Path:
     return file
 
 
-def own_metadata(path: Path) -> dict[str, Any]:
-    """Our metadata in a safetensors file; empty in files of other libraries.
-
-    Raises:
-        UserError: not a safetensors file, or our metadata key is damaged.
-    """
-    text = read_safetensors(path, tensors=False)[1].get(_KEY, "{}")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    check(isinstance(content, dict), f"{path}: metadata of another version of ssl_vit: {text:.60}")
-    return dict(content)
-
-
 def is_ours(path: Path) -> bool:
     """True if a file contains an encoder of ssl_vit, alone or in a fine-tuned classifier."""
     try:
@@ -110,14 +94,6 @@ def is_ours(path: Path) -> bool:
 def is_encoder_file(path: Path) -> bool:
     """True if a file was written by :func:`save_encoder`."""
     return is_ours(path) and "about" not in own_metadata(path)
-
-
-def _first_bytes(path: Path) -> bytes:
-    """First four bytes of a file; empty if it is not a file."""
-    if not path.is_file():
-        return b""
-    with open(path, "rb") as file:
-        return file.read(4)
 
 
 def read_info(path: Path) -> EncoderInfo:
@@ -254,7 +230,7 @@ def check_names_and_shapes(
     return f"{len(own)} of {len(own)} tensors"
 
 
-def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and metadata of a safetensors file; nothing in it can execute.
 
     Raises:
@@ -262,16 +238,10 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor
     """
     try:
         with safe_open(path, "pt") as file:
-            found = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}  # noqa: SIM118
+            found = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             return found, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        start = _first_bytes(path)
-        kind = (
-            "a pickle"
-            if start[:1] == b"\x80" or start[:2] == b"PK"
-            else "damaged or another format"
-        )
-        raise UserError(f"{path}: not a safetensors file ({kind}): {error}") from None
+        raise not_safetensors(path, error) from None
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,6 @@ from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import dinov3, from_timm
 from ssl_vit.weights.exchange import (
-    ENCODER_FILE,
     EncoderInfo,
     encoder_of,
     is_encoder_file,
@@ -33,6 +32,7 @@ from ssl_vit.weights.keymaps import (
     Mapped,
     to_timm,
 )
+from ssl_vit.weights.own_files import ENCODER_FILE
 from ssl_vit.weights.reading import (
     FILES,
     INDEX,

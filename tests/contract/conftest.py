@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ssl_vit import pretrain
-from ssl_vit.methods.base import Method, find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import Method, find_method
 from tests.contract.tiny import run_arguments
 
 

@@ -7,8 +7,9 @@ import torch
 
 from ssl_vit.commands.pretraining import whole_method
 from ssl_vit.common.errors import UserError
-from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, save_encoder
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights
+from ssl_vit.weights.own_files import ENCODER_FILE
 from tests.contract import tiny
 from tests.contract.test_training import from_the_first_step, outcome
 

@@ -22,7 +22,7 @@ from ssl_vit.common.task import Task
 from ssl_vit.data import photometric
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
-from ssl_vit.evaluators.finetune import TuneConfig
+from ssl_vit.evaluators.options import TuneConfig
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.rope import Augmentation
 from ssl_vit.training.loop import Trainer

@@ -10,8 +10,9 @@ import torch
 from ssl_vit.commands.cli import recipes
 from ssl_vit.common.layers import known_keys
 from ssl_vit.common.task import Scalar
-from ssl_vit.methods.base import MethodConfig
+from ssl_vit.methods import find_options
 from ssl_vit.objectives.base import Objective, Setting
+from ssl_vit.options.base import MethodConfig
 from tests.contract import tiny
 
 # What a run of nothing but trouble looks like.
@@ -34,6 +35,11 @@ def test_it_has_a_name_for_people_and_a_docstring(kind):
     assert kind.title.strip()
     assert (kind.__doc__ or "").strip()
     assert (kind.Config.__doc__ or "").strip()
+
+
+def test_its_options_are_found_without_its_networks(name, kind):
+    assert find_options(name) == (kind.Config, kind.defaults)
+    assert kind.Config.__module__ == f"ssl_vit.options.{name}"
 
 
 def test_its_options_are_frozen_and_documented(name, kind):

@@ -8,7 +8,8 @@ import pytest
 
 from ssl_vit import pretrain
 from ssl_vit.common.errors import UserError
-from ssl_vit.methods.base import Method, find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.architecture import without_memory
 from tests.contract import tiny
 

@@ -8,7 +8,7 @@ import torch
 
 from ssl_vit import pretrain
 from ssl_vit.commands.pretraining import initial_method
-from ssl_vit.training.checkpoint import complete
+from ssl_vit.training.run_files import complete
 from tests.contract import tiny
 
 

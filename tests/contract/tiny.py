@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.commands.pretraining import PretrainConfig, Pretraining, build
+from ssl_vit.commands.pretrain_options import PretrainConfig
+from ssl_vit.commands.pretraining import Pretraining, build
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.task import Views
 from ssl_vit.data.loader import Batch, TrainImages, train_batches
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options
-from ssl_vit.training.checkpoint import complete
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import complete, read_rows
 from ssl_vit.training.shards import Parts
-from ssl_vit.weights.exchange import ENCODER_FILE, EncoderInfo, save_encoder
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+from ssl_vit.weights.own_files import ENCODER_FILE
 
 STEPS, BATCH = 4, 8
 # AdamW makes whole steps of what is a rounding error of a gradient near 0: the rate is low.
@@ -82,12 +83,12 @@ def run_arguments(name: str, *more: str) -> list[str]:
 @cache
 def options(name: str, *more: str) -> tuple[type[Method], PretrainConfig[Any]]:
     """The method's class and all options of a tiny run."""
-    return parse_options(arguments(name, *more))[1:]
+    return find_method(name), parse_options(arguments(name, *more))[1]
 
 
 def session(name: str, *more: str) -> Pretraining:
     """A tiny run put together; nothing is written."""
-    return build(name, *options(name, *more))
+    return build(name, options(name, *more)[1])
 
 
 def splitting(name: str) -> tuple[str, ...]:

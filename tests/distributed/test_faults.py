@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import read_rows
 from tests.distributed.lives import Life, Lives
 from tests.integration.conftest import TINY, TINY_DINO
 

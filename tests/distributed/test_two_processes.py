@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_vit.training.checkpoint import complete
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import complete, read_rows
 from ssl_vit.training.shards import Parts
 from tests.distributed.together import together
 from tests.integration.conftest import Door
@@ -152,8 +151,7 @@ from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.resume import load_into
 
 def carried(options, found, out):
-    name, kind, config = pretrain.parse_options(options)
-    made = session.build(name, kind, config)
+    made = session.build(*pretrain.parse_options(options))
     load_into(made.trainer, Path(found))
     checkpoints = Checkpoints(Path(out), 9, 0, made.parallel)
     state = made.trainer.guard.state

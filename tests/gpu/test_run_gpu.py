@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import read_rows
 from tests.conftest import ROOT
 from tests.integration.conftest import KILLER, TINY, TINY_DINO
 

@@ -17,8 +17,8 @@ from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.seeds import uniform
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
-from ssl_vit.evaluators.finetune import TuneConfig
-from ssl_vit.methods.base import method_names
+from ssl_vit.evaluators.options import TuneConfig
+from ssl_vit.methods import method_names
 from ssl_vit.training.failures import memory_of_a_step
 from ssl_vit.training.loop import Trainer
 from tests.contract import tiny

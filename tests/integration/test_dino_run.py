@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import read_rows
 from tests.integration.conftest import KILLER, SCORED, outcome, recount
 
 

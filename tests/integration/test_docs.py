@@ -14,15 +14,18 @@ import pytest
 
 from launch import slurm
 from launch.options import LaunchConfig, merge_lists
-from ssl_vit import benchmark, evaluate, export, pretrain, report, visualize
+from ssl_vit import benchmark, evaluate, pretrain, report
 from ssl_vit.commands import quality_options
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
-from ssl_vit.commands.compare import CompareConfig
+from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.embed_options import EmbedConfig
+from ssl_vit.commands.eval_options import PROBES
+from ssl_vit.commands.export_options import ExportConfig
+from ssl_vit.commands.picture_options import PICTURES
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
-from ssl_vit.evaluators.finetune import FinetuneConfig
-from ssl_vit.methods.base import method_names
+from ssl_vit.evaluators.options import FinetuneConfig
+from ssl_vit.methods import method_names
 from ssl_vit.runs import RunsConfig
 from tests.conftest import ROOT
 from tests.contract.tiny import encoder_file
@@ -86,18 +89,18 @@ def _pretrain(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    name = subcommand(argv, "", "evaluator", [*evaluate._PROBES, *evaluate._OTHERS, "again"])
+    others = {"finetune": FinetuneConfig(), "compare": CompareConfig(encoders=("",))}
+    name = subcommand(argv, "", "evaluator", [*PROBES, *others, "again"])
     if name == "again":
         assert len(argv) == 2, argv
         return
-    others = {"finetune": FinetuneConfig(), "compare": CompareConfig(encoders=("",))}
-    default = others[name] if name in others else evaluate._PROBES[name][0]()
+    default = others[name] if name in others else PROBES[name]()
     _parse(default, evaluate.split_lists(argv[1:]))
 
 
 def _visualize(argv: list[str]) -> None:
-    name = subcommand(argv, "", "picture", list(visualize._PICTURES))
-    _parse(visualize._PICTURES[name][0](), argv[1:])
+    name = subcommand(argv, "", "picture", list(PICTURES))
+    _parse(PICTURES[name](), argv[1:])
 
 
 def _benchmark(argv: list[str]) -> None:
@@ -121,7 +124,7 @@ _PARSERS = {
     "pretrain": _pretrain,
     "evaluate": _evaluate,
     "visualize": _visualize,
-    "export": lambda argv: _parse(export.ExportConfig(), argv),
+    "export": lambda argv: _parse(ExportConfig(), argv),
     "embed": lambda argv: _parse(EmbedConfig(), argv),
     "benchmark": _benchmark,
     "report": lambda argv: parse(report.ReportConfig(), argv, COMMAND_LINE, "report"),

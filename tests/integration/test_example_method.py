@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ssl_vit import methods
-from ssl_vit.methods.base import method_names
+from ssl_vit.methods import method_names
 from ssl_vit.pretrain import main
 from tests.conftest import ROOT
 

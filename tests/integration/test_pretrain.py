@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.layers import to_yaml
-from ssl_vit.methods.mae import MAEConfig
+from ssl_vit.options.mae import MAEConfig
 from ssl_vit.pretrain import parse_options
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import read_rows
 from ssl_vit.weights.exchange import load_encoder, sha256
 from tests.integration.conftest import SCORED
 
@@ -93,7 +93,7 @@ def test_reconstruction_picture(run):
 
 def test_config_reloads_to_an_equal_object(run):
     folder, _ = run
-    _, _, config = parse_options(["mae", "--config", str(folder / "config.yaml")])
+    _, config = parse_options(["mae", "--config", str(folder / "config.yaml")])
     assert config.run == RunConfig(
         out="run", length="24st", save_every="8st", probe_every="12st", log_every=1
     )

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from ssl_vit.training.metrics import read_rows
+from ssl_vit.training.run_files import read_rows
 from tests.browser import start_browser
 from tests.unit.run_folders import make_run, train_row
 

@@ -384,7 +384,7 @@ def test_released_weights(tmp_path, monkeypatch, kind):
         maps.append(attention)
         return np.zeros((4, 4, 3), np.uint8)
 
-    monkeypatch.setattr("ssl_vit.visualize.attention_panel", spied)
+    monkeypatch.setattr("ssl_vit.commands.drawing.attention_panel", spied)
     command = ["--encoder", str(name), "--images", "a.png", "--out", "picture.png"]
     assert main(["attention", *command]) == 0
     photo = torch.from_numpy(np.array(Image.open("a.png"))).permute(2, 0, 1)[None] / 255

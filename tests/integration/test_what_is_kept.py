@@ -15,8 +15,8 @@ from ssl_vit.data.sources import open_source
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import Machine, extract, pooled
 from ssl_vit.pictures.thumbnails import thumbnails
-from ssl_vit.training.metrics import read_rows
 from ssl_vit.training.panels import drop_pictures, panel_file, panels, projections, thin_panels
+from ssl_vit.training.run_files import read_rows
 from ssl_vit.weights.exchange import load_encoder
 from tests.integration.conftest import SCORED
 

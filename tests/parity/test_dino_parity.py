@@ -10,8 +10,9 @@ from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
-from ssl_vit.methods.dino import DINO, DINOConfig
+from ssl_vit.methods.dino import DINO
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.dino import DINOConfig
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel

@@ -11,9 +11,10 @@ from timm.layers import SwiGLUPacked
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.task import Views
-from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config
+from ssl_vit.methods.dinov2 import DINOv2
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.dinov2 import DINOv2Config
 from ssl_vit.training.optim import make_optimizer
 from ssl_vit.weights.keymaps import with_own_position
 from tests.parity.golden import check_there_are, close, golden_files, read_golden

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.methods.ibot import IBOT, IBOTConfig
+from ssl_vit.methods.ibot import IBOT
 from ssl_vit.objectives.cross_entropy import cross_entropy_of_rows, cross_entropy_of_views
+from ssl_vit.options.ibot import IBOTConfig
 from tests.parity.golden import check_there_are, close, golden_files, read_golden
 
 FILES = golden_files("ibot_loss*.safetensors")

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from ssl_vit.common.config import EncoderConfig, OptimConfig
-from ssl_vit.methods.ijepa import IJEPA, IJEPAConfig, smooth_l1
+from ssl_vit.methods.ijepa import IJEPA, smooth_l1
 from ssl_vit.model.encoder import take
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.ijepa import IJEPAConfig
 from ssl_vit.training.optim import make_optimizer
 from tests.parity.golden import check_there_are, close, golden_files, read_golden
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.methods.mae import MAE
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.mae import MAEConfig
 from tests.parity.golden import check_there_are, close, golden_files, read_golden
 
 FILES = golden_files("mae_*.safetensors")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from einops import rearrange
 
-from ssl_vit.methods.simmim import SimMIM, SimMIMConfig
+from ssl_vit.methods.simmim import SimMIM
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.simmim import SimMIMConfig
 from ssl_vit.weights.keymaps import to_timm
 from ssl_vit.weights.official import open_weights
 from tests.parity.golden import close

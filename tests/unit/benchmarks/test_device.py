@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit.benchmarks.device import Outcome, Part, carry_out, markdown, parts, steps_table
-from ssl_vit.commands.device import main
+from ssl_vit.benchmark import main
+from ssl_vit.benchmarks.device import Outcome, Part, carry_out, markdown, steps_table
+from ssl_vit.commands.device_parts import parts
 from ssl_vit.common.errors import UserError
 
 
@@ -116,7 +117,10 @@ def test_a_step_stands_in_the_table_beside_its_prediction(tmp_path):
 
 
 def test_without_time_the_report_says_so(tmp_path, capsys):
-    assert main(["--device", "cpu", "--minutes", "0.001", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["device", "--device", "cpu", "--minutes", "0.001", "--out", str(tmp_path / "out")])
+        == 0
+    )
     report = json.loads((tmp_path / "out" / "device.json").read_text())
     assert {part["state"] for part in report["parts"].values()} == {"not begun"}
     assert len(report["parts"]) == len(list(parts("cpu")))
@@ -127,12 +131,15 @@ def test_without_time_the_report_says_so(tmp_path, capsys):
     ("flags", "said"),
     [
         ([], "no CUDA device is seen; --device cpu rehearses the parts on small networks"),
-        (["--device", "mps"], "--device is 'mps'; allowed: auto, cuda, cuda:N, and cpu for a"),
-        (["--device", "cpu", "--minutes", "0"], "command line: --minutes is 0; it must be above 0"),
-        (["--device", "cpu", "--out", sys.executable], f"--out is {sys.executable!r}, a file"),
+        (["--device", "mps"], "--device is 'mps'; allowed: auto, cuda, cuda:N, and"),
+        (["--device", "cpu", "--minutes", "0"], "--minutes is 0; it must be above 0"),
+        (
+            ["--device", "cpu", "--out", sys.executable],
+            f"--out is {sys.executable!r}, a file",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(flags, said):
     with pytest.raises(UserError) as error:
-        main(flags)
-    assert str(error.value).startswith(said)
+        main(["device", *flags])
+    assert str(error.value).removeprefix("command line: ").startswith(said)

@@ -28,10 +28,13 @@ from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import decode
 from ssl_vit.data.photometric import Photometric
-from ssl_vit.methods.dino import DINO, DINOConfig
-from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config
-from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.methods.dino import DINO
+from ssl_vit.methods.dinov2 import DINOv2
+from ssl_vit.methods.mae import MAE
 from ssl_vit.model.encoder import parameter_count
+from ssl_vit.options.dino import DINOConfig
+from ssl_vit.options.dinov2 import DINOv2Config
+from ssl_vit.options.mae import MAEConfig
 
 NONE = ViewSpec((Crop((8, 12), scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=0.0),))
 EVERY = Photometric(jitter=1.0, gray=1.0, blur=1.0, solarize=1.0)

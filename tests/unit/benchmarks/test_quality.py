@@ -2,6 +2,7 @@
 
 import pytest
 
+from ssl_vit.benchmark import main
 from ssl_vit.benchmarks.quality import (
     HEADER,
     curve,
@@ -11,7 +12,7 @@ from ssl_vit.benchmarks.quality import (
     minutes_at,
     rate_after,
 )
-from ssl_vit.commands.quality import Results, main
+from ssl_vit.commands.quality import Results
 from ssl_vit.commands.quality_options import last_value, parse_options, split_flags
 from ssl_vit.common.errors import UserError
 
@@ -144,6 +145,7 @@ def test_a_search_never_names_the_validation_set():
         (["--minutes", "0", *DATA], "--minutes is 0; it must be above 0"),
         (["--minutes", "-1", *DATA], "--minutes is -1; it must be above 0"),
         (["--seeds", "0", *DATA], "--seeds is 0; it must be 1 or more"),
+        ([], "--data.train is missing"),
         (DATA[:2], "--data.val is missing; or give --split search"),
         (DATA[2:], "--data.train is missing"),
         (["--methods", "meo", *DATA], "no method, recipe or file of that name (nearest known: mae"),
@@ -163,7 +165,7 @@ def test_a_search_never_names_the_validation_set():
 def test_a_mistake_is_one_line_before_anything_is_written(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
-        main(list(arguments))
+        main(["quality", *arguments])
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []

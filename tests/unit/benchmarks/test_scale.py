@@ -23,19 +23,21 @@ from ssl_vit.benchmarks.costs import (
 )
 from ssl_vit.benchmarks.speed import random_batch
 from ssl_vit.commands import scale
-from ssl_vit.commands.pretraining import default_options
-from ssl_vit.commands.scale import ScaleConfig, scale_report, show_scale
+from ssl_vit.commands.benchmark_options import ScaleConfig
+from ssl_vit.commands.pretrain_options import default_options
+from ssl_vit.commands.scale import scale_report, show_scale
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import Batch
+from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method, find_method
-from ssl_vit.methods.dino import DINOConfig
-from ssl_vit.methods.mae import MAEConfig
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.execution import checkpoint_activations, choose_attention
+from ssl_vit.options.dino import DINOConfig
+from ssl_vit.options.mae import MAEConfig
 from ssl_vit.training.footprint import KeptBytes, measure_step, memory_of
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
@@ -263,7 +265,7 @@ def test_the_largest_batch_fits_and_one_image_more_does_not():
 
 
 def options(**changes: Any) -> ScaleConfig[Any]:
-    default: ScaleConfig[Any] = default_options(ScaleConfig, find_method("mae"))
+    default: ScaleConfig[Any] = default_options(ScaleConfig, find_options("mae"))
     small = {"archs": ("test_vit",), "image_sizes": (50,), "devices": (3,)}
     return replace(default, **(small | changes))
 

@@ -14,9 +14,9 @@ from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.watch import Look
 from ssl_vit.reporting.page import _levels
 from ssl_vit.reporting.story import read_story
-from ssl_vit.training.checkpoint import complete
-from ssl_vit.training.metrics import read_rows
-from ssl_vit.weights.exchange import BEST_FILE, EncoderInfo, load_encoder, read_info, save_encoder
+from ssl_vit.training.run_files import complete, read_rows
+from ssl_vit.weights.exchange import EncoderInfo, load_encoder, read_info, save_encoder
+from ssl_vit.weights.own_files import BEST_FILE
 from tests.contract import tiny
 
 NONE = FeatureSet({}, torch.zeros(0), 0, torch.zeros(0, dtype=torch.int64))

@@ -15,7 +15,8 @@ from PIL import Image
 import ssl_vit
 from ssl_vit import embed
 from ssl_vit.commands import embed_options, embedding
-from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
+from ssl_vit.commands.eval_options import EvalData, FeatureConfig
+from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data.loader import Batch

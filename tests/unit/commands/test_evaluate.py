@@ -13,8 +13,10 @@ from PIL import Image
 
 from ssl_vit import evaluate
 from ssl_vit.commands import finetuning
-from ssl_vit.commands.compare import CompareConfig, tuning_options
-from ssl_vit.commands.evaluating import EvalData, Evaluation, FeatureConfig
+from ssl_vit.commands.compare import tuning_options
+from ssl_vit.commands.compare_options import CompareConfig
+from ssl_vit.commands.eval_options import EvalData, FeatureConfig
+from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.config import EncoderConfig, ReadConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.evaluators.backbone import open_backbone

@@ -36,7 +36,8 @@ from ssl_vit.evaluators.classifier import (
     layer_scales,
     saved_step,
 )
-from ssl_vit.evaluators.finetune import FineTune, FinetuneConfig, TuneConfig, erase, recipe
+from ssl_vit.evaluators.finetune import FineTune, erase
+from ssl_vit.evaluators.options import FinetuneConfig, TuneConfig, recipe
 from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.model.architecture import timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder

@@ -34,13 +34,17 @@ def given(tmp_path: Path) -> tuple[Path, Encoder]:
     return path, encoder
 
 
+def read(argv):
+    """The method's class and the options of a command line."""
+    name, config = parse_options(argv)
+    return find_method(name), config
+
+
 @pytest.mark.parametrize("name", ["mae", "dino"])
 def test_every_encoder_of_a_method_begins_with_the_weights(name, given):
     path, encoder = given
     more = DINO if name == "dino" else ()
-    _, kind, config = parse_options(
-        [name, "--data.train", "digits", "--init.encoder", str(path), *more]
-    )
+    kind, config = read([name, "--data.train", "digits", "--init.encoder", str(path), *more])
     method = initial_method(kind, config)
     encoders = [m for m in method.modules() if isinstance(m, Encoder)]
     assert len(encoders) == (2 if name == "dino" else 1)
@@ -51,11 +55,11 @@ def test_every_encoder_of_a_method_begins_with_the_weights(name, given):
 
 def test_architecture_channels_and_statistics_come_with_the_weights(given):
     path, _ = given
-    _, _, config = parse_options(["mae", "--data.train", "digits", "--init.encoder", str(path)])
+    _, config = parse_options(["mae", "--data.train", "digits", "--init.encoder", str(path)])
     assert replace(config.encoder, drop_path=0.0) == CONFIG
     assert (config.data.channels, config.data.mean, config.data.std) == (2, (0.1, 0.2), (0.3, 0.4))
     flags = ["dino", "--data.train", "digits", "--init.encoder", str(path)]
-    assert parse_options([*flags, *DINO])[2].encoder.drop_path == 0.1  # the method's own
+    assert parse_options([*flags, *DINO])[1].encoder.drop_path == 0.1  # the method's own
 
 
 def test_given_weights_are_spared_by_default(given):
@@ -74,10 +78,10 @@ def test_given_weights_are_spared_by_default(given):
     )
     own = path.with_name("own.yaml")
     own.write_text("optim: {encoder_lr: 1.0, freeze_encoder: 1st}")
-    optim = parse_options([*flags, "--config", str(own), "--optim.release", "0st"])[2].optim
+    optim = parse_options([*flags, "--config", str(own), "--optim.release", "0st"])[1].optim
     assert (optim.encoder_lr, optim.freeze_encoder, optim.release) == (1.0, "1st", "0st")
     assert (optim.layer_decay, optim.patch_lr) == (0.9, 0.2)
-    whole = parse_options([*flags, "--init.heads", "True"])[2]
+    whole = parse_options([*flags, "--init.heads", "True"])[1]
     assert whole.optim == plain.config.optim, "heads that come with the encoder do not ruin it"
 
 
@@ -104,7 +108,7 @@ def test_a_run_knows_the_file_it_began_with_wherever_it_is(given):
 def test_another_image_size_resamples_the_positions(given):
     path, encoder = given
     flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
-    _, kind, config = parse_options([*flags, "--encoder.image-size", "16"])
+    kind, config = read([*flags, "--encoder.image-size", "16"])
     method = initial_method(kind, config)
     made = method.encoder.vit.pos_embed
     assert made.shape[1] == 1 + 64
@@ -115,7 +119,7 @@ def test_another_image_size_resamples_the_positions(given):
 def test_weights_that_do_not_fit_are_named(given):
     path, _ = given
     flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
-    _, kind, config = parse_options([*flags, "--encoder.depth", "3"])
+    kind, config = read([*flags, "--encoder.depth", "3"])
     with pytest.raises(UserError, match=r"--init.encoder .*missing \(blocks.2"):
         initial_method(kind, config)
     with pytest.raises(UserError, match="nowhere"):
@@ -124,7 +128,7 @@ def test_weights_that_do_not_fit_are_named(given):
 
 def test_without_it_nothing_changes():
     flags = ["mae", "--data.train", "digits", "--encoder.depth", "1"]
-    _, kind, config = parse_options(flags)
+    kind, config = read(flags)
     assert config.init.encoder == ""
     assert kind is find_method("mae")
 
@@ -190,12 +194,12 @@ def test_weights_for_other_channels(given, tmp_path, channels, caplog):
 def test_filters_by_name(given):
     path, encoder = given
     flags = ["mae", "--data.train", "digits", "--init.encoder", str(path), "--data.channels", "3"]
-    _, kind, config = parse_options([*flags, "--init.channels", "1,0,mean"])
+    kind, config = read([*flags, "--init.channels", "1,0,mean"])
     filters = initial_method(kind, config).encoder.vit.patch_embed.proj.weight
     old = encoder.vit.patch_embed.proj.weight
     expected = torch.stack([old[:, 1], old[:, 0], old.mean(1)], 1) * 2 / 3
     torch.testing.assert_close(filters, expected)
-    _, kind, config = parse_options([*flags, "--init.channels", "1,0"])
+    kind, config = read([*flags, "--init.channels", "1,0"])
     with pytest.raises(UserError, match=r"filters '1,0' are 2; --data.channels is 3"):
         initial_method(kind, config)
 
@@ -204,7 +208,7 @@ def test_another_patch_size_resizes_the_filters(given, caplog):
     path, _ = given
     flags = ["mae", "--data.train", "digits", "--init.encoder", str(path)]
     caplog.set_level("INFO")
-    _, kind, config = parse_options([*flags, "--encoder.patch-size", "4"])
+    kind, config = read([*flags, "--encoder.patch-size", "4"])
     vit = initial_method(kind, config).encoder.vit
     assert vit.patch_embed.proj.weight.shape == (32, 2, 4, 4)
     assert vit.pos_embed.shape == (1, 1 + 4, 32)
@@ -215,7 +219,7 @@ def test_all_weights_need_a_run_of_the_method(given, tmp_path):
     """An encoder file alone has no heads; neither has what is no run."""
     path, _ = given
     flags = ["dino", "--data.train", "digits", "--init.encoder", str(path), *DINO]
-    _, kind, config = parse_options([*flags, "--init.heads", "True"])
+    kind, config = read([*flags, "--init.heads", "True"])
     said = f"--init.heads True: {tmp_path} is no run folder of pretrain dino with checkpoints"
     with pytest.raises(UserError) as error:
         initial_method(kind, config)

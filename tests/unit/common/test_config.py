@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from ssl_vit.commands.cli import find_recipe, layered, recipes, split_config
-from ssl_vit.commands.pretraining import PretrainConfig
+from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, written, yaml_flags
 from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.schedules import Length
-from ssl_vit.methods.base import method_names
-from ssl_vit.methods.mae import MAEConfig
+from ssl_vit.methods import method_names
+from ssl_vit.options.mae import MAEConfig
 from ssl_vit.pretrain import parse_options
 from tests.conftest import ROOT
 
@@ -172,9 +172,9 @@ PRETRAINING = [
 def test_recipes_parse(path):
     """By path and by name, with a header that says the command; each says something."""
     method = max((n for n in method_names() if path.stem.startswith(f"{n}_")), key=len)
-    name, _, config = parse_options([method, "--config", str(path)])
+    name, config = parse_options([method, "--config", str(path)])
     assert name == method
-    assert config == parse_options([method, "--config", path.stem])[2]
+    assert config == parse_options([method, "--config", path.stem])[1]
     tree = flatten(yaml.safe_load(path.read_text()))
     assert tree
     found = flatten(dataclasses.asdict(config))
@@ -208,22 +208,22 @@ def test_config_may_stand_anywhere():
 def test_a_methods_defaults_lie_below_the_file_and_above_ours(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("data: {train: 'folder:/somewhere/my images'}\n")
-    config = parse_options(["mae", "--config", str(file)])[2]
+    config = parse_options(["mae", "--config", str(file)])[1]
     assert config.encoder.positions == "sincos"
     assert config.optim.betas == (0.9, 0.95)
     assert config.run.out == "runs/mae-my-images"
     file.write_text("encoder: {positions: learned}\nrun: {out: here}\n")
-    config = parse_options(["mae", "--config", str(file), "--optim.betas", "0.1", "0.2"])[2]
+    config = parse_options(["mae", "--config", str(file), "--optim.betas", "0.1", "0.2"])[1]
     assert config.encoder.positions == "learned"
     assert config.optim.betas == (0.1, 0.2)
     assert config.run.out == "here"
 
 
 def test_without_anything_the_digits_are_learned():
-    config = parse_options(["mae"])[2]
-    assert config == parse_options(["mae", "--config", "mae_digits"])[2]
+    config = parse_options(["mae"])[1]
+    assert config == parse_options(["mae", "--config", "mae_digits"])[1]
     assert config.data.train == "digits:train"
-    assert parse_options(["mae", "--data.train", "folder:x"])[2].run.length == RunConfig.length
+    assert parse_options(["mae", "--data.train", "folder:x"])[1].run.length == RunConfig.length
 
 
 @pytest.mark.parametrize("argv", [[], ["--run.seed", "1"], ["mea"]])

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Source
-from ssl_vit.evaluators import feature_files, feature_parts
+from ssl_vit.evaluators import feature_files, feature_parts, options
 from ssl_vit.evaluators.feature_files import Table, read_card, write_features
 from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 
@@ -230,10 +230,10 @@ def test_other_files_have_no_card(tmp_path: Path) -> None:
 
 
 def test_without_pyarrow_a_parquet_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'ssl_vit\[parquet\]'"):
-        feature_files.check_format("x.parquet")
-    feature_files.check_format("x.npz")
+        options.check_format("x.parquet")
+    options.check_format("x.npz")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet", ".npy"])

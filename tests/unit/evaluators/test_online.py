@@ -18,9 +18,10 @@ from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import Machine, extract, parts_of, pixels
+from ssl_vit.evaluators.features import Machine, extract, pixels
 from ssl_vit.evaluators.linear_heads import FeatureNorm, heads_of
 from ssl_vit.evaluators.online import online_probe, source_targets, train_heads
+from ssl_vit.evaluators.options import parts_of
 from ssl_vit.evaluators.published import (
     ONLINE,
     DinoProtocol,

@@ -18,9 +18,10 @@ from ssl_vit.data.view import View
 from ssl_vit.evaluators import segment as probe
 from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import PatchHeads, fit_patch_heads, patch_heads_loss, upsampled
-from ssl_vit.evaluators.segment import SegmentOptions, classify, segment_probe
+from ssl_vit.evaluators.segment import classify, segment_probe
 from ssl_vit.evaluators.tokens import Material, gather_tokens, token_extractor
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo

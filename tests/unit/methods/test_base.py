@@ -14,7 +14,8 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, ViewSpec
-from ssl_vit.methods.base import Method, MethodConfig, find_method, method_names
+from ssl_vit.methods import find_options, method_names
+from ssl_vit.methods.base import Method, MethodConfig, find_method
 from ssl_vit.objectives.base import Objective
 
 ENCODER = EncoderConfig(
@@ -207,6 +208,7 @@ def test_imported_methods_do_not_count(written):
     assert "own_one" in method_names()
     found = find_method("own_one")
     assert (found.__name__, found.title) == ("Own", "Own")
+    assert find_options("own_one") == (found.Config, found.defaults)
     assert find_method("mae").__name__ == "MAE"
 
 

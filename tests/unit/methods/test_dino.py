@@ -14,12 +14,13 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
-from ssl_vit.methods.dino import DINO, DINOConfig
+from ssl_vit.methods.dino import DINO
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.execution import choose_attention
 from ssl_vit.objectives.cross_entropy import cross_entropy_of_views
 from ssl_vit.objectives.ema import ema_update, move_where
 from ssl_vit.objectives.heads import ProjectionHead, PrototypeLayer
+from ssl_vit.options.dino import DINOConfig
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel

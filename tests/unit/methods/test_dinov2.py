@@ -9,8 +9,9 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
 from ssl_vit.data.order import Places
-from ssl_vit.methods.dinov2 import DINOv2, DINOv2Config
+from ssl_vit.methods.dinov2 import DINOv2
 from ssl_vit.objectives.base import Setting
+from ssl_vit.options.dinov2 import DINOv2Config
 
 ENCODER = EncoderConfig(
     "vit_tiny_patch16_224", image_size=(16,), patch_size=4, width=24, depth=2, heads=2

@@ -12,8 +12,9 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
-from ssl_vit.methods.distill import Distill, DistillConfig, feature_loss
+from ssl_vit.methods.distill import Distill, feature_loss
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.options.distill import DistillConfig
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 
 STUDENT = EncoderConfig(
@@ -134,7 +135,7 @@ def test_patches_without_data_do_not_count(tmp_path):
         wanted, seen = method.objective.teacher.encoder(crop), method.encoder(crop)
         maps = wanted.patches.unflatten(1, wanted.grid).permute(0, 3, 1, 2)
         maps = F.interpolate(maps, (4, 4), mode="bicubic").flatten(2).mT
-        each = feature_loss(method.objective.patch_head(seen.patches), maps, "cosine")
+        each = feature_loss(method.objective.patch_head(seen.patches), maps, method.config.loss)
     torch.testing.assert_close(found, each.unflatten(1, (4, 4))[:, :, :2].mean())
 
 

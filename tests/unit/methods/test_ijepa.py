@@ -9,9 +9,10 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
-from ssl_vit.methods.ijepa import IJEPA, IJEPAConfig
+from ssl_vit.methods.ijepa import IJEPA
 from ssl_vit.model.execution import choose_attention
 from ssl_vit.objectives.base import Setting
+from ssl_vit.options.ijepa import IJEPAConfig
 
 KINDS = {
     "without [CLS]": {"arch": "vit_base_patch16_gap_224"},

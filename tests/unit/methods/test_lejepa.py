@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.methods.lejepa import LeJEPA, LeJEPAConfig
+from ssl_vit.methods.lejepa import LeJEPA
 from ssl_vit.model.attention import cls_features
+from ssl_vit.options.lejepa import LeJEPAConfig
 
 ENCODER = EncoderConfig(
     "vit_tiny_patch16_224", image_size=(16,), patch_size=4, width=24, depth=1, heads=2

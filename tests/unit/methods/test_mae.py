@@ -13,10 +13,12 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, uniform
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
-from ssl_vit.methods.base import find_method, method_names
-from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import find_method
+from ssl_vit.methods.mae import MAE
 from ssl_vit.model.encoder import take
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.mae import MAEConfig
 
 
 def make(

@@ -11,10 +11,13 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, fold_keys
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
-from ssl_vit.methods.dino import DINO, DINOConfig
-from ssl_vit.methods.mae import MAE, MAEConfig
-from ssl_vit.methods.mae_dino import MAEDINO, DINOPart, MAEDINOConfig, MAEPart
+from ssl_vit.methods.dino import DINO
+from ssl_vit.methods.mae import MAE
+from ssl_vit.methods.mae_dino import MAEDINO
 from ssl_vit.model.execution import choose_attention
+from ssl_vit.options.dino import DINOConfig
+from ssl_vit.options.mae import MAEConfig
+from ssl_vit.options.mae_dino import DINOPart, MAEDINOConfig, MAEPart
 from ssl_vit.pretrain import parse_options
 
 ENCODER = EncoderConfig(
@@ -244,7 +247,7 @@ def test_an_options_part_is_named_where_it_is_refused(flags, said):
 
 def test_options_go_to_their_part():
     flags = ("--method.mae.flip", "0.25", "--method.dino.flip", "0.75", "--method.mae-weight", "3")
-    config = parse_options(["mae_dino", "--config", "mae_dino_digits", *flags])[2].method
+    config = parse_options(["mae_dino", "--config", "mae_dino_digits", *flags])[1].method
     assert (config.mae.flip, config.dino.flip, config.mae_weight) == (0.25, 0.75, 3.0)
 
 

@@ -8,9 +8,10 @@ from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.methods.mae import MAE
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.positions import resampled
+from ssl_vit.options.mae import MAEConfig
 from ssl_vit.weights.exchange import resample_positions
 
 OWN = (4, 6)

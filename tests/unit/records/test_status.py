@@ -14,15 +14,9 @@ import torch
 
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.processes import process_start
-from ssl_vit.records import status as module
-from ssl_vit.records.status import (
-    STATUS_FILE,
-    Status,
-    by_signal,
-    read_status,
-    recorded,
-    write_status,
-)
+from ssl_vit.records import recording
+from ssl_vit.records.recording import by_signal, recorded
+from ssl_vit.records.status import STATUS_FILE, Status, read_status, write_status
 
 
 def session(folder: Path, step: int = 0, main: bool = True) -> SimpleNamespace:
@@ -141,7 +135,7 @@ def test_a_full_disk_hides_no_failure_and_stops_no_run(tmp_path, monkeypatch, ca
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_status", full)
+    monkeypatch.setattr(recording, "write_status", full)
     with pytest.raises(RunFailed, match="the first"), recorded(session(tmp_path), "door"):
         raise RunFailed("the first")
     with recorded(session(tmp_path), "door") as note:

@@ -3,7 +3,8 @@
 import pytest
 
 from ssl_vit.common.task import Scalar
-from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import find_method
 from ssl_vit.reporting import explained
 from ssl_vit.reporting.explained import Glossary, method_scalars, method_title
 

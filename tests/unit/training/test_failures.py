@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from ssl_vit.common.errors import RunFailed
-from ssl_vit.records.status import _error_line
+from ssl_vit.records.recording import _error_line
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.failures import cause, failure_line, lost_process
 from ssl_vit.training.metrics import RunLog

@@ -17,8 +17,9 @@ from ssl_vit.common.processes import process_start
 from ssl_vit.training import run_lock
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.energy import Energy
-from ssl_vit.training.metrics import METRICS_FILE, RunLog
+from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.run_files import METRICS_FILE
 from ssl_vit.training.run_lock import LockLost, Owner, RunLock, has_ended, is_lock, locked
 
 FIRST = "run.lock-1"

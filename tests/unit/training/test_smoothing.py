@@ -12,9 +12,10 @@ from ssl_vit.records.run_folder import Run
 from ssl_vit.records.status import Status
 from ssl_vit.training import metrics
 from ssl_vit.training.energy import Energy
-from ssl_vit.training.metrics import METRICS_FILE, RunLog, read_rows
+from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
+from ssl_vit.training.run_files import METRICS_FILE, read_rows
 from ssl_vit.training.smoothing import SmoothedRate
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from ssl_vit.commands.pretraining import PretrainConfig
+from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.commands.reconstruction import (
     mask_keys,
     open_reconstruction,
@@ -21,8 +21,9 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.data.augment import Normalize
 from ssl_vit.evaluators.backbone import open_backbone
-from ssl_vit.methods.mae import MAE, MAEConfig, MAEObjective
+from ssl_vit.methods.mae import MAE, MAEObjective
 from ssl_vit.objectives.masked_patches import explained_shares, patch_statistics
+from ssl_vit.options.mae import MAEConfig
 from ssl_vit.weights.decoders import read_decoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.unit.foreign_weights import HALF, images, noisy, saved, vit

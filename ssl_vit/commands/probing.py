@@ -1,0 +1,76 @@
+"""Evaluation of one encoder by one evaluator, and its repetition by a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ssl_vit.commands.cli import show_table
+from ssl_vit.commands.eval_options import PROBES, EvalConfig
+from ssl_vit.commands.probes import Result, knn, linear, segment
+from ssl_vit.common.distributed import rank_and_world
+from ssl_vit.common.errors import check
+from ssl_vit.common.layers import known_keys, parse, tree_flags
+from ssl_vit.evaluators.protocol import check_same, read_card, write_card
+from ssl_vit.evaluators.scores import Score
+
+_PROG = "python -m ssl_vit.evaluate"
+_RUN: dict[str, Callable[[Any], Result]] = {"knn": knn, "linear": linear, "segment": segment}
+
+
+def run(name: str, config: EvalConfig) -> Result:
+    """Evaluation of one encoder by one evaluator, a deterministic function of the options."""
+    torch.manual_seed(config.seed)
+    return _RUN[name](config)
+
+
+def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str, Any]) -> None:
+    """Print the table of scores, each with its 95% interval."""
+    metrics = list(scores[0].metrics)
+    header = ("features", "setting", *metrics, f"95% of {metrics[0]}")
+    rows = [
+        (
+            s.features,
+            s.setting,
+            *(f"{s.metrics[m]:.2f}" for m in metrics),
+            f"{s.interval[0]:.2f} to {s.interval[1]:.2f}",
+        )
+        for s in scores
+    ]
+    scored = card.get("val", card["train"])["images"]
+    title = f"{name}: {config.encoder}, in %, {scored:,} evaluation images"
+    title += f", {card['train']['images']:,} training images"
+    show_table(title, rows, header=header)
+
+
+def again(path: str) -> int:
+    """Reproduction: evaluate again as a result's card says and compare; 0 if the scores are equal.
+
+    Raises:
+        UserError: the card cannot be used.
+    """
+    card = read_card(path)
+    name = card["evaluator"]
+    check(name in PROBES, f"{path} is a card of {name!r}; again supports {', '.join(PROBES)}")
+    kind = PROBES[name]
+    flags = tree_flags(card["options"], known_keys(kind()), path)
+    config = parse(kind(), flags, path, f"{_PROG} {name}")
+    scores, now, _ = run(name, config)
+    main_process = rank_and_world()[0] == 0
+    if main_process:
+        show(name, config, scores, now)
+    check_same(path, card, now, scores)
+    if main_process:
+        print(f"the scores are the same as in {path}")
+    return 0
+
+
+def evaluate(name: str, config: EvalConfig) -> None:
+    """Evaluate, print the scores, and write them with their card."""
+    scores, card, out = run(name, config)
+    if rank_and_world()[0] == 0:
+        show(name, config, scores, card)
+        write_card(out, card, scores)
+        print(f"protocol and scores: {out}")

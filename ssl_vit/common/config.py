@@ -22,7 +22,7 @@ from ssl_vit.common.errors import check
 class RunConfig:
     """Run folder, length, checkpoints and probing of a run."""
 
-    group: ClassVar[str] = "run"
+    prefix: ClassVar[str] = "run"
 
     out: str = ""
     """Run folder. Empty: runs/<method>-<data>, or for fine-tuning inside the encoder's run."""
@@ -84,7 +84,7 @@ def _is_window(texts: tuple[str, ...]) -> bool:
 class ReadConfig:
     """How files become images and labels, where they leave a choice."""
 
-    group: ClassVar[str] = "data"
+    prefix: ClassVar[str] = "data"
 
     nodata: str = "auto"
     """Pixels without data: those of this value. auto: NaN, what a GeoTIFF declares, and the padding
@@ -183,7 +183,7 @@ class DataConfig(ReadConfig):
 class EncoderConfig:
     """Vision Transformer: a timm architecture, and changes to it (0: none)."""
 
-    group: ClassVar[str] = "encoder"
+    prefix: ClassVar[str] = "encoder"
 
     arch: str = "vit_small_patch16_224"
     """A plain ViT of timm by name: vit_tiny_patch16_224 ... vit_huge_patch14_224."""
@@ -248,7 +248,7 @@ class EncoderConfig:
 class InitConfig:
     """Initial weights of the encoder."""
 
-    group: ClassVar[str] = "init"
+    prefix: ClassVar[str] = "init"
 
     encoder: str = ""
     """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
@@ -297,7 +297,7 @@ class InitConfig:
 class OptimConfig:
     """AdamW and its schedules."""
 
-    group: ClassVar[str] = "optim"
+    prefix: ClassVar[str] = "optim"
 
     batch_size: int = 256
     """Images of one optimizer step, over all processes and accumulated parts (effective batch)."""

@@ -56,7 +56,7 @@ class LinearProtocol:
     ``fallback_rate`` is used, with the first feature, where too few images remain to select on.
     """
 
-    group: ClassVar[None] = None
+    prefix: ClassVar[None] = None
     name: ClassVar[str] = "fast"
     epochs: int = 10
     least_steps: int = 1000

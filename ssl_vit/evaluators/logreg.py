@@ -36,7 +36,7 @@ class LogregProtocol:
     remain to select on.
     """
 
-    group: ClassVar[None] = None
+    prefix: ClassVar[None] = None
     name: ClassVar[str] = "logreg"
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     features: tuple[str, ...] = ("cls",)

@@ -36,7 +36,7 @@ _FIRST = ("cls_token", "pos_embed", "reg_token")
 class MethodConfig:
     """Base of a method's options, a frozen dataclass with the paper's values as defaults."""
 
-    group: ClassVar[str] = "method"
+    prefix: ClassVar[str] = "method"
 
 
 class Method(Task):

@@ -27,14 +27,14 @@ _MAE, _DINO = "mae", "dino"
 class MAEPart(MAEConfig):
     """Options of the masked autoencoder."""
 
-    group: ClassVar[str] = "method.mae"
+    prefix: ClassVar[str] = "method.mae"
 
 
 @dataclass(frozen=True)
 class DINOPart(DINOConfig):
     """Options of the self-distillation."""
 
-    group: ClassVar[str] = "method.dino"
+    prefix: ClassVar[str] = "method.dino"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Option checks, written once: each names the option, the value given and what is allowed.
 
 ``config`` is a frozen dataclass of options whose ``prefix`` (a ClassVar; empty: none) is the part
-of the option's name before the dot; with the prefix None its fields are no options of any command, and
-are named as they are. A tuple is checked value by value; None (not given) passes. All raise
+of the option's name before the dot; with the prefix None its fields are no options of any command,
+and are named as they are. A tuple is checked value by value; None (not given) passes. All raise
 ``UserError``.
 """
 

@@ -1,6 +1,7 @@
 """Shared options: their groups and defaults, each stated once."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from ssl_vit.common.checks import (
     flag,
     is_number,
 )
-from ssl_vit.common.errors import check
+from ssl_vit.common.errors import UserError, check
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class ReadConfig:
     """Gray values of DICOM from black to white. file: the first window or VOI table of each file,
     where it has one. full: all that the stored bits can hold. CENTER WIDTH: these, in the units of
     the modality (CT: Hounsfield), as 40 400."""
+    group: str = ""
+    """What tells images that belong together (of one patient, scene or slide) and are never parted
+    by a split: a column of --data.labels, or a DICOM keyword as PatientID, by its name; or
+    name:PATTERN, a regular expression whose first brackets match the group in an image's path.
+    column:NAME and dicom:NAME are one of the two. Empty: every image is by itself."""
 
     def __post_init__(self) -> None:
         check(
@@ -123,6 +129,26 @@ class ReadConfig:
             self.slices in ("all", "middle") or self.slices.isdecimal(),
             f"{flag(self, 'slices')} is {self.slices!r}; allowed: all, middle, or a number from 0",
         )
+
+        self._check_group()
+
+    def _check_group(self) -> None:
+        kind, text = self.grouping
+        given = f"{flag(self, 'group')} is {self.group!r}"
+        check(bool(text) or not self.group, f"{given}; it lacks what follows '{kind}:'")
+        if kind == "column":
+            check(bool(self.labels), f"{given}; a column needs {flag(self, 'labels')} CSV")
+        if kind == "name":
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise UserError(f"{given}; it is no regular expression: {error}") from None
+
+    @property
+    def grouping(self) -> tuple[str, str]:
+        """What groups are told by (name, column, dicom; empty for a plain name), and the rest."""
+        kind, colon, text = self.group.partition(":")
+        return (kind, text) if colon and kind in ("name", "column", "dicom") else ("", self.group)
 
     @property
     def decoding(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, split_holdout
+from ssl_vit.data.groups import group_count, groups_of
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.slices import with_planes
 
@@ -51,7 +52,8 @@ def open_source(
     - `kept:SOURCE`, `held:SOURCE`: of any of these, four fifths and the other fifth, at random but
       always the same, so that options can be chosen without a validation set.
 
-    Labels are the source's own, or those of `reading.labels`, a CSV file.
+    Labels are the source's own, or those of `reading.labels`, a CSV file. Groups of images are
+    those of `reading.group`.
 
     Raises:
         UserError: `spec` cannot be opened; the message lists the allowed forms.
@@ -73,6 +75,8 @@ def open_source(
     source.reading = reading
     if reading.labels:
         source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
+    if reading.group and source.groups is None:
+        source.groups = groups_of(source)
     return with_planes(source, channels or int(getattr(reading, "channels", 3)))
 
 
@@ -83,7 +87,9 @@ def _part(source: Source, spec: str, number: int) -> Source:
         UserError: it has too few images to be parted.
     """
     part = split_holdout(source, len(source), 0, _FIFTH)[number]
-    check(len(part) > 0, f"{spec!r}: {source.spec} has {len(source)} images, too few for a fifth")
+    count = f"{len(source)} images"
+    count += f" in {groups} groups" if (groups := group_count(source)) else ""
+    check(len(part) > 0, f"{spec!r}: {source.spec} has {count}, too few for a fifth")
     part.spec = spec
     return part
 

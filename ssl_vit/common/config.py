@@ -163,7 +163,8 @@ class DataConfig(ReadConfig):
     train: str = "digits:train"
     """Training images: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
     tar:PATH-{000000..000146}.tar, torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]; and of
-    any of them kept:SOURCE, four fifths, or held:SOURCE, the other fifth."""
+    any of them kept:SOURCE, four fifths, or held:SOURCE, the other fifth. Several as A*2,B: images
+    of A are drawn twice an epoch, those of B once; any number above 0."""
     val: str = ""
     """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500

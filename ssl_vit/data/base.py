@@ -8,6 +8,7 @@ import numpy as np
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.data.draws import Mix
 from ssl_vit.data.raster import BadImage
 
 Item = tuple[bytes | bytearray | np.ndarray, int | None]
@@ -32,6 +33,7 @@ class Source:
         groups: int64 (n,), equal for images of one group (``data.groups``): a patient, a scene. The
             same group has the same number in every source; a negative one is of an image (or file)
             that is by itself. None where no groups are asked for.
+        mix: the sources of a mixed one, and how often each is drawn from; else None.
         labels_from: where the labels are from; or, without labels, why there are none.
     """
 
@@ -43,6 +45,7 @@ class Source:
     whole: "Source | None" = None
     file_of: np.ndarray | None = None
     groups: np.ndarray | None = None
+    mix: Mix | None = None
     labels_from: str = ""
 
     def __len__(self) -> int:
@@ -104,6 +107,7 @@ class Subset(Source):
         self.whole = source.whole
         self.file_of = None if source.file_of is None else source.file_of[indices]
         self.groups = None if source.groups is None else source.groups[indices]
+        self.mix = None if source.mix is None else source.mix.take(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -145,6 +149,11 @@ def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tup
         chosen = order[fit if fit.any() else [np.argmin(sizes[order])]]
     out = np.isin(unit_of, chosen)
     return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
+
+
+def epoch_length(source: Source) -> int:
+    """Images of an epoch: all, each once or, of mixed sources, as often as they are drawn."""
+    return len(source) if source.mix is None else sum(source.mix.draws)
 
 
 def units(source: Source) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ssl_vit.common.errors import UserError, check, did_you_mean
+from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
 from ssl_vit.data.base import Source
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.table import Table
@@ -85,11 +85,12 @@ def numbered(source: Source, names: Iterable[str], origin: str) -> np.ndarray:
             yield -1 - i if alone[-1:] == [i] else _number(text)
 
     made = np.fromiter(numbers(), dtype=np.int64, count=len(source))
-    check(
-        len(alone) < len(source),
-        f"--data.group is {source.reading.group!r}: no image of {source.spec} has a group by "
-        f"{origin}; the first of {len(source):,} is {source.inner_name(0)}",
-    )
+    if len(alone) == len(source):
+        raise NothingFound(
+            f"--data.group is {source.reading.group!r}: no image of {source.spec} has a group by "
+            f"{origin}; the first of {len(source):,} is {source.inner_name(0)}",
+            "group",
+        )
     sizes = np.unique(made, return_counts=True)[1]
     count, most = f"{len(sizes):,}", f"{int(sizes.max()):,}"
     log.info("%s: %s groups by %s, of at most %s images", source.spec, count, origin, most)

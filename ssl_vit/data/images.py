@@ -75,6 +75,8 @@ class Images:
             share = f"{100 * looked.missing:.3g} % of the pixels of {len(looked):,} images"
             none = f"; {looked.empty:,} of them hold none" if looked.empty else ""
             rows.append(("no data", f"{share} looked at ({how}){none}"))
+        if self.train.mix is not None:
+            rows.append(("mixed", self.train.mix.about()))
         if self.train.groups is not None:
             rows.append(("groups", self._about_groups()))
         if self.cache:
@@ -114,7 +116,7 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
 
 def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
     """The images of a run, without a cache."""
-    train = open_source(data.train, data)
+    train = open_source(data.train, data, weighted=True)
     given_by = [("data.train", train)]
     if data.val:
         val = open_source(data.val, data)
@@ -123,6 +125,8 @@ def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
     fixed = given.option if given and len(given.mean) == data.channels else ""
+    for part in getattr(given_by[0][1], "parts", ()):  # one of them may be unreadable as a whole
+        survey(part, data.channels, seed, 1).check(fixed, adapts=True)
     few = survey(train, data.channels, seed, FEW)
     few.check(fixed, adapts=True)
     if val is not train:

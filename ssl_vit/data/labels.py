@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.errors import NothingFound, UserError, check
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.classes import (
     LABEL_NAMES,
@@ -52,6 +52,7 @@ class Labelled(Source):
         self.source, self.spec, self.classes = source, spec, classes
         self.reading, self.labels_from = source.reading, labels_from
         self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
+        self.mix = source.mix
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 
@@ -98,8 +99,12 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     group = group_column(table, source.reading.grouping)
     image, rows = image_column(table, source, [*columns, group])
     wanted = list(columns) or label_columns(table, image, group)
+    try:
+        found = rows.of(source, str(path), table.lines)
+    except NothingFound as error:
+        raise NothingFound(str(error), *error.options, *(["group"] if group else [])) from None
     if not wanted:
-        source.groups = _groups(source, table, rows.of(source, str(path), table.lines), group)
+        source.groups = _groups(source, table, found, group)
         return source
     several = len(wanted) > 1
     for name in wanted:
@@ -111,7 +116,6 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     else:
         numbers, named = _numbers(table, wanted[0])
         values = np.append(numbers, -1)
-    found = rows.of(source, str(path), table.lines)
     missing = np.flatnonzero(found < 0)
     if len(missing):
         text = "warning: %s has no line for %s of %s images, which have no label; the first: %s"

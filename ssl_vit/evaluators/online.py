@@ -166,6 +166,7 @@ class Numbered(Source):
         self.classes, self.targets = source.classes, source.targets
         self.labels_from = source.labels_from
         self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
+        self.mix = source.mix
 
     def __len__(self) -> int:
         return len(self.source)

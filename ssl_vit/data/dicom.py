@@ -77,8 +77,9 @@ def read_element(stream: Any, tag: int) -> str:
     to there."""
     header = read_partial(stream, lambda found, *_: found > tag, force=True, specific_tags=[tag])
     value = header[tag].value if tag in header else None
-    several = isinstance(value, MultiValue)
-    return "\\".join(map(str, value)) if several else "" if value is None else str(value)
+    if isinstance(value, MultiValue):
+        return "\\".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _frames(header: Dataset) -> int:

@@ -293,8 +293,8 @@ def test_only_the_header_is_read_and_progress_is_said(tmp_path, caplog, monkeypa
 
 
 def test_a_group_on_both_sides_is_a_warning_with_an_example(tmp_path):
-    one = archive(tmp_path / "one", [f"P{i}" for i in range(6)] + [None])
-    two = archive(tmp_path / "two", ["P4", "P9", "P5", "P4", None])
+    one = archive(tmp_path / "one", [None, *(f"P{i}" for i in range(6))])
+    two = archive(tmp_path / "two", [None, "P4", "P9", "P5", "P4"])
     data = DataConfig(train=f"flat:{one}", val=f"flat:{two}", channels=1, group="PatientID")
     images = open_images(data, seed=0)
     assert len(shared_groups(images.train, images.val)) == 2

@@ -23,6 +23,7 @@ from ssl_vit.data.mixed import Mixed, parts_of
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import _OPENERS, open_source
 from ssl_vit.data.statistics import survey
+from tests.unit.commands.test_preflight import session_of
 from tests.unit.data.test_slices import bytes_of, named
 
 
@@ -324,6 +325,16 @@ def test_a_run_says_its_mix_and_knows_it_again(tmp_path):
     assert row.startswith(f"flat:{one}: {counts[0]} images x 3 = {share:.3g} %; flat:{two}: ")
     copy = open_source(f"flat:{one}*3,flat:{two}", DataConfig(channels=1), weighted=True)
     assert fingerprint(copy) == prints[1]
+
+
+def test_a_run_on_a_mix_has_epochs_of_its_draws(tmp_path):
+    train = "digits:train*2,digits:val*0.5"
+    run = session_of("mae", tmp_path, "--data.train", train, "--data.holdout", "0")
+    plan = dict(run.plan(run.about()))
+    assert plan["images"].startswith("1,797 train")
+    assert plan["mixed"].startswith("digits:train: 1,438 images x 2 = 94.1 %; digits:val: 359 ")
+    assert run.order.n == 2 * 1438 + 180
+    assert plan["labels"].startswith("10 classes, from scikit-learn")
 
 
 def test_a_source_that_cannot_be_read_as_asked_is_told_at_once(tmp_path):

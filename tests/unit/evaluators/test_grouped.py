@@ -246,11 +246,14 @@ def sets(archives: Path, *parts: str) -> list[str]:
     return [*given, "--data.workers", "0", "--data.group", "PatientID", "--cache", "False"]
 
 
-def test_evaluate_knn_by_patient(archives, encoder, tmp_path, capsys):
-    """The card and the table name the groups."""
+def test_evaluate_knn_by_patient(archives, encoder, tmp_path, capsys, monkeypatch):
+    """The card and the table name the groups, which are no part of cached features."""
     out = tmp_path / "knn.json"
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
     own = ["--encoder", str(encoder), "--k", "5", "--out", str(out)]
-    assert evaluate.main(["knn", *own, *sets(archives, "train")]) == 0
+    flags = sets(archives, "train")[:-2]
+    assert evaluate.main(["knn", *own, *flags]) == 0
+    assert evaluate.main(["again", str(out)]) == 0  # by cached features
     card = json.loads(out.read_text())
     assert card["train"]["groups"] == 24
     assert card["scores"][0]["details"]["interval_of_groups"] == 24

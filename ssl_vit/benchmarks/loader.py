@@ -43,7 +43,7 @@ def some_images(
     """
     data = config.data
     check(bool(data.train), "--data.train is missing; it names images, as folder:PATH")
-    source = open_source(data.train, data)
+    source = open_source(data.train, data, weighted=True)
     deep = bool(names) and is_deep(source, config)
     check(
         not deep,

@@ -18,7 +18,7 @@ from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed import wait
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.task import Task
-from ssl_vit.data.base import Source
+from ssl_vit.data.base import Source, epoch_length
 from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.workers import load
@@ -94,7 +94,7 @@ class OurPipeline(Pipeline):
 
     def load(self) -> Iterator[Any]:
         """Batches of the training loader, moved to the device."""
-        order = Order(len(self.images.source), self.work.batch_size, self.work.seed)
+        order = Order(epoch_length(self.images.source), self.work.batch_size, self.work.seed)
         pin = self.work.device.type == "cuda"
         batches = train_batches(self.images, order, 0, _ENDLESS, self.workers, pin)
         return on_device(batches, self.work.device)

@@ -82,6 +82,8 @@ class Embedding:
         """Card of the features: all that decides what they are. Reads some hundred images."""
         source, module = self.source, self.backbone.module
         labels = source.labels if source.targets is None else source.targets
+        reading = {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)}
+        without = {name: value for name, value in reading.items() if name != "group"}
         about = {
             "source": source.spec,
             "images": len(source),
@@ -89,7 +91,7 @@ class Embedding:
             "labels": describe_labels(source),
             "labels_sha256": None if labels is None else labels_sha256(torch.from_numpy(labels)),
             "classes": None if source.classes is None else list(source.classes),
-            "reading": {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)},
+            "reading": reading if source.reading.group else without,
         }
         patch = module.patch_size if isinstance(module, Encoder) else 0
         grid = [side // patch for side in self.backbone.view.size] if patch else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
 from ssl_vit.data.base import describe_labels, known_labels
+from ssl_vit.data.groups import leaks
 from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import cached, content_sha256
-from ssl_vit.evaluators.features import FeatureSet, Machine, extract_shared, ready
+from ssl_vit.evaluators.features import FeatureSet, Machine, extract_shared, ready, units_of
 from ssl_vit.evaluators.options import parts_of
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.model.encoder import Encoder
@@ -67,6 +68,9 @@ class Evaluation:
         self.names = self._named(plain)
         for name, source in self.sources.items():
             log.info("labels of --data.%s: %s", name.replace("_", "-"), describe_labels(source))
+        options = {f"data.{n.replace('_', '-')}": source for n, source in self.sources.items()}
+        for line in leaks(options):
+            log.warning("warning: %s", line)
         self._features: dict[str, FeatureSet] = {}
         self._content: dict[str, str] = {}
 
@@ -109,19 +113,22 @@ class Evaluation:
 
         if not config.cache:
             return make()
+        reading = {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)}
+        reading.pop("group")  # features do not depend on it
         about = {
             "weights": backbone.identity.get("weights_sha256", "none"),
             "network": backbone.network,
             "parts": parts,
             "view": asdict(backbone.view),
-            "reading": {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)},
+            "reading": reading,
             "device": self.device.type,
             "precision": str(self.precision),
             "content": content or content_sha256(source),
             "torch": torch.__version__,
             "source": source.spec,
         }
-        return cached(about, make, self.parallel.main, self.parallel.any)
+        found = cached(about, make, self.parallel.main, self.parallel.any)
+        return replace(found, groups=units_of(source, found.index))
 
     def content(self, split: str) -> str:
         """Content hash of a split's images."""
@@ -131,8 +138,9 @@ class Evaluation:
 
     def card(self, evaluator: str, **rest: Any) -> dict[str, Any]:
         """Protocol card of the evaluation."""
+        train = self.sources["train"]
         splits = {
-            name: split_card(source, self._features.get(name), self.content(name))
+            name: split_card(source, self._features.get(name), self.content(name), train)
             for name, source in self.sources.items()
         }
         if "val" in splits and self.content("val") == self.content("train"):

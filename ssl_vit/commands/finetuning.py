@@ -21,6 +21,7 @@ from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source
+from ssl_vit.data.groups import group_count
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import content_sha256
@@ -107,7 +108,8 @@ def labelled_images(config: FinetuneConfig, given: Given | None) -> Images:
         UserError: there are none, or none is held out.
     """
     images = open_images(config.data, config.run.seed, given)
-    check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
+    few = f": of {groups} groups" if (groups := group_count(images.train)) else ""
+    check(images.held_out, f"--data.val is missing, and --data.holdout holds no image out{few}")
     train = with_labels(images.train, "--data.train")
     val = with_labels(images.val, "--data.val" if config.data.val else "held out of")
     return replace(images, train=train if train.targets is None else Numbered(train), val=val)
@@ -213,7 +215,7 @@ class Finetuning(Session):
             self.view,
             {
                 "train": split_card(train, None, content_sha256(train)),
-                "val": split_card(val, found, content_sha256(val)),
+                "val": split_card(val, found, content_sha256(val), train),
             },
             options=asdict(self.config),
             model={"file": str(path), "sha256": sha256(path), "timm": asdict(self.made.call)},
@@ -247,7 +249,7 @@ def show_results(session: Finetuning) -> dict[str, float]:
     weights = "average" if session.config.tune.ema else "last"
     prediction = Prediction("logits", f"{weights} weights", guesses, {})
     names, seed = session.images.train.classes, session.config.run.seed
-    score = score_predictions(prediction, found.labels, names, seed)
+    score = score_predictions(prediction, found.labels, names, seed, found.groups)
     card = session.card(found)
     session.guard()
     write_card(session.out / CARD_FILE, card, [score])

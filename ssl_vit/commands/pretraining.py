@@ -115,7 +115,7 @@ class Pretraining(Session):
         names = {"init.encoder": self.config.init.encoder}
         method = self.config.method
         names |= {
-            f"{method.group}.{option}": getattr(method, option) for option in self.task.encoders
+            f"{method.prefix}.{option}": getattr(method, option) for option in self.task.encoders
         }
         paths = {option: weights_info(name)[1] for option, name in names.items() if name}
         weights = {option: sha256(path) for option, path in paths.items() if path}

@@ -20,12 +20,13 @@ from ssl_vit.commands.eval_options import (
 from ssl_vit.commands.evaluating import Evaluation, look_at
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
+from ssl_vit.data.groups import leaks
 from ssl_vit.data.order import permute
 from ssl_vit.data.pairs import open_pairs
 from ssl_vit.evaluators.backbone import open_backbone, result_file
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.features import FeatureSet, Machine, ready
-from ssl_vit.evaluators.knn import knn_predictions
+from ssl_vit.evaluators.knn import knn_predictions, others
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
@@ -53,7 +54,7 @@ def knn(config: KnnConfig) -> Result:
     found = knn_predictions(train, val, config.k, evaluation.names, evaluation.device)
     how = "leave-one-out" if val is None else "validation set"
     card = evaluation.card("knn", judged_on=how)
-    return scores_of(found, truth.labels, evaluation), card, evaluation.out("knn")
+    return scores_of(found, truth, evaluation), card, evaluation.out("knn")
 
 
 def linear(config: LinearConfig) -> Result:
@@ -94,7 +95,7 @@ def learn_online(by: Evaluation, protocol: OnlineProtocol) -> list[Score]:
     check_labels(known, val, by.classes)
     held_out = by.sources.get("held_out")
     found = online_probe(by.backbone, train, val, protocol, by.machine, by.extract, held_out)
-    return scores_of(found, val.labels, by)
+    return scores_of(found, val, by)
 
 
 def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> list[Score]:
@@ -112,7 +113,7 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
             found = logreg_probe(some, val, seeded, held_out)
         else:
             found = linear_probe(some, val, seeded, held_out, by.device)
-        return scores_of(found, val.labels, by)
+        return scores_of(found, val, by)
 
     if not config.amounts:
         return learn(None, config.seed)
@@ -133,6 +134,8 @@ def segment(config: SegmentConfig) -> Result:
     for option, spec in (("train", data.train), ("val", data.val)):
         check(bool(spec), f"--data.{option} is missing")
     train, val = open_pairs(data.train, data), open_pairs(data.val, data)
+    for line in leaks({"data.train": train, "data.val": val}):
+        log.warning("warning: %s", line)
     parallel = start_parallel(config.device)
     device = parallel.device
     if parallel.world > 1:
@@ -146,7 +149,7 @@ def segment(config: SegmentConfig) -> Result:
     options = SegmentOptions(**{f.name: getattr(config, f.name) for f in fields(SegmentOptions)})
     scores, about = segment_probe(options, backbone, train, val, machine, seed)
     splits = {
-        name: split_card(pairs, None, content_sha256(pairs))
+        name: split_card(pairs, None, content_sha256(pairs), train if pairs is val else None)
         | {"masks_sha256": content_sha256(pairs.masks)}
         for name, pairs in (("train", train), ("val", val))
     }
@@ -163,13 +166,14 @@ def segment(config: SegmentConfig) -> Result:
     return scores, card, result_file(config.out, backbone, "segment.json")
 
 
-def scores_of(found: Sequence[Prediction], truth: torch.Tensor, by: Evaluation) -> list[Score]:
-    """Scores of predictions against the true labels."""
-    return [score_predictions(p, truth, by.classes, by.config.seed) for p in found]
+def scores_of(found: Sequence[Prediction], truth: FeatureSet, by: Evaluation) -> list[Score]:
+    """Scores of predictions against the true labels of these images."""
+    labels, groups = truth.labels, truth.groups
+    return [score_predictions(p, labels, by.classes, by.config.seed, groups) for p in found]
 
 
 def best_pooling(evaluation: Evaluation) -> str:
-    """Best pooling by leave-one-out k-NN (k = 20) on 5,000 training images.
+    """Best pooling by leave-one-out k-NN on 5,000 training images (k = 20, or all there are).
 
     The choice between [CLS] and the mean patch thus needs no validation image.
     """
@@ -180,6 +184,7 @@ def best_pooling(evaluation: Evaluation) -> str:
     picks = np.arange(min(_CHOICE_IMAGES, len(train.index)), dtype=np.int64)
     rows = permute(picks, len(train.index), fold(evaluation.config.seed, _CHOICE_IMAGES))
     some = train.take(torch.from_numpy(rows))
-    found = knn_predictions(some, None, (20,), poolings, evaluation.device)
-    scores = scores_of(found, some.labels, evaluation)
+    k = max(1, min(20, others(some)))
+    found = knn_predictions(some, None, (k,), poolings, evaluation.device)
+    scores = scores_of(found, some, evaluation)
     return max(scores, key=lambda score: score.value).features

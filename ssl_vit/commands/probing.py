@@ -39,9 +39,12 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
         )
         for s in scores
     ]
-    scored = card.get("val", card["train"])["images"]
-    title = f"{name}: {config.encoder}, in %, {scored:,} evaluation images"
+    scored = card.get("val", card["train"])
+    title = f"{name}: {config.encoder}, in %, {scored['images']:,} evaluation images"
+    title += f" of {scored['groups']:,} groups" if "groups" in scored else ""
     title += f", {card['train']['images']:,} training images"
+    if leaked := scored.get("groups_in_training"):
+        title += f"; {leaked:,} OF THE GROUPS ARE IN TRAINING, TOO"
     show_table(title, rows, header=header)
 
 

@@ -1,8 +1,8 @@
 """Option checks, written once: each names the option, the value given and what is allowed.
 
-``config`` is a frozen dataclass of options whose ``group`` (a ClassVar; empty: none) is the part of
-the option's name before the dot; with the group None its fields are no options of any command, and
-are named as they are. A tuple is checked value by value; None (not given) passes. All raise
+``config`` is a frozen dataclass of options whose ``prefix`` (a ClassVar; empty: none) is the part
+of the option's name before the dot; with the prefix None its fields are no options of any command,
+and are named as they are. A tuple is checked value by value; None (not given) passes. All raise
 ``UserError``.
 """
 
@@ -16,10 +16,10 @@ from ssl_vit.common.schedules import Length
 
 def flag(config: Any, option: str) -> str:
     """Option as written on the command line: ``--method.mask-ratio``."""
-    group = getattr(config, "group", "")
-    if group is None:
+    prefix = getattr(config, "prefix", "")
+    if prefix is None:
         return option
-    return f"--{group}{'.' if group else ''}{option.replace('_', '-')}"
+    return f"--{prefix}{'.' if prefix else ''}{option.replace('_', '-')}"
 
 
 def check_share(config: Any, *options: str) -> None:

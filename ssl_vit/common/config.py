@@ -1,6 +1,7 @@
 """Shared options: their groups and defaults, each stated once."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,14 +16,14 @@ from ssl_vit.common.checks import (
     flag,
     is_number,
 )
-from ssl_vit.common.errors import check
+from ssl_vit.common.errors import UserError, check
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Run folder, length, checkpoints and probing of a run."""
 
-    group: ClassVar[str] = "run"
+    prefix: ClassVar[str] = "run"
 
     out: str = ""
     """Run folder. Empty: runs/<method>-<data>, or for fine-tuning inside the encoder's run."""
@@ -84,7 +85,7 @@ def _is_window(texts: tuple[str, ...]) -> bool:
 class ReadConfig:
     """How files become images and labels, where they leave a choice."""
 
-    group: ClassVar[str] = "data"
+    prefix: ClassVar[str] = "data"
 
     nodata: str = "auto"
     """Pixels without data: those of this value. auto: NaN, what a GeoTIFF declares, and the padding
@@ -108,6 +109,11 @@ class ReadConfig:
     """Gray values of DICOM from black to white. file: the first window or VOI table of each file,
     where it has one. full: all that the stored bits can hold. CENTER WIDTH: these, in the units of
     the modality (CT: Hounsfield), as 40 400."""
+    group: str = ""
+    """What tells images that belong together (of one patient, scene or slide) and are never parted
+    by a split: a column of --data.labels, or a DICOM keyword as PatientID, by its name; or
+    name:PATTERN, a regular expression whose first brackets match the group in an image's path.
+    column:NAME and dicom:NAME are one of the two. Empty: every image is by itself."""
 
     def __post_init__(self) -> None:
         check(
@@ -124,6 +130,26 @@ class ReadConfig:
             f"{flag(self, 'slices')} is {self.slices!r}; allowed: all, middle, or a number from 0",
         )
 
+        self._check_group()
+
+    def _check_group(self) -> None:
+        kind, text = self.grouping
+        given = f"{flag(self, 'group')} is {self.group!r}"
+        check(bool(text) or not self.group, f"{given}; it lacks what follows '{kind}:'")
+        if kind == "column":
+            check(bool(self.labels), f"{given}; a column needs {flag(self, 'labels')} CSV")
+        if kind == "name":
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise UserError(f"{given}; it is no regular expression: {error}") from None
+
+    @property
+    def grouping(self) -> tuple[str, str]:
+        """What groups are told by (name, column, dicom; empty for a plain name), and the rest."""
+        kind, colon, text = self.group.partition(":")
+        return (kind, text) if colon and kind in ("name", "column", "dicom") else ("", self.group)
+
     @property
     def decoding(self) -> str:
         """What decides the values of an image's pixels, and not where it and its labels are."""
@@ -137,7 +163,8 @@ class DataConfig(ReadConfig):
     train: str = "digits:train"
     """Training images: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
     tar:PATH-{000000..000146}.tar, torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]; and of
-    any of them kept:SOURCE, four fifths, or held:SOURCE, the other fifth."""
+    any of them kept:SOURCE, four fifths, or held:SOURCE, the other fifth. Several as A*2,B: images
+    of A are drawn twice an epoch, those of B once; any number above 0."""
     val: str = ""
     """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500
@@ -183,7 +210,7 @@ class DataConfig(ReadConfig):
 class EncoderConfig:
     """Vision Transformer: a timm architecture, and changes to it (0: none)."""
 
-    group: ClassVar[str] = "encoder"
+    prefix: ClassVar[str] = "encoder"
 
     arch: str = "vit_small_patch16_224"
     """A plain ViT of timm by name: vit_tiny_patch16_224 ... vit_huge_patch14_224."""
@@ -248,7 +275,7 @@ class EncoderConfig:
 class InitConfig:
     """Initial weights of the encoder."""
 
-    group: ClassVar[str] = "init"
+    prefix: ClassVar[str] = "init"
 
     encoder: str = ""
     """A run folder or weight file of any kind that --encoder of the evaluators takes; architecture,
@@ -297,7 +324,7 @@ class InitConfig:
 class OptimConfig:
     """AdamW and its schedules."""
 
-    group: ClassVar[str] = "optim"
+    prefix: ClassVar[str] = "optim"
 
     batch_size: int = 256
     """Images of one optimizer step, over all processes and accumulated parts (effective batch)."""

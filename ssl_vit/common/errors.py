@@ -16,6 +16,15 @@ class UserError(ValueError):
         self.everywhere = everywhere
 
 
+class NothingFound(UserError):  # noqa: N818
+    """User error: nothing of what these options of the data ask for is in a source, as labels in a
+    CSV. One of several sources may do without."""
+
+    def __init__(self, message: str, *options: str) -> None:
+        super().__init__(message)
+        self.options = options
+
+
 class RunFailed(RuntimeError):  # noqa: N818
     """Run failure: a run cannot continue, not by a user error; its last checkpoint is complete.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.data.draws import Mix
 from ssl_vit.data.raster import BadImage
 
 Item = tuple[bytes | bytearray | np.ndarray, int | None]
@@ -29,6 +30,10 @@ class Source:
             ``classes`` are then their names, and ``labels`` is None.
         whole: the source of whole files, where an image is one plane of a file; else None.
         file_of: int64 (n,), the file of each image in ``whole``; None without it.
+        groups: int64 (n,), equal for images of one group (``data.groups``): a patient, a scene. The
+            same group has the same number in every source; a negative one is of an image (or file)
+            that is by itself. None where no groups are asked for.
+        mix: the sources of a mixed one, and how often each is drawn from; else None.
         labels_from: where the labels are from; or, without labels, why there are none.
     """
 
@@ -39,6 +44,8 @@ class Source:
     targets: np.ndarray | None = None
     whole: "Source | None" = None
     file_of: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    mix: Mix | None = None
     labels_from: str = ""
 
     def __len__(self) -> int:
@@ -67,6 +74,11 @@ class Source:
         """Return the name of image i for the log."""
         raise NotImplementedError
 
+    def inner_name(self, i: int) -> str:
+        """Return the name of image i within the source, where that differs: wherever the source
+        is, it is the same."""
+        return self.name(i)
+
     def listing(self) -> Iterable[np.ndarray]:
         """Arrays that tell the images from others, in their order, known without reading one: names
         within the source, sizes. None of them tells where the source is."""
@@ -94,6 +106,8 @@ class Subset(Source):
         self.targets = None if source.targets is None else source.targets[indices]
         self.whole = source.whole
         self.file_of = None if source.file_of is None else source.file_of[indices]
+        self.groups = None if source.groups is None else source.groups[indices]
+        self.mix = None if source.mix is None else source.mix.take(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -104,13 +118,16 @@ class Subset(Source):
     def name(self, i: int) -> str:
         return self.source.name(int(self.indices[i]))
 
+    def inner_name(self, i: int) -> str:
+        return self.source.inner_name(int(self.indices[i]))
+
 
 def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tuple[Subset, Subset]:
     """Split a source into (train, held out): `count` images by `seed`, at most one in `parts`.
 
-    Both keep the order of the source. With fewer than `parts` images none is held out. Planes of
-    one file are alike, and stay together: whole files are held out, at least one, and none of fewer
-    than `parts`.
+    Both keep the order of the source. With fewer than `parts` images none is held out. What belongs
+    together (:func:`units`) is held out together: whole groups, or files with all their planes, at
+    least one, and none of fewer than `parts`.
     """
     if count < 0:
         raise ValueError(f"count must not be negative, is {count}")
@@ -118,15 +135,40 @@ def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tup
     # into the training set of a resumed run.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     held = min(count, len(source) // parts)
-    if source.file_of is None:
+    if (together := units(source)) is None:
         order = random.permutation(len(source))
         return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
-    files, file_of, sizes = np.unique(source.file_of, return_inverse=True, return_counts=True)
-    order = random.permutation(len(files))
-    enough = count > 0 and len(files) >= parts
-    whole = max(1, int((np.cumsum(sizes[order]) <= held).sum())) if enough else 0
-    out = np.isin(file_of, order[:whole])
+    numbers, unit_of, sizes = np.unique(together, return_inverse=True, return_counts=True)
+    order = random.permutation(len(numbers))
+    if count == 0 or len(numbers) < parts:
+        chosen = order[:0]
+    elif source.groups is None:
+        chosen = order[: max(1, int((np.cumsum(sizes[order]) <= held).sum()))]
+    else:  # they may be of any size: a large one is passed over
+        fit = fitting(sizes[order], held)
+        chosen = order[fit if fit.any() else [np.argmin(sizes[order])]]
+    out = np.isin(unit_of, chosen)
     return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
+
+
+def epoch_length(source: Source) -> int:
+    """Images of an epoch: all, each once or, of mixed sources, as often as they are drawn."""
+    return len(source) if source.mix is None else sum(source.mix.draws)
+
+
+def units(source: Source) -> np.ndarray | None:
+    """What belongs together and must not be parted, int64 (n,): the group of each image or, without
+    groups, the file of each plane; None where every image is by itself."""
+    return source.file_of if source.groups is None else source.groups
+
+
+def fitting(sizes: np.ndarray, room: int) -> np.ndarray:
+    """Which of these are taken, bool (n,), if in turn each is that still fits into ``room``."""
+    taken = np.zeros(len(sizes), dtype=bool)
+    for i, size in enumerate(sizes.tolist()):
+        if size <= room:
+            taken[i], room = True, room - size
+    return taken
 
 
 def check_classes(train: Source, val: Source) -> None:

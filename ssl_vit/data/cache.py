@@ -155,9 +155,14 @@ def open_cache(data: DataConfig) -> ImageCache | None:
 
 
 def no_use(source: Source) -> str:
-    """Why a cache is of no use for a source, by its first image; empty if it may be."""
+    """Why a cache is of no use for a source, by its first image, and its last one, which may be of
+    another source in a mix; empty if it may be."""
+    return _no_use(source, 0) and _no_use(source, len(source) - 1)
+
+
+def _no_use(source: Source, i: int) -> str:
     try:
-        raw = source.read(0)[0]
+        raw = source.read(i)[0]
     except BadImage:
         return ""
     if isinstance(raw, Decoded):

@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
+from pydicom.multival import MultiValue
 from pydicom.pixels import as_pixel_options, get_decoder
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
@@ -69,6 +70,16 @@ def read_dicom(stream: Any, channels: int, reading: ReadConfig) -> Raster:
 def count_frames(stream: Any) -> int:
     """Number of frames of a file, by the first part of its header."""
     return _frames(read_partial(stream, lambda tag, *_: tag > _FRAMES, force=True))
+
+
+def read_element(stream: Any, tag: int) -> str:
+    """Value of an element of a file as text, empty where it has none, by the part of its header up
+    to there."""
+    header = read_partial(stream, lambda found, *_: found > tag, force=True, specific_tags=[tag])
+    value = header[tag].value if tag in header else None
+    if isinstance(value, MultiValue):
+        return "\\".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _frames(header: Dataset) -> int:

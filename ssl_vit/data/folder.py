@@ -64,6 +64,9 @@ class FolderSource(Source):
     def name(self, i: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.files[i]))
 
+    def inner_name(self, i: int) -> str:
+        return os.fsdecode(self.files[i])
+
     def listing(self) -> Iterable[np.ndarray]:
         """Names of the files within the folder, and the sizes of up to ``_SIZES`` of them.
 

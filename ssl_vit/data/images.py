@@ -11,6 +11,7 @@ from ssl_vit.common.config import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.cache import ImageCache, no_use, open_cache
 from ssl_vit.data.fingerprint import fingerprint
+from ssl_vit.data.groups import group_count, leaks, shared_groups
 from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, open_source, split_holdout
 from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
@@ -74,10 +75,23 @@ class Images:
             share = f"{100 * looked.missing:.3g} % of the pixels of {len(looked):,} images"
             none = f"; {looked.empty:,} of them hold none" if looked.empty else ""
             rows.append(("no data", f"{share} looked at ({how}){none}"))
+        if self.train.mix is not None:
+            rows.append(("mixed", self.train.mix.about()))
+        if self.train.groups is not None:
+            rows.append(("groups", self._about_groups()))
         if self.cache:
             each = looked.decoded / len(looked)
             rows.append(("cache", self.cache.about(len(self.train), each)))
         return rows
+
+    def _about_groups(self) -> str:
+        """Groups of both sides, in a line."""
+        said = f"{group_count(self.train):,} by {self.train.reading.group}"
+        if not self.held_out:
+            return said
+        both = len(shared_groups(self.train, self.val))
+        leak = f"{both:,} OF THEM ARE ALSO IN TRAINING" if both else "none in both"
+        return f"{said}, {group_count(self.val):,} held out: {leak}"
 
 
 def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Images:
@@ -91,6 +105,8 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
     """
     cache = open_cache(data)
     images = _opened(data, seed, given)
+    if data.val:
+        images.warnings += tuple(leaks({"data.train": images.train, "data.val": images.val}))
     if cache and (reason := no_use(images.train)):
         images.warnings += (f"--data.cache has no effect: {reason}",)
     elif cache:
@@ -100,7 +116,7 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
 
 def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
     """The images of a run, without a cache."""
-    train = open_source(data.train, data)
+    train = open_source(data.train, data, weighted=True)
     given_by = [("data.train", train)]
     if data.val:
         val = open_source(data.val, data)
@@ -109,6 +125,8 @@ def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
         rest, val = split_holdout(train, data.holdout, seed)
         train, val = (rest, val) if len(val) else (train, train)
     fixed = given.option if given and len(given.mean) == data.channels else ""
+    for part in getattr(given_by[0][1], "parts", ()):  # one of them may be unreadable as a whole
+        survey(part, data.channels, seed, 1).check(fixed, adapts=True)
     few = survey(train, data.channels, seed, FEW)
     few.check(fixed, adapts=True)
     if val is not train:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.errors import NothingFound, UserError, check
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.classes import (
     LABEL_NAMES,
@@ -21,6 +21,7 @@ from ssl_vit.data.classes import (
     is_outcome,
     outcomes_of,
 )
+from ssl_vit.data.groups import group_column, numbered
 from ssl_vit.data.matching import Rows, is_image_name
 from ssl_vit.data.table import Table, read_table
 
@@ -50,7 +51,8 @@ class Labelled(Source):
     ):
         self.source, self.spec, self.classes = source, spec, classes
         self.reading, self.labels_from = source.reading, labels_from
-        self.whole, self.file_of = source.whole, source.file_of
+        self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
+        self.mix = source.mix
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 
@@ -66,11 +68,14 @@ class Labelled(Source):
     def listing(self) -> Iterable[np.ndarray]:
         return self.source.listing()
 
+    def inner_name(self, i: int) -> str:
+        return self.source.inner_name(i)
+
     def name(self, i: int) -> str:
         return self.source.name(i)
 
 
-def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labelled:
+def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Source:
     """Label the images of ``source`` by a CSV file (``read_table``, ``Rows``).
 
     Lines of other images are ignored, so one file may serve several sources; images without a line
@@ -80,6 +85,9 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labe
     independent labels. Blank, NaN or negative is unknown. Classes are those in the whole file,
     numbers sorted numerically, names alphabetically.
 
+    A column that ``reading.group`` of the source names tells the groups of images. Where there is
+    no other, the source keeps its own labels.
+
     Args:
         columns: of labels; empty: chosen by ``label_columns``.
 
@@ -88,8 +96,16 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labe
             images; a value is not allowed, or it is not clear which column has the labels.
     """
     table = with_header(read_table(path))
-    image, rows = image_column(table, source, columns)
-    wanted = list(columns) or label_columns(table, image)
+    group = group_column(table, source.reading.grouping)
+    image, rows = image_column(table, source, [*columns, group])
+    wanted = list(columns) or label_columns(table, image, group)
+    try:
+        found = rows.of(source, str(path), table.lines)
+    except NothingFound as error:
+        raise NothingFound(str(error), *error.options, *(["group"] if group else [])) from None
+    if not wanted:
+        source.groups = _groups(source, table, found, group)
+        return source
     several = len(wanted) > 1
     for name in wanted:
         allowed = ", ".join([name for name in table.header if name != image][:20])
@@ -100,7 +116,6 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labe
     else:
         numbers, named = _numbers(table, wanted[0])
         values = np.append(numbers, -1)
-    found = rows.of(source, str(path), table.lines)
     missing = np.flatnonzero(found < 0)
     if len(missing):
         text = "warning: %s has no line for %s of %s images, which have no label; the first: %s"
@@ -108,10 +123,21 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Labe
         log.warning(text, path, f"{len(missing):,}", f"{len(source):,}", first)
     shown = ", ".join(wanted[:4]) + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
     origin = f"{'columns' if several else 'column'} {shown} of {path.name}"
-    unused = ", ".join(name for name in table.header if name and name not in (image, *wanted))
+    taken = (image, group, *wanted)
+    unused = ", ".join(name for name in table.header if name and name not in taken)
     text = "%s, for %s: labels from %s, images by column %s%s"
     log.info(text, path, source.spec, shown, image, f"; not used: {unused}" if unused else "")
-    return Labelled(source, f"{source.spec} labelled by {path}", named, values[found], origin)
+    made = Labelled(source, f"{source.spec} labelled by {path}", named, values[found], origin)
+    if group:
+        made.groups = _groups(source, table, found, group)
+    return made
+
+
+def _groups(source: Source, table: Table, rows: np.ndarray, column: str) -> np.ndarray:
+    """Group of each image by a column, int64 (n,); ``rows``: of the images, -1 for none."""
+    cells = [*table.column(column), ""]
+    names = (cells[row] for row in rows.tolist())
+    return numbered(source, names, f"column {column} of {table.path.name}")
 
 
 def with_header(table: Table) -> Table:
@@ -150,17 +176,17 @@ def image_column(table: Table, source: Source, taken: Sequence[str] = ()) -> tup
     return best[1], best[2]
 
 
-def label_columns(table: Table, image: str) -> list[str]:
+def label_columns(table: Table, image: str, group: str = "") -> list[str]:
     """Columns of labels: the only further column; or all, where they are 1, 0 or blank; or the one
     with a usual name; or those of 1, 0 or blank; or the only one in which values recur.
 
-    Indices and columns on splits are left aside.
+    That of groups is none. Indices and columns on splits are left aside.
 
     Raises:
         UserError: none of this tells.
     """
-    rest = [name for name in table.header if name != image]
-    if len(rest) == 1:
+    rest = [name for name in table.header if name not in (image, group)]
+    if len(rest) == 1 or not rest:
         return rest
     usable = [n for n in rest if not _INDEX.fullmatch(n) and _plain(n) not in _ASIDE]
     binary = [name for name in usable if all(map(is_outcome, set(table.column(name))))]

@@ -17,8 +17,10 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view
+from ssl_vit.data.base import epoch_length
 from ssl_vit.data.cache import ImageCache
 from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.draws import Draws
 from ssl_vit.data.missing import missing_in, with_data
 from ssl_vit.data.order import Order, Places
 from ssl_vit.data.reduced import views_of
@@ -69,19 +71,22 @@ class TrainImages(Dataset):
         self.channels = channels
         self.seed = seed
         self.cache = cache
+        mix = source.mix
+        self.draws = None if mix is None or mix.even else Draws(mix, seed)
 
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of these (epoch, index) pairs, collated here, in the worker.
+        """The batch of these (epoch, index) pairs, collated here, in the worker; of mixed sources
+        with weights the index is a place among the draws of the epoch.
 
         A :class:`Part` is part of a step; a plain list is a step of its own, after all phases.
         """
         bad: dict[int, str] = {}
         part = wanted if isinstance(wanted, Part) else None
-        spec = part.spec(self.spec, len(self.source)) if part else self.spec
+        spec = part.spec(self.spec, epoch_length(self.source)) if part else self.spec
         taken: list[list[DrawnCrop]] = [[] for _ in spec.crops]
         keys, labels = [], []
-        for epoch, index in wanted:
-            key = fold(self.seed, epoch, index)
+        for (epoch, place), index in zip(wanted, self._images(wanted), strict=True):
+            key = fold(self.seed, epoch, place)
             crops, label = self._readable(index, key, spec, bad)
             for all_of_kind, own in zip(taken, crops, strict=True):
                 all_of_kind += own
@@ -103,6 +108,16 @@ class TrainImages(Dataset):
             missing=[kind.isnan() for kind in stacked] if missing else [],
         )
         return Batch(views, bad, unkept=self.cache.stopped if self.cache else "")
+
+    def _images(self, wanted: Sequence[tuple[int, int]]) -> list[int]:
+        """Image of each (epoch, index) pair."""
+        if self.draws is None:
+            return [index for _, index in wanted]
+        epochs, places = np.array(wanted, dtype=np.int64).reshape(-1, 2).T
+        found = np.empty(len(wanted), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            found[epochs == epoch] = self.draws.at(epoch, places[epochs == epoch])
+        return found.tolist()
 
     def _readable(
         self, index: int, key: int, spec: ViewSpec, bad: dict[int, str]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.errors import NothingFound, UserError, check
 from ssl_vit.data.base import Source
 from ssl_vit.data.formats import EXTENSIONS
 
@@ -69,11 +69,12 @@ class Rows:
                 there = f"{where}, line {lines[row]}: {self.names[row]!r} may be"
                 raise UserError(f"{there} {source.name(other)} or {name}; give more of the path")
             rows[i], image_of[row] = row, i
-        check(
-            bool((rows >= 0).any()),
-            f"{where} has no line for any of {len(source):,} images; first: {source.name(0)}, and "
-            f"in the file: {self.names[0]}",
-        )
+        if not (rows >= 0).any():
+            raise NothingFound(
+                f"{where} has no line for any of {len(source):,} images; first: {source.name(0)}, "
+                f"and in the file: {self.names[0]}",
+                "labels",
+            )
         return rows
 
 

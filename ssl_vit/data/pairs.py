@@ -20,6 +20,7 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.folder import FolderSource, all_images
+from ssl_vit.data.groups import groups_of
 from ssl_vit.data.loader import Batch, EvalImages, stack
 from ssl_vit.data.missing import missing_in, resized, with_data
 from ssl_vit.data.raster import check_pixels, reason
@@ -42,6 +43,7 @@ class Pairs(Source):
         """``couples``: (n, 2) indices into ``images`` and ``masks``."""
         self.spec, self.images, self.masks, self.couples = spec, images, masks, couples
         self.reading = images.reading
+        self.groups = None if images.groups is None else images.groups[couples[:, 0]]
         self.classes = read_classes(os.fsdecode(masks.root))
 
     def __len__(self) -> int:
@@ -87,6 +89,8 @@ def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
     folders = parts if len(parts) == 2 else [os.path.join(rest, n) for n in ("images", "masks")]
     images, masks = (all_images(spec, folder) for folder in folders)
     images.reading = reading or ReadConfig()
+    if images.reading.group:
+        images.groups = groups_of(images)
     places, others = _by_stem(images), _by_stem(masks)
     _all_there(spec, "images without a mask", places, others, images)
     _all_there(spec, "masks without an image", others, places, masks)

@@ -42,6 +42,7 @@ class Planes(Source):
         self.labels_from = whole.labels_from
         self.labels = None if whole.labels is None else whole.labels[self.file_of]
         self.targets = None if whole.targets is None else whole.targets[self.file_of]
+        self.groups = None if whole.groups is None else whole.groups[self.file_of]
 
     def __len__(self) -> int:
         return len(self.file_of)

@@ -1,19 +1,24 @@
 """Source opening: one string names a source of any kind."""
 
 import importlib
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ssl_vit.common.config import ReadConfig
-from ssl_vit.common.errors import UserError, check, did_you_mean
+from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, split_holdout
+from ssl_vit.data.groups import group_count, groups_of
 from ssl_vit.data.labels import labelled_by
+from ssl_vit.data.mixed import Mixed, parts_of
 from ssl_vit.data.slices import with_planes
 
 __all__ = ["Source", "Subset", "open_source", "split_holdout"]
+log = logging.getLogger("ssl_vit")
 
 # Imported on demand, so that no source needs another's libraries.
 _OPENERS = {
@@ -28,19 +33,23 @@ _ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://|pipe:")
 _FORMS = (
     "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, "
     "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT], "
-    "and of any of them kept:SOURCE, held:SOURCE"
+    "and of any of them kept:SOURCE, held:SOURCE; several as SOURCE*2,SOURCE"
 )
 # Parts of a source, in the order of split_holdout, and the share of the second: a fifth.
 _PARTS, _FIFTH = ("kept", "held"), 5
 
 
 def open_source(
-    spec: str, reading: ReadConfig | None = None, channels: int | None = None
+    spec: str,
+    reading: ReadConfig | None = None,
+    channels: int | None = None,
+    weighted: bool = False,
 ) -> Source:
     """Open the source that `spec` names; `reading`: how its files are read, if not as by default.
 
     `channels` that its images are decoded to, by default those of `reading`, or 3: what is a plane
-    of a file and what a channel may depend on it.
+    of a file and what a channel may depend on it. `weighted`: whether sources may have weights,
+    which only training draws by.
 
     - `digits`, `digits:train`, `digits:val`: scikit-learn's 8x8 digits; all, 80 %, the other 20 %.
     - `folder:PATH`: class sub-folders; with many images directly in PATH all are unlabelled.
@@ -50,16 +59,55 @@ def open_source(
     - `hf:NAME_OR_PATH[#CONFIG][:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
     - `kept:SOURCE`, `held:SOURCE`: of any of these, four fifths and the other fifth, at random but
       always the same, so that options can be chosen without a validation set.
+    - `SOURCE*2,SOURCE`: several of these, with weights (``mixed.parts_of``).
 
-    Labels are the source's own, or those of `reading.labels`, a CSV file.
+    Labels are the source's own, or those of `reading.labels`, a CSV file. Groups of images are
+    those of `reading.group`.
 
     Raises:
         UserError: `spec` cannot be opened; the message lists the allowed forms.
     """
     reading = reading or ReadConfig()
+    parts = parts_of(spec, _OPENERS)
+    if len(parts) == 1 and parts[0][0] == spec:
+        return _open(spec, reading, channels)
+    weights = [weight for _, weight in parts]
+    check(
+        weighted or all(weight == 1 for weight in weights),
+        f"{spec!r} has weights, by which training images are drawn in pretrain and finetune; here "
+        "give the sources without them",
+    )
+    missing: list[NothingFound] = []
+    sources = [_open_part(part, reading, channels, missing) for part, _ in parts]
+    for option in ("labels", "group"):
+        if len(of := [error for error in missing if option in error.options]) == len(parts):
+            raise of[0]
+    source = Mixed(spec, sources, [name for name, _ in parts], weights, reading)
+    log.info("%s: mixed: %s", spec, source.mix.about())
+    return source
+
+
+def _open_part(
+    spec: str, reading: ReadConfig, channels: int | None, missing: list[NothingFound]
+) -> Source:
+    """Open one of several sources. It may have no line in the CSV, or no groups; ``missing`` takes
+    in what it has not, which is said."""
+    try:
+        return _open(spec, reading, channels)
+    except NothingFound as error:
+        missing.append(error)
+        log.warning("warning: %s", error)
+        dropped: dict[str, Any] = dict.fromkeys(error.options, "")
+        if "labels" in dropped:
+            dropped["label_column"] = ()
+        return _open_part(spec, replace(reading, **dropped), channels, missing)
+
+
+def _open(spec: str, reading: ReadConfig, channels: int | None) -> Source:
+    """Open one source, as :func:`open_source`."""
     scheme, _, rest = spec.partition(":")
     if scheme in _PARTS and rest:
-        return _part(open_source(rest, reading, channels), spec, _PARTS.index(scheme))
+        return _part(_open(rest, reading, channels), spec, _PARTS.index(scheme))
     _refuse_address(spec, scheme, rest)
     if scheme not in _OPENERS:
         raise UserError(
@@ -73,6 +121,8 @@ def open_source(
     source.reading = reading
     if reading.labels:
         source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
+    if reading.group and source.groups is None:
+        source.groups = groups_of(source)
     return with_planes(source, channels or int(getattr(reading, "channels", 3)))
 
 
@@ -83,7 +133,9 @@ def _part(source: Source, spec: str, number: int) -> Source:
         UserError: it has too few images to be parted.
     """
     part = split_holdout(source, len(source), 0, _FIFTH)[number]
-    check(len(part) > 0, f"{spec!r}: {source.spec} has {len(source)} images, too few for a fifth")
+    count = f"{len(source)} images"
+    count += f" in {groups} groups" if (groups := group_count(source)) else ""
+    check(len(part) > 0, f"{spec!r}: {source.spec} has {count}, too few for a fifth")
     part.spec = spec
     return part
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.base import Source
+from ssl_vit.data.base import Source, epoch_length
 from ssl_vit.data.decode import BadImage, OtherChannels, decode
+from ssl_vit.data.draws import Draws
 from ssl_vit.data.missing import has_missing, valid_share
 from ssl_vit.data.order import permute
 
@@ -120,14 +121,18 @@ class Survey:
 
 
 def survey(source: Source, channels: int, seed: int, count: int) -> Survey:
-    """Survey of ``count`` random images of a source, by the seed; of many, every pixel counts.
+    """Survey of ``count`` random images of a source, by the seed; of many, every pixel counts. Of
+    mixed sources they are drawn as in an epoch.
 
     Unreadable images are left out; while none of a few is readable, more are tried.
     """
-    n = len(source)
+    n = epoch_length(source)
     tried = min(n, count if count > FEW else _TRIED)
     found = Survey(source.spec)
-    for index in permute(np.arange(tried, dtype=np.int64), n, fold(seed)).tolist():
+    chosen = permute(np.arange(tried, dtype=np.int64), n, fold(seed))
+    if source.mix is not None and not source.mix.even:
+        chosen = Draws(source.mix, seed).at(0, chosen)
+    for index in chosen.tolist():
         if len(found) == count or (len(found) and len(found) + len(found.reasons) >= count):
             break
         try:

@@ -61,6 +61,10 @@ class TarSource(Source):
         key = split_name(os.fsdecode(self.names[i]), self.full)[0]
         return f"{self.shards[self._shard(i)]}:{key}"
 
+    def inner_name(self, i: int) -> str:
+        shard = self.shards[self._shard(range(len(self))[i])]
+        return os.path.basename(shard) + self.name(i)[len(shard) :]
+
     def listing(self) -> Iterable[np.ndarray]:
         """Keys and sizes of the samples."""
         return self.names.buffer, self.names.ends, self.sizes

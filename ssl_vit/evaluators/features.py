@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ssl_vit.common.distributed import gather_rows, gather_texts, rank_and_world, share
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.data.augment import Normalize
+from ssl_vit.data.base import units
 from ssl_vit.data.loader import Batch, EvalImages, eval_batches
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
@@ -34,13 +35,15 @@ class FeatureSet:
 
     ``parts``: by name, (n, D) float32. ``labels``: (n,) classes, -1 where unknown; or (n, L) float
     for L independent labels, 1, 0, or NaN where unknown. ``index``: (n,) the images' indices in
-    their source. ``unreadable``: how many images are left out.
+    their source. ``unreadable``: how many images are left out. ``groups``: (n,) equal for images
+    that belong together (``data.base.units``); None where every image is by itself.
     """
 
     parts: dict[str, Tensor]
     labels: Tensor
     unreadable: int
     index: Int64[Tensor, " n"]
+    groups: Int64[Tensor, " n"] | None = None
 
     def feature(self, name: str) -> Float[Tensor, "n d"]:
         """Feature by name (a key of ``FEATURES``): its parts concatenated."""
@@ -60,12 +63,13 @@ class FeatureSet:
         """Subset of these rows, in this order."""
         parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}
         labels, index = self.labels[rows.to(self.labels.device)], self.index[rows.cpu()]
-        return FeatureSet(parts, labels, self.unreadable, index)
+        groups = None if self.groups is None else self.groups[rows.cpu()]
+        return FeatureSet(parts, labels, self.unreadable, index, groups)
 
     def to(self, device: torch.device) -> FeatureSet:
         """Copy on a device."""
         moved = {name: part.to(device) for name, part in self.parts.items()}
-        return FeatureSet(moved, self.labels.to(device), self.unreadable, self.index)
+        return replace(self, parts=moved, labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def extract(embed: Embed, source: Source, view: View, machine: Machine) -> Featu
         raise UserError(f"no image of {source.spec} can be read: {next(iter(bad.values()), '')}")
     parts = {name: torch.cat(rows) for name, rows in found.items()}
     index = torch.cat(places)
-    return FeatureSet(parts, targets_of(source, index, torch.cat(labels)), len(bad), index)
+    targets = targets_of(source, index, torch.cat(labels))
+    return FeatureSet(parts, targets, len(bad), index, units_of(source, index))
 
 
 def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -> FeatureSet:
@@ -182,12 +187,19 @@ def extract_shared(embed: Embed, source: Source, view: View, machine: Machine) -
     index = gather_rows(made.index + own.start)
     unreadable = int(gather_rows(torch.tensor([made.unreadable])).sum())
     parts = {name: gather_rows(rows) for name, rows in made.parts.items()}
-    return FeatureSet(parts, gather_rows(made.labels), unreadable, index)
+    labels = gather_rows(made.labels)
+    return FeatureSet(parts, labels, unreadable, index, units_of(source, index))
 
 
 def targets_of(source: Source, index: Tensor, labels: Tensor) -> Tensor:
     """Targets of the images at ``index``: their classes, or several labels each."""
     return labels if source.targets is None else torch.from_numpy(source.targets)[index]
+
+
+def units_of(source: Source, index: Int64[Tensor, " n"]) -> Int64[Tensor, " n"] | None:
+    """What the images at ``index`` belong to (``data.base.units``); None: each is by itself."""
+    together = units(source)
+    return None if together is None else torch.from_numpy(together)[index]
 
 
 def ready(module: nn.Module, device: torch.device) -> None:

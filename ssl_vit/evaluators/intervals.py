@@ -1,11 +1,16 @@
-"""Confidence intervals: 95 % of a metric, by the percentile bootstrap over images (Efron 1979)."""
+"""Confidence intervals: 95 % of a metric, by the percentile bootstrap over images (Efron 1979).
+
+Images of one group (a patient) are not independent: where groups are known, whole ones are drawn
+(cluster bootstrap; Davison and Hinkley 1997, section 3.8), as many as there are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 _ENDS = (2.5, 97.5)
 _RESAMPLES = 1000
@@ -17,31 +22,58 @@ def _random(seed: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
-def accuracy_interval(correct: Bool[np.ndarray, " q"], seed: int) -> tuple[float, float]:
-    """Interval of the accuracy, in percent.
+Groups = Int64[np.ndarray, " q"] | None
+
+
+def accuracy_interval(
+    correct: Bool[np.ndarray, " q"], seed: int, groups: Groups = None
+) -> tuple[float, float]:
+    """Interval of the accuracy, in percent; ``groups``: of the images.
 
     Correctness is binary, so the number of correct images in a resample is binomial: it is drawn
-    directly, not image by image.
+    directly, not image by image. Of groups, the share of correct images among all of those drawn.
     """
     n = len(correct)
+    if groups is not None:
+        group, sizes = _numbered(groups)
+        right = np.bincount(group, correct, len(sizes))
+        draws = _drawn(_random(seed), len(sizes), _RESAMPLES)
+        low, high = np.percentile([100.0 * (c @ right) / (c @ sizes) for c in draws], _ENDS)
+        return float(low), float(high)
     counts = _random(seed).binomial(n, correct.mean(), _RESAMPLES)
     low, high = np.percentile(100.0 * counts / n, _ENDS)
     return float(low), float(high)
 
 
+def _numbered(groups: Int64[np.ndarray, " q"]) -> tuple[np.ndarray, np.ndarray]:
+    """Groups as numbers from 0 on (q,), and their sizes."""
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return group, sizes
+
+
+def _drawn(random: np.random.RandomState, n: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each of n units is drawn, int64 (n,), for each resample."""
+    for _ in range(resamples):
+        yield np.bincount(random.randint(0, n, n), minlength=n)
+
+
 def mean_precision_interval(
-    scores: Float[np.ndarray, "q l"], truth: Float[np.ndarray, "q l"], seed: int
+    scores: Float[np.ndarray, "q l"],
+    truth: Float[np.ndarray, "q l"],
+    seed: int,
+    groups: Groups = None,
 ) -> tuple[float, float]:
     """Interval of the mean average precision over labels, in percent; truth is 1, 0, or NaN.
 
-    Images are resampled with all their labels. A label with one outcome only in a resample is left
-    out of its mean. Each label is sorted once; a resample is a count for each image.
+    Images, or ``groups`` of them, are resampled with all their labels. A label with one outcome
+    only in a resample is left out of its mean. Each label is sorted once; a resample is a count for
+    each image.
     """
-    n = len(scores)
+    group = np.arange(len(scores)) if groups is None else _numbered(groups)[0]
     ranked = [Ranking.of(s, t) for s, t in zip(scores.T, truth.T, strict=True)]
-    random, means = _random(seed), []
-    for _ in range(_RANKED_RESAMPLES):
-        counts = np.bincount(random.randint(0, n, n), minlength=n)
+    means = []
+    for drawn in _drawn(_random(seed), int(group.max()) + 1, _RANKED_RESAMPLES):
+        counts = drawn[group]
         found = [p for r in ranked if (p := r.average_precision(counts)) is not None]
         if found:
             means.append(100.0 * float(np.mean(found)))

@@ -32,28 +32,40 @@ def knn_predictions(
     """k-NN predictions for each feature and each k up to the size of the training set.
 
     ``val`` None: leave-one-out, each training image by all others; excluded by its index, so that a
-    copy of it in the set is a neighbour like any other. ``shared``: all processes call this with
+    copy of it in the set is a neighbour like any other; where groups are known, images of its own
+    group are none. ``shared``: all processes call this with
     the same sets; each takes a part of the queries, and all get the whole result.
 
     Raises:
         UserError: training labels are missing, or every k is too large.
     """
     labels = labelled(train.labels, "the training set")
-    queries, count = (train, len(labels) - 1) if val is None else (val, len(labels))
+    queries, count = (train, others(train)) if val is None else (val, len(labels))
     possible = [k for k in ks if k <= count]
-    check(bool(possible), f"k is {tuple(ks)}; the training set has {len(labels)} images")
+    grouped = val is None and train.groups is not None
+    of = f", and {count} beside the largest group" if grouped else ""
+    check(bool(possible), f"k is {tuple(ks)}; the training set has {len(labels)} images{of}")
     own = share(len(queries.index)) if shared else range(len(queries.index))
     found = []
     for name in features:
         bank = [train.parts[part] for part in FEATURES[name]]
         rows = [queries.parts[part][own.start : own.stop] for part in FEATURES[name]]
         first = own.start if val is None else None
-        by_k = knn_classify(bank, labels, rows, possible, device, temperature, first)
+        apart = train.groups if val is None else None
+        by_k = knn_classify(bank, labels, rows, possible, device, temperature, first, apart)
         for k, guesses in by_k.items():
             guesses = gather_rows(guesses) if shared else guesses
             details = {"k": k, "temperature": temperature, "leave_one_out": val is None}
             found.append(Prediction(name, f"k={k}", guesses, details))
     return found
+
+
+def others(train: FeatureSet) -> int:
+    """Neighbours that each image of a set has at least, leave-one-out: all but itself or, where
+    groups are known, those of other groups."""
+    if train.groups is None:
+        return len(train.labels) - 1
+    return len(train.labels) - int(train.groups.unique(return_counts=True)[1].max())
 
 
 def knn_classify(
@@ -64,6 +76,7 @@ def knn_classify(
     device: torch.device,
     temperature: float = 0.07,
     first: int | None = None,
+    groups: Int64[Tensor, " n"] | None = None,
 ) -> dict[int, Tensor]:
     """Classify queries by votes of their k nearest neighbours; all k in one pass over the bank.
 
@@ -77,6 +90,7 @@ def knn_classify(
         bank, queries: features as parts (n, _) and (q, _) to concatenate.
         labels: (n,) classes, or (n, L) labels 1, 0 or NaN, of the bank.
         first: the queries are the bank's rows from this one on, and none is its own neighbour.
+        groups: with ``first``, of the bank's rows; none of its own group is a neighbour.
 
     Returns:
         (q, at most 5) int64 classes, best first, the lower of equal votes; or (q, L) float32, the
@@ -93,7 +107,7 @@ def knn_classify(
     for start in range(0, max(q, 1), step):  # once without queries, for the right shapes
         part = unit(queries, start, start + step, device)
         own = None if first is None else first + start
-        similarity, index = nearest_neighbours(bank, part, most, own)
+        similarity, index = nearest_neighbours(bank, part, most, own, groups)
         # The largest is subtracted: the decisive weights are near 1, and do not underflow.
         weight, label = ((similarity - similarity[:, :1]) / temperature).exp(), labels[index]
         for k in ks:
@@ -115,7 +129,11 @@ def unit(
 
 
 def nearest_neighbours(
-    bank: Sequence[Tensor], queries: Float[Tensor, "q d"], k: int, own: int | None = None
+    bank: Sequence[Tensor],
+    queries: Float[Tensor, "q d"],
+    k: int,
+    own: int | None = None,
+    groups: Int64[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
     """Nearest neighbours: cosine and bank row of each query's k nearest, nearest first.
 
@@ -126,7 +144,10 @@ def nearest_neighbours(
     Args:
         queries: L2-normalised.
         own: the queries are the bank's rows from this one on, and none is its own neighbour.
+        groups: with ``own``, of the bank's rows: those of its own group have a cosine of minus
+            infinity.
     """
+    groups = None if groups is None else groups.to(queries.device)
     step = max(1, min(len(bank[0]), _BANK_ROWS, _CELLS // queries.shape[1]))
     blocks = queries.split(max(1, _CELLS // step))
     found: list[tuple[Tensor, Tensor]] = []
@@ -134,8 +155,12 @@ def nearest_neighbours(
         chunk = unit(bank, start, start + step, queries.device)
         for i, block in enumerate(blocks):
             similarity = block @ chunk.T
-            if own is not None:
-                similarity.diagonal(own + i * len(blocks[0]) - start).fill_(-torch.inf)
+            row = 0 if own is None else own + i * len(blocks[0])
+            if own is not None and groups is None:
+                similarity.diagonal(row - start).fill_(-torch.inf)
+            elif own is not None and groups is not None:
+                mine, theirs = groups[row : row + len(block)], groups[start : start + step]
+                similarity.masked_fill_(mine[:, None] == theirs, -torch.inf)
             values, places = largest(similarity, min(k, len(chunk)))
             if start:
                 found[i] = merged(found[i], (values, places + start), k)

@@ -57,7 +57,7 @@ class LinearProtocol:
     ``fallback_rate`` is used, with the first feature, where too few images remain to select on.
     """
 
-    group: ClassVar[None] = None
+    prefix: ClassVar[None] = None
     name: ClassVar[str] = "fast"
     epochs: int = 10
     least_steps: int = 1000
@@ -132,9 +132,10 @@ def linear_probe(
     """Linear probe: predict ``val`` with the head selected from the grid, without its labels.
 
     The head is selected on ``held_out``, or on a seeded share of the training images, stratified by
-    class; it is then retrained on all of them. Of equal heads, the one with the narrowest feature,
-    then the lowest learning rate is selected. Where too few images remain, the fallback is used,
-    and the details record it. All sets are on the CPU; heads are trained on ``device``.
+    class, or of their groups; it is then retrained on all of them. Of equal heads, the one with the
+    narrowest feature, then the lowest learning rate is selected. Where too few images remain, the
+    fallback is used, and the details record it. All sets are on the CPU; heads are trained on
+    ``device``.
 
     Raises:
         UserError: fewer than two images, or none of the features.
@@ -167,7 +168,7 @@ def score_grid(
 ) -> dict[tuple[str, float], float]:
     """Quality of each grid point on held-out images; empty if there are too few."""
     if held_out is None:
-        rows = split_rows(train.labels, protocol.held_out, protocol.seed)
+        rows = split_rows(train.labels, protocol.held_out, protocol.seed, train.groups)
         if rows is None:
             return {}
         train, held_out = train.take(rows[0]), train.take(rows[1])

@@ -36,7 +36,7 @@ class LogregProtocol:
     remain to select on.
     """
 
-    group: ClassVar[None] = None
+    prefix: ClassVar[None] = None
     name: ClassVar[str] = "logreg"
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     features: tuple[str, ...] = ("cls",)
@@ -92,7 +92,7 @@ def _sweep(
 ) -> tuple[dict[tuple[str, float], float], int]:
     """Quality of each C on held-out images, and how many fits did not converge."""
     if held_out is None:
-        rows = split_rows(train.labels, protocol.held_out, protocol.seed)
+        rows = split_rows(train.labels, protocol.held_out, protocol.seed, train.groups)
         if rows is None:
             return {}, 0
         train, held_out = train.take(rows[0]), train.take(rows[1])

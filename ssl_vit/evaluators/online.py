@@ -17,7 +17,7 @@ from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import FeatureSet, Machine
+from ssl_vit.evaluators.features import FeatureSet, Machine, units_of
 from ssl_vit.evaluators.linear import Parts, grid_quality, joined, protocol_details
 from ssl_vit.evaluators.linear_heads import FeatureNorm, HeadOptimizer, LinearHeads, heads_of
 from ssl_vit.evaluators.options import FEATURES, parts_of
@@ -82,7 +82,8 @@ def _split(
     train: Source, targets: Tensor, protocol: OnlineProtocol
 ) -> tuple[Source, Source | None]:
     """Split into training images and, if there are enough, images for selection."""
-    rows = split_rows(targets, protocol.held_out, protocol.seed)
+    groups = units_of(train, torch.arange(len(train)))
+    rows = split_rows(targets, protocol.held_out, protocol.seed, groups)
     if rows is None:
         return train, None
     return Subset(train, rows[0].numpy()), Subset(train, rows[1].numpy())
@@ -165,6 +166,8 @@ class Numbered(Source):
         self.source, self.spec, self.reading = source, source.spec, source.reading
         self.classes, self.targets = source.classes, source.targets
         self.labels_from = source.labels_from
+        self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
+        self.mix = source.mix
 
     def __len__(self) -> int:
         return len(self.source)

@@ -84,7 +84,7 @@ class SegmentOptions:
 class TuneConfig:
     """Fine-tuning options; where the default depends on the encoder, the option says so."""
 
-    group: ClassVar[str] = "tune"
+    prefix: ClassVar[str] = "tune"
 
     pooling: Literal["mean", "cls"] = "mean"
     """Feature to classify: the mean of the patch tokens, or [CLS]. From scratch: cls. Networks that

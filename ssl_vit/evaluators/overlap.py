@@ -35,10 +35,12 @@ def iou(pixels: Float[Tensor, "*draws 3 c"]) -> Float[Tensor, "*draws c"]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Overlap of masks: ``table`` (C, C) of pixels, and ``images`` (n, 3, C) counts by image."""
+    """Overlap of masks: ``table`` (C, C) of pixels, ``images`` (n, 3, C) counts by image, and their
+    ``groups`` (n,), where they are known."""
 
     table: Int64[Tensor, "c c"]
     images: Int64[Tensor, "n 3 c"]
+    groups: Int64[Tensor, " n"] | None = None
 
     @property
     def by_class(self) -> Float[Tensor, " c"]:
@@ -61,11 +63,15 @@ class Overlap:
     def interval(self, seed: int) -> tuple[float, float]:
         """95% interval of the mean intersection over union, in %.
 
-        A percentile bootstrap over images (Efron 1979): pixels of one image are not independent.
+        A percentile bootstrap over images (Efron 1979): pixels of one image are not independent,
+        nor are images of one group.
         """
-        n = len(self.images)
         generator = torch.Generator().manual_seed(fold(seed))
         flat = self.images.flatten(1).double()
+        if self.groups is not None:
+            group = self.groups.unique(return_inverse=True)[1]
+            flat = flat.new_zeros(int(group.max()) + 1, flat.shape[1]).index_add(0, group, flat)
+        n = len(flat)
         found = []
         for _ in range(_DRAWS):
             drawn = torch.randint(n, (n,), generator=generator)

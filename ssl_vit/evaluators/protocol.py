@@ -12,6 +12,7 @@ from typing import Any
 from ssl_vit import __version__
 from ssl_vit.common.errors import RunFailed, check
 from ssl_vit.common.files import write_text_atomically
+from ssl_vit.data.groups import group_count, shared_groups
 from ssl_vit.data.sources import Source
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import labels_sha256
@@ -33,8 +34,11 @@ _NUMBERS = ("metrics", "interval", "per_class")
 _AROUND = ("device", "precision", "processes", "versions")
 
 
-def split_card(source: Source, features: FeatureSet | None, content: str) -> dict[str, Any]:
-    """Card of a split: its source, number of images, content hash and label hash.
+def split_card(
+    source: Source, features: FeatureSet | None, content: str, train: Source | None = None
+) -> dict[str, Any]:
+    """Card of a split: its source, number of images, content hash and label hash; its groups, and
+    how many of them ``train`` has, too.
 
     ``content`` is the source's ``content_sha256``; ``features`` None: not extracted.
     """
@@ -44,6 +48,10 @@ def split_card(source: Source, features: FeatureSet | None, content: str) -> dic
         "classes": None if source.classes is None else len(source.classes),
         "content_sha256": content,
     }
+    if groups := group_count(source):
+        card["groups"] = groups
+        if train is not None and train is not source:
+            card["groups_in_training"] = len(shared_groups(train, source))
     if features is not None:
         card |= {"images": len(features.index), "unreadable": features.unreadable}
         card["labels_sha256"] = labels_sha256(features.labels)

@@ -26,7 +26,7 @@ class OnlineProtocol:
     ``fallback`` is the (feature, rate) used where too few images remain to select on.
     """
 
-    group: ClassVar[None] = None
+    prefix: ClassVar[None] = None
     name: ClassVar[str]
     epochs: int
     batch_size: int

@@ -35,7 +35,7 @@ def knn_scores(
     truth = labelled(val.labels, "the validation set")
     names = features or plain_features(train)
     found = knn_predictions(train, val, ks, names, device, shared=False)
-    return [score_predictions(prediction, truth, classes, seed=0) for prediction in found]
+    return [score_predictions(p, truth, classes, seed=0, groups=val.groups) for p in found]
 
 
 def linear_scores(
@@ -49,6 +49,6 @@ def linear_scores(
     labelled(train.labels, "the training set")
     truth = labelled(val.labels, "the validation set")
     return [
-        score_predictions(p, truth, classes, protocol.seed)
+        score_predictions(p, truth, classes, protocol.seed, val.groups)
         for p in linear_probe(train, val, protocol, device=device)
     ]

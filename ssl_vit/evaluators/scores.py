@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_vit.common.errors import check
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.intervals import accuracy_interval, mean_precision_interval
+from ssl_vit.evaluators.intervals import Groups, accuracy_interval, mean_precision_interval
 
 _LARGEST_CONFUSION = 100
 
@@ -66,12 +66,16 @@ class Score:
 
 
 def score_predictions(
-    prediction: Prediction, truth: Tensor, classes: Sequence[str] | None, seed: int
+    prediction: Prediction,
+    truth: Tensor,
+    classes: Sequence[str] | None,
+    seed: int,
+    groups: Int64[Tensor, " q"] | None = None,
 ) -> Score:
     """Score guesses against the truth: (q,) classes, or (q, L) labels, NaN where unknown.
 
-    The interval is a percentile bootstrap over validation images: it covers their sampling, not
-    that of the training images.
+    The interval is a percentile bootstrap over validation images, or over their ``groups``: it
+    covers their sampling, not that of the training images.
 
     Raises:
         UserError: the truth is not known, or no label has both outcomes.
@@ -79,7 +83,10 @@ def score_predictions(
     truth, guesses = labelled(truth, "the validation set").cpu(), prediction.guesses.cpu()
     assert len(guesses) == len(truth), f"{len(guesses)} guesses for {len(truth)} images"
     made = _score_classes if truth.ndim == 1 else _score_labels
-    metrics, interval, per_class, confusion, more = made(guesses, truth, classes, seed)
+    drawn = None if groups is None else groups.cpu().numpy()
+    metrics, interval, per_class, confusion, more = made(guesses, truth, classes, seed, drawn)
+    if drawn is not None:
+        more["interval_of_groups"] = len(np.unique(drawn))
     details = prediction.details | more
     about = (prediction.features, prediction.setting)
     return Score(*about, metrics, interval, per_class, confusion, details)
@@ -91,7 +98,7 @@ _Scored = tuple[
 
 
 def _score_classes(
-    guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int
+    guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int, groups: Groups
 ) -> _Scored:
     """Score classes: metrics, interval, accuracy of each class, confusion matrix."""
     correct = guesses[:, 0] == truth
@@ -104,11 +111,11 @@ def _score_classes(
     confusion = None
     if n <= _LARGEST_CONFUSION:
         confusion = torch.bincount(truth * n + guesses[:, 0], minlength=n * n).view(n, n).tolist()
-    return metrics, accuracy_interval(correct.numpy(), seed), per_class, confusion, {}
+    return metrics, accuracy_interval(correct.numpy(), seed, groups), per_class, confusion, {}
 
 
 def _score_labels(
-    guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int
+    guesses: Tensor, truth: Tensor, classes: Sequence[str] | None, seed: int, groups: Groups
 ) -> _Scored:
     """Score independent labels: means over those with both outcomes; others are left out."""
     # Imported here: it would take a quarter of the start-up time of a command.
@@ -124,7 +131,7 @@ def _score_labels(
         precision.append(100.0 * float(average_precision_score(*pair)))
         area.append(100.0 * float(roc_auc_score(*pair)))
     metrics = {"map": float(np.mean(precision)), "auroc": float(np.mean(area))}
-    interval = mean_precision_interval(scores[:, scored], wanted[:, scored], seed)
+    interval = mean_precision_interval(scores[:, scored], wanted[:, scored], seed, groups)
     names = [class_name(classes, label) for label in range(wanted.shape[1])]
     per_class = {names[label]: p for label, p in zip(scored, precision, strict=True)}
     left_out = [name for name in names if name not in per_class]

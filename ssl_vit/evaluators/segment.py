@@ -22,7 +22,7 @@ from ssl_vit.data.base import check_classes
 from ssl_vit.data.order import permute
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.features import Machine, units_of
 from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import (
@@ -34,6 +34,7 @@ from ssl_vit.evaluators.patch_heads import (
     upsampled,
 )
 from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.selection import split_groups
 from ssl_vit.evaluators.tokens import Material, TokenExtractor, gather_tokens, token_extractor
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -94,6 +95,7 @@ def score_masks(
     """
     classes = heads.bias.shape[1]
     table, images, bad = torch.zeros(classes, classes, dtype=torch.int64), [], 0
+    places = []
     for seen in extractor.batches(pairs):
         bad += len(seen.bad)
         if not seen.masks:
@@ -112,8 +114,9 @@ def score_masks(
             own = confusion_matrix(truth.flatten(), guess.flatten(), classes).cpu()
             table += own
             images.append(counts(own))
+            places.append(i)
     check(int(table.sum()) > 0, f"{pairs.spec}: no pixel of its masks has a class")
-    return Overlap(table, torch.stack(images)), bad
+    return Overlap(table, torch.stack(images), units_of(pairs, torch.tensor(places))), bad
 
 
 def choose_head(
@@ -121,12 +124,16 @@ def choose_head(
 ) -> tuple[PatchHeads, float, dict[str, float]]:
     """Select the learning rate on a held-out tenth, and retrain its head on all images.
 
-    The lowest of equal rates. Returns the head, the rate, and each rate's held-out mIoU in %.
+    The tenth is of whole groups, where they are known and one can be held out. The lowest of equal
+    rates. Returns the head, the rate, and each rate's held-out mIoU in %.
     """
     n = len(material.masks)
     check(n >= 10, f"{material.pairs.spec} has {n} readable pairs; a probe needs 10")
     shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, 2)))
     held, kept = shuffled[: max(1, n // 10)], shuffled[max(1, n // 10) :]
+    groups = units_of(material.pairs, torch.arange(n))
+    if groups is not None and (rows := split_groups(torch.zeros(n), groups, 0.1, fold(seed, 2))):
+        kept, held = rows
     trial = fit_patch_heads(
         material, kept, classes, LEARNING_RATES, config.epochs, config.ignore, seed
     )
@@ -172,6 +179,8 @@ def segment_probe(
         confusion=overlap.table.tolist() if classes <= _LARGEST_CONFUSION else None,
         details={"chosen_lr": rate, "held_out_miou_by_lr": by_rate},
     )
+    if overlap.groups is not None:
+        score.details["interval_of_groups"] = len(overlap.groups.unique())
     return [score], card(config, material, overlap, bad)
 
 

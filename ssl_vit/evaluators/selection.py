@@ -15,7 +15,7 @@ from ssl_vit.data.order import permute
 from ssl_vit.evaluators.options import FEATURES
 
 _LEAST_IMAGES, _LEAST_OF_A_CLASS = 20, 5
-NOT_CHOSEN = "not chosen: too few images"
+NOT_CHOSEN = "not chosen: too few images, or groups of them"
 """Recorded in details where nothing could be held out and a fixed setting was used."""
 
 Split = tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]
@@ -36,11 +36,14 @@ def usable(wanted: tuple[str, ...], has: Callable[[str], bool]) -> tuple[str, ..
     return found
 
 
-def split_rows(labels: Tensor, share: float, seed: int) -> Split | None:
+def split_rows(
+    labels: Tensor, share: float, seed: int, groups: Int64[Tensor, " n"] | None = None
+) -> Split | None:
     """Split rows into (kept, held out): ``share`` is held out, stratified by class, by ``seed``.
 
     None where too few images remain to select on: under 20, or under 5 per class, or a share of 0.
-    Classes of one image keep it. With several labels per image the split is not stratified.
+    Classes of one image keep it. With several labels per image the split is not stratified. With
+    ``groups`` of the rows whole ones are held out (:func:`split_groups`).
 
     ``labels``: (n,) classes or (n, L) labels.
     """
@@ -58,11 +61,50 @@ def split_rows(labels: Tensor, share: float, seed: int) -> Split | None:
         candidates = candidates[counts[of[candidates]] > 1]
     if n < _LEAST_IMAGES or share <= 0:
         return None
+    if groups is not None:
+        return split_groups(labels, groups, share, seed)
     count = max(1, round(share * len(candidates)))
     places = ((np.arange(count) + 0.5) * (len(candidates) / count)).astype(np.int64)
     held = np.sort(candidates[places])
     kept = np.setdiff1d(np.arange(n), held)
     return torch.from_numpy(kept), torch.from_numpy(held)
+
+
+def split_groups(
+    labels: Tensor, groups: Int64[Tensor, " n"], share: float, seed: int
+) -> Split | None:
+    """Split rows into (kept, held out), none of a group in both: groups are held out in a random
+    order, each that still fits into ``share`` of the rows; if none does, the smallest one.
+
+    Every class, of (n,) ``labels``, keeps a row. None where a group holds more than half of the
+    rows, or all of a class, and so does each of them.
+    """
+    n = len(groups)
+    _, unit, sizes = np.unique(groups.cpu().numpy(), return_inverse=True, return_counts=True)
+    rows_of = np.split(np.argsort(unit, kind="stable"), np.cumsum(sizes)[:-1])
+    of = labels.cpu().numpy() if labels.ndim == 1 else np.zeros(n, dtype=np.int64)
+    of = np.unique(of, return_inverse=True)[1]
+    order = permute(np.arange(len(sizes), dtype=np.int64), len(sizes), fold(seed, 1))
+    held = _held([rows_of[i] for i in order], of, max(1, round(share * n)))
+    if not held:
+        smallest = order[np.argsort(sizes[order], kind="stable")]
+        held = _held([rows_of[i] for i in smallest], of, n // 2)[:1]
+    if not held:
+        return None
+    rows = np.sort(np.concatenate(held))
+    return torch.from_numpy(np.setdiff1d(np.arange(n), rows)), torch.from_numpy(rows)
+
+
+def _held(groups: list[np.ndarray], of: np.ndarray, room: int) -> list[np.ndarray]:
+    """The groups (rows of each) that in turn still fit into ``room``, and leave every class a row;
+    ``of``: the class of each row, from 0 on."""
+    left, held = np.bincount(of), []
+    for rows in groups:
+        there = np.bincount(of[rows], minlength=len(left))
+        if len(rows) <= room and not ((there > 0) & (there == left)).any():
+            left, room = left - there, room - len(rows)
+            held.append(rows)
+    return held
 
 
 def quality(logits: Float[Tensor, "h c"], targets: Tensor) -> float:

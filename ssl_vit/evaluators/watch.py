@@ -22,7 +22,7 @@ from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.features import Embed, FeatureSet, Machine, extract, pooled, ready
-from ssl_vit.evaluators.knn import knn_predictions
+from ssl_vit.evaluators.knn import knn_predictions, others
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores, plain_features
 from ssl_vit.evaluators.retrieval import nearest_images, same_class
@@ -186,9 +186,9 @@ class Watch:
 
 
 def _leave_one_out(bank: FeatureSet) -> float | None:
-    """k-NN score of these images by their best feature, each by all others; None where there are
-    too few, or no label has both outcomes."""
-    k = min(20, len(bank.labels) - 1)
+    """k-NN score of these images by their best feature, each by all others, of other groups where
+    they are known; None where there are too few, or no label has both outcomes."""
+    k = min(20, others(bank))
     if k < 1 or (bank.labels.ndim == 2 and not bool(both_outcomes(bank.labels).any())):
         return None
     names, device = plain_features(bank), bank.labels.device

@@ -47,6 +47,6 @@ def find_options(name: str) -> MethodOptions:
         and isinstance(kind, type)
         and issubclass(kind, MethodConfig)
         and kind.__module__ == module.__name__
-        and kind.group == MethodConfig.group
+        and kind.prefix == MethodConfig.prefix
     )
     return MethodOptions(own, module.DEFAULTS)

@@ -20,4 +20,4 @@ Kind = Literal["centering", "sinkhorn"]
 class MethodConfig:
     """Base of a method's options, a frozen dataclass with the paper's values as defaults."""
 
-    group: ClassVar[str] = "method"
+    prefix: ClassVar[str] = "method"

@@ -18,14 +18,14 @@ from ssl_vit.options.mae import MAEConfig
 class MAEPart(MAEConfig):
     """Options of the masked autoencoder."""
 
-    group: ClassVar[str] = "method.mae"
+    prefix: ClassVar[str] = "method.mae"
 
 
 @dataclass(frozen=True)
 class DINOPart(DINOConfig):
     """Options of the self-distillation."""
 
-    group: ClassVar[str] = "method.dino"
+    prefix: ClassVar[str] = "method.dino"
 
 
 @dataclass(frozen=True)

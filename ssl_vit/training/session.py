@@ -21,7 +21,7 @@ from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Task
 from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.data.base import describe_labels
+from ssl_vit.data.base import describe_labels, epoch_length
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
@@ -66,7 +66,7 @@ class Session:
         self.task, self.views, self.images = task, views, images
         run = config.run
         self.parallel = start_parallel(run.device, run.parallel, run.timeout)
-        optim, n = config.optim, len(images.train)
+        optim, n = config.optim, epoch_length(images.train)
         rank, world, device = self.parallel.rank, self.parallel.world, self.parallel.device
         check(
             optim.batch_size % (world * optim.accumulate) == 0,
@@ -75,7 +75,8 @@ class Session:
         )
         check(
             optim.batch_size <= n,
-            f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images",
+            f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images"
+            + " in an epoch" * (n != len(images.train)),
         )
         self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
         schedule = Schedule(run, optim, self.order.steps_per_epoch, task.peak_in_warmup)
@@ -150,7 +151,7 @@ class Session:
             ("device", f"{name}, {torch.get_num_threads()} threads{waits}"),
             ("precision", str(trainer.precision).removeprefix("torch.")),
             *about,
-            ("images", f"{order.n:,} train, {held_out}"),
+            ("images", f"{len(self.images.train):,} train, {held_out}"),
             *self.images.about(),
             ("labels", describe_labels(self.images.train)),
             ("views", self.describe_views()),

@@ -399,6 +399,7 @@ def test_compare_gives_finetune_all_that_says_how_images_are_read(run, tmp_path)
     recipe.write_text("optim: {batch_size: 20}")
     data = EvalData(
         *("-9999", "all", "full", "rgb.png", "labels.csv", ("third", "bright"), ("-600", "1500")),
+        group="name:x",
         train="flat:a",
         val="flat:b",
         workers=0,

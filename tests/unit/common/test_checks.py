@@ -23,7 +23,7 @@ from ssl_vit.common.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    group: ClassVar[str] = "method"
+    prefix: ClassVar[str] = "method"
     one_value: object = 0
 
 
@@ -34,7 +34,7 @@ class Bare:
 
 @dataclass(frozen=True)
 class Fields:
-    group: ClassVar[None] = None
+    prefix: ClassVar[None] = None
     one_value: object = 0
 
 

@@ -158,7 +158,7 @@ def test_what_is_decoded_otherwise_is_another_image(cache):
 
 # Options of ReadConfig with a value that changes pixels, and those by which images are found.
 DECODING = {"nodata": "9", "slices": "0", "window": ("40", "400")}
-NAMING = {"key", "image", "labels", "label_column"}
+NAMING = {"key", "image", "labels", "label_column", "group"}
 
 
 def test_every_option_of_reading_is_known_to_the_cache():

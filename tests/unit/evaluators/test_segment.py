@@ -397,6 +397,32 @@ def test_too_few_pairs_are_refused(tmp_path, data):
         run(backbone(tmp_path), few, data[1])
 
 
+def test_a_rate_is_chosen_on_groups_that_were_not_trained_on(tmp_path, made, monkeypatch):
+    root = textures(tmp_path / "grouped", 20, 0).removeprefix("pairs:")
+    pairs = open_pairs(f"pairs:{root}")
+    pairs.groups = np.arange(20) // 2
+    judged, trained = [], []
+    real_score, real_fit = probe.held_out_miou, probe.fit_patch_heads
+
+    def score(heads, material, rows, ignore):
+        judged.append(rows)
+        return real_score(heads, material, rows, ignore)
+
+    def fit(material, rows, *rest):
+        trained.append(rows)
+        return real_fit(material, rows, *rest)
+
+    monkeypatch.setattr(probe, "held_out_miou", score)
+    monkeypatch.setattr(probe, "fit_patch_heads", fit)
+    for seed in range(3):
+        options = SegmentOptions(epochs=1)
+        probe.choose_head(dataclasses.replace(made, pairs=pairs), 3, options, seed)
+        held, kept = judged[-1].tolist(), trained[-2].tolist()
+        assert sorted(held + kept) == list(range(20))
+        assert len(held) == 2
+        assert not set(pairs.groups[held]) & set(pairs.groups[kept])
+
+
 def test_networks_without_patch_tokens_are_refused(tmp_path, data):
     other = open_backbone("random:timm:resnet10t", 0, (32,))
     with pytest.raises(UserError, match=r"only plain ViTs have the patch tokens"):

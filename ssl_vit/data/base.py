@@ -2,7 +2,7 @@
 
 import io
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,9 @@ class Source:
         whole: the source of whole files, where an image is one plane of a file; else None.
         file_of: int64 (n,), the file of each image in ``whole``; None without it.
         labels_from: where the labels are from; or, without labels, why there are none.
+        starts: int64 (shards + 1,), where its images lie in shards, in a row; shard s has those
+            from starts[s] to before starts[s+1]. Else None.
+        apart: why its images cannot be drawn from all shards at once; empty where they can.
     """
 
     spec: str
@@ -40,6 +43,8 @@ class Source:
     whole: "Source | None" = None
     file_of: np.ndarray | None = None
     labels_from: str = ""
+    starts: np.ndarray | None = None
+    apart: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -62,6 +67,9 @@ class Source:
         if isinstance(raw, np.ndarray):
             raise BadImage("is an array, not a file")
         return io.BytesIO(raw)
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        """Prepare for images that are read soon: those in the network are fetched ahead."""
 
     def name(self, i: int) -> str:
         """Return the name of image i for the log."""
@@ -94,12 +102,18 @@ class Subset(Source):
         self.targets = None if source.targets is None else source.targets[indices]
         self.whole = source.whole
         self.file_of = None if source.file_of is None else source.file_of[indices]
+        self.apart = source.apart
+        if source.starts is not None and bool((np.diff(indices) > 0).all()):
+            self.starts = np.searchsorted(indices, source.starts)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, i: int) -> Item:
         return self.source.read(int(self.indices[i]))
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.source.expect(self.indices[np.asarray(images, dtype=np.int64)])
 
     def name(self, i: int) -> str:
         return self.source.name(int(self.indices[i]))

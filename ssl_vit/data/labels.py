@@ -51,6 +51,7 @@ class Labelled(Source):
         self.source, self.spec, self.classes = source, spec, classes
         self.reading, self.labels_from = source.reading, labels_from
         self.whole, self.file_of = source.whole, source.file_of
+        self.starts, self.apart = source.starts, source.apart
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 
@@ -62,6 +63,9 @@ class Labelled(Source):
 
     def stream(self, i: int) -> io.IOBase:
         return self.source.stream(i)
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.source.expect(images)
 
     def listing(self) -> Iterable[np.ndarray]:
         return self.source.listing()

@@ -22,7 +22,7 @@ from ssl_vit.common.errors import RunFailed, UserError
 log = logging.getLogger("ssl_vit")
 SCHEMES = ("s3", "gs", "http", "https")
 ASKING = 16  # questions at a time for sizes and versions
-CHUNK = 8 << 20  # bytes of one request: what a lost connection costs at most
+CHUNK = 16 << 20  # bytes of one request: what a lost connection costs at most
 PAUSES = (
     1.0,
     2.0,
@@ -140,7 +140,7 @@ class RemoteFile:
         Raises:
             RunFailed: there is another file at its address.
         """
-        now = describe(self.url)
+        now = describe(self.url, PAUSES)
         if (now.size, now.version) != (self.size, self.version):
             raise RunFailed(
                 f"{self.url} was changed on the server in the meantime: its images are other ones. "
@@ -148,14 +148,14 @@ class RemoteFile:
             )
 
 
-def describe(url: str) -> RemoteFile:
-    """The file at an address.
+def describe(url: str, pauses: tuple[float, ...] = ()) -> RemoteFile:
+    """The file at an address; ``pauses``: between tries, by default few.
 
     Raises:
         UserError: there is none, or it may not be read.
         RunFailed: the server does not answer.
     """
-    info = patiently(lambda: _system(url).info(url), url, PAUSES[:_FIRST])
+    info = patiently(lambda: _system(url).info(url), url, pauses or PAUSES[:_FIRST])
     if info.get("type") == "directory":
         raise UserError(_missing(url))
     if info.get("size") is None:

@@ -19,7 +19,7 @@ from glob import has_magic
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import RunFailed, check
 from ssl_vit.data.base import Item
 from ssl_vit.data.remote import ASKING, NoRanges, RemoteFile, describe, matching
@@ -28,6 +28,7 @@ from ssl_vit.data.shard_cache import CHANGED, ShardCache, open_shard_cache, size
 from ssl_vit.data.shard_names import expand
 from ssl_vit.data.tar import OpenFile, TarSource, samples_of
 from ssl_vit.data.tar_index import INDEX_SUFFIX, ShardIndex, index_suffix, same_members, saved_index
+from ssl_vit.data.windows import needs_window
 
 log = logging.getLogger("ssl_vit")
 _TOUCHED_EVERY = 30.0  # seconds after which a shard in use is marked as used
@@ -152,10 +153,12 @@ def open_remote(spec: str, rest: str, reading: ReadConfig | None = None) -> Remo
             "are fetched anew, and a run that goes on has other images",
             *(spec, len(changed), len(files), changed[0]),
         )
-    window = getattr(reading, "shard_window", 0)
-    held = total_size(files) <= cache.room()
-    if window and not held:
-        _check_windows(spec, files, cache, window)
+    held, apart = total_size(files) <= cache.room(), ""
+    if not held:
+        apart = f"its shards take {size_text(total_size(files))}, and {cache.about(cache.room())}"
+        if isinstance(reading, DataConfig) and spec in reading.train:  # else it is read in order
+            check(reading.shard_window > 0, needs_window(spec, apart))
+            _check_windows(spec, files, cache, reading.shard_window)
     columns = reading.label_column
     indexes = known_indexes(files, cache, columns)
     given: dict[int, ShardIndex] = {}
@@ -168,10 +171,7 @@ def open_remote(spec: str, rest: str, reading: ReadConfig | None = None) -> Remo
     urls, known = [file.url for file in files], [indexes[n] for n in range(len(files))]
     source = samples_of(spec, urls, known, reading, RemoteTarSource)
     source.files, source.cache, source.held = tuple(files), cache, held
-    source.given, source.reading = frozenset(given), reading
-    if not held:
-        total = size_text(total_size(files))
-        source.apart = f"its shards take {total}, and {cache.about(cache.room())}"
+    source.given, source.reading, source.apart = frozenset(given), reading, apart
     return source
 
 

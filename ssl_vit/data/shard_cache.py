@@ -52,7 +52,7 @@ class ShardCache:
 
     def path(self, file: RemoteFile) -> Path:
         """Where a shard is, or would be."""
-        stem = file.url.rpartition("/")[2].removesuffix(".tar")[:80]
+        stem = file.url.rpartition("/")[2].removesuffix(".tar")[:40]
         return self.folder / f"{stem}-{file.digest}.tar"
 
     def has(self, file: RemoteFile) -> bool:
@@ -137,32 +137,34 @@ class ShardCache:
                 room = self.room()
                 if file.size > room:
                     raise UserError(f"{file.url} has {size_text(file.size)}: {self.about(room)}")
-                if self._evict(entries, room - file.size):
+                left = self._evict(entries, room - file.size)
+                if sum(entry.size for entry in left) <= room - file.size:
                     partial.touch()
                     return
+                if not any(entry.partial for entry in left):
+                    raise _refused(self.folder, "shards in it cannot be removed")
             self._pause(_POLL)  # for downloads of others
 
-    def _evict(self, entries: list[_Entry], room: float) -> bool:
-        """Remove the least recently used entries until the rest fits into ``room``."""
-        total = sum(entry.size for entry in entries)
+    def _evict(self, entries: list[_Entry], room: float) -> list[_Entry]:
+        """Remove the least recently used entries until the rest, which is returned, fits into
+        ``room``, or cannot be removed: downloads that go on, and files of others."""
+        left, total = [], sum(entry.size for entry in entries)
         for entry in sorted(entries):
-            if total <= room:
-                break
-            with self._unused(entry) as unused:
-                if unused:
-                    entry.path.unlink(missing_ok=True)
-                    total -= entry.size
-        return total <= room
+            if total > room and self._removed(entry):
+                total -= entry.size
+            else:
+                left.append(entry)
+        return left
 
-    @contextlib.contextmanager
-    def _unused(self, entry: _Entry) -> Iterator[bool]:
-        """Whether an entry may be removed: not while it is downloaded."""
-        if not entry.partial:
-            yield True
-            return
+    def _removed(self, entry: _Entry) -> bool:
+        """Remove an entry, but for downloads that go on; False where it stays."""
         shard = entry.path.name.removesuffix(_PARTIAL).rpartition(".")[0]
-        with self._locked(shard, False) as mine:
-            yield mine
+        with self._locked(shard, False) if entry.partial else contextlib.nullcontext(True) as mine:
+            if mine:
+                with contextlib.suppress(PermissionError):
+                    entry.path.unlink(missing_ok=True)
+                    return True
+            return False
 
     def _entries(self) -> Iterator[_Entry]:
         for path in self.folder.iterdir():
@@ -177,7 +179,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _locked(self, name: str, wait: bool) -> Iterator[bool]:
         """Hold the lock of this name; yields False where another holds it, without ``wait``."""
-        descriptor = os.open(self.folder / _LOCKS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        descriptor = os.open(self.folder / _LOCKS / name, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

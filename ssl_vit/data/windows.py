@@ -108,8 +108,13 @@ def check_order(source: Source, window: int) -> None:
         not window or source.starts is not None,
         f"--data.shard-window is {window}, but {source.spec} has no shards; leave it out",
     )
-    check(
-        bool(window) or not source.apart,
-        f"{source.spec!r}: images are drawn from all shards at once, but {source.apart}. Or give "
-        "--data.shard-window 8: shards in random order, images shuffled within 8 of them at a time",
+    check(bool(window) or not source.apart, needs_window(source.spec, source.apart))
+
+
+def needs_window(spec: str, apart: str) -> str:
+    """Why a source cannot be trained on without a window, and what to do; ``apart``: as
+    ``Source.apart``."""
+    return (
+        f"{spec!r}: images are drawn from all shards at once, but {apart}. Or give "
+        "--data.shard-window 8: shards in random order, images shuffled within 8 of them at a time"
     )

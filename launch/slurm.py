@@ -21,6 +21,7 @@ from launch.job import Job
 from launch.options import LaunchConfig, merge_lists, slurm_options
 from launch.sweep import swept
 from ssl_vit.commands.cli import run_door
+from ssl_vit.common.addresses import check_no_secret
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.layers import parse
 
@@ -133,6 +134,8 @@ def main(argv: list[str]) -> int:
     if door not in DOORS:
         raise UserError(f"after -- give a command ({', '.join(DOORS)}) and its arguments")
     check(not config.at_once or bool(config.sweep), "--at-once is for a --sweep")
+    for argument in arguments:  # they are written to files of the job
+        check_no_secret(argument)
     given = [sys.executable, "-m", f"ssl_vit.{door}", *arguments]
     commands = swept(given, config.sweep) if config.sweep else [given]
     if config.dry_run:

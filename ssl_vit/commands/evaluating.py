@@ -113,8 +113,10 @@ class Evaluation:
 
         if not config.cache:
             return make()
-        reading = {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)}
-        reading.pop("group")  # features do not depend on it
+        # Features depend neither on groups nor on where shards are kept.
+        without = ("group", "shard_cache", "shard_cache_size", "cache_reserve")
+        names = [f.name for f in fields(ReadConfig) if f.name not in without]
+        reading = {name: getattr(source.reading, name) for name in names}
         about = {
             "weights": backbone.identity.get("weights_sha256", "none"),
             "network": backbone.network,

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ssl_vit.common.addresses import check_no_secret
 from ssl_vit.common.checks import (
     check_below_one,
     check_least,
@@ -114,6 +115,14 @@ class ReadConfig:
     by a split: a column of --data.labels, or a DICOM keyword as PatientID, by its name; or
     name:PATTERN, a regular expression whose first brackets match the group in an image's path.
     column:NAME and dicom:NAME are one of the two. Empty: every image is by itself."""
+    shard_cache: str = ""
+    """Folder, best on a fast disk of this machine, that shards of the network (s3://, gs://,
+    https://) are fetched into, for all processes and runs. Empty: $SSL_VIT_CACHE, or
+    ~/.cache/ssl_vit."""
+    shard_cache_size: float = 100.0
+    """Shards of the network that are kept there at most, in GB; those not used for longest go."""
+    cache_reserve: float = 10.0
+    """Room that --data.cache and --data.shard-cache leave free on their disks, in GB."""
 
     def __post_init__(self) -> None:
         check(
@@ -129,7 +138,8 @@ class ReadConfig:
             self.slices in ("all", "middle") or self.slices.isdecimal(),
             f"{flag(self, 'slices')} is {self.slices!r}; allowed: all, middle, or a number from 0",
         )
-
+        check_least(self, 0, "cache_reserve")
+        check_positive(self, "shard_cache_size")
         self._check_group()
 
     def _check_group(self) -> None:
@@ -162,9 +172,10 @@ class DataConfig(ReadConfig):
 
     train: str = "digits:train"
     """Training images: digits, folder:PATH (sub-folders are classes), flat:PATH (unlabelled),
-    tar:PATH-{000000..000146}.tar, torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]; and of
-    any of them kept:SOURCE, four fifths, or held:SOURCE, the other fifth. Several as A*2,B: images
-    of A are drawn twice an epoch, those of B once; any number above 0."""
+    tar:PATH-{000000..000146}.tar, s3://BUCKET/NAME-{000000..000146}.tar (gs://, https://),
+    torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[:SPLIT]; and of any of them kept:SOURCE, four
+    fifths, or held:SOURCE, the other fifth. Several as A*2,B: images of A are drawn twice an epoch,
+    those of B once; any number above 0."""
     val: str = ""
     """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500
@@ -187,13 +198,17 @@ class DataConfig(ReadConfig):
     cache: str = ""
     """Folder, best on a fast disk of this machine, in which decoded training images are kept when
     first used, for later epochs and other runs. Crops are the same. Empty: none."""
-    cache_reserve: float = 10.0
-    """Room that --data.cache leaves free on its disk, in GB: with less, no more images are kept."""
+    shard_window: int = 0
+    """Order of shards. 0: images are drawn from all shards at once. 8: shards in random order, and
+    images shuffled within 8 of them at a time, for disks that read best in a row, and for shards of
+    the network of which --data.shard-cache cannot hold all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_no_secret(self.train)
+        check_no_secret(self.val)
         check_least(self, 1, "channels")
-        check_least(self, 0, "holdout", "cache_reserve")
+        check_least(self, 0, "holdout", "shard_window")
         check_least(self, -1, "workers")
         check_share(self, "max_bad")
         check(len(self.mean) == len(self.std), "--data.mean and --data.std go together")

@@ -2,7 +2,7 @@
 
 import io
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -35,6 +35,9 @@ class Source:
             that is by itself. None where no groups are asked for.
         mix: the sources of a mixed one, and how often each is drawn from; else None.
         labels_from: where the labels are from; or, without labels, why there are none.
+        starts: int64 (shards + 1,), where its images lie in shards, in a row; shard s has those
+            from starts[s] to before starts[s+1]. Else None.
+        apart: why its images cannot be drawn from all shards at once; empty where they can.
     """
 
     spec: str
@@ -47,6 +50,8 @@ class Source:
     groups: np.ndarray | None = None
     mix: Mix | None = None
     labels_from: str = ""
+    starts: np.ndarray | None = None
+    apart: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -69,6 +74,9 @@ class Source:
         if isinstance(raw, np.ndarray):
             raise BadImage("is an array, not a file")
         return io.BytesIO(raw)
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        """Prepare for images that are read soon: those in the network are fetched ahead."""
 
     def name(self, i: int) -> str:
         """Return the name of image i for the log."""
@@ -108,12 +116,18 @@ class Subset(Source):
         self.file_of = None if source.file_of is None else source.file_of[indices]
         self.groups = None if source.groups is None else source.groups[indices]
         self.mix = None if source.mix is None else source.mix.take(indices)
+        self.apart = source.apart
+        if source.starts is not None and bool((np.diff(indices) > 0).all()):
+            self.starts = np.searchsorted(indices, source.starts)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, i: int) -> Item:
         return self.source.read(int(self.indices[i]))
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.source.expect(self.indices[np.asarray(images, dtype=np.int64)])
 
     def name(self, i: int) -> str:
         return self.source.name(int(self.indices[i]))

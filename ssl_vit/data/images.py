@@ -15,6 +15,7 @@ from ssl_vit.data.groups import group_count, leaks, shared_groups
 from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, open_source, split_holdout
 from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
+from ssl_vit.data.windows import check_order
 
 # Channels whose statistics a row shows.
 _SHOWN = 4
@@ -117,6 +118,7 @@ def open_images(data: DataConfig, seed: int, given: Given | None = None) -> Imag
 def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
     """The images of a run, without a cache."""
     train = open_source(data.train, data, weighted=True)
+    check_order(train, data.shard_window)
     given_by = [("data.train", train)]
     if data.val:
         val = open_source(data.val, data)

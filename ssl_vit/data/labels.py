@@ -53,6 +53,7 @@ class Labelled(Source):
         self.reading, self.labels_from = source.reading, labels_from
         self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
         self.mix = source.mix
+        self.starts, self.apart = source.starts, source.apart
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 
@@ -64,6 +65,9 @@ class Labelled(Source):
 
     def stream(self, i: int) -> io.IOBase:
         return self.source.stream(i)
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.source.expect(images)
 
     def listing(self) -> Iterable[np.ndarray]:
         return self.source.listing()

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,8 @@ class TrainImages(Dataset):
         bad: dict[int, str] = {}
         part = wanted if isinstance(wanted, Part) else None
         spec = part.spec(self.spec, epoch_length(self.source)) if part else self.spec
+        if part and part.soon:
+            self.source.expect(part.soon)
         taken: list[list[DrawnCrop]] = [[] for _ in spec.crops]
         keys, labels = [], []
         for (epoch, place), index in zip(wanted, self._images(wanted), strict=True):
@@ -211,14 +214,19 @@ class BadImages:
 
 
 class Part(list[tuple[int, int]]):
-    """The (epoch, index) pairs of a part of a step, with the step and their places in it."""
+    """The (epoch, index) pairs of a part of a step, with the step and their places in it.
 
-    def __init__(self, pairs: Iterable[tuple[int, int]], places: Places, step: int) -> None:
+    ``soon``: ``Order.soon`` of the step.
+    """
+
+    def __init__(
+        self, pairs: Iterable[tuple[int, int]], places: Places, step: int, soon: Sequence[int] = ()
+    ) -> None:
         super().__init__(pairs)
-        self.places, self.step = places, step
+        self.places, self.step, self.soon = places, step, tuple(soon)
 
-    def __reduce__(self) -> tuple[type[Part], tuple[list[tuple[int, int]], Places, int]]:
-        return Part, (list(self), self.places, self.step)
+    def __reduce__(self) -> tuple[type[Part], tuple[Any, ...]]:
+        return Part, (list(self), self.places, self.step, self.soon)
 
     def spec(self, whole: ViewSpec, images: int) -> ViewSpec:
         """What is wanted at this step of a training set of so many images."""
@@ -236,10 +244,11 @@ class _Positions:
 
     def __iter__(self) -> Iterator[Part]:
         for step in range(self.start, self.stop):
+            soon = self.order.soon(step).tolist()
             for part in range(self.order.accumulate):
                 epoch, indices = self.order.part(step, part)
                 pairs = ((epoch, int(i)) for i in indices)
-                yield Part(pairs, self.order.places(step, part), step)
+                yield Part(pairs, self.order.places(step, part), step, soon)
 
 
 def train_batches(

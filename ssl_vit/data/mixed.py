@@ -80,9 +80,10 @@ class Mixed(Source):
         """``names``: of the sources, as they were given."""
         self.spec, self.parts, self.reading = spec, tuple(parts), reading
         counts = [len(part) for part in parts]
-        self.starts = np.cumsum([0, *counts])
+        self.firsts = np.cumsum([0, *counts])
         of = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
         self.mix: Mix = Mix(tuple(names), tuple(weights), of)
+        self.apart = next((part.apart for part in parts if part.apart), "")
         self.file_of = _joined([part.file_of for part in parts], counts)
         self.groups = _joined_groups([part.groups for part in parts], counts)
         self._label()
@@ -109,13 +110,13 @@ class Mixed(Source):
             self.targets = np.concatenate([_placed(part, number) for part in self.parts])
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.firsts[-1])
 
     def _place(self, i: int) -> tuple[Source, int]:
         """Source of an image, and its index there."""
         i = range(len(self))[i]
         part = int(self.mix.of[i])
-        return self.parts[part], i - int(self.starts[part])
+        return self.parts[part], i - int(self.firsts[part])
 
     def read(self, i: int) -> Item:
         part, own = self._place(i)
@@ -137,7 +138,7 @@ class Mixed(Source):
         """Those of the sources, the number of images of each, and the weights."""
         for part in self.parts:
             yield from part.listing()
-        yield self.starts
+        yield self.firsts
         yield np.array(self.mix.weights)
 
 

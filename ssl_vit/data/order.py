@@ -94,10 +94,18 @@ class Order:
         epoch, within = divmod(step, self.steps_per_epoch)
         own = self.places(step, part)
         start = within * self.batch_size + own.start
-        positions = np.arange(start, start + own.count, dtype=np.int64)
+        return epoch, self.at(epoch, np.arange(start, start + own.count, dtype=np.int64))
+
+    def at(self, epoch: int, positions: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:
+        """The images at these positions of an epoch."""
         if self.n <= _SMALL:
-            return epoch, _whole_epoch(self.n, self.seed, epoch)[positions]
-        return epoch, permute(positions, self.n, fold(self.seed, epoch))
+            return _whole_epoch(self.n, self.seed, epoch)[positions]
+        return permute(positions, self.n, fold(self.seed, epoch))
+
+    def soon(self, step: int) -> Int64[np.ndarray, " k"]:
+        """Images that stand for the shards that are read from this step on; of no order of shards
+        there are none."""
+        return np.zeros(0, dtype=np.int64)
 
     def places(self, step: int, part: int) -> Places:
         """Where the images of :meth:`part` are in the step's global batch."""

@@ -8,7 +8,7 @@ the files, by threads: some 1,000 TIFF files and 30,000 others in a second, on l
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -36,10 +36,11 @@ class Planes(Source):
     def __init__(self, whole: Source, counts: np.ndarray, channels: int) -> None:
         self.whole: Source = whole
         self.channels = channels
-        self.starts = np.cumsum(np.concatenate([[0], counts])).astype(np.int64)
+        self.firsts = np.cumsum(np.concatenate([[0], counts])).astype(np.int64)
         self.file_of: np.ndarray = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         self.spec, self.classes, self.reading = whole.spec, whole.classes, whole.reading
-        self.labels_from = whole.labels_from
+        self.labels_from, self.apart = whole.labels_from, whole.apart
+        self.starts = None if whole.starts is None else self.firsts[whole.starts]
         self.labels = None if whole.labels is None else whole.labels[self.file_of]
         self.targets = None if whole.targets is None else whole.targets[self.file_of]
         self.groups = None if whole.groups is None else whole.groups[self.file_of]
@@ -60,6 +61,9 @@ class Planes(Source):
                 raise BadImage(reason(error)) from error
         return image, self.label(i)
 
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.whole.expect(self.file_of[np.asarray(images, dtype=np.int64)])
+
     def name(self, i: int) -> str:
         file, plane, count = self._place(i)
         name = self.whole.name(file)
@@ -67,14 +71,14 @@ class Planes(Source):
 
     def listing(self) -> Iterable[np.ndarray]:
         """That of the files, and where their planes begin."""
-        return (*self.whole.listing(), self.starts)
+        return (*self.whole.listing(), self.firsts)
 
     def _place(self, i: int) -> tuple[int, int, int]:
         """File of an image, its plane in it, and the number of planes there."""
         i = range(len(self))[i]
         file = int(self.file_of[i])
-        start = int(self.starts[file])
-        return file, i - start, int(self.starts[file + 1]) - start
+        start = int(self.firsts[file])
+        return file, i - start, int(self.firsts[file + 1]) - start
 
 
 def _read_plane(stream: io.IOBase, source: Planes, plane: int) -> Decoded:

@@ -2,19 +2,20 @@
 
 import importlib
 import logging
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ssl_vit.common.addresses import ADDRESS, check_no_secret
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, split_holdout
 from ssl_vit.data.groups import group_count, groups_of
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.mixed import Mixed, parts_of
+from ssl_vit.data.remote import SCHEMES
 from ssl_vit.data.slices import with_planes
 
 __all__ = ["Source", "Subset", "open_source", "split_holdout"]
@@ -28,10 +29,10 @@ _OPENERS = {
     "tar": ("ssl_vit.data.tar", "open_tar"),
     "torchvision": ("ssl_vit.data.torchvision_sets", "open_torchvision"),
     "hf": ("ssl_vit.data.huggingface", "open_hf"),
+    **dict.fromkeys(SCHEMES, ("ssl_vit.data.remote_tar", "open_remote")),
 }
-_ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://|pipe:")
 _FORMS = (
-    "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, "
+    "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, s3:// gs:// https:// ....tar, "
     "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT], "
     "and of any of them kept:SOURCE, held:SOURCE; several as SOURCE*2,SOURCE"
 )
@@ -55,6 +56,8 @@ def open_source(
     - `folder:PATH`: class sub-folders; with many images directly in PATH all are unlabelled.
     - `flat:PATH`: the images at any depth, unlabelled; sub-folders are not classes.
     - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, lists, wildcards, or one file.
+    - `s3://PATTERN`, `gs://`, `http://`, `https://`, and any of them after `tar:`: shards of the
+      network, fetched into a cache.
     - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
     - `hf:NAME_OR_PATH[#CONFIG][:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
     - `kept:SOURCE`, `held:SOURCE`: of any of these, four fifths and the other fifth, at random but
@@ -66,6 +69,7 @@ def open_source(
 
     Raises:
         UserError: `spec` cannot be opened; the message lists the allowed forms.
+        RunFailed: a server does not answer.
     """
     reading = reading or ReadConfig()
     parts = parts_of(spec, _OPENERS)
@@ -105,7 +109,10 @@ def _open_part(
 
 def _open(spec: str, reading: ReadConfig, channels: int | None) -> Source:
     """Open one source, as :func:`open_source`."""
+    check_no_secret(spec)
     scheme, _, rest = spec.partition(":")
+    if scheme == "tar" and rest.partition("://")[0] in SCHEMES and "://" in rest:
+        scheme, _, rest = rest.partition(":")
     if scheme in _PARTS and rest:
         return _part(_open(rest, reading, channels), spec, _PARTS.index(scheme))
     _refuse_address(spec, scheme, rest)
@@ -147,7 +154,7 @@ def _refuse_address(spec: str, scheme: str, rest: str) -> None:
         UserError: it is one; the line says what can be given.
     """
     given = rest if scheme in _OPENERS else spec
-    found = _ADDRESS.match(given)
+    found = ADDRESS.match(given)
     if found is None:
         joined = scheme == "tar" and "::" in given and not Path(given).exists()
         check(
@@ -163,8 +170,8 @@ def _refuse_address(spec: str, scheme: str, rest: str) -> None:
     kind = scheme if scheme in _OPENERS else "tar"
     last = "NAME.tar" if found[0] == "pipe:" else given.rpartition("/")[2]
     raise UserError(
-        f"{spec!r}: images are read at random from a disk, not by {found[0].rstrip(':/')}: copy "
-        "them first, or mount them (rclone, gcsfuse, mount-s3), and give the path: "
+        f"{spec!r}: of the network only tar shards are read, by s3://, gs:// and https://: copy "
+        "images first, or mount them (rclone, gcsfuse, mount-s3), and give the path: "
         f"'{kind}:/PATH/{last}'"
     )
 

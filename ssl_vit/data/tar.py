@@ -5,6 +5,7 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ssl_vit.data.tar_labels import read_labels
 from ssl_vit.data.tar_samples import Rows, choose_samples
 
 log = logging.getLogger("ssl_vit")
+Tar = TypeVar("Tar", bound="TarSource")
 _MAX_OPEN = 64  # open shards per process, far below the usual limit of 1024 files
 
 
@@ -26,7 +28,6 @@ class TarSource(Source):
 
     Attributes:
         shards: the paths of the shards.
-        starts: int64 (shards + 1,); shard s has the samples from starts[s] to before starts[s+1].
         full: a sample's name is its member's up to the last dot, not the first.
     """
 
@@ -35,11 +36,11 @@ class TarSource(Source):
     ):
         self.spec, self.shards, self.full = spec, tuple(shards), full
         both = list(zip(indexes, rows, strict=True))
-        self.starts = np.cumsum([0] + [len(own) for own in rows], dtype=np.int64)
+        self.starts: np.ndarray = np.cumsum([0] + [len(own) for own in rows], dtype=np.int64)
         self.offsets = np.concatenate([index.offsets[own] for index, own in both])
         self.sizes = np.concatenate([index.sizes[own] for index, own in both])
         self.names = Names.joined([index.names.take(own) for index, own in both])
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -72,13 +73,16 @@ class TarSource(Source):
     def _shard(self, i: int) -> int:
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
-    def _open(self, shard: int) -> "_OpenFile":
+    def _open(self, shard: int) -> "OpenFile":
         """Open file of a shard; the least recently used one is closed when there are too many."""
-        file = self._files.pop(shard, None) or _OpenFile(self.shards[shard])
+        file = self._files.pop(shard, None) or self._opened(shard)
         self._files[shard] = file
         while len(self._files) > _MAX_OPEN:
             self._files.popitem(last=False)
         return file
+
+    def _opened(self, shard: int) -> "OpenFile":
+        return OpenFile(self.shards[shard])
 
     def __getstate__(self) -> dict[str, object]:
         # Descriptors are invalid in another process. A forked one shares them, which is safe: pread
@@ -86,11 +90,15 @@ class TarSource(Source):
         return {**self.__dict__, "_files": OrderedDict()}
 
 
-class _OpenFile:
+class OpenFile:
     """Open file: a descriptor, closed with its last reference, so never during a read."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def exists(self) -> bool:
+        """Whether the file still has a name, and was not removed."""
+        return os.fstat(self.descriptor).st_nlink > 0
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor") and os is not None:  # None at interpreter exit
@@ -106,11 +114,26 @@ def open_tar(spec: str, pattern: str, reading: ReadConfig | None = None) -> TarS
     reading = reading or ReadConfig()
     shards = find_shards(spec, pattern)
     indexes = [load_index(Path(shard), reading.label_column) for shard in shards]
+    return samples_of(spec, shards, indexes, reading, TarSource)
+
+
+def samples_of(
+    spec: str,
+    shards: list[str],
+    indexes: list[ShardIndex],
+    reading: ReadConfig,
+    kind: type[Tar],
+) -> Tar:
+    """The source of the samples of these shards, with their labels; what is left out is said.
+
+    Raises:
+        UserError: there are no images, or not the labels that were asked for.
+    """
     if not any(len(index.sizes) for index in indexes):
         there = _by_extension(indexes)
         raise UserError(f"{spec!r} holds no image in {len(shards)} shard(s)" + there)
     rows, full = choose_samples(spec, indexes, reading)
-    source = TarSource(spec, shards, indexes, rows, full)
+    source = kind(spec, shards, indexes, rows, full)
     found = read_labels(spec, shards, indexes, rows, reading.label_column)
     source.labels, source.targets, source.classes, source.labels_from = found[:4]
     passed = _by_extension(indexes, without=found.member)

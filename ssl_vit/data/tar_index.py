@@ -8,6 +8,7 @@ own.
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -92,14 +93,56 @@ def load_index(shard: Path, columns: tuple[str, ...] = ()) -> ShardIndex:
     return index
 
 
+def saved_index(
+    shard: Path, size: int, mtime_ns: int, columns: tuple[str, ...] = ()
+) -> ShardIndex | None:
+    """The index of a shard of this size and modification time, which may itself be absent; None
+    where it is not there."""
+    stamp = np.array([_VERSION, size, mtime_ns], dtype=np.int64)
+    found = (_load(place, stamp) for place in _places(shard, columns))
+    return next((index for index in found if index is not None), None)
+
+
+def adopt_index(
+    shard: Path, raw: bytes, size: int, mtime_ns: int, columns: tuple[str, ...] = ()
+) -> ShardIndex | None:
+    """Save the bytes of an index file that was made elsewhere, of a shard of this size, as if the
+    shard had this modification time; None where they are of another shard, or damaged."""
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+            if file["stamp"][:2].tolist() != [_VERSION, size]:
+                return None
+            index = _read(file)
+    except Exception as error:  # damaged zip files raise all kinds
+        _log.warning("the index beside %s is damaged, and not used: %s", shard.name, error)
+        return None
+    inside = (index.offsets >= 0) & (index.sizes >= 0) & (index.sizes <= size - index.offsets)
+    if not inside.all():
+        return None
+    _save(_places(shard, columns)[0], index, np.array([_VERSION, size, mtime_ns], dtype=np.int64))
+    return index
+
+
+def same_members(one: ShardIndex, other: ShardIndex) -> bool:
+    """Whether two indexes are of the same images at the same places."""
+    pairs = [(getattr(index, name) for index in (one, other)) for name in ("offsets", "sizes")]
+    pairs.append(index.names.buffer for index in (one, other))
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
+def index_suffix(columns: tuple[str, ...]) -> str:
+    """What the name of an index has after that of its shard; ``columns``: of labels, if given."""
+    of = f"-{hashlib.sha256(repr(columns).encode()).hexdigest()[:8]}" if columns else ""
+    return of + INDEX_SUFFIX
+
+
 def _places(shard: Path, columns: tuple[str, ...]) -> list[Path]:
     """Possible paths of the index, by preference."""
     real = os.path.realpath(shard)  # relative paths and links must not share another shard's index
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
-    of = f"-{hashlib.sha256(repr(columns).encode()).hexdigest()[:8]}" if columns else ""
-    cache = cache_folder()
-    beside = shard.with_name(f"{shard.name}{of}{INDEX_SUFFIX}")
-    return [beside, cache / f"{shard.name}-{digest}{of}{INDEX_SUFFIX}"]
+    suffix, cache = index_suffix(columns), cache_folder()
+    beside = shard.with_name(f"{shard.name}{suffix}")
+    return [beside, cache / f"{shard.name}-{digest}{suffix}"]
 
 
 def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
@@ -108,17 +151,22 @@ def _load(place: Path, stamp: np.ndarray) -> ShardIndex | None:
         with np.load(place, allow_pickle=False) as file:
             if not np.array_equal(file["stamp"], stamp):
                 return None
-            about = json.loads(file["about"].tobytes())
-            offsets, sizes, ends = (file[n].astype(np.int64) for n in ("offsets", "sizes", "ends"))
-            labels = dict(zip(about["values"], file["labels"].astype(np.int32), strict=True))
-            names = Names(file["names"], ends)
-            rest = about["alone"], labels, about["values"], about["passed"], about["keys"]
-            return ShardIndex(offsets, sizes, names, *rest)
+            return _read(file)
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged zip files raise all kinds
         _log.warning("%s is damaged and will be rebuilt: %s", place, error)
         return None
+
+
+def _read(file: Any) -> ShardIndex:
+    """The index in an open npz file."""
+    about = json.loads(file["about"].tobytes())
+    offsets, sizes, ends = (file[n].astype(np.int64) for n in ("offsets", "sizes", "ends"))
+    labels = dict(zip(about["values"], file["labels"].astype(np.int32), strict=True))
+    names = Names(file["names"], ends)
+    rest = about["alone"], labels, about["values"], about["passed"], about["keys"]
+    return ShardIndex(offsets, sizes, names, *rest)
 
 
 def _save(place: Path, index: ShardIndex, stamp: np.ndarray) -> bool:

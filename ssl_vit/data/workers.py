@@ -155,14 +155,15 @@ def _delivered(batches: Iterator[Any], workers: list[BaseProcess]) -> Iterator[A
     """The batches; the workers are ended with the last one, and by an error or interruption.
 
     Raises:
-        UserError: raised by a worker, without the traceback that comes from there.
+        UserError, RunFailed: raised by a worker, without the traceback that comes from there.
         RunFailed: a worker died, or this process cannot receive its batches.
     """
     try:
         for batch in batches:
             yield batch.open() if isinstance(batch, Packed) else batch
-    except UserError as error:  # torch gives its message with the worker's traceback
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except (UserError, RunFailed) as error:  # torch gives its message with the worker's traceback
+        kind = UserError if isinstance(error, UserError) else RunFailed
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
     except (RuntimeError, OSError, MemoryError, EOFError) as error:
         if reason := _cause(error, workers):
             raise RunFailed(reason) from None

@@ -175,5 +175,8 @@ class Numbered(Source):
     def read(self, i: int) -> Any:
         return self.source.read(i)[0], i
 
+    def expect(self, images: Any) -> None:
+        self.source.expect(images)
+
     def name(self, i: int) -> str:
         return self.source.name(i)

@@ -25,6 +25,8 @@ _FREE = {
     "data.cache",
     "data.cache_reserve",
     "data.max_bad",
+    "data.shard_cache",
+    "data.shard_cache_size",
     "data.workers",
     "optim.accumulate",
     "run.activation_checkpointing",

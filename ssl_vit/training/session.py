@@ -24,8 +24,8 @@ from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import describe_labels, epoch_length
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
-from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import left_out
+from ssl_vit.data.windows import order_of
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.model.execution import checkpoint_activations, choose_attention, compile_blocks
 from ssl_vit.training.checkpoint import Checkpoints, clean
@@ -78,7 +78,8 @@ class Session:
             f"--optim.batch-size is {optim.batch_size}; {images.train.spec} has {n} images"
             + " in an epoch" * (n != len(images.train)),
         )
-        self.order = Order(n, optim.batch_size, run.seed, optim.accumulate, rank, world)
+        shared = optim.batch_size, run.seed, optim.accumulate, rank, world
+        self.order = order_of(images.train, config.data.shard_window, *shared)
         schedule = Schedule(run, optim, self.order.steps_per_epoch, task.peak_in_warmup)
         precision = resolve_precision(run.precision, device)
         prepare_task(task, run, self.parallel)

@@ -25,6 +25,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check, said_of
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.base import Method, MethodConfig
 from ssl_vit.model.architecture import without_memory
@@ -65,14 +66,22 @@ class DistillConfig(MethodConfig):
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
     """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
     jitter: float = 0.8
     """Probability of colour jitter (brightness .4, contrast .4, saturation .2, hue .1)."""
+    levels: float = 0.0
+    """Probability of another contrast (.4) and brightness (.5 deviations) about the data set's
+    mean, for any kind of number: where 0 is not black, in place of jitter."""
+    channel_levels: float = 0.0
+    """Probability that each channel has a contrast and brightness of its own."""
 
     def __post_init__(self) -> None:
         check_size(self, "teacher_size")
         check_not_negative(self, "cls_weight", "patch_weight")
         check_range(self, "crop_scale")
-        check_share(self, "flip", "vertical_flip", "jitter")
+        check_share(self, "flip", "vertical_flip", "quarter_turns")
+        check_share(self, "jitter", "levels", "channel_levels")
         check(
             self.cls_weight + self.patch_weight > 0,
             f"{flag(self, 'cls_weight')} and {flag(self, 'patch_weight')} are 0; nothing is left "
@@ -248,6 +257,8 @@ class Distill(Method):
             scale=config.crop_scale,
             flip=config.flip,
             vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
             photometric=Photometric(jitter=config.jitter),
+            levels=Levels(config.levels, config.channel_levels),
         )
         return ViewSpec((crop,))

@@ -55,6 +55,10 @@ class MAEConfig(MethodConfig):
     """Share of the image's area that a random crop covers, least and most."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
 
     def __post_init__(self) -> None:
         check_inside(self, "mask_ratio")
@@ -65,7 +69,7 @@ class MAEConfig(MethodConfig):
             f"it must divide {flag(self, 'decoder_width')}, {self.decoder_width}",
         )
         check_range(self, "crop_scale")
-        check_share(self, "flip")
+        check_share(self, "flip", "vertical_flip", "quarter_turns")
 
     def visible(self, n: int, asked: float = 0.0) -> int:
         """Number of visible patches of ``n``; ``asked``: with another ratio, of ``--mask-ratio``.
@@ -284,8 +288,15 @@ class MAE(Method):
 
     @staticmethod
     def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
-        """One random resized crop, bicubic, perhaps flipped."""
-        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+        """One random resized crop, bicubic, perhaps flipped and turned."""
+        crop = Crop(
+            encoder.image_size,
+            scale=config.crop_scale,
+            flip=config.flip,
+            vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
+        )
+        return ViewSpec((crop,))
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:

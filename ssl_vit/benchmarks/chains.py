@@ -35,7 +35,7 @@ class OriginalChain:
         std: standard deviation of each channel, on the same scale.
 
     Raises:
-        UserError: another number of channels.
+        UserError: another number of channels, or operations that it does not have.
     """
 
     name = "original"
@@ -47,6 +47,12 @@ class OriginalChain:
             channels in _MODES,
             f"--against {self.name} reads images by PIL, with 3 channels or 1; "
             f"--data.channels is {channels}",
+        )
+        others = any(c.quarter_turns or (c.levels and c.levels.on) for c in spec.crops)
+        check(
+            not others,
+            f"--against {self.name} turns no crops, and has no levels, dropped channels or noise: "
+            "give --data.preset natural",
         )
         self.mode = _MODES[channels]
         self.views = self._views(spec, mean, std)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from ssl_vit.common.errors import RunFailed, UserError, did_you_mean
 from ssl_vit.common.layers import known_keys, parse, yaml_flags
+from ssl_vit.common.presets import NATURAL, preset_of, with_preset
 from ssl_vit.training.launched import Launched, launched
 
 T = TypeVar("T")
@@ -158,13 +159,19 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def layered(
     default: T, files: Sequence[Path], flags: Sequence[str], prog: str, about: str, kind: object
 ) -> T:
-    """Layered options: defaults < YAML files, in turn < command line; errors name the layer."""
+    """Layered options: defaults < ``data.preset``, where there is one < YAML files, in turn <
+    command line; errors name the layer."""
     known = known_keys(default)
     if {"-h", "--help"} & set(flags):
         parse(default, ["--help"], "", prog, about, kind)
-    for file in files:
-        default = parse(default, yaml_flags(file, known), str(file), prog, about, kind)
-    return parse(default, flags, "command line", prog, about, kind)
+
+    def read(config: T) -> T:
+        for file in files:
+            config = parse(config, yaml_flags(file, known), str(file), prog, about, kind)
+        return parse(config, flags, "command line", prog, about, kind)
+
+    config = read(default)
+    return config if preset_of(config) == NATURAL else read(with_preset(default, config))
 
 
 def show_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:

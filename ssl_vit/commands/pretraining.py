@@ -26,6 +26,7 @@ from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
 from ssl_vit.data.base import Source, Subset, known_labels
+from ssl_vit.data.description import far_from_black
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.watch import Watch, bounded
@@ -354,6 +355,7 @@ def build(name: str, config: PretrainConfig[Any]) -> Pretraining:
     images: Images = open_images(config.data, config.run.seed, given)
     method.set_statistics(images.mean, images.std)
     views = method.view_spec(config.method, method.encoder)
+    images.warnings += tuple(far_from_black(views.last, images.mean, images.std))
     made = Pretraining(name, config, method, views, images)
     check(
         not (config.init.lora and made.parallel.sharded),

@@ -180,6 +180,12 @@ class DataConfig(ReadConfig):
     """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500
     """Without --data.val, this many training images (at most a tenth) are held out."""
+    preset: Literal["natural", "gray", "aerial", "microscopy", "medical"] = "natural"
+    """Augmentation for a kind of image; single options of the method win over it. natural: that of
+    each method, made for photographs. gray: levels in place of colour jitter, no turning gray.
+    aerial: any orientation (flips, quarter turns), channels dropped, no gray, no solarise; colour
+    jitter for 3 channels, levels for others. microscopy: the same, with levels of each channel for
+    colour jitter. medical: left, right and up are kept; levels and mild noise, no blur."""
     channels: int = 3
     """Channels of an image: 3 (gray is repeated), 1 (colour turns gray), or what the files have."""
     statistics: Literal["default", "auto"] = "default"

@@ -38,8 +38,9 @@ class Views:
             (``seeds.uniform``).
         labels: (B,) class, -1 where there is none.
         photometric: for each kind of crop the parameters of its photometric operations,
-            (n B, WIDTH) of ``data.photometric`` or (n B, 0) for a kind that has none; empty in
-            evaluation, and after the device half.
+            (n B, WIDTH) of ``data.photometric``, with LEVELS_WIDTH more of ``data.levels`` for a
+            kind that has those, or (n B, 0) for one that has none; empty in evaluation, and after
+            the device half.
         key: one random key for the whole batch, a function of ``keys`` that is known without asking
             the device; 0 in evaluation.
         drawn: by name, (B, ...): what the method drew for each sample in the workers
@@ -47,7 +48,8 @@ class Views:
             (``Method.draw_together``); empty in evaluation.
         boxes: for each kind of crop (n B, 5) float32: top, left, height and width of the crop in
             its image, as shares of the image's sides, and 1 where it is flipped (2: upside down,
-            3: both ways); empty in evaluation. For losses between places that two crops share.
+            3: both ways), plus 4 for each quarter turn counter-clockwise after that; empty in
+            evaluation. For losses between places that two crops share.
         missing: for each kind of crop (n B, C, H, W) bool: True where a value is missing, which is
             NaN in crops from the workers, and 0 after the device half; empty where no value of the
             batch is, which is known without asking the device.

@@ -17,9 +17,10 @@ from torchvision.transforms.v2 import functional as tvf
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Views
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.levels import Levels, levels
 from ssl_vit.data.missing import has_missing, resized, valid_share
 from ssl_vit.data.order import Places
-from ssl_vit.data.photometric import Photometric, photometric
+from ssl_vit.data.photometric import WIDTH, Photometric, photometric
 from ssl_vit.data.policy import Policy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,9 +38,10 @@ _LEAST_DATA, _DRAWS = 0.1, 10
 class DrawnCrop(NamedTuple):
     """A crop with what was drawn for it.
 
-    ``photometric``: its photometric parameters, ``WIDTH`` of them or none. ``place``: top, left,
-    height and width of its box as shares of the image's sides, and 1 if it is flipped (2: upside
-    down, 3: both ways).
+    ``photometric``: its photometric parameters, ``WIDTH`` of them or none, and ``LEVELS_WIDTH``
+    more where it has levels. ``place``: top, left, height and width of its box as shares of the
+    image's sides, and 1 if it is flipped (2: upside down, 3: both ways), plus 4 for each quarter
+    turn counter-clockwise after that.
     ``missing``: whether any of its pixels is (NaN).
     """
 
@@ -56,7 +58,11 @@ class Crop:
     ``scale``: least and most share of the area; ``ratio``: least and most width over height, drawn
     log-uniformly; ``flip``, ``vertical_flip``: probability of a horizontal and of a vertical flip;
     ``photometric``: what is done to its colours and sharpness, if anything; ``policy``: what is
-    done to it before that, in the workers.
+    done to it before that, in the workers; ``levels``: what is done to it once it is normalised.
+    ``quarter_turns``: probability of a turn by one, two or three quarters, each as likely, after
+    the flips. The box and its ratio are the image's; turned by one or three, it is resized to
+    (width, height), so that it is stretched no more than the others and no pixel interpolated
+    twice.
     """
 
     size: tuple[int, int]
@@ -67,6 +73,8 @@ class Crop:
     photometric: Photometric | None = None
     policy: Policy | None = None
     vertical_flip: float = 0.0
+    quarter_turns: float = 0.0
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +138,9 @@ class Cut(NamedTuple):
     """Draws for one crop.
 
     ``box``: (top, left, height, width) in pixels; ``flip``: whether it is mirrored; ``key``: what
-    its policy draws from; ``photometric``: its photometric parameters, ``WIDTH`` of them or none;
-    ``place``: as in :class:`DrawnCrop`, whatever share of the image is decoded; ``vertical_flip``:
-    whether it is upside down.
+    its policy draws from; ``photometric``, ``place``: as in :class:`DrawnCrop`, whatever share of
+    the image is decoded; ``vertical_flip``: whether it is upside down; ``turns``: by how many
+    quarters it is turned counter-clockwise.
     """
 
     box: tuple[int, int, int, int]
@@ -141,6 +149,12 @@ class Cut(NamedTuple):
     photometric: list[float]
     place: tuple[float, ...]
     vertical_flip: bool = False
+    turns: int = 0
+
+    def size(self, crop: Crop) -> tuple[int, int]:
+        """Height and width of the crop before it is turned."""
+        height, width = crop.size
+        return (width, height) if self.turns % 2 else (height, width)
 
 
 def draw_views(
@@ -158,27 +172,36 @@ def draw_views(
 
 
 def draw_cut(height: int, width: int, crop: Crop, rng: random.Random, policies: bool) -> Cut:
-    """What is drawn for one crop; ``policies`` as for :func:`draw_views`."""
+    """What is drawn for one crop; ``policies`` as for :func:`draw_views`.
+
+    What is off draws nothing, and each is drawn after those that were there before it.
+    """
     box, flip = crop_box(height, width, crop, rng), rng.random() < crop.flip
     key = rng.getrandbits(63) if crop.policy and policies else 0
     colours = crop.photometric.draw(rng) if crop.photometric else []
     vertical = crop.vertical_flip > 0 and rng.random() < crop.vertical_flip
+    turned = crop.quarter_turns > 0 and rng.random() < crop.quarter_turns
+    turns = rng.randint(1, 3) if turned else 0
+    if crop.levels and crop.levels.on:
+        colours = [*(colours or Photometric().draw(rng)), *crop.levels.draw(rng)]
     top, left, h, w = box
-    place = top / height, left / width, h / height, w / width, float(flip + 2 * vertical)
-    return Cut(box, flip, key, colours, place, vertical)
+    way = float(flip + 2 * vertical + 4 * turns)
+    place = top / height, left / width, h / height, w / width, way
+    return Cut(box, flip, key, colours, place, vertical, turns)
 
 
 def cut_out(image: Tensor, crop: Crop, cut: Cut, missing: bool = False) -> Tensor:
     """The crop of a (C, H, W) image that was drawn, without its photometric operations.
 
-    It is resized bicubically, antialiased (uint8 stays so), flipped after that, and what its policy
-    says is done last. ``missing``: whether pixels of the image may be.
+    It is resized bicubically, antialiased (uint8 stays so), flipped after that, then turned, and
+    what its policy says is done last. ``missing``: whether pixels of the image may be.
     """
     top, left, height, width = cut.box
     part = image[:, top : top + height, left : left + width]
-    image = resized(part, crop.size, None if missing else False)
+    image = resized(part, cut.size(crop), None if missing else False)
     image = image.flip(-1) if cut.flip else image
     image = image.flip(-2) if cut.vertical_flip else image
+    image = image.rot90(cut.turns, (-2, -1)) if cut.turns else image
     if crop.policy is None or not crop.policy.applies(image):
         return image
     return crop.policy(image, cut.key)
@@ -247,7 +270,8 @@ def center_view(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tens
 class Normalize(nn.Module):
     """The device half: images as float, scaled to 0..1 where they are uint8, and standardised.
 
-    Photometric operations, where a batch of views has parameters for them, come before the last.
+    Photometric operations, where a batch of views has parameters for them, come before the last,
+    and levels after it.
     """
 
     mean: Tensor
@@ -276,8 +300,8 @@ class Normalize(nn.Module):
         """The same batch with its crops augmented, by what parameters there are, and normalised;
         pixels that are missing are 0.
 
-        ``bounded`` says whether the data set's images lie in 0..1, and have to stay there; it is no
-        matter of a batch, where 8-bit images may meet deeper ones.
+        ``bounded`` says whether the data set's images lie in 0..1, and photometric operations have
+        to keep them there; it is no matter of a batch, where 8-bit images may meet deeper ones.
         """
         none: list[None] = [None] * len(views.crops)
         found = zip(views.crops, views.photometric or none, views.missing or none, strict=True)
@@ -292,8 +316,10 @@ class Normalize(nn.Module):
         if missing is not None:
             scaled = torch.where(missing, self.mean, scaled).contiguous()
         if parameters is not None and parameters.shape[1]:
-            scaled = photometric(scaled, parameters, bounded=self.bounded)
+            scaled = photometric(scaled, parameters[:, :WIDTH], bounded=self.bounded)
         made = self._standardised(scaled)
+        if parameters is not None and parameters.shape[1] > WIDTH:
+            made = levels(made, parameters[:, WIDTH:])
         return made if missing is None else made.masked_fill_(missing, 0.0)
 
     def _standardised(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

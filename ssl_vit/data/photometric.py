@@ -122,14 +122,14 @@ def photometric(
         if place:
             images = _mix_some(images, torch.where(places == place, away, 0), bounded)
         elif rgb:
-            images = _where(hue != 0, images, _shift_hue, hue)
+            images = change_where(hue != 0, images, _shift_hue, hue)
     if rgb:
         images = _mix_some(images, F.pad(gray[:, None], (2, 0)), bounded)
-    images = _where(sigma > 0, images, _blur, sigma)
-    return _where(solarize > 0, images, _solarize) if bounded else images
+    images = change_where(sigma > 0, images, _blur, sigma)
+    return change_where(solarize > 0, images, _solarize) if bounded else images
 
 
-def _where(
+def change_where(
     mask: Bool[Tensor, " b"],
     images: Float[Tensor, "b c h w"],
     change: Callable[..., Tensor],
@@ -178,7 +178,7 @@ def _mix_some(
     images: Float[Tensor, "b c h w"], weights: Float[Tensor, "b 3"], bounded: bool
 ) -> Float[Tensor, "b c h w"]:
     """Mix the images that have any non-zero weight."""
-    return _where((weights != 0).any(1), images, lambda x, w: _mix(x, w, bounded), weights)
+    return change_where((weights != 0).any(1), images, lambda x, w: _mix(x, w, bounded), weights)
 
 
 def _mix(

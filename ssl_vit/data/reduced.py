@@ -97,7 +97,7 @@ def _worth_a_look(height: int, width: int, spec: ViewSpec) -> bool:
 def reduction(spec: ViewSpec, drawn: list[list[Cut]]) -> int:
     """Reduction factor, the largest of 1, 2, 4, 8 that these crops allow."""
     room = min(
-        min(cut.box[2] / crop.size[0], cut.box[3] / crop.size[1])
+        min(side / needed for side, needed in zip(cut.box[2:], cut.size(crop), strict=True))
         for crop, cuts in zip(spec.crops, drawn, strict=True)
         for cut in cuts
     )

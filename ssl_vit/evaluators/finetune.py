@@ -24,7 +24,15 @@ from ssl_vit.objectives.ema import ema_update
 def tuning_views(config: TuneConfig, size: tuple[int, int], mean: tuple[float, ...]) -> ViewSpec:
     """Views: one crop of ``size`` (height, width); ``mean`` of the data set, by channel."""
     policy = None if config.randaugment == "none" else Policy(config.randaugment, mean)
-    return ViewSpec((Crop(size, scale=config.crop_scale, flip=config.flip, policy=policy),))
+    crop = Crop(
+        size,
+        scale=config.crop_scale,
+        flip=config.flip,
+        policy=policy,
+        vertical_flip=config.vertical_flip,
+        quarter_turns=config.quarter_turns,
+    )
+    return ViewSpec((crop,))
 
 
 class FineTune(Task):

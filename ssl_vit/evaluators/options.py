@@ -111,13 +111,17 @@ class TuneConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and most share of an image's area in a random crop."""
     flip: float = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip; a --data.preset sets flips and turns, and nothing else."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
     ema: float = 0.0
     """Decay of a moving average of the weights, as 0.9999: that is evaluated and saved. 0: none."""
 
     def __post_init__(self) -> None:
         check_below_one(self, "drop_path", "smoothing", "ema")
-        check_share(self, "erasing", "flip")
+        check_share(self, "erasing", "flip", "vertical_flip", "quarter_turns")
         check_not_negative(self, "mixup", "cutmix")
         check_portion(self, "layer_decay")
         check_range(self, "crop_scale")

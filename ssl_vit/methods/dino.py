@@ -20,6 +20,7 @@ from ssl_vit.common.figures import to_rgb
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Scalar, Views
 from ssl_vit.data.augment import Crop, Normalize, Phase, ViewSpec
+from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.base import Method
 from ssl_vit.model.attention import attention_panel, cls_attention, cls_features
@@ -219,6 +220,8 @@ class DINOObjective(Objective):
 def _crops(config: DINOConfig, large: tuple[int, int], small: tuple[int, int]) -> tuple[Crop, ...]:
     """The crops of an image; ``large``, ``small``: sizes of global and local ones in pixels."""
 
+    levels = Levels(config.levels, config.channel_levels, config.drop_channels, config.noise)
+
     def crop(size: tuple[int, int], scale: tuple[float, float], kind: int, count: int) -> Crop:
         photometric = Photometric(
             jitter=config.jitter,
@@ -234,6 +237,8 @@ def _crops(config: DINOConfig, large: tuple[int, int], small: tuple[int, int]) -
             count=count,
             photometric=photometric,
             vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
+            levels=levels,
         )
 
     crops = [crop(large, config.global_scale, kind, 1) for kind in (0, 1)]

@@ -21,6 +21,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check, said_of
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import without_memory
@@ -202,6 +203,8 @@ class Distill(Method):
             scale=config.crop_scale,
             flip=config.flip,
             vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
             photometric=Photometric(jitter=config.jitter),
+            levels=Levels(config.levels, config.channel_levels),
         )
         return ViewSpec((crop,))

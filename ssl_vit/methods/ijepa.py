@@ -239,8 +239,15 @@ class IJEPA(Method):
 
     @staticmethod
     def views(config: IJEPAConfig, encoder: Encoder) -> ViewSpec:
-        """One random resized crop, perhaps flipped; its colours stay as they are."""
-        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+        """One random resized crop, perhaps flipped and turned; its colours stay as they are."""
+        crop = Crop(
+            encoder.image_size,
+            scale=config.crop_scale,
+            flip=config.flip,
+            vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
+        )
+        return ViewSpec((crop,))
 
     @staticmethod
     def draw_together(

@@ -16,6 +16,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.base import Method
 from ssl_vit.model.attention import cls_features
@@ -141,6 +142,8 @@ class LeJEPA(Method):
             solarize=config.solarize,
         )
 
+        levels = Levels(config.levels, config.channel_levels, config.drop_channels, config.noise)
+
         def crop(size: tuple[int, int], scale: tuple[float, float], count: int) -> Crop:
             return Crop(
                 size,
@@ -149,6 +152,8 @@ class LeJEPA(Method):
                 count=count,
                 photometric=photometric,
                 vertical_flip=config.vertical_flip,
+                quarter_turns=config.quarter_turns,
+                levels=levels,
             )
 
         crops = [crop(encoder.image_size, config.global_scale, config.global_crops)]

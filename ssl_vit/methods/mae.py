@@ -235,8 +235,15 @@ class MAE(Method):
 
     @staticmethod
     def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
-        """One random resized crop, bicubic, perhaps flipped."""
-        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+        """One random resized crop, bicubic, perhaps flipped and turned."""
+        crop = Crop(
+            encoder.image_size,
+            scale=config.crop_scale,
+            flip=config.flip,
+            vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
+        )
+        return ViewSpec((crop,))
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:

@@ -118,8 +118,15 @@ class SimMIM(Method):
 
     @staticmethod
     def views(config: SimMIMConfig, encoder: Encoder) -> ViewSpec:
-        """One random resized crop, perhaps flipped."""
-        return ViewSpec((Crop(encoder.image_size, scale=config.crop_scale, flip=config.flip),))
+        """One random resized crop, perhaps flipped and turned."""
+        crop = Crop(
+            encoder.image_size,
+            scale=config.crop_scale,
+            flip=config.flip,
+            vertical_flip=config.vertical_flip,
+            quarter_turns=config.quarter_turns,
+        )
+        return ViewSpec((crop,))
 
     @staticmethod
     def draw(

@@ -44,14 +44,22 @@ class DistillConfig(MethodConfig):
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
     """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
     jitter: float = 0.8
     """Probability of colour jitter (brightness .4, contrast .4, saturation .2, hue .1)."""
+    levels: float = 0.0
+    """Probability of another contrast (.4) and brightness (.5 deviations) about the data set's
+    mean, for any kind of number: where 0 is not black, in place of jitter."""
+    channel_levels: float = 0.0
+    """Probability that each channel has a contrast and brightness of its own."""
 
     def __post_init__(self) -> None:
         check_size(self, "teacher_size")
         check_not_negative(self, "cls_weight", "patch_weight")
         check_range(self, "crop_scale")
-        check_share(self, "flip", "vertical_flip", "jitter")
+        check_share(self, "flip", "vertical_flip", "quarter_turns")
+        check_share(self, "jitter", "levels", "channel_levels")
         check(
             self.cls_weight + self.patch_weight > 0,
             f"{flag(self, 'cls_weight')} and {flag(self, 'patch_weight')} are 0; nothing is left "

@@ -43,13 +43,17 @@ class IJEPAConfig(MethodConfig):
     """Share of the image's area that a random crop covers, least and most."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "targets", "predictor_width", "predictor_depth")
         check_least(self, 0, "predictor_heads")
         check_range(self, "target_scale", "context_scale", "crop_scale")
         check_range(self, "target_aspect", most=float("inf"))
-        check_share(self, "momentum", "flip")
+        check_share(self, "momentum", "flip", "vertical_flip", "quarter_turns")
         check(
             self.predictor_width % 4 == 0,
             f"{flag(self, 'predictor_width')} is {self.predictor_width}; sine-cosine positions "

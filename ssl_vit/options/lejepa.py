@@ -8,6 +8,7 @@ from typing import Literal
 from ssl_vit.common.checks import (
     check_divides,
     check_least,
+    check_not_negative,
     check_range,
     check_share,
     check_size,
@@ -54,6 +55,8 @@ class LeJEPAConfig(MethodConfig):
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
     """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
     jitter: float = 0.8
     """Probability of colour jitter (brightness .4, contrast .4, saturation .2, hue .1)."""
     gray: float = 0.2
@@ -64,6 +67,15 @@ class LeJEPAConfig(MethodConfig):
     """Standard deviation of the blur in pixels, least and most: made for crops of 224 pixels."""
     solarize: float = 0.2
     """Probability of inverting the bright pixels."""
+    levels: float = 0.0
+    """Probability of another contrast (.4) and brightness (.5 deviations) about the data set's
+    mean, for any kind of number: where 0 is not black, in place of jitter."""
+    channel_levels: float = 0.0
+    """Probability that each channel has a contrast and brightness of its own."""
+    drop_channels: float = 0.0
+    """Probability of each channel to become its mean; one always stays."""
+    noise: float = 0.0
+    """Gaussian noise: its largest standard deviation, in those of the data set."""
 
     def __post_init__(self) -> None:
         check(
@@ -80,7 +92,9 @@ class LeJEPAConfig(MethodConfig):
         check_size(self, "local_size")
         check_range(self, "global_scale", "local_scale")
         check_range(self, "blur_sigma", most=float("inf"))
-        check_share(self, "flip", "vertical_flip", "jitter", "gray", "blur", "solarize")
+        check_share(self, "flip", "vertical_flip", "quarter_turns", "jitter", "gray", "solarize")
+        check_share(self, "blur", "levels", "channel_levels", "drop_channels")
+        check_not_negative(self, "noise")
 
     @property
     def batch_normed(self) -> bool:

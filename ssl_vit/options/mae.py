@@ -32,6 +32,10 @@ class MAEConfig(MethodConfig):
     """Share of the image's area that a random crop covers, least and most."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
 
     def __post_init__(self) -> None:
         check_inside(self, "mask_ratio")
@@ -42,7 +46,7 @@ class MAEConfig(MethodConfig):
             f"it must divide {flag(self, 'decoder_width')}, {self.decoder_width}",
         )
         check_range(self, "crop_scale")
-        check_share(self, "flip")
+        check_share(self, "flip", "vertical_flip", "quarter_turns")
 
     def visible(self, n: int, asked: float = 0.0) -> int:
         """Number of visible patches of ``n``; ``asked``: with another ratio, of ``--mask-ratio``.

@@ -27,12 +27,16 @@ class SimMIMConfig(MethodConfig):
     """Share of the image's area that a random crop covers, least and most."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip: for images without an up, as of microscopes."""
+    quarter_turns: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; no pixel is interpolated."""
 
     def __post_init__(self) -> None:
         check_inside(self, "mask_ratio")
         check_least(self, 1, "mask_unit")
         check_range(self, "crop_scale")
-        check_share(self, "flip")
+        check_share(self, "flip", "vertical_flip", "quarter_turns")
 
     def check_grid(self, grid: tuple[int, int], asked: float = 0.0) -> None:
         """Refuse a grid of patches that units do not divide, or of which nothing stays visible;

@@ -17,11 +17,13 @@ from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.layers import as_written, to_yaml
+from ssl_vit.common.presets import about_preset
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Task
 from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.base import describe_labels, epoch_length
+from ssl_vit.data.description import described
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.photometric import left_out
@@ -156,6 +158,7 @@ class Session:
             *self.images.about(),
             ("labels", describe_labels(self.images.train)),
             ("views", self.describe_views()),
+            ("preset", f"{about_preset(self.config)}: {described(self.views.last)}"),
             ("effective batch", f"{optim.batch_size} = {split}"),
             ("learning rate", rate),
             ("steps", f"{schedule.total:,} = {epochs}"),
@@ -171,6 +174,8 @@ class Session:
             if crop.photometric:
                 names = left_out(crop.photometric, channels, bounded=not deep)
                 missing |= dict.fromkeys(names)
+            if crop.levels and crop.levels.drop and channels == 1:
+                missing["dropping channels"] = None
             if crop.policy and (deep or channels not in (1, 3)):
                 missing["RandAugment"] = None
         per_epoch = self.order.steps_per_epoch

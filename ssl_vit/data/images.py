@@ -15,7 +15,7 @@ from ssl_vit.data.groups import group_count, leaks, shared_groups
 from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, open_source, split_holdout
 from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
-from ssl_vit.data.windows import check_order
+from ssl_vit.data.shard_order import check_order
 
 # Channels whose statistics a row shows.
 _SHOWN = 4

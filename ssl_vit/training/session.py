@@ -27,7 +27,7 @@ from ssl_vit.data.description import described
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.photometric import left_out
-from ssl_vit.data.windows import order_of
+from ssl_vit.data.shard_order import order_of
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.model.execution import checkpoint_activations, choose_attention, compile_blocks
 from ssl_vit.training.checkpoint import Checkpoints, clean

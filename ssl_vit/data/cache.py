@@ -161,7 +161,7 @@ def no_use(source: Source) -> str:
     except BadImage:
         return ""
     if isinstance(raw, Decoded):
-        return "planes of files (--data.slices all) are not kept"
+        return "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
     if isinstance(raw, np.ndarray) or _is_npy(raw):
         return f"the images of {source.spec} are arrays, which need no decoding"
     return ""

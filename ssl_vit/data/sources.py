@@ -11,7 +11,9 @@ from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.base import Item, Source, Subset, split_holdout
 from ssl_vit.data.labels import labelled_by
+from ssl_vit.data.scales import tell_scales
 from ssl_vit.data.slices import with_planes
+from ssl_vit.data.tiles import is_cut, with_tiles
 
 __all__ = ["Source", "Subset", "open_source", "split_holdout"]
 
@@ -73,7 +75,9 @@ def open_source(
     source.reading = reading
     if reading.labels:
         source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
-    return with_planes(source, channels or int(getattr(reading, "channels", 3)))
+    tell_scales(source)
+    channels = channels or int(getattr(reading, "channels", 3))
+    return with_tiles(source, channels) if is_cut(reading) else with_planes(source, channels)
 
 
 def _part(source: Source, spec: str, number: int) -> Source:

@@ -151,7 +151,7 @@ def _deliver(session: Session, workers: int) -> tuple[list[list[Batch]], float]:
 
 def _next(batches: Iterator[Batch], bad: BadImages) -> Batch:
     batch = next(batches)
-    bad.note(batch.bad)
+    bad.note(batch)
     return batch
 
 

@@ -67,7 +67,7 @@ def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[st
     options += ["--tune.image-size", *map(str, config.size)] if config.size else []
     for option in fields(ReadConfig):
         given = getattr(config.data, option.name)
-        texts = [given] if isinstance(given, str) else given
+        texts = map(str, given) if isinstance(given, tuple) else [str(given)]
         options += [f"--data.{option.name.replace('_', '-')}", *texts]
     options += ["--data.workers", str(config.data.workers), "--run.seed", str(config.seed)]
     return [*options, "--run.device", config.device, "--run.precision", config.precision]

@@ -20,6 +20,7 @@ from ssl_vit.data.base import Item
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.sources import Source, open_source
+from ssl_vit.data.tiles import is_cut, with_tiles
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import ready
@@ -104,7 +105,8 @@ def find_images(
     check(bool(given), "--images is missing; give image files, or one source such as folder:PATH")
     missing = [p for p in given if not Path(p).expanduser().is_file()]
     if not missing:
-        return Files(given, reading)
+        files = Files(given, reading)
+        return bounded(with_tiles(files, channels), count, seed) if is_cut(reading) else files
     if len(given) == 1:
         try:
             return bounded(open_source(given[0], reading, channels), count, seed)

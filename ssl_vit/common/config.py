@@ -106,6 +106,18 @@ class ReadConfig:
     label_column: tuple[str, ...] = ()
     """Columns of labels in the CSV, in a Hugging Face data set, or in the .json files of shards (or
     txt: their whole text); of several each holds 1 or 0. Empty: told by their names, and said."""
+    bands: tuple[int, ...] = ()
+    """Bands of each file that are read, in this order, counted from 1 as by GDAL: 4 3 2. Images
+    then have these alone, and --data.channels follows. Empty: all."""
+    values: Literal["stored", "scaled"] = "stored"
+    """GeoTIFF: values as stored, or scaled, by the scale and offset that a file declares for its
+    bands (value * scale + offset, not divided by what its bits can hold)."""
+    tile: tuple[int, ...] = ()
+    """Images larger than this are cut into tiles, each an image of its own that is read without the
+    rest: height and width in pixels, or one number for both. They do not overlap, but for the last
+    ones of rows and columns, which end where the image does. Empty: whole images."""
+    level: int = 0
+    """Level of a pyramid (slides, overviews of GeoTIFFs): 0 is the full size, 1 the next one."""
     window: tuple[str, ...] = ("file",)
     """Gray values of DICOM from black to white. file: the first window or VOI table of each file,
     where it has one. full: all that the stored bits can hold. CENTER WIDTH: these, in the units of
@@ -130,6 +142,9 @@ class ReadConfig:
             f"{flag(self, 'window')} is {' '.join(self.window)}; allowed: file, full, or two "
             "numbers, CENTER and a WIDTH above 0",
         )
+        check_size(self, "tile")
+        check_least(self, 0, "level")
+        check_least(self, 1, "bands")
         check(
             self.nodata in ("auto", "none") or is_number(self.nodata),
             f"{flag(self, 'nodata')} is {self.nodata!r}; allowed: auto, none, or a number",
@@ -163,7 +178,10 @@ class ReadConfig:
     @property
     def decoding(self) -> str:
         """What decides the values of an image's pixels, and not where it and its labels are."""
-        return f"slices {self.slices}, nodata {self.nodata}, window {' '.join(self.window)}"
+        usual = f"slices {self.slices}, nodata {self.nodata}, window {' '.join(self.window)}"
+        others = {name: getattr(self, name) for name in ("bands", "values", "tile", "level")}
+        given = [f", {name} {v}" for name, v in others.items() if v != getattr(ReadConfig, name)]
+        return usual + "".join(given)
 
 
 @dataclass(frozen=True)
@@ -214,6 +232,7 @@ class DataConfig(ReadConfig):
         check_no_secret(self.train)
         check_no_secret(self.val)
         check_least(self, 1, "channels")
+        self._follow_bands()
         check_least(self, 0, "holdout", "shard_window")
         check_least(self, -1, "workers")
         check_share(self, "max_bad")
@@ -225,6 +244,21 @@ class DataConfig(ReadConfig):
                 f"{flag(self, option)} has {n} values; --data.channels is {self.channels}",
             )
         check_positive(self, "std")
+
+    def _follow_bands(self) -> None:
+        """Set the channels to the number of the bands, where they are at the default of colour.
+
+        Gray is repeated to 3 channels, and three bands can be made gray, as of any file.
+        """
+        bands = len(self.bands)
+        if bands and self.channels == DataConfig.channels and bands not in (1, 3):
+            object.__setattr__(self, "channels", bands)
+        fits = bands in (0, self.channels) or {bands, self.channels} == {1, 3}
+        check(
+            fits,
+            f"{flag(self, 'bands')} names {bands} bands; {flag(self, 'channels')} is "
+            f"{self.channels}: give {flag(self, 'channels')} {bands}",
+        )
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _no_use(source: Source, i: int) -> str:
     except BadImage:
         return ""
     if isinstance(raw, Decoded):
-        return "planes of files (--data.slices all) are not kept"
+        return "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
     if isinstance(raw, np.ndarray) or _is_npy(raw):
         return f"the images of {source.spec} are arrays, which need no decoding"
     return ""

@@ -19,16 +19,21 @@ from ssl_vit.data import stills
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.headers import jpeg_size
 from ssl_vit.data.raster import (
+    ALL,
     MAX_PIXELS,
     BadImage,
+    Box,
     OtherChannels,
     Raster,
+    check_bands,
     check_pixels,
     choose_plane,
+    chosen,
     counts_for,
     find_missing,
     reason,
     to_tensor,
+    wanted,
 )
 
 __all__ = ["MAX_PIXELS", "BadImage", "Decoded", "OtherChannels", "array_planes", "decode"]
@@ -56,10 +61,10 @@ def decode(
 
     `reading`: which plane of several, and which pixels are without data, if not as by default.
 
-    With 3 channels gray is repeated, and alpha, palette and CMYK become RGB. With 1 channel RGB
-    becomes luminance. Any other count must be the image's own; an array may be (H, W), (H, W, C)
-    or (C, H, W); if both of the latter fit, (H, W, C) is used. Elements that an array masks are
-    missing. The tensor owns its memory.
+    Where `reading` names bands the image has these alone. With 3 channels gray is repeated, and
+    alpha, palette and CMYK become RGB. With 1 channel RGB becomes luminance. Any other count must
+    be the image's own; an array may be (H, W), (H, W, C) or (C, H, W); if both of the latter fit,
+    (H, W, C) is used. Elements that an array masks are missing. The tensor owns its memory.
 
     Raises:
         BadImage: truncated, corrupt, empty, too large, not an image, or another channel count.
@@ -69,7 +74,7 @@ def decode(
         if isinstance(raw, Decoded):
             return _again(raw, channels)
         if isinstance(raw, np.ndarray):
-            raster: Raster | torch.Tensor = _from_array(raw, channels, reading, planes=1)
+            raster: Raster | torch.Tensor = from_array(raw, channels, reading, planes=1)
         else:
             raster = _read(raw, channels, reading)
         return raster if isinstance(raster, torch.Tensor) else to_tensor(raster, channels)
@@ -89,16 +94,25 @@ def _read(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster 
     """Decode by the file's first bytes, independent of its name and extension."""
     if not raw:
         raise BadImage("is empty (0 bytes)")
-    if raw[:2] == b"\xff\xd8":
-        return _read_jpeg(raw, channels, reading)
     kind = "JPEGXL" if raw[:2] == b"\xff\x0a" else format_of(bytes(raw[:HEAD]))
     if kind == "TIFF":
         from ssl_vit.data.tiff import read_tiff  # tifffile takes as long to import as Pillow
 
         return read_tiff(raw, channels, reading)
+    if reading.level:
+        raise BadImage(f"has no levels; --data.level is {reading.level}")
     if kind == "NPY":
         array = _read_npy(raw)
-        return _from_array(array, channels, reading, array_planes(array.shape, channels))
+        count = array_planes(array.shape, wanted(channels, reading))
+        return from_array(array, channels, reading, count)
+    if raw[:2] == b"\xff\xd8" and not reading.bands:
+        return _read_jpeg(raw, channels, reading)
+    return chosen(_read_other(raw, kind, wanted(channels, reading), reading), reading)
+
+
+def _read_other(raw: bytes | bytearray, kind: str, channels: int, reading: ReadConfig) -> Raster:
+    if raw[:2] == b"\xff\xd8":
+        return stills.other_jpeg(raw, channels, reading)
     if kind == "DICOM" or (not kind and raw[:2] in _DICOM_STARTS):
         return _read_dicom(raw, channels, reading)
     if kind in _READERS:
@@ -152,16 +166,26 @@ def array_planes(shape: tuple[int, ...], channels: int) -> int:
     """Number of planes in the array of a file: 1 for an image, else as long as its first axis."""
     counts = counts_for(channels)
     if len(shape) == 3:
+        if channels == ALL:
+            return 1
         return 1 if shape[2] in counts or shape[0] in counts else shape[0]
     return shape[0] if len(shape) == 4 else 1
 
 
-def _from_array(array: np.ndarray, channels: int, reading: ReadConfig, planes: int) -> Raster:
-    """Take an array (H, W), (H, W, C) or (C, H, W), or one of ``planes`` such in a stack."""
+def from_array(
+    array: np.ndarray, channels: int, reading: ReadConfig, planes: int, box: Box | None = None
+) -> Raster:
+    """Take an array (H, W), (H, W, C) or (C, H, W), or one of ``planes`` such in a stack; of it the
+    bands that ``reading`` asks for, in a ``box``."""
     if planes > 1 and array.ndim == 3 and not reading.slices.isdecimal():
         raise _unclear(array.shape, channels)
     number = choose_plane(reading, planes)
-    stored = _channels_last(array if planes == 1 else array[number], channels)
+    stored = channels_last(array if planes == 1 else array[number], wanted(channels, reading))
+    if box:
+        stored = stored[box.top : box.top + box.height, box.left : box.left + box.width]
+    if reading.bands:
+        check_bands(reading, stored.shape[2])
+        stored = stored[..., [band - 1 for band in reading.bands]]
     pixels = np.asarray(stored)
     missing = find_missing(pixels, reading)
     if isinstance(stored, np.ma.MaskedArray) and reading.nodata != "none":
@@ -171,12 +195,15 @@ def _from_array(array: np.ndarray, channels: int, reading: ReadConfig, planes: i
     return Raster(pixels, missing)
 
 
-def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W, C) of one image; (H, W, C) if that and (C, H, W) both fit."""
+def channels_last(array: np.ndarray, channels: int) -> np.ndarray:
+    """(H, W, C) of one image; (H, W, C) if that and (C, H, W) both fit. For ALL channels they are
+    the shorter one of these axes."""
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
         raise BadImage(f"has shape {array.shape}, which is not an image")
+    if channels == ALL:
+        return array.transpose(1, 2, 0) if array.shape[0] < array.shape[2] else array
     for count in counts_for(channels):
         if array.shape[2] == count:
             return array

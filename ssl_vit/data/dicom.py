@@ -39,7 +39,7 @@ _PIXELS = {
     (0x7FE0, 0x0010): "PixelData",
 }
 _NEEDED = ("rows", "columns", "samples_per_pixel", "bits_allocated", "photometric_interpretation")
-_FRAMES = 0x00280008
+_FRAMES, _COLUMNS = 0x00280008, 0x00280011
 _UNDEFINED = 0xFFFFFFFF
 _ITEM = (0xFFFE, 0xE000)
 
@@ -80,6 +80,12 @@ def read_element(stream: Any, tag: int) -> str:
     if isinstance(value, MultiValue):
         return "\\".join(map(str, value))
     return "" if value is None else str(value)
+
+
+def frame_size(stream: Any) -> tuple[int, int]:
+    """Height and width of the frames of a file, by the first part of its header."""
+    header = read_partial(stream, lambda tag, *_: tag > _COLUMNS, force=True)
+    return int(header.Rows), int(header.Columns)
 
 
 def _frames(header: Dataset) -> int:

@@ -13,12 +13,12 @@ from ssl_vit.data.cache import ImageCache, no_use, open_cache
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.groups import group_count, leaks, shared_groups
 from ssl_vit.data.labels import align_classes
+from ssl_vit.data.shard_order import check_order
 from ssl_vit.data.sources import Source, open_source, split_holdout
 from ssl_vit.data.statistics import FEW, MANY, Survey, estimate_statistics, survey
-from ssl_vit.data.shard_order import check_order
 
-# Channels whose statistics a row shows.
-_SHOWN = 4
+# Channels whose statistics a row shows; share of tiles that have one value everywhere.
+_SHOWN, _FLAT = 4, 0.02
 
 
 class Given(NamedTuple):
@@ -80,6 +80,10 @@ class Images:
             rows.append(("mixed", self.train.mix.about()))
         if self.train.groups is not None:
             rows.append(("groups", self._about_groups()))
+        if looked.tiles:
+            tried = len(looked) + len(looked.reasons)
+            what = f"{looked.tiles:,} of {tried:,} images looked at are tiles without data"
+            rows.append(("empty tiles", f"{what}: others are taken for them"))
         if self.cache:
             each = looked.decoded / len(looked)
             rows.append(("cache", self.cache.about(len(self.train), each)))
@@ -172,7 +176,14 @@ def _estimated(
 
 
 def _on_missing(looked: Survey, data: DataConfig) -> Iterator[str]:
-    """The warning of more images without any data than a run allows."""
+    """Warnings of more images without any data than a run allows, and of such that look like it."""
+    values = looked.constant if data.tile else []
+    if len(values) >= max(2, _FLAT * len(looked)):
+        first = "" if values[0] else "; if 0 is no data, give --data.nodata 0"
+        yield (
+            f"{len(values):,} of {len(looked):,} images looked at have one value everywhere, as "
+            f"{values[0]:.6g}, and teach nothing{first}"
+        )
     if looked.empty > data.max_bad * len(looked):
         yield (
             f"{looked.empty} of {len(looked)} images looked at hold no data, and are replaced by "

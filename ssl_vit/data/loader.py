@@ -24,23 +24,27 @@ from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.draws import Draws
 from ssl_vit.data.missing import missing_in, with_data
 from ssl_vit.data.order import Order, Places
+from ssl_vit.data.raster import EmptyTile
 from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import Source
 from ssl_vit.data.workers import load
 
 log = logging.getLogger("ssl_vit")
 _ATTEMPTS = 10
+_EMPTY_ATTEMPTS = 500  # of tiles without data nearly all may be, in a scene of a few islands
 
 
 @dataclass
 class Batch:
     """Batch from a worker: views, and unreadable images (index -> reason).
 
-    ``unkept``: why the worker's cache takes no more images; empty: it does.
+    ``empty``: tiles without data that were replaced. ``unkept``: why the worker's cache takes no
+    more images; empty: it does.
     """
 
     views: Views
     bad: dict[int, str] = field(default_factory=dict)
+    empty: set[int] = field(default_factory=set, kw_only=True)
     unkept: str = field(default="", kw_only=True)
 
     def pin_memory(self) -> Batch:
@@ -82,6 +86,7 @@ class TrainImages(Dataset):
         A :class:`Part` is part of a step; a plain list is a step of its own, after all phases.
         """
         bad: dict[int, str] = {}
+        empty: set[int] = set()
         part = wanted if isinstance(wanted, Part) else None
         spec = part.spec(self.spec, epoch_length(self.source)) if part else self.spec
         if part and part.soon:
@@ -90,7 +95,7 @@ class TrainImages(Dataset):
         keys, labels = [], []
         for (epoch, place), index in zip(wanted, self._images(wanted), strict=True):
             key = fold(self.seed, epoch, place)
-            crops, label = self._readable(index, key, spec, bad)
+            crops, label = self._readable(index, key, spec, bad, empty)
             for all_of_kind, own in zip(taken, crops, strict=True):
                 all_of_kind += own
             keys.append(fold(key))
@@ -110,7 +115,8 @@ class TrainImages(Dataset):
             boxes=[torch.tensor([c.place for c in kind]) for kind in kinds],
             missing=[kind.isnan() for kind in stacked] if missing else [],
         )
-        return Batch(views, bad, unkept=self.cache.stopped if self.cache else "")
+        stopped = self.cache.stopped if self.cache else ""
+        return Batch(views, bad, empty=empty, unkept=stopped)
 
     def _images(self, wanted: Sequence[tuple[int, int]]) -> list[int]:
         """Image of each (epoch, index) pair."""
@@ -123,17 +129,25 @@ class TrainImages(Dataset):
         return found.tolist()
 
     def _readable(
-        self, index: int, key: int, spec: ViewSpec, bad: dict[int, str]
+        self, index: int, key: int, spec: ViewSpec, bad: dict[int, str], empty: set[int]
     ) -> tuple[list[list[DrawnCrop]], int | None]:
         """Crops of the image at ``index`` or, if it is bad, of the one that always replaces it."""
-        for attempt in range(_ATTEMPTS):
+        failed = 0
+        for attempt in range(_EMPTY_ATTEMPTS):
             try:
                 raw, label = self.source.read(index)
                 reading = self.source.reading
                 return views_of(raw, self.channels, spec, key, reading, self.cache), label
+            except EmptyTile:
+                empty.add(index)
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
+                failed += 1
+                if failed == _ATTEMPTS:
+                    break
             index = fold(self.seed, index, attempt) % len(self.source)
+        if failed < _ATTEMPTS:
+            raise UserError(f"{_EMPTY_ATTEMPTS} tiles in a row hold no data: leave such files out")
         reasons = "; ".join(list(bad.values())[-2:])
         raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last: {reasons}")
 
@@ -187,24 +201,42 @@ class BadImages:
         self.spec, self.n, self.max_share = source.spec, len(source), max_share
         self.found: set[int] = set()
         self.noted: dict[int, str] = {}
+        self.empty: set[int] = set()
+        self.noted_empty: set[int] = set()
 
-    def note(self, bad: dict[int, str]) -> None:
-        """Take in a batch's unreadable images; ``count`` counts those that are new."""
-        self.noted |= {index: why for index, why in bad.items() if index not in self.found}
+    def note(self, batch: Batch) -> None:
+        """Take in a batch's unreadable images and empty tiles; ``count`` counts those that are
+        new."""
+        self.noted |= {index: why for index, why in batch.bad.items() if index not in self.found}
+        self.noted_empty |= batch.empty - self.empty
+
+    @property
+    def news(self) -> bool:
+        """True if there is something to count: also if empty tiles are twice as many as before."""
+        many = len(self.noted_empty) > len(self.empty)
+        return bool(self.noted) or many
 
     def count(self) -> None:
         """Count and name what any process has noted. All must call it.
+
+        Tiles without data are no fault of a file, and not limited: their number is said.
 
         Raises:
             UserError: more than the allowed share of all images is unreadable.
         """
         reason = ""
-        for text in gather_texts(json.dumps(self.noted)):
-            for index, reason in json.loads(text).items():
+        before = len(self.empty)
+        for text in gather_texts(json.dumps([self.noted, sorted(self.noted_empty)])):
+            noted, empty = json.loads(text)
+            self.empty.update(empty)
+            for index, reason in noted.items():
                 if int(index) not in self.found:
                     self.found.add(int(index))
                     log.warning("unreadable image %d skipped: %s", len(self.found), reason)
-        self.noted = {}
+        self.noted, self.noted_empty = {}, set()
+        if len(self.empty) > before:
+            text = "%s of %s images so far are tiles without data, replaced by others"
+            log.info(text, f"{len(self.empty):,}", f"{self.n:,}")
         if len(self.found) > self.max_share * self.n:
             raise UserError(
                 f"{len(self.found)} of {self.n} images of {self.spec} are unreadable, more than "

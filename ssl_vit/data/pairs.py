@@ -87,6 +87,9 @@ def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
     known = scheme == "pairs" and all(parts) and len(parts) <= 2
     check(known, f"{spec!r} names no images with masks; allowed: {_FORM}")
     folders = parts if len(parts) == 2 else [os.path.join(rest, n) for n in ("images", "masks")]
+    for option in ("tile", "level"):  # masks are as large as the images are read
+        given = reading is not None and getattr(reading, option)
+        check(not given, f"--data.{option} has no effect on {scheme}: leave it out")
     images, masks = (all_images(spec, folder) for folder in folders)
     images.reading = reading or ReadConfig()
     if images.reading.group:

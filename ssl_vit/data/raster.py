@@ -18,7 +18,9 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG
 
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
-_COUNTS = {1: (1, 3), 3: (3, 1)}
+ALL = 0
+"""For a number of channels: all that a file has."""
+_COUNTS = {ALL: (), 1: (1, 3), 3: (3, 1)}
 
 
 class BadImage(Exception):  # noqa: N818  # a finding about data, not a failure
@@ -37,6 +39,19 @@ class OtherChannels(BadImage):
     def __init__(self, has: int, asked: int, more: str = "") -> None:
         super().__init__(f"has {has} channel{'s' * (has != 1)}, --data.channels is {asked}{more}")
         self.has, self.asked, self.more = has, asked, more
+
+
+class EmptyTile(BadImage):
+    """Tile of an image without a single pixel that has data."""
+
+
+class Box(NamedTuple):
+    """Part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class Raster(NamedTuple):
@@ -62,7 +77,37 @@ def check_pixels(pixels: int) -> None:
 
 def counts_for(channels: int) -> tuple[int, ...]:
     """Channel counts of files that can be read as ``channels``, the best first."""
-    return _COUNTS.get(channels) or (channels,)
+    return _COUNTS.get(channels, (channels,))
+
+
+def wanted(channels: int, reading: ReadConfig) -> int:
+    """Channels that a file must have to be read as ``channels``; ALL where bands are chosen."""
+    return ALL if reading.bands else channels
+
+
+def chosen(raster: Raster, reading: ReadConfig) -> Raster:
+    """The bands of a file that ``reading`` asks for.
+
+    Raises:
+        BadImage: it has not all of them.
+    """
+    if not reading.bands:
+        return raster
+    check_bands(reading, raster.pixels.shape[2])
+    index = [band - 1 for band in reading.bands]
+    missing = None if raster.missing is None else raster.missing[..., index]
+    return Raster(raster.pixels[..., index], missing)
+
+
+def check_bands(reading: ReadConfig, has: int) -> None:
+    """Check that a file has the bands that are asked for.
+
+    Raises:
+        BadImage: it has not.
+    """
+    if lacks := [band for band in reading.bands if band > has]:
+        asked = f"--data.bands asks for band {lacks[0]}, counted from 1"
+        raise BadImage(f"has {has} band{'s' * (has != 1)}; {asked}")
 
 
 def choose_plane(reading: ReadConfig, count: int) -> int:

@@ -51,7 +51,8 @@ def views_of(
     """
     reading = reading or ReadConfig()
     keep = cache.image if cache else _decoded
-    if not nodata_given(reading) and not reading.slices.isdecimal():
+    special = nodata_given(reading) or reading.slices.isdecimal() or reading.bands or reading.level
+    if not special:
         found = _reduced_views(raw, channels, spec, key, keep)
         if found:
             return found

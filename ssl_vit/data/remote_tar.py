@@ -26,9 +26,9 @@ from ssl_vit.data.remote import ASKING, NoRanges, RemoteFile, describe, matching
 from ssl_vit.data.remote_index import GIVEN, bring, given_indexes, index_of, known_indexes
 from ssl_vit.data.shard_cache import CHANGED, ShardCache, open_shard_cache, size_text, total_size
 from ssl_vit.data.shard_names import expand
+from ssl_vit.data.shard_order import needs_window
 from ssl_vit.data.tar import OpenFile, TarSource, samples_of
 from ssl_vit.data.tar_index import INDEX_SUFFIX, ShardIndex, index_suffix, same_members, saved_index
-from ssl_vit.data.shard_order import needs_window
 
 log = logging.getLogger("ssl_vit")
 _TOUCHED_EVERY = 30.0  # seconds after which a shard in use is marked as used

@@ -18,7 +18,7 @@ import numpy as np
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, Decoded, array_planes, decode, npy_header
 from ssl_vit.data.formats import HEAD, format_of
-from ssl_vit.data.raster import reason, to_tensor
+from ssl_vit.data.raster import chosen, reason, to_tensor, wanted
 
 _log = logging.getLogger("ssl_vit")
 _FIRST = 8
@@ -86,14 +86,16 @@ def _read_plane(stream: io.IOBase, source: Planes, plane: int) -> Decoded:
     kind = format_of(stream.read(HEAD))
     stream.seek(0)
     if kind == "TIFF":  # of which only that plane is read
-        from ssl_vit.data.tiff import open_tiff, read_plane
+        from ssl_vit.data.tiff import Plane, open_tiff
 
         with open_tiff(stream) as file:
-            image = to_tensor(read_plane(file, source.channels, reading), source.channels)
+            made = Plane.of(file, source.channels, reading).read()
+            image = to_tensor(made, source.channels)
     elif kind == "DICOM":
         from ssl_vit.data.dicom import read_dicom
 
-        image = to_tensor(read_dicom(stream, source.channels, reading), source.channels)
+        own = wanted(source.channels, reading)
+        image = to_tensor(chosen(read_dicom(stream, own, reading), reading), source.channels)
     else:
         image = decode(stream.read(), source.channels, reading)
     return image.numpy().view(Decoded)
@@ -102,10 +104,10 @@ def _read_plane(stream: io.IOBase, source: Planes, plane: int) -> Decoded:
 def with_planes(source: Source, channels: int) -> Source:
     """The source as its ``reading`` asks for: every plane an image, or a word on what is read."""
     slices = source.reading.slices
-    if not len(source) or slices.isdecimal() or _is_array(source):
+    if not len(source) or slices.isdecimal() or is_array(source):
         return source
     if slices == "middle":
-        _tell(source, channels)
+        tell_planes(source, channels)
         return source
     found = _counted(source, range(len(source)), channels)
     counts = np.fromiter((file.planes for file in found), dtype=np.int64, count=len(source))
@@ -118,15 +120,20 @@ def with_planes(source: Source, channels: int) -> Source:
     return Planes(source, counts, channels)
 
 
-def _is_array(source: Source) -> bool:
+def is_array(source: Source) -> bool:
     """Whether the images of a source are no files: they have no planes."""
+    try:
+        source.stream(0).close()  # of a large file not even the first one is read
+        return False
+    except BadImage:
+        pass
     try:
         return isinstance(source.read(0)[0], np.ndarray)
     except BadImage:
         return False
 
 
-def _tell(source: Source, channels: int) -> None:
+def tell_planes(source: Source, channels: int) -> None:
     """Say which plane is read, where one of the first files has several."""
     first = range(min(_FIRST, len(source)))
     counted = list(_counted(source, first, channels))
@@ -161,6 +168,8 @@ class Counted(NamedTuple):
 
 def _counted(source: Source, files: range, channels: int) -> Iterator[Counted]:
     """Planes of each of these files."""
+
+    channels = wanted(channels, source.reading)
 
     def count(i: int) -> Counted:
         try:

@@ -16,7 +16,9 @@ from ssl_vit.data.groups import group_count, groups_of
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.mixed import Mixed, parts_of
 from ssl_vit.data.remote import SCHEMES
+from ssl_vit.data.scales import tell_scales
 from ssl_vit.data.slices import with_planes
+from ssl_vit.data.tiles import is_cut, with_tiles
 
 __all__ = ["Source", "Subset", "open_source", "split_holdout"]
 log = logging.getLogger("ssl_vit")
@@ -130,7 +132,9 @@ def _open(spec: str, reading: ReadConfig, channels: int | None) -> Source:
         source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
     if reading.group and source.groups is None:
         source.groups = groups_of(source)
-    return with_planes(source, channels or int(getattr(reading, "channels", 3)))
+    tell_scales(source)
+    channels = channels or int(getattr(reading, "channels", 3))
+    return with_tiles(source, channels) if is_cut(reading) else with_planes(source, channels)
 
 
 def _part(source: Source, spec: str, number: int) -> Source:

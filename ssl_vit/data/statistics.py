@@ -16,6 +16,7 @@ from ssl_vit.data.decode import BadImage, OtherChannels, decode
 from ssl_vit.data.draws import Draws
 from ssl_vit.data.missing import has_missing, valid_share
 from ssl_vit.data.order import permute
+from ssl_vit.data.raster import EmptyTile
 
 MANY, FEW = 2000, 16
 """Images of a sample: to estimate statistics from, and for a look at what images they are."""
@@ -35,8 +36,8 @@ class Survey:
 
     ``rows``: for each readable image (3, C) float64: mean, variance and valid share of its
     channels; the first two are 0 where no pixel is valid. ``deep``: how many have more than 8
-    bits; ``empty``: how many have no valid pixel. ``reasons``: why others are unreadable, by name.
-    ``decoded``: bytes of all of them.
+    bits; ``empty``: how many have no valid pixel. ``reasons``: why others are unreadable, by name;
+    ``tiles``: how many of these are tiles without data. ``decoded``: bytes of all of them.
     """
 
     spec: str
@@ -44,6 +45,7 @@ class Survey:
     deep: int = 0
     empty: int = 0
     reasons: dict[str, BadImage] = field(default_factory=dict)
+    tiles: int = 0
     decoded: int = 0
 
     def __len__(self) -> int:
@@ -80,6 +82,14 @@ class Survey:
             asked += f": give --data.channels {others[0].has} to adapt it" if adapts else ""
         some = "channel" if has == "1" else "channels"
         raise UserError(f"the images of {self.spec} have {has} {some}{others[0].more}; {asked}")
+
+    @property
+    def constant(self) -> list[float]:
+        """The value of each image that has the same one everywhere, of those with data."""
+        rows = torch.stack(self.rows)
+        flat = (rows[:, 1] == 0).all(1) & (rows[:, 2] > 0).all(1)
+        flat &= (rows[:, 0] == rows[:, 0, :1]).all(1)
+        return rows[flat, 0, 0].tolist()
 
     @property
     def missing(self) -> float:
@@ -139,6 +149,7 @@ def survey(source: Source, channels: int, seed: int, count: int) -> Survey:
             image = decode(source.read(index)[0], channels, source.reading)
         except BadImage as error:
             found.reasons[source.name(index)] = error
+            found.tiles += isinstance(error, EmptyTile)
             continue
         found.add(image if count > FEW else _thinned(image))
         found.decoded += image.nbytes

@@ -1,5 +1,6 @@
 """Tar source: WebDataset shards, read at random through an index of member offsets."""
 
+import io
 import logging
 import os
 from collections import Counter, OrderedDict
@@ -13,6 +14,7 @@ from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.member import Member
 from ssl_vit.data.shard_names import find_shards
 from ssl_vit.data.tar_index import ShardIndex, load_index, split_name
 from ssl_vit.data.tar_labels import read_labels
@@ -56,6 +58,16 @@ class TarSource(Source):
         if read < len(data):
             raise BadImage(f"{self.shards[shard]} ends before it: the shard was truncated")
         return data, self.label(i)
+
+    def stream(self, i: int) -> io.IOBase:
+        i = range(len(self))[i]
+        shard = self._shard(i)
+        try:
+            file = self._open(shard)
+        except OSError as error:
+            reason = f"cannot be read from {self.shards[shard]}: {error.strerror or error}"
+            raise BadImage(reason) from error
+        return io.BufferedReader(Member(file, int(self.offsets[i]), int(self.sizes[i])))
 
     def name(self, i: int) -> str:
         i = range(len(self))[i]

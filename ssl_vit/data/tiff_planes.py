@@ -8,10 +8,13 @@ exceptions, as arrays are written without a word on what their axes are:
 - as many pages as ``--data.channels``, if that is neither 1 nor 3: a page is a channel. Three pages
   without a name are more often a stack than red, green and blue.
 - pages of a width that is a number of channels: the array was (H, W, C), and a page is a row of it.
+
+Where bands are asked for, such pages are bands in any case.
 """
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +23,9 @@ import numpy as np
 
 from ssl_vit.common.config import ReadConfig
 from ssl_vit.data.ome import own_part
-from ssl_vit.data.raster import BadImage, choose_plane, counts_for
+from ssl_vit.data.raster import ALL, BadImage, Box, choose_plane, counts_for
+from ssl_vit.data.recent import Recent
+from ssl_vit.data.tiff_window import read_window
 
 MOST_PLANES = 1 << 24
 _UNNAMED = "IQ"
@@ -37,6 +42,7 @@ class Stack:
 
     ``names``: tifffile's letters of the axes of ``shape``. ``roles``: of each axis: y, x, c for
     channels, or p for planes. ``set_of``: the number of files that the image is spread over.
+    ``base``: tifffile's series of the image at full size, of which this may be a level.
     """
 
     series: Any
@@ -44,16 +50,18 @@ class Stack:
     shape: tuple[int, ...]
     roles: str
     set_of: int = 1
+    base: Any = None
 
     @classmethod
-    def of(cls, file: Any, channels: int) -> "Stack":
-        """Planes of an opened file; reads its headers only."""
-        series = _full_size(file.series)
+    def of(cls, file: Any, channels: int, level: int = 0) -> "Stack":
+        """Planes of an opened file, at a level of its pyramid; reads its headers only."""
+        base = _full_size(file.series)
+        series = _at_level(base, level)
         _check_chain(file)
         _check_tags(file, series.keyframe)
         names, shape = series.get_axes(True), tuple(series.get_shape(True))
         page, files = series.keyframe, 1
-        if file.is_ome and series.kind != "ome":
+        if file.is_ome and series.kind != "ome" and not level:
             names, shape, files = own_part(file.ome_metadata, series) or (names, shape, 1)
         if "Y" not in names or "X" not in names:  # named as the writer pleased
             names = "Q" * (len(shape) - len(page.axes)) + page.axes
@@ -61,7 +69,7 @@ class Stack:
             raise BadImage(f"has axes {names} of {shape}, which its pages of {page.shape} are not")
         if math.prod(shape) // max(math.prod(page.shape), 1) > MOST_PLANES:
             raise BadImage(f"has axes {names} of {shape}: too many planes")
-        return cls(series, names, shape, _roles(names, shape, channels), files)
+        return cls(series, names, shape, _roles(names, shape, channels), files, base)
 
     @property
     def height(self) -> int:
@@ -142,13 +150,46 @@ class Stack:
         hwc = array.reshape(kept).transpose(order)
         return hwc.reshape(*hwc.shape[:2], -1)
 
+    @property
+    def by_window(self) -> bool:
+        """True if a part of a plane can be read: if its pages are images, listed one by one."""
+        inner, page = self.roles[self._outer :], self.series.keyframe
+        return self._by_page and inner in ("yx", "yxc", "cyx") and page.imagedepth == 1
+
+    def window(
+        self, plane: int, box: Box, bands: Sequence[int] | None, recent: Recent[Any] | None = None
+    ) -> np.ndarray:
+        """Read a part of a plane that is ``by_window``: (h, w, bands), as stored.
+
+        ``bands``: from 0; None: all. ``recent``: decoded strips and tiles that may be wanted again.
+        """
+        pages = [self._listed(number) for number in self.pages(plane)]
+        each = self.bands // len(pages)
+        wanted = list(range(self.bands)) if bands is None else list(bands)
+        of = [band // each for band in wanted]  # the page of each
+        fill = self.series.keyframe.nodata
+        parts = []
+        for number in dict.fromkeys(of):
+            own = [band % each for band, n in zip(wanted, of, strict=True) if n == number]
+            parts.append(read_window(pages[number], box, own, fill, recent))
+        if len(parts) == 1:
+            return parts[0]
+        found = np.empty((box.height, box.width, len(wanted)), parts[0].dtype)
+        for number, part in zip(dict.fromkeys(of), parts, strict=True):
+            found[..., [i for i, n in enumerate(of) if n == number]] = part
+        return found
+
+    def _listed(self, number: int) -> Any:
+        """A page of the series, which knows what all have in common."""
+        page = self.series[number]
+        if page.keyframe is None:
+            page.keyframe = self.series.keyframe
+        return page
+
     def _page(self, number: int) -> np.ndarray:
         keyframe = self.series.keyframe
         if self._by_page:
-            page = self.series[number]
-            if page.keyframe is None:
-                page.keyframe = keyframe
-            return page.asarray(maxworkers=1)
+            return self._listed(number).asarray(maxworkers=1)
         offset = self.series.dataoffset
         if offset is None:
             raise BadImage(f"lacks pages: it names {self.names} of {self.shape}")
@@ -171,6 +212,19 @@ def _full_size(series: list[Any]) -> Any:
         raise BadImage("holds no image")
     page = (s for s in series if not s.keyframe.is_reduced and not s.keyframe.is_mask)
     return next(page, series[0])
+
+
+def _at_level(series: Any, level: int) -> Any:
+    """A level of an image's pyramid.
+
+    Raises:
+        BadImage: there is no such level.
+    """
+    has = len(series.levels)
+    if level >= has:
+        levels = "levels, from 0" if has > 1 else "level"
+        raise BadImage(f"has {has} {levels}; --data.level is {level}")
+    return series.levels[level]
 
 
 def _check_chain(file: Any) -> None:
@@ -209,6 +263,9 @@ def _roles(names: str, shape: tuple[int, ...], channels: int) -> str:
     before = roles.index("y") - 1
     if "c" in roles or before < 0 or names[before] not in _UNNAMED:
         return roles
+    if channels == ALL:  # the shorter axis, as of an array
+        last = roles.endswith("pyx") and shape[-1] < shape[before]
+        return roles[:before] + ("yxc" if last else "c" + roles[before + 1 :])
     if roles.endswith("pyx") and shape[-1] in counts_for(channels):
         return roles[:before] + "yxc"
     if shape[before] == channels and channels not in (1, 3):

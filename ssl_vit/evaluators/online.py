@@ -147,7 +147,7 @@ def seen(
         made, numbers = [], []
         for _ in range(order.accumulate):
             batch = next(batches)
-            bad.note(batch.bad)
+            bad.note(batch)
             views = normalize(batch.views.to(device))
             with torch.no_grad(), autocast(device, machine.precision):
                 made.append(embed(views.crops[0]))

@@ -207,7 +207,7 @@ class Trainer:
         except RunFailed as error:
             return [], str(error)
         for batch in parts:
-            bad.note(batch.bad)
+            bad.note(batch)
         return parts, ""
 
     def _agree(
@@ -215,7 +215,7 @@ class Trainer:
     ) -> tuple[int, str]:
         """Synchronize signals, failures, bad images and saves before a step; the signal to stop on,
         or 0, and the first failure."""
-        flags = stop.received, bool(failure), bool(bad.noted), *checkpoints.state()
+        flags = stop.received, bool(failure), bad.news, *checkpoints.state()
         signalled, fails, news, failed, busy = self.parallel.most(*flags)
         if news:
             try:

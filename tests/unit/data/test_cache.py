@@ -157,8 +157,10 @@ def test_what_is_decoded_otherwise_is_another_image(cache):
 
 
 # Options of ReadConfig with a value that changes pixels, and those by which images are found.
-DECODING = {"nodata": "9", "slices": "0", "window": ("40", "400")}
+DECODING = {"nodata": "9", "slices": "0", "window": ("40", "400"), "bands": (2, 1)}
+DECODING |= {"values": "scaled", "tile": (64,), "level": 1}
 NAMING = {"key", "image", "labels", "label_column", "group"}
+NAMING |= {"shard_cache", "shard_cache_size", "cache_reserve"}
 
 
 def test_every_option_of_reading_is_known_to_the_cache():
@@ -332,7 +334,8 @@ def test_planes_are_not_kept_and_that_is_said(tmp_path):
     tifffile.imwrite(tmp_path / "stacks" / "0.tif", np.zeros((5, 8, 8), np.uint8))
     source = open_source(f"flat:{tmp_path / 'stacks'}", ReadConfig(slices="all"), channels=1)
     assert len(source) == 5
-    assert no_use(source) == "planes of files (--data.slices all) are not kept"
+    reason = "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
+    assert no_use(source) == reason
 
 
 def test_no_folder_is_refused_before_images_are_read(tmp_path):

@@ -287,7 +287,7 @@ def test_a_source_of_bad_images_is_one_clear_line(workers):
 
 def count(counter: BadImages, bad: dict[int, str]) -> None:
     """What a step does with a batch's unreadable images."""
-    counter.note(bad)
+    counter.note(Batch(Views([], torch.tensor([]), torch.tensor([])), bad))
     counter.count()
 
 

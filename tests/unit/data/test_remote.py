@@ -23,8 +23,8 @@ from ssl_vit.data.images import open_images
 from ssl_vit.data.loader import Batch, TrainImages, train_batches
 from ssl_vit.data.remote import RemoteFile, describe
 from ssl_vit.data.shard_cache import ShardCache, open_shard_cache
-from ssl_vit.data.sources import open_source
 from ssl_vit.data.shard_order import order_of
+from ssl_vit.data.sources import open_source
 from tests.unit.data.file_server import Files, serving
 from tests.unit.data.test_sources import write_tar
 

@@ -5,8 +5,8 @@ import pytest
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Source, Subset, split_holdout
-from ssl_vit.data.slices import Planes
 from ssl_vit.data.shard_order import check_order, order_of
+from ssl_vit.data.slices import Planes
 
 COUNTS = [7, 1, 0, 12, 5, 5, 9, 3]
 

@@ -30,6 +30,7 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage, Decoded
 from ssl_vit.data.formats import HEAD, format_of
+from ssl_vit.data.raster import EmptyTile
 
 Raw = bytes | bytearray | np.ndarray
 
@@ -37,6 +38,7 @@ _FOLDER, _PARTIAL = "decoded-images", "partial"
 # Mark, kind of number, order in memory (1: pixel by pixel), channels, height, width; 32 bytes.
 _HEAD = struct.Struct("<4sBBxxIII12x")
 _MARK, _NUMBERS = b"SVI1", (np.dtype(np.uint8), np.dtype("<f4"))
+_PARTS = "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
 _ABANDONED = 3600  # seconds; an image is written in one, at most
 _GB = 1e9
 
@@ -121,7 +123,8 @@ class ImageCache:
             partial.mkdir(parents=True, exist_ok=True)
             for file in partial.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    if file.stat().st_mtime < time.time() - _ABANDONED:
+                    if file.stat().st_mtime < time.time() - _PARTS = "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
+_ABANDONED:
                         file.unlink()
         except OSError as error:
             raise _refused(self.path, error.strerror or str(error)) from None
@@ -163,10 +166,12 @@ def no_use(source: Source) -> str:
 def _no_use(source: Source, i: int) -> str:
     try:
         raw = source.read(i)[0]
+    except EmptyTile:
+        return _PARTS
     except BadImage:
         return ""
     if isinstance(raw, Decoded):
-        return "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
+        return _PARTS
     if isinstance(raw, np.ndarray) or _is_npy(raw):
         return f"the images of {source.spec} are arrays, which need no decoding"
     return ""

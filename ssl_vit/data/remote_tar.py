@@ -9,6 +9,7 @@ images are read by ranges, and whole shards when they are announced (``expect``)
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import threading
@@ -58,17 +59,26 @@ class RemoteTarSource(TarSource):
         self._ahead: threading.Thread | None = None
 
     def read(self, i: int) -> Item:
-        i = range(len(self))[i]
+        found = self._by_range(range(len(self))[i])
+        return super().read(i) if found is None else (found, self.label(i))
+
+    def stream(self, i: int) -> io.IOBase:
+        found = self._by_range(range(len(self))[i])
+        return super().stream(i) if found is None else io.BytesIO(found)
+
+    def _by_range(self, i: int) -> bytearray | None:
+        """An image alone, of a shard that is not here; None: its shard is, or is to be fetched."""
         shard = self._shard(i)
         file = self.files[shard]
         if self.held or shard in self._soon or shard in self._files or self.cache.has(file):
-            return super().read(i)
+            return None
         self._row = (shard, self._row[1] + 1 if self._row[0] == shard else 1)
-        if self._row[1] <= _IN_A_ROW:
-            start = int(self.offsets[i])
-            with contextlib.suppress(NoRanges):
-                return bytearray(file.read(start, start + int(self.sizes[i]))), self.label(i)
-        return super().read(i)
+        if self._row[1] > _IN_A_ROW:
+            return None
+        start = int(self.offsets[i])
+        with contextlib.suppress(NoRanges):
+            return bytearray(file.read(start, start + int(self.sizes[i])))
+        return None
 
     def expect(self, images: Sequence[int] | np.ndarray) -> None:
         """Fetch the shards of these images ahead, in a thread, in their order."""

@@ -42,7 +42,7 @@ def opened(tmp_path, monkeypatch):
 def test_eight_bit_photographs_have_imagenets_and_are_not_read_through(opened, tmp_path):
     images, reads = opened(fill(tmp_path, "u1", 0, 256))
     assert (images.mean, images.std, images.deep) == (IMAGENET_MEAN, IMAGENET_STD, False)
-    assert reads == FEW + 2  # one that is held out, and one to know whether files have planes
+    assert reads == FEW + 1  # one that is held out; whether files have planes, headers tell
     assert images.warnings == ()
     text = "mean 0.485, 0.456, 0.406, deviation 0.229, 0.224, 0.225: ImageNet's"
     assert images.about() == [("normalised by", text)]
@@ -61,7 +61,7 @@ def test_deeper_images_have_their_own(opened, tmp_path, kind, low, top, mean):
     assert images.std == pytest.approx([spread] * 3, rel=0.03)
     assert images.survey.misfit(images.mean, images.std) == ""
     assert "estimated from 36 training images" in images.about()[0][1]
-    assert reads == FEW + 2 + 36
+    assert reads == FEW + 1 + 36
 
 
 def test_a_mix_of_depths_has_its_own_whatever_comes_first(opened, tmp_path):
@@ -88,7 +88,7 @@ def test_given_statistics_are_taken_and_judged(opened, tmp_path):
     assert images.mean == (1500.0,) * 3
     assert images.warnings == ()
     assert images.about()[0][1].endswith("as given by --data.mean and --data.std")
-    assert reads == FEW + 2
+    assert reads == FEW + 1
     (said,) = opened(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)[0].warnings
     assert said.startswith("the training images have mean 1")
     assert "the encoder is given values around 6," in said

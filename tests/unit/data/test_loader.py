@@ -262,8 +262,10 @@ def test_a_bad_image_is_replaced_by_always_the_same_one():
     first, again = images.__getitems__([(0, 3)]), images.__getitems__([(0, 3)])
     assert first.bad == {3: "image-3: is garbage"}
     assert same(first, again)
-    replaced, label = images._readable(3, 5, SPEC, {})
-    others = [TrainImages(good, SPEC, 3, seed=1)._readable(i, 5, SPEC, {}) for i in range(30)]
+    replaced, label = images._readable(3, 5, SPEC, {}, set())
+    others = [
+        TrainImages(good, SPEC, 3, seed=1)._readable(i, 5, SPEC, {}, set()) for i in range(30)
+    ]
     matches = [
         i for i, other in enumerate(others) if torch.equal(other[0][0][0][0], replaced[0][0][0])
     ]
@@ -287,7 +289,8 @@ def test_a_source_of_bad_images_is_one_clear_line(workers):
 
 def count(counter: BadImages, bad: dict[int, str]) -> None:
     """What a step does with a batch's unreadable images."""
-    counter.note(Batch(Views([], torch.tensor([]), torch.tensor([])), bad))
+    none = torch.zeros(0, dtype=torch.int64)
+    counter.note(Batch(Views([], none, none), bad))
     counter.count()
 
 

@@ -158,8 +158,8 @@ def test_single_images_of_shards_that_are_not_there_are_read_by_ranges(
     open_source(spec, options)
     monkeypatch.setattr(ShardCache, "has", lambda *_: False)
     source = open_source(spec, options)
-    before = sum(server.sent.values())
     here = open_source(f"tar:{local}/t-{{0..5}}.tar")
+    before = sum(server.sent.values())
     assert [source.read(i) for i in range(0, 48, 8)] == [here.read(i) for i in range(0, 48, 8)]
     sent = sum(server.sent.values()) - before
     assert sent == sum(int(source.sizes[i]) for i in range(0, 48, 8))

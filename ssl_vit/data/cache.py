@@ -123,8 +123,7 @@ class ImageCache:
             partial.mkdir(parents=True, exist_ok=True)
             for file in partial.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    if file.stat().st_mtime < time.time() - _PARTS = "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
-_ABANDONED:
+                    if file.stat().st_mtime < time.time() - _ABANDONED:
                         file.unlink()
         except OSError as error:
             raise _refused(self.path, error.strerror or str(error)) from None

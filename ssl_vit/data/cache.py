@@ -157,9 +157,10 @@ def open_cache(data: DataConfig) -> ImageCache | None:
 
 
 def no_use(source: Source) -> str:
-    """Why a cache is of no use for a source, by its first image, and its last one, which may be of
-    another source in a mix; empty if it may be."""
-    return _no_use(source, 0) and _no_use(source, len(source) - 1)
+    """Why a cache is of no use for a source, by its first image, and in a mix by its last one,
+    which is of another source; empty if it may be."""
+    first = _no_use(source, 0)
+    return first if source.mix is None else first and _no_use(source, len(source) - 1)
 
 
 def _no_use(source: Source, i: int) -> str:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 DOORS = [
     ["pretrain", "mae"],
     ["evaluate", "knn", "--encoder", "x", "--data.train", "digits"],
-    ["export", "--encoder", "x"],
+    ["export", "--encoder", "x", "--to", "timm"],
     ["visualize", "pca", "--encoder", "x"],
     ["benchmark", "step", "mae"],
     ["embed", "--encoder", "x"],

@@ -14,7 +14,7 @@ from PIL import Image
 
 import ssl_vit
 from ssl_vit import embed
-from ssl_vit.commands import embed_options, embedding
+from ssl_vit.commands import embed_features, embedding
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.config import EncoderConfig
@@ -334,5 +334,5 @@ def test_only_what_is_asked_for_is_computed(here):
 
     backbone = open_backbone("run", 0)
     images = torch.zeros(2, 1, 8, 8)
-    made = embed_options.embedding_of(backbone, ("patches",))(images)
+    made = embed_features.embedding_of(backbone, ("patches",))(images)
     assert {name: tuple(rows.shape) for name, rows in made.items()} == {"patches": (2, 16, 32)}

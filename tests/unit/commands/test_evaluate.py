@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ssl_vit import evaluate
-from ssl_vit.commands import finetuning
+from ssl_vit.commands import finetuning, probing
 from ssl_vit.commands.compare import tuning_options
 from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
@@ -205,7 +205,7 @@ def test_of_several_features_a_published_protocol_chooses_one(run, tmp_path):
 
 
 def test_a_place_that_takes_no_result_is_refused_before_the_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(probing, "run", lambda *_: pytest.fail("worked"))
     for out, message in ((tmp_path / "no" / "x.json", "cannot be written"), (tmp_path, "a folder")):
         with pytest.raises(UserError, match=message):
             ask("knn", run, "--out", str(out))
@@ -398,8 +398,16 @@ def test_compare_gives_finetune_all_that_says_how_images_are_read(run, tmp_path)
     recipe = tmp_path / "tune.yaml"
     recipe.write_text("optim: {batch_size: 20}")
     data = EvalData(
-        *("-9999", "all", "full", "rgb.png", "labels.csv", ("third", "bright"), ("-600", "1500")),
+        *("-9999", "all", "full", "rgb.png", "labels.csv", ("third", "bright")),
+        bands=(3, 1, 2),
+        values="scaled",
+        tile=(64, 96),
+        level=1,
+        window=("-600", "1500"),
         group="name:x",
+        shard_cache="shards",
+        shard_cache_size=2.0,
+        cache_reserve=3.0,
         train="flat:a",
         val="flat:b",
         workers=0,

@@ -255,7 +255,7 @@ def fetch_all(url: str, folder: Path) -> None:
 
 def test_two_processes_share_one_cache(server, local, tmp_path):
     """Each shard is sent once, and both have all."""
-    server.pause = 0.02
+    server.pause = 0.25  # so that both are at it at the same time
     both = [FORK.Process(target=fetch_all, args=(server.url, tmp_path)) for _ in range(2)]
     for process in both:
         process.start()

@@ -225,7 +225,8 @@ def _refused(error: BaseException, url: str) -> str:
     if name in _CERTIFICATES:
         return f"{url}: the certificate of the server is not trusted; SSL_CERT_FILE names others"
     if name in _ADDRESSES or (isinstance(error, OSError) and error.errno == errno.EINVAL):
-        return f"{url} is refused as an address: {without_secrets(str(error)) or name}"
+        said = " ".join(without_secrets(str(error)).split())
+        return f"{url} is refused as an address: {said or name}"
     if 400 <= status < 500 and status not in (408, 425, 429):
         return f"{url} is refused by the server, with status {status}"
     return ""

@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from ssl_vit.data.tar import OpenFile, TarSource, samples_of
 from ssl_vit.data.tar_index import INDEX_SUFFIX, ShardIndex, index_suffix, same_members, saved_index
 
 log = logging.getLogger("ssl_vit")
+_PART = re.compile(r"(kept:|held:)*")  # before a source, of which it is a part
 _TOUCHED_EVERY = 30.0  # seconds after which a shard in use is marked as used
 _IN_A_ROW = 100  # images of a shard read singly, one after the other, before it is fetched whole
 _WINDOWS = 3  # of shards, that the cache must hold: the last, the present and the next one
@@ -167,8 +169,10 @@ def open_remote(spec: str, rest: str, reading: ReadConfig | None = None) -> Remo
     if not held:
         apart = f"its shards take {size_text(total_size(files))}, and {cache.about(cache.room())}"
         if isinstance(reading, DataConfig) and spec in reading.train:  # else it is read in order
-            check(reading.shard_window > 0, needs_window(spec, apart))
-            _check_windows(spec, files, cache, reading.shard_window)
+            alone = _PART.sub("", reading.train, count=1) == spec
+            several = "images of several sources are drawn from all of them at once"
+            check(alone, f"{spec!r}: {several}, but {apart}")
+            _check_windows(spec, files, cache, reading.shard_window, apart)
     columns = reading.label_column
     indexes = known_indexes(files, cache, columns)
     given: dict[int, ShardIndex] = {}
@@ -217,10 +221,20 @@ def find_remote(spec: str) -> list[RemoteFile]:
         return list(pool.map(describe, dict.fromkeys(urls)))
 
 
-def _check_windows(spec: str, files: list[RemoteFile], cache: ShardCache, window: int) -> None:
+def _check_windows(
+    spec: str, files: list[RemoteFile], cache: ShardCache, window: int, apart: str
+) -> None:
+    """Check that a cache, which cannot hold all shards, holds windows of them.
+
+    Raises:
+        UserError: there are no windows, or they are too large.
+    """
     largest, room = max(file.size for file in files), cache.room()
+    most = int(room // (_WINDOWS * largest)) if largest else 0
+    check(window > 0, needs_window(spec, apart, max(0, most)))
     check(
-        _WINDOWS * window * largest <= room,
+        window <= most,
         f"{spec!r}: --data.shard-window is {window}, and three times as many shards must fit, of "
-        f"up to {size_text(largest)}; {cache.about(room)}, or give a smaller window",
+        f"up to {size_text(largest)}; {cache.about(room)}"
+        + (f", or give --data.shard-window {most}" if most > 0 else ""),
     )

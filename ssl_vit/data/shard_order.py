@@ -19,6 +19,7 @@ from ssl_vit.data.order import Order, permute
 
 # What the orders of shards are folded from, apart from those of images.
 _SHARDS = 0x5A4D
+_USUAL = 8  # shards of a window
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +118,16 @@ def check_order(source: Source, window: int) -> None:
     check(bool(window) or not source.apart, needs_window(source.spec, source.apart))
 
 
-def needs_window(spec: str, apart: str) -> str:
-    """Why a source cannot be trained on without a window, and what to do; ``apart``: as
-    ``Source.apart``."""
+def needs_window(spec: str, apart: str, most: int = _USUAL) -> str:
+    """Why a source cannot be trained on without a window, and what to do.
+
+    ``apart``: as ``Source.apart``. ``most``: shards of a window that the cache has room for.
+    """
+    text = f"{spec!r}: images are drawn from all shards at once, but {apart}"
+    window = min(most, _USUAL)
+    if not window:
+        return text
     return (
-        f"{spec!r}: images are drawn from all shards at once, but {apart}. Or give "
-        "--data.shard-window 8: shards in random order, images shuffled within 8 of them at a time"
+        f"{text}. Or give --data.shard-window {window}: shards in random order, images shuffled "
+        f"within {window} of them at a time"
     )

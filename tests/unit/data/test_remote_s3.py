@@ -3,6 +3,7 @@
 import logging
 import socket
 
+import fsspec
 import pytest
 
 from ssl_vit.common.config import ReadConfig
@@ -98,6 +99,16 @@ def test_missing_credentials_are_told_with_where_they_are_looked_for(monkeypatch
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=r"without credentials .*AWS_PROFILE, ~/.aws") as caught:
         open_source("s3://photos/a/t-0.tar")
+    assert "\n" not in str(caught.value)
+    assert "FSSPEC_S3='{\"anon\": true}'" in str(caught.value)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # as that sets it
+    remote._opened.cache_clear()
+    assert len(open_source("s3://photos/a/t-0.tar")) == 10
+
+
+def test_an_address_that_is_none_is_one_line():
+    with pytest.raises(UserError, match=r"is refused as an address: .*bucket name") as caught:
+        open_source("s3://a_/t.tar")
     assert "\n" not in str(caught.value)
 
 

@@ -34,16 +34,19 @@ def test_an_epoch_is_every_image_once_within_windows(window, held):
     n = len(source)
     order = order_of(source, window, 6, seed=3)
     epochs = [order.at(epoch, np.arange(n)) for epoch in range(3)]
+    orders = []
     for images in epochs:
         assert sorted(images.tolist()) == list(range(n))
         # Shards in the order in which they are first met: a window ends before the next begins.
         shards = shard_of(source, images)
         met = list(dict.fromkeys(shards.tolist()))
+        orders.append(met)
         last = {s: int(np.flatnonzero(shards == s)[-1]) for s in met}
         first = {s: int(np.flatnonzero(shards == s)[0]) for s in met}
         open_at_once = max(sum(first[s] <= t <= last[s] for s in met) for t in range(n))
         assert open_at_once <= window
     assert not np.array_equal(epochs[0], epochs[1])
+    assert len({tuple(sorted(met[:window])) for met in orders}) > 1 or window > 3
     if window == 20:
         assert not np.array_equal(epochs[0], np.sort(epochs[0]))
 

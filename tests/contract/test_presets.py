@@ -9,7 +9,7 @@ import torch
 
 from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.commands.cli import layered
-from ssl_vit.commands.pretraining import PretrainConfig
+from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.common.config import DataConfig, EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
@@ -17,7 +17,8 @@ from ssl_vit.common.presets import _PRESETS, about_preset, preset_values
 from ssl_vit.data.augment import Crop, ViewSpec, draw_views
 from ssl_vit.data.description import described, far_from_black
 from ssl_vit.data.photometric import Photometric
-from ssl_vit.evaluators.finetune import FinetuneConfig
+from ssl_vit.evaluators.finetune import tuning_views
+from ssl_vit.evaluators.options import FinetuneConfig
 from ssl_vit.methods.base import find_method, method_names
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options
@@ -39,7 +40,7 @@ COMPARED = {"dino", "dinov2", "ibot", "lejepa", "mae_dino", "distill"}
 
 
 def parsed(name: str, *flags: str) -> PretrainConfig:
-    return parse_options([name, "--data.train", "digits", *flags])[2]
+    return parse_options([name, "--data.train", "digits", *flags])[1]
 
 
 def views(name: str, config: PretrainConfig) -> ViewSpec:
@@ -130,7 +131,7 @@ def test_a_runs_own_file_reads_back_to_the_same(tmp_path):
     config = parsed("dino", "--data.preset", "gray", "--method.levels", "0.5", "--run.out", "a")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    again = parse_options(["dino", "--config", str(path)])[2]
+    again = parse_options(["dino", "--config", str(path)])[1]
     assert to_yaml(again) == to_yaml(config)
 
 
@@ -140,7 +141,7 @@ def test_fine_tuning_takes_flips_and_turns():
     tune, before = config.tune, FinetuneConfig().tune
     assert (tune.flip, tune.vertical_flip, tune.quarter_turns) == (0.25, 0.5, 0.75)
     assert (tune.randaugment, tune.erasing) == (before.randaugment, before.erasing)
-    (crop,) = tune.views((8, 8), (0.5,)).crops
+    (crop,) = tuning_views(tune, (8, 8), (0.5,)).crops
     assert (crop.flip, crop.vertical_flip, crop.quarter_turns) == (0.25, 0.5, 0.75)
     assert about_preset(config) == "aerial but for --tune.flip 0.25"
 

@@ -20,18 +20,18 @@ from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.data.base import Subset
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.finetune import FinetuneConfig
 from ssl_vit.evaluators.intervals import accuracy_interval, mean_precision_interval
 from ssl_vit.evaluators.knn import knn_predictions, others
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.online import _split, source_targets
+from ssl_vit.evaluators.options import FinetuneConfig
 from ssl_vit.evaluators.overlap import Overlap, iou
 from ssl_vit.evaluators.published import Dinov2Protocol
 from ssl_vit.evaluators.quick_scores import knn_scores
 from ssl_vit.evaluators.selection import NOT_CHOSEN, split_rows
 from ssl_vit.evaluators.watch import _leave_one_out
-from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.methods.mae import MAEConfig
 from tests.unit.data.test_dicom import written
 from tests.unit.feature_sets import feature_set, normal, top1
 
@@ -292,7 +292,7 @@ def test_pretraining_and_fine_tuning_hold_out_patients(archives, tmp_path):
         encoder=EncoderConfig("vit_tiny_patch16_224", (8,), 4, width=16, depth=1, heads=2),
         optim=PretrainOptim(batch_size=8),
     )
-    session = build("mae", MAE, config)
+    session = build("mae", config)
     plan = dict(session.plan(session.about()))
     assert plan["groups"] == "22 by PatientID, 2 held out: none in both"
     tuned = labelled_images(FinetuneConfig(data=data), None)

@@ -63,6 +63,16 @@ class Comparison:
         raise NotImplementedError
 
 
+def setting(comparison: Comparison) -> dict[str, Any]:
+    """Head of a report, for JSON: the machine, the precision and the sizes."""
+    work = comparison.work
+    return {
+        **machine_card(work.device, torch.get_num_threads()),
+        "precision": str(work.precision).removeprefix("torch."),
+        "sizes": comparison.sizes(),
+    }
+
+
 def measure_training(comparison: Comparison) -> dict[str, Any]:
     """Report of a comparison, for JSON.
 
@@ -82,9 +92,7 @@ def measure_training(comparison: Comparison) -> dict[str, Any]:
         )
         found = comparison.report(sides, timings)
     return {
-        **machine_card(work.device, torch.get_num_threads()),
-        "precision": str(work.precision).removeprefix("torch."),
-        "sizes": comparison.sizes(),
+        **setting(comparison),
         "results": found.pop("results"),
         "ratios": found.pop("ratios"),
         **found,

@@ -38,6 +38,8 @@ def step_tables(report: dict[str, Any]) -> Iterator[TableOf]:
     title = f"{_title(report)}\n{_peak(report['matmul_peak'])}"
     yield TableOf(title, (*header, "memory", "ours is"), rows)
     yield _parts(report["breakdown"], "breakdown of our step, photometric operations included")
+    if "baseline" in report:
+        yield _changes(report)
 
 
 def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
@@ -62,6 +64,20 @@ def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
     workers = f"{report['sizes']['workers']} workers; loader, step: images/s of each alone"
     yield TableOf(f"{_title(report)}\n{workers}", header, rows)
     yield _parts(report["breakdown"], "breakdown of our step")
+
+
+def _changes(report: dict[str, Any]) -> TableOf:
+    """Table of what has changed since an earlier report, and what else differs."""
+    before, rows = report["baseline"], list[tuple[str, ...]]()
+    for name, found in before["results"].items():
+        old, new = found["images_per_second"], report["results"][name]["images_per_second"]
+        rates = (_number(old), _number(new), _times(found["ratio"]))
+        chance = "within the repeats" if found["within_repeats"] else ""
+        rows.append((name, *rates, chance, _times(found["memory_ratio"])))
+    for name, (old, new) in before["differs"].items():
+        rows.append((name, str(old), str(new), "", "", ""))
+    title = f"now and on {before['date']}, on the same machine"
+    return TableOf(title, ("", "before", "now", "images/s", "", "memory"), rows)
 
 
 def _title(report: dict[str, Any]) -> str:

@@ -64,6 +64,9 @@ class StepConfig(_Shared[M]):
     """Timed steps, and as many again for the breakdown of a step."""
     warm_up: int = 3
     """Untimed steps before them."""
+    baseline: str = ""
+    """Report of an earlier step of the method on this machine (its --out): images/s and memory are
+    shown as ratios to it, with the versions and options that differ. Empty: none."""
     against: str = "none"
     """Peers, measured in turn with ours in the same sizes and precision, each in its own process;
     one or more, separated by commas: original (the reference's modules, written from the paper),

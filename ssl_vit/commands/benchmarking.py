@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ssl_vit.benchmarks.comparison import measure_training
+from ssl_vit.benchmarks.baseline import changes, check_alike, read_baseline
+from ssl_vit.benchmarks.comparison import measure_training, setting
 from ssl_vit.benchmarks.end_to_end import EndToEndComparison
 from ssl_vit.benchmarks.loader import measure_loader
 from ssl_vit.benchmarks.side import Workload
@@ -45,7 +46,14 @@ def loader_report(name: str, kind: type[Method], config: LoaderConfig[Any]) -> R
 def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> Report:
     """Step report, without its head."""
     make = partial(initial_method, kind, config)
-    return measure_training(StepComparison(name, workload(kind, config), make, config))
+    comparison = StepComparison(name, workload(kind, config), make, config)
+    if not config.baseline:
+        return measure_training(comparison)
+    before = read_baseline(config.baseline, name)
+    check_alike(config.baseline, before, setting(comparison))
+    found = measure_training(comparison)
+    options = json.loads(json.dumps(asdict(config)))  # as they are read back
+    return {**found, "baseline": changes(before, {**found, "options": options})}
 
 
 def end_to_end_report(name: str, kind: type[Method], config: EndToEndConfig[Any]) -> Report:

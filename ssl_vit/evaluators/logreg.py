@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ssl_vit.common.checks import check_below_one, check_given, check_least, check_positive
@@ -116,7 +114,7 @@ class Logistic:
     def __init__(self, targets: Tensor, strength: float, iterations: int) -> None:
         self.targets, self.strength, self.iterations = targets, strength, iterations
         self.stopped = 0
-        self.models: list[LogisticRegression | float] = []
+        self.models: list[Any] = []  # scikit-learn's, or a constant probability
 
     def fit(self, features: Float[Tensor, "n d"]) -> Logistic:
         """Fit to standardised features.
@@ -139,7 +137,11 @@ class Logistic:
                 self.models.append(float(there[0]) if len(there) else 0.5)
         return self
 
-    def _regression(self, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+    def _regression(self, x: np.ndarray, y: np.ndarray) -> Any:
+        # Late: other evaluators need not wait a second for it.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             model = LogisticRegression(C=self.strength, max_iter=self.iterations).fit(x, y)
@@ -156,7 +158,6 @@ class Logistic:
             ]
             return torch.from_numpy(np.stack(columns, axis=1)).float()
         model = self.models[0]
-        assert isinstance(model, LogisticRegression)
         made = torch.zeros(len(x), outputs_of(self.targets))
         made[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(x)).float()
         return made

@@ -157,6 +157,19 @@ def test_step(room, capsys, method):
     assert all(word in said for word in ("ours is", "GFLOP", "backward", "report.json"))
 
 
+def test_step_against_an_earlier_one(room, capsys):
+    sizes = ("--config", "mae.yaml", "--run.device", "cpu", "--batch-size", "2", "--repeats", "1")
+    measured(room, "step", "mae", *sizes)
+    again = ["step", "mae", *sizes, "--optim.clip", "1", "--baseline", "report.json"]
+    assert main([*again, "--out", "again.json"]) == 0
+    found = json.loads((room / "again.json").read_text())["baseline"]
+    assert found["results"]["ours"]["ratio"] > 0
+    assert found["differs"] == {"optim.clip": [0.0, 1.0]}
+    assert "optim.clip" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"with other sizes.batch_size 2 \(now 3\);"):
+        main([*again, "--batch-size", "3"])
+
+
 def test_end_to_end(room, capsys):
     data = ("--data.train", "flat:photos", "--data.workers", "1", "--batch-size", "2")
     counts = ("--steps", "2", "--repeats", "2", "--warm-up", "0", "--run.device=cpu")

@@ -107,6 +107,10 @@ class Order:
         there are none."""
         return np.zeros(0, dtype=np.int64)
 
+    def about(self) -> list[tuple[str, str]]:
+        """Plan rows on it: none for that of all images."""
+        return []
+
     def places(self, step: int, part: int) -> Places:
         """Where the images of :meth:`part` are in the step's global batch."""
         size = self.batch_size // (self.world * self.accumulate)

@@ -64,6 +64,10 @@ class WindowOrder(Order):
         own = own[self.starts[own + 1] > self.starts[own]]  # of some all images may be held out
         return self.starts[own]
 
+    def about(self) -> list[tuple[str, str]]:
+        shards = f"{len(self.starts) - 1:,} shards at random"
+        return [("order", f"{shards}, images shuffled within {self.window:,} of them at a time")]
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of an epoch, and the positions after the last of each window."""
         shards = _shards_of(len(self.starts) - 1, self.seed, epoch)

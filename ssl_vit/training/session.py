@@ -159,6 +159,7 @@ class Session:
             ("labels", describe_labels(self.images.train)),
             ("views", self.describe_views()),
             ("preset", f"{about_preset(self.config)}: {described(self.views.last)}"),
+            *order.about(),
             ("effective batch", f"{optim.batch_size} = {split}"),
             ("learning rate", rate),
             ("steps", f"{schedule.total:,} = {epochs}"),

@@ -81,13 +81,13 @@ class Handler(BaseHTTPRequestHandler):
         data = data[: len(data) // 2] if lost else data
         for at in range(0, len(data), 1 << 14):
             piece = data[at : at + (1 << 14)]
+            with files.lock:  # before it arrives, so that whoever has it finds it counted
+                files.sent[name] += len(piece)
             try:
                 self.wfile.write(piece)
             except OSError:  # whoever asked is gone
                 self.close_connection = True
                 return
-            with files.lock:
-                files.sent[name] += len(piece)
             time.sleep(files.pause)
         self.close_connection = self.close_connection or lost
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from launch import slurm
+from ssl_vit import pretrain
 from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data import remote, remote_tar
@@ -404,9 +406,16 @@ def test_a_library_that_is_not_installed_is_named_with_the_command(monkeypatch):
     ],
 )
 def test_secrets_in_addresses_are_refused_and_not_shown(spec):
-    for made in (open_source, lambda spec: DataConfig(train=spec)):
+    door = ["mae", "--data.train"]
+    ways = [
+        open_source,
+        lambda spec: DataConfig(train=spec),
+        lambda spec: pretrain.parse_options([*door, spec]),
+        lambda spec: slurm.main(["--dry-run", "--", "pretrain", *door, spec]),
+    ]
+    for way in ways:
         with pytest.raises(UserError, match=r"give it without") as caught:
-            made(spec)
+            way(spec)
         assert "HID" not in str(caught.value)
         assert "KEY" not in str(caught.value)
 

@@ -44,7 +44,8 @@ def fill(url, folder) -> None:
     )
     client.create_bucket(Bucket="photos")
     for path in folder.glob("*.tar"):
-        client.upload_file(str(path), "photos", f"a/{path.name}")
+        public = {"ACL": "public-read"}
+        client.upload_file(str(path), "photos", f"a/{path.name}", ExtraArgs=public)
         client.put_object(Bucket="photos", Key=f"a/{path.name}.ssl_vit.npz", Body=b"")
 
 
@@ -108,7 +109,7 @@ def test_missing_credentials_are_told_with_where_they_are_looked_for(monkeypatch
 
 def test_an_address_that_is_none_is_one_line():
     with pytest.raises(UserError, match=r"is refused as an address: .*bucket name") as caught:
-        open_source("s3://a_/t.tar")
+        open_source("s3://a!b/t.tar")
     assert "\n" not in str(caught.value)
 
 

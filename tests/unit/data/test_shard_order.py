@@ -77,7 +77,12 @@ def test_what_is_read_soon_is_announced_a_window_ahead():
 
 
 def test_of_all_images_nothing_is_announced():
-    assert len(order_of(Shards(COUNTS), 0, 4, 1).soon(0)) == 0
+    order = order_of(Shards(COUNTS), 0, 4, 1)
+    assert len(order.soon(0)) == 0
+    assert order.about() == []
+    assert "8 shards at random, images shuffled within 3 of them" in str(
+        order_of(Shards(COUNTS), 3, 4, 1).about()
+    )
 
 
 def test_shards_of_subsets_and_of_planes():

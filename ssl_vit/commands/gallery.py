@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,12 @@ class Files(Source):
     def read(self, i: int) -> Item:
         try:
             return self.paths[i].read_bytes(), None
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+    def stream(self, i: int) -> io.IOBase:
+        try:
+            return self.paths[i].open("rb")
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
 

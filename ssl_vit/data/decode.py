@@ -51,7 +51,10 @@ _DICOM_STARTS = (b"\2\0", b"\b\0", b"\0\b")
 
 
 class Decoded(np.ndarray):
-    """Decoded image, (C, H, W) uint8 or float32: one that ``decode`` has made, and only passes."""
+    """Decoded image, (C, H, W) uint8 or float32: one that ``decode`` has made, and only passes.
+
+    Nothing else holds its memory.
+    """
 
 
 def decode(
@@ -85,7 +88,9 @@ def decode(
 
 
 def _again(image: Decoded, channels: int) -> torch.Tensor:
-    """Take a decoded image, in the wanted channels."""
+    """Take a decoded image, in the wanted channels; its memory goes on with the tensor."""
+    if image.shape[0] == channels:
+        return torch.from_numpy(np.asarray(image))
     hwc = np.asarray(image).transpose(1, 2, 0)
     return to_tensor(Raster(hwc, np.isnan(hwc) if hwc.dtype.kind == "f" else None), channels)
 

@@ -77,9 +77,14 @@ class Survey:
             raise UserError(f"{tried}, the first is {name}: {error}")
         has = " or ".join(map(str, sorted({error.has for error in others})))
         asked = f"--data.channels is {others[0].asked}: give --data.channels {others[0].has}"
+        fewer = f"choose {others[0].asked} by --data.bands"
+        many = others[0].has > others[0].asked
+        asked += f", or {fewer}" if many else ""
         if owner:
             asked = f"{owner} takes images of {others[0].asked}"
-            asked += f": give --data.channels {others[0].has} to adapt it" if adapts else ""
+            if adapts:
+                asked += f": give --data.channels {others[0].has} to adapt it"
+            asked += f"{', or' if adapts else ':'} {fewer}" if many else ""
         some = "channel" if has == "1" else "channels"
         raise UserError(f"the images of {self.spec} have {has} {some}{others[0].more}; {asked}")
 

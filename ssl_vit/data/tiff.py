@@ -144,7 +144,10 @@ class Plane:
         Raises:
             BadImage: too large, or damaged.
         """
-        check_pixels(box.height * box.width if box else math.prod(self.size))
+        try:
+            check_pixels(box.height * box.width if box else math.prod(self.size))
+        except BadImage as error:
+            raise BadImage(f"{error}; --data.tile reads it in parts") from None
         if self._by_pillow:
             first = self.stack.parts(self.number)[0].index
             return chosen(Raster(_by_pillow(self.file, first)), self.reading)

@@ -190,17 +190,18 @@ class _Seen:
             return
         files = len(made.whole)
         cut = int((made.rows * made.columns > 1).sum())
+        rest = f"; no larger: {files - cut:,}" if cut < files else ""
         _log.info(
             f"{self.spec}: {len(made):,} images: tiles of {self.tile[0]} x {self.tile[1]} px of "
-            f"{cut:,} of {files:,} files; the other {files - cut:,} are no larger"
+            f"{cut:,} of {files:,} files{rest}"
         )
         for part, count in self.costs.most_common(1):
             cost = self._cost(part)
             if cost >= _COSTLY:
                 _log.warning(
-                    f"warning: {self.spec}: {count:,} files are stored in parts of {part[0]} x "
-                    f"{part[1]} px, of which each tile decodes {cost:.0f} times its own pixels: "
-                    "store them in tiles once, as by gdal_translate -co TILED=YES -co "
+                    f"warning: {self.spec}: {count:,} of {files:,} files are stored in parts of "
+                    f"{part[0]} x {part[1]} px, of which each tile decodes {cost:.0f} times its "
+                    "own pixels: store them in tiles once, as by gdal_translate -co TILED=YES -co "
                     "COMPRESS=DEFLATE IN OUT"
                 )
 

@@ -192,4 +192,6 @@ class WholeWindows(Windows):
 
     def read(self, box: Box) -> torch.Tensor:
         rows = self.image[:, box.top : box.top + box.height]
-        return rows[..., box.left : box.left + box.width].contiguous()
+        return rows[..., box.left : box.left + box.width].clone(
+            memory_format=torch.contiguous_format
+        )

@@ -178,6 +178,11 @@ def test_other_channels_are_named_with_the_option(channels, asked, message):
         UserError, match=f"{channels} channels; --encoder x takes images of {asked}"
     ):
         found.check("--encoder x")
+    if channels > asked:
+        with pytest.raises(UserError, match=f"{channels}, or choose {asked} by --data.bands$"):
+            found.check()
+        with pytest.raises(UserError, match=f"images of {asked}: choose {asked} by --data.bands$"):
+            found.check("--encoder x")
 
 
 def test_some_images_of_other_channels_are_bad_ones():

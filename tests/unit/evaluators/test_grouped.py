@@ -13,25 +13,27 @@ from sklearn.metrics import average_precision_score
 
 from ssl_vit import evaluate
 from ssl_vit.commands.finetuning import labelled_images
-from ssl_vit.commands.pretraining import PretrainConfig, build
+from ssl_vit.commands.pretrain_options import PretrainConfig
+from ssl_vit.commands.pretraining import build
 from ssl_vit.common.config import DataConfig, EncoderConfig, RunConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.data.base import Subset
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.finetune import FinetuneConfig
 from ssl_vit.evaluators.intervals import accuracy_interval, mean_precision_interval
 from ssl_vit.evaluators.knn import knn_predictions, others
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.online import _split, source_targets
+from ssl_vit.evaluators.options import FinetuneConfig
 from ssl_vit.evaluators.overlap import Overlap, iou
 from ssl_vit.evaluators.published import Dinov2Protocol
 from ssl_vit.evaluators.quick_scores import knn_scores
 from ssl_vit.evaluators.selection import NOT_CHOSEN, split_rows
 from ssl_vit.evaluators.watch import _leave_one_out
-from ssl_vit.methods.mae import MAE, MAEConfig
+from ssl_vit.methods.mae import MAE
+from ssl_vit.options.mae import MAEConfig
 from tests.unit.data.test_dicom import written
 from tests.unit.feature_sets import feature_set, normal, top1
 

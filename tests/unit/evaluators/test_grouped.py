@@ -32,7 +32,6 @@ from ssl_vit.evaluators.published import Dinov2Protocol
 from ssl_vit.evaluators.quick_scores import knn_scores
 from ssl_vit.evaluators.selection import NOT_CHOSEN, split_rows
 from ssl_vit.evaluators.watch import _leave_one_out
-from ssl_vit.methods.mae import MAE
 from ssl_vit.options.mae import MAEConfig
 from tests.unit.data.test_dicom import written
 from tests.unit.feature_sets import feature_set, normal, top1
@@ -294,7 +293,7 @@ def test_pretraining_and_fine_tuning_hold_out_patients(archives, tmp_path):
         encoder=EncoderConfig("vit_tiny_patch16_224", (8,), 4, width=16, depth=1, heads=2),
         optim=PretrainOptim(batch_size=8),
     )
-    session = build("mae", MAE, config)
+    session = build("mae", config)
     plan = dict(session.plan(session.about()))
     assert plan["groups"] == "22 by PatientID, 2 held out: none in both"
     tuned = labelled_images(FinetuneConfig(data=data), None)

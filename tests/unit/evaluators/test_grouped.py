@@ -13,7 +13,8 @@ from sklearn.metrics import average_precision_score
 
 from ssl_vit import evaluate
 from ssl_vit.commands.finetuning import labelled_images
-from ssl_vit.commands.pretraining import PretrainConfig, build
+from ssl_vit.commands.pretrain_options import PretrainConfig
+from ssl_vit.commands.pretraining import build
 from ssl_vit.common.config import DataConfig, EncoderConfig, RunConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.rates import PretrainOptim
@@ -31,7 +32,7 @@ from ssl_vit.evaluators.published import Dinov2Protocol
 from ssl_vit.evaluators.quick_scores import knn_scores
 from ssl_vit.evaluators.selection import NOT_CHOSEN, split_rows
 from ssl_vit.evaluators.watch import _leave_one_out
-from ssl_vit.methods.mae import MAEConfig
+from ssl_vit.options.mae import MAEConfig
 from tests.unit.data.test_dicom import written
 from tests.unit.feature_sets import feature_set, normal, top1
 

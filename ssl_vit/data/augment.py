@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,6 +102,25 @@ class ViewSpec:
     def last(self) -> ViewSpec:
         """What is wanted when all phases are over."""
         return replace(self, phases=())
+
+
+def one_crop(size: tuple[int, int], options: Any) -> ViewSpec:
+    """One random resized crop, perhaps flipped and turned; its colours stay as they are.
+
+    ``size``: height and width in pixels. ``options``: a method's, with ``crop_scale``, ``flip``,
+    ``vertical_flip`` and ``quarter_turns``.
+    """
+    return ViewSpec(
+        (
+            Crop(
+                size,
+                scale=options.crop_scale,
+                flip=options.flip,
+                vertical_flip=options.vertical_flip,
+                quarter_turns=options.quarter_turns,
+            ),
+        )
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
 from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder, sincos_positions, take
@@ -240,14 +240,7 @@ class IJEPA(Method):
     @staticmethod
     def views(config: IJEPAConfig, encoder: Encoder) -> ViewSpec:
         """One random resized crop, perhaps flipped and turned; its colours stay as they are."""
-        crop = Crop(
-            encoder.image_size,
-            scale=config.crop_scale,
-            flip=config.flip,
-            vertical_flip=config.vertical_flip,
-            quarter_turns=config.quarter_turns,
-        )
-        return ViewSpec((crop,))
+        return one_crop(encoder.image_size, config)
 
     @staticmethod
     def draw_together(

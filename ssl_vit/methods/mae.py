@@ -14,7 +14,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
 from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import set_norm_eps
 from ssl_vit.model.encoder import Encoder, sincos_positions, take
@@ -236,14 +236,7 @@ class MAE(Method):
     @staticmethod
     def views(config: MAEConfig, encoder: Encoder) -> ViewSpec:
         """One random resized crop, bicubic, perhaps flipped and turned."""
-        crop = Crop(
-            encoder.image_size,
-            scale=config.crop_scale,
-            flip=config.flip,
-            vertical_flip=config.vertical_flip,
-            quarter_turns=config.quarter_turns,
-        )
-        return ViewSpec((crop,))
+        return one_crop(encoder.image_size, config)
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Scalar, Views, at_least_fp32
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
 from ssl_vit.data.loader import draw_samples
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder
@@ -119,14 +119,7 @@ class SimMIM(Method):
     @staticmethod
     def views(config: SimMIMConfig, encoder: Encoder) -> ViewSpec:
         """One random resized crop, perhaps flipped and turned."""
-        crop = Crop(
-            encoder.image_size,
-            scale=config.crop_scale,
-            flip=config.flip,
-            vertical_flip=config.vertical_flip,
-            quarter_turns=config.quarter_turns,
-        )
-        return ViewSpec((crop,))
+        return one_crop(encoder.image_size, config)
 
     @staticmethod
     def draw(

@@ -200,10 +200,9 @@ class Plane:
     def _mask_page(self) -> Any:
         """The page of the mask; None without one.
 
-        It is between the image's own and the next image, among its overviews and their masks.
+        It is between the page itself and the next image, among overviews and their masks.
         """
-        full = self.stack.base.keyframe if self.reading.level else self.stack.parts(self.number)[0]
-        index = full.index
+        index = self.stack.parts(self.number)[0].index
         while isinstance(index, int):
             index += 1
             try:

@@ -266,6 +266,10 @@ def _opened(scheme: str, process: int) -> Any:
     except ImportError:
         raise UserError(f"{scheme}:// needs {library}: pip install -e {extra}") from None
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme == "gs":  # the plain client: the usual one has gRPC too, which survives no fork
+        from gcsfs.core import GCSFileSystem
+
+        return GCSFileSystem(**options)
     if not scheme.startswith("http"):
         return fsspec.filesystem(scheme, **options)
     import aiohttp

@@ -16,7 +16,8 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
 
     A block with stochastic depth is compiled in parts: each block has a probability of its own, for
     each of which the compiler would start anew, and soon give up. ``in_parts``: every block, as
-    where something happens between its parts.
+    where something happens between its parts. Each size of crops has kernels of its own: there are
+    few sizes, and kernels for any size are slower.
     """
     for block in module.modules():
         if isinstance(block, LeanResidual):
@@ -25,7 +26,7 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
             own: Any = block
             parts = [own] if whole else [own.norm1, own.attn, own.norm2, own.mlp]
             for part in parts:
-                part.compile()
+                part.compile(dynamic=False)
 
 
 def checkpoint_activations(module: nn.Module) -> None:

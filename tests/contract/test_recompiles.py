@@ -1,0 +1,81 @@
+"""Compiled blocks start anew for no step: graphs of fixed shapes, all made in the first two.
+
+With the attention and the whole branches of CUDA, on the CPU; in a process in which annotations are
+not checked, which no compiler follows.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPT = """
+import functools, json, sys
+import torch
+from torch import nn
+from ssl_vit.benchmarks.speed import trainer_midway
+from ssl_vit.common.config import OptimConfig, RunConfig
+from ssl_vit.data.augment import Normalize
+from ssl_vit.data.loader import Batch
+from ssl_vit.evaluators.options import TuneConfig
+from ssl_vit.model.execution import choose_attention, compile_blocks
+from tests.contract import tiny
+from tests.unit.commands.test_finetune import batch, tuned
+
+# What was traced is run as it is: no compiler of C++ is needed. A broken graph is an error.
+nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager", fullgraph=True)
+
+
+def pretraining(name):
+    drops = () if name == "mae" else ("--encoder.drop-path", "0.4")
+    made = tiny.session(name, *drops, "--run.compile", "True")
+    loaded = tiny.batches(made)
+    return made.trainer, [next(loaded) for _ in range(4)]
+
+
+def fine_tuning():
+    task = tuned(TuneConfig(drop_path=0.4))
+    compile_blocks(task)
+    options = RunConfig(length="10ep"), OptimConfig(clip=1.0), Normalize((0.5,) * 3, (0.2,) * 3)
+    trainer = trainer_midway(task, *options, torch.device("cpu"), torch.bfloat16)
+    return trainer, [Batch(batch(key=key)) for key in range(4)]
+
+
+for name in sys.argv[1:]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer, batches = fine_tuning() if name == "finetune" else pretraining(name)
+    choose_attention(trainer.task, torch.device("cuda", 0))
+    trainer.task.train()
+    graphs = []
+    for batch_ in batches:
+        trainer.update([batch_])
+        trainer.step += 1
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    print(json.dumps([name, graphs]), flush=True)
+"""
+NAMES = ("mae", "dino", "dinov2", "finetune")
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, list[int]]:
+    """Graphs that there are after each of four steps."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *NAMES], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    return dict(json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_after_the_second_compiles(name, graphs):
+    """Of all sizes of crops, with stochastic depth, which drops other rows in every step."""
+    first, second, *_, last = graphs[name]
+    assert first > 0
+    assert second == last

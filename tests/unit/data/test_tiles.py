@@ -274,12 +274,26 @@ def test_tiles_of_shards_and_of_workers(scenes, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(expected, there, strict=True))
 
 
-def test_few_files_are_open_at_a_time(scenes):
-    source = opened(f"flat:{scenes}", 3, tile=(64,))
+def test_few_files_are_open_at_a_time_and_what_was_decoded_of_others_is_let_go(scenes):
+    source = opened(f"flat:{scenes}", 3, tile=(60,))
     before = len(os.listdir("/proc/self/fd"))
     for i in range(len(source)):
         source.read(i)
     assert len(os.listdir("/proc/self/fd")) - before <= 8
+    files, parts = source.open_files._mine()
+    assert parts.kept
+    there = {id(windows.plane.file) for windows, _ in files.kept.values()}
+    assert {file for file, *_ in parts.kept} <= there
+
+
+def test_a_forked_process_opens_its_own_files(scenes, monkeypatch):
+    """They would share the position in a file with those of its parent."""
+    source = opened(f"flat:{scenes}", 3, tile=(64,))
+    source.read(0)
+    before = source.open_files._mine()
+    assert source.open_files._mine() is before
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert source.open_files._mine()[0] is not before[0]
 
 
 def test_a_run_has_statistics_and_says_what_is_not_kept(scenes, tmp_path):

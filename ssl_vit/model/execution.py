@@ -10,6 +10,10 @@ from torch import nn
 from ssl_vit.common.errors import check
 from ssl_vit.model.block import LeanResidual
 
+# Graphs of one function, above which torch compiles no more: one of each size of crops, with
+# gradients and without, of all tokens and of [CLS] alone.
+_GRAPHS = 64
+
 
 def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
     """Compile every transformer block of a module in place; its weights keep their names.
@@ -19,6 +23,8 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
     where something happens between its parts. Each size of crops has kernels of its own: there are
     few sizes, and kernels for any size are slower.
     """
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     for block in module.modules():
         if isinstance(block, LeanResidual):
             whole = isinstance(block.drop_path1, nn.Identity) and not in_parts

@@ -31,7 +31,7 @@ nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager", 
 
 
 def pretraining(name):
-    drops = () if name == "mae" else ("--encoder.drop-path", "0.4")
+    drops = () if name.startswith("mae") else ("--encoder.drop-path", "0.4")
     made = tiny.session(name, *drops, "--run.compile", "True")
     loaded = tiny.batches(made)
     return made.trainer, [next(loaded) for _ in range(4)]
@@ -58,7 +58,7 @@ for name in sys.argv[1:]:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     print(json.dumps([name, graphs]), flush=True)
 """
-NAMES = ("mae", "dino", "dinov2", "finetune")
+NAMES = ("mae", "dino", "dinov2", "mae_dino", "finetune")
 
 
 @pytest.fixture(scope="module")

@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
         for row in rows:
             print(json.dumps(row.record()))
         return 0
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if config.live:
         check(console.is_terminal, "--live needs a terminal; standard output is none")
         follow(console, config, rows)

@@ -183,7 +183,8 @@ def show_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] 
         )
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    # Names of files and sources are no markup: digits:train: 3, scans[1].
+    console = Console(markup=False, emoji=False)
     console.width = min(100, console.width if console.is_terminal else 100)
     # Printed separately: the table's own title would be wrapped to the width of a narrow table.
     console.print(title, highlight=False)

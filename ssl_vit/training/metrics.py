@@ -90,13 +90,13 @@ class RunLog:
 
     def _start_progress(self) -> None:
         """Progress bar on a terminal; plain lines in a log file."""
-        console = Console(file=sys.stderr)
+        console = Console(file=sys.stderr, markup=False, emoji=False)
         if console.is_terminal:
             # The time left is ours, of the speed that the line shows.
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[left]}", markup=False),
             )
             self.progress = Progress(*columns, console=console)
             self.bar = self.progress.add_task(

@@ -86,7 +86,7 @@ def test_a_line_shows_the_usual_speed_and_the_metrics_what_was(log, capsys):
 def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(metrics, "Console", lambda file: terminal)
+    monkeypatch.setattr(metrics, "Console", lambda **_: terminal)
     with RunLog(tmp_path, 0, 100, 1, 8, main=True, energy=Energy(CPU)) as log:
         log.smoothed.add(1, 9.0)
         log.smoothed.add(1, 9.0)

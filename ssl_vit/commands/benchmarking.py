@@ -24,8 +24,8 @@ from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.commands.scale import scale_report, show_scale
-from ssl_vit.common.config import DataConfig
 from ssl_vit.common.files import write_text_atomically
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.architecture import without_memory

@@ -17,11 +17,11 @@ from ssl_vit.commands.compare_options import CompareConfig, named
 from ssl_vit.commands.eval_options import FeatureConfig, KnnConfig, LinearConfig
 from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.commands.probes import Result, best_pooling, knn, linear
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.pictures.chart import Bars, bars
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ssl_vit.common.checks import check_least, check_size
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.options import FEATURES, PATCHES, check_format
 
 

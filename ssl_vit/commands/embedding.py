@@ -17,10 +17,10 @@ import torch
 from ssl_vit.commands.embed_features import chosen_features, embedding_of
 from ssl_vit.commands.embed_options import EmbedConfig, check_place
 from ssl_vit.commands.evaluating import look_at
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.distributed import gather_texts, rank_and_world, share
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import describe_labels
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.loader import EvalImages

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ssl_vit.common.checks import check_given, check_least, check_portion
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.options import FEATURES, KS, SegmentOptions
 
 

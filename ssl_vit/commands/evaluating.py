@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import describe_labels, known_labels
 from ssl_vit.data.groups import leaks
 from ssl_vit.data.labels import align_classes

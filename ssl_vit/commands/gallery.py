@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ssl_vit.commands.evaluating import look_at
 from ssl_vit.commands.picture_options import PictureConfig
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Item
 from ssl_vit.data.decode import BadImage

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssl_vit.common.checks import check_least, check_portion, check_size
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.options.base import Target
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
+from ssl_vit.common.config import EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.rates import PretrainOptim
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.methods import MethodOptions
 
 M = TypeVar("M")

@@ -16,9 +16,9 @@ from ssl_vit.commands.cli import layered, recipes
 from ssl_vit.commands.eval_options import EvalData
 from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.checks import check_least, check_positive
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.layers import COMMAND_LINE, parse
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.methods import find_options, method_names
 
 log = logging.getLogger("ssl_vit")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.draws import Mix
 from ssl_vit.data.raster import BadImage
 

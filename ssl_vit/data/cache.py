@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.common.config import DataConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage, Decoded
 from ssl_vit.data.formats import HEAD, format_of

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data import stills
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.headers import jpeg_size

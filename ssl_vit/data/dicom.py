@@ -17,7 +17,7 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import as_pixel_options, get_decoder
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.dicom_values import (
     by_level,
     from_palette,

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.decode import npy_header
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.headers import coded_size

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.class_folders import (
     images_and_masks,

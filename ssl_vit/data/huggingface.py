@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.hf_columns import image_column, image_folder, read_labels

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ssl_vit.common.config import DataConfig
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.cache import ImageCache, no_use, open_cache
 from ssl_vit.data.fingerprint import fingerprint

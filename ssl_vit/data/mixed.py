@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source, known_labels
 from ssl_vit.data.draws import Mix
 from ssl_vit.data.shard_names import find_shards

@@ -14,8 +14,8 @@ from jaxtyping import Integer
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.common.task import Views
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, decode

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow and JPEG

@@ -21,8 +21,8 @@ from glob import has_magic
 
 import numpy as np
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import RunFailed, check
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.base import Item
 from ssl_vit.data.remote import ASKING, NoRanges, RemoteFile, describe, matching
 from ssl_vit.data.remote_index import GIVEN, bring, given_indexes, index_of, known_indexes

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.files import cache_folder
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.remote import NoRanges, RemoteFile, patiently
 from ssl_vit.data.tar_index import INDEX_SUFFIX
 

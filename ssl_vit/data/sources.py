@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.common.addresses import ADDRESS, check_no_secret
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source, Subset, split_holdout
 from ssl_vit.data.groups import group_count, groups_of
 from ssl_vit.data.labels import labelled_by

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.headers import coded_size, jpeg2000_header, jpeg_frame
 from ssl_vit.data.raster import BadImage, Raster, check_pixels, choose_plane, find_missing
 

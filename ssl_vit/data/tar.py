@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Names, Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.member import Member

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.tar_index import ShardIndex, split_name
 
 log = logging.getLogger("ssl_vit")

@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.ome import lone_name, plane_count
 from ssl_vit.data.raster import (
     ALL,

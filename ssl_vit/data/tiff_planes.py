@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.ome import own_part
 from ssl_vit.data.raster import ALL, BadImage, Box, choose_plane, counts_for
 from ssl_vit.data.recent import Recent

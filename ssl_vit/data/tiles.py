@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import Decoded
 from ssl_vit.data.extent import Extent, extent_of

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError, did_you_mean
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.raster import reason

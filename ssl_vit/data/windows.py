@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import array_planes, channels_last, decode, from_array, npy_header
 from ssl_vit.data.formats import HEAD, format_of

@@ -16,8 +16,9 @@ from ssl_vit.common.checks import (
     check_share,
     check_size,
 )
-from ssl_vit.common.config import DataConfig, EncoderConfig, OptimConfig, RunConfig
+from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import check
+from ssl_vit.common.reading import DataConfig
 
 # Numbers of neighbours.
 KS = (10, 20, 100, 200)

@@ -10,10 +10,11 @@ import torch
 from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.commands.cli import layered
 from ssl_vit.commands.pretrain_options import PretrainConfig
-from ssl_vit.common.config import DataConfig, EncoderConfig
+from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.common.presets import _PRESETS, about_preset, preset_values
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import Crop, ViewSpec, draw_views
 from ssl_vit.data.description import described, far_from_black
 from ssl_vit.data.photometric import Photometric

@@ -17,8 +17,9 @@ from ssl_vit.commands.compare import tuning_options
 from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.commands.evaluating import Evaluation
-from ssl_vit.common.config import EncoderConfig, ReadConfig
+from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from ssl_vit.commands.cli import layered
 from ssl_vit.commands.finetuning import Finetuning, parse_options
-from ssl_vit.common.config import DataConfig, EncoderConfig, OptimConfig
+from ssl_vit.common.config import EncoderConfig, OptimConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.common.seeds import seeded
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop

@@ -12,10 +12,11 @@ import yaml
 
 from ssl_vit.commands.cli import find_recipe, layered, recipes, split_config
 from ssl_vit.commands.pretrain_options import PretrainConfig
-from ssl_vit.common.config import DataConfig, EncoderConfig, InitConfig, RunConfig
+from ssl_vit.common.config import EncoderConfig, InitConfig, RunConfig
 from ssl_vit.common.errors import UserError, did_you_mean
 from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, written, yaml_flags
 from ssl_vit.common.rates import PretrainOptim
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.common.schedules import Length
 from ssl_vit.methods import method_names
 from ssl_vit.options.mae import MAEConfig

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ssl_vit.common.config import DataConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.common.spread import pattern_of
 
 

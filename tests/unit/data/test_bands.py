@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.images import open_images
 from ssl_vit.data.scales import declared_scales

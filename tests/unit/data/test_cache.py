@@ -17,8 +17,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data import reduced
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.cache import ImageCache, no_use

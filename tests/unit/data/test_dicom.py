@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.formats import HEAD, format_of

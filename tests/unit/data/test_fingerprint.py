@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_vit.common.config import DataConfig
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data import fingerprint as module
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.decode import BadImage, decode
 
 FUZZ = int(os.environ.get("SSL_VIT_FUZZ", "150"))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data import groups
 from ssl_vit.data.base import Source, Subset, split_holdout, units
 from ssl_vit.data.groups import group_count, groups_of, numbered, shared_groups

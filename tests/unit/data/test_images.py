@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_vit.common.config import DataConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.data.base import Source
 from ssl_vit.data.folder import FolderSource

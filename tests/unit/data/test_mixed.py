@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source, Subset, epoch_length, known_labels, split_holdout, units
 from ssl_vit.data.draws import Draws, Mix

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.raster import nodata_value

@@ -16,8 +16,8 @@ from PIL import Image
 
 from launch import slurm
 from ssl_vit import pretrain
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import RunFailed, UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data import remote, remote_tar
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source, split_holdout

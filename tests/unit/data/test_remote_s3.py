@@ -6,8 +6,8 @@ import socket
 import fsspec
 import pytest
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data import remote
 from ssl_vit.data.sources import open_source
 from tests.unit.data.test_sources import samples, write_tar

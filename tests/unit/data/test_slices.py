@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_vit.common.config import DataConfig, ReadConfig
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.slices import Counted, Planes, count_planes
 from ssl_vit.data.sources import Subset, open_source, split_holdout

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data import tar as tar_module
 from ssl_vit.data import tar_index
 from ssl_vit.data.base import Names, check_classes, describe_labels

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.formats import format_of
 from ssl_vit.data.headers import coded_size

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_vit.common.config import ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data import tar_index
 from ssl_vit.data.base import describe_labels
 from ssl_vit.data.sources import open_source

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data import tiff as tiff_module
 from ssl_vit.data.decode import BadImage, decode
 

@@ -10,7 +10,7 @@ import tifffile
 from rasterio.io import MemoryFile
 from rasterio.windows import Window
 
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.raster import BadImage, Box
 from ssl_vit.data.recent import Recent
 from ssl_vit.data.tiff import Plane, open_tiff

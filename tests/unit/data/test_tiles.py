@@ -17,8 +17,8 @@ from PIL import Image
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
-from ssl_vit.common.config import DataConfig, ReadConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source
 from ssl_vit.data.cache import ImageCache, no_use
@@ -434,7 +434,7 @@ def test_a_hundred_thousand_tiles_are_listed_in_seconds(tmp_path):
 
 MEMORY = """
 import resource, sys
-from ssl_vit.common.config import ReadConfig
+from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.decode import decode
 from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.sources import open_source

@@ -15,9 +15,10 @@ from ssl_vit import evaluate
 from ssl_vit.commands.finetuning import labelled_images
 from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.commands.pretraining import build
-from ssl_vit.common.config import DataConfig, EncoderConfig, RunConfig
+from ssl_vit.common.config import EncoderConfig, RunConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.rates import PretrainOptim
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.base import Subset
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import FeatureSet

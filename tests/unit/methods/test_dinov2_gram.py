@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ssl_vit.benchmarks.costs import count_step
-from ssl_vit.common.config import DataConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import TrainImages, train_batches

@@ -16,9 +16,10 @@ from ssl_vit.commands.reconstruction import (
     open_reconstruction,
     reconstruction_panel,
 )
-from ssl_vit.common.config import DataConfig, EncoderConfig
+from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
+from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import Normalize
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.methods.mae import MAE, MAEObjective

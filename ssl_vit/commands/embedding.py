@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from ssl_vit.commands.evaluating import look_at
 from ssl_vit.common.distributed import gather_texts, rank_and_world, share
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
-from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import describe_labels
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.loader import EvalImages
@@ -82,8 +80,7 @@ class Embedding:
         """Card of the features: all that decides what they are. Reads some hundred images."""
         source, module = self.source, self.backbone.module
         labels = source.labels if source.targets is None else source.targets
-        reading = {f.name: getattr(source.reading, f.name) for f in fields(ReadConfig)}
-        without = {name: value for name, value in reading.items() if name != "group"}
+        group = source.reading.group
         about = {
             "source": source.spec,
             "images": len(source),
@@ -91,7 +88,7 @@ class Embedding:
             "labels": describe_labels(source),
             "labels_sha256": None if labels is None else labels_sha256(torch.from_numpy(labels)),
             "classes": None if source.classes is None else list(source.classes),
-            "reading": reading if source.reading.group else without,
+            "reading": source.reading.content | ({"group": group} if group else {}),
         }
         patch = module.patch_size if isinstance(module, Encoder) else 0
         grid = [side // patch for side in self.backbone.view.size] if patch else None

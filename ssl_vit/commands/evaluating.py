@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.common.errors import check
-from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import describe_labels, known_labels
 from ssl_vit.data.groups import leaks
 from ssl_vit.data.labels import align_classes
@@ -113,16 +112,12 @@ class Evaluation:
 
         if not config.cache:
             return make()
-        # Features depend neither on groups nor on where shards are kept.
-        without = ("group", "shard_cache", "shard_cache_size", "cache_reserve")
-        names = [f.name for f in fields(ReadConfig) if f.name not in without]
-        reading = {name: getattr(source.reading, name) for name in names}
         about = {
             "weights": backbone.identity.get("weights_sha256", "none"),
             "network": backbone.network,
             "parts": parts,
             "view": asdict(backbone.view),
-            "reading": reading,
+            "reading": source.reading.content,
             "device": self.device.type,
             "precision": str(self.precision),
             "content": content or content_sha256(source),

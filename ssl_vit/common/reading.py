@@ -2,8 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 from ssl_vit.common.addresses import check_no_secret
 from ssl_vit.common.checks import (
@@ -115,6 +115,13 @@ class ReadConfig:
         """What groups are told by (name, column, dicom; empty for a plain name), and the rest."""
         kind, colon, text = self.group.partition(":")
         return (kind, text) if colon and kind in ("name", "column", "dicom") else ("", self.group)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The options that decide images, their values and their labels: not which images belong
+        together, nor where shards are kept."""
+        aside = ("group", "shard_cache", "shard_cache_size", "cache_reserve")
+        return {f.name: getattr(self, f.name) for f in fields(ReadConfig) if f.name not in aside}
 
     @property
     def decoding(self) -> str:

@@ -245,6 +245,13 @@ def test_parts_of_something_else_are_refused(stopped, change, said):
     assert not Path("x.npz.partial").exists()
 
 
+def test_where_shards_are_kept_is_nothing_else(stopped):
+    """On another machine, on another disk, a call goes on."""
+    stopped(1, "--data.shard-cache", "one")
+    call("--data.shard-cache", "two", "--data.shard-cache-size", "5", "--data.cache-reserve", "1")
+    assert opened("x.npz")["cls"].shape == (39, 32)
+
+
 def test_images_that_changed_are_noticed(stopped):
     stopped(1)
     Image.new("L", (9, 9)).save("images/b/03.png")

@@ -53,6 +53,21 @@ class Source:
     starts: np.ndarray | None = None
     apart: str = ""
 
+    def inherit(self, source: "Source", of: np.ndarray | None = None) -> None:
+        """Take over what is known of another source and of its images. ``of``: int (n,), which of
+        them each image here is, or is a part of; None: all, in their order."""
+
+        def taken(values: np.ndarray | None) -> np.ndarray | None:
+            return values if values is None or of is None else values[of]
+
+        self.spec, self.reading, self.classes = source.spec, source.reading, source.classes
+        self.labels_from, self.apart = source.labels_from, source.apart
+        self.labels, self.targets = taken(source.labels), taken(source.targets)
+        self.whole, self.file_of = source.whole, taken(source.file_of)
+        self.groups = taken(source.groups)
+        self.mix = source.mix if source.mix is None or of is None else source.mix.take(of)
+        self.starts = source.starts if of is None else None
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -101,22 +116,14 @@ class Subset(Source):
     """Subset of a source: its images at `indices`, int (n,), in that order."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        indices = np.asarray(indices, dtype=np.int64)
-        self.spec = source.spec
+        indices, spec = np.asarray(indices, dtype=np.int64), source.spec
         if isinstance(source, Subset):  # a single look-up, however often it was split
             indices = source.indices[indices]
             source = source.source
         self.source: Source = source
         self.indices: np.ndarray = indices
-        self.classes, self.reading = source.classes, source.reading
-        self.labels_from = source.labels_from
-        self.labels = None if source.labels is None else source.labels[indices]
-        self.targets = None if source.targets is None else source.targets[indices]
-        self.whole = source.whole
-        self.file_of = None if source.file_of is None else source.file_of[indices]
-        self.groups = None if source.groups is None else source.groups[indices]
-        self.mix = None if source.mix is None else source.mix.take(indices)
-        self.apart = source.apart
+        self.inherit(source, indices)
+        self.spec = spec  # a part may have a name of its own
         if source.starts is not None and bool((np.diff(indices) > 0).all()):
             self.starts = np.searchsorted(indices, source.starts)
 

@@ -49,11 +49,9 @@ class Labelled(Source):
         values: np.ndarray,
         labels_from: str = "",
     ):
+        self.inherit(source)
         self.source, self.spec, self.classes = source, spec, classes
-        self.reading, self.labels_from = source.reading, labels_from
-        self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
-        self.mix = source.mix
-        self.starts, self.apart = source.starts, source.apart
+        self.labels_from = labels_from
         self.labels = values if values.ndim == 1 else None
         self.targets = values if values.ndim == 2 else None
 

@@ -27,26 +27,37 @@ _AT_ONCE = 4096  # files whose counts are waited for at a time
 _FRAMES = ("GIF", "PNG", "WEBP", "AVIF")
 
 
-class Planes(Source):
-    """Planes source: every plane of the files of ``whole`` is an image of its own.
+class FileParts(Source):
+    """Images that are parts of the files of ``whole``, one file after another.
 
-    ``counts``: int64 (files,), the planes of each.
+    Attributes:
+        firsts: int64 (files + 1,), the first image of each file, and the number of all.
+
+    Args:
+        counts: int64 (files,), the images of each.
+        channels: that they are decoded to.
     """
 
+    whole: Source
+    file_of: np.ndarray
+
     def __init__(self, whole: Source, counts: np.ndarray, channels: int) -> None:
-        self.whole: Source = whole
         self.channels = channels
         self.firsts = np.cumsum(np.concatenate([[0], counts])).astype(np.int64)
-        self.file_of: np.ndarray = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        self.spec, self.classes, self.reading = whole.spec, whole.classes, whole.reading
-        self.labels_from, self.apart = whole.labels_from, whole.apart
+        file_of = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        self.inherit(whole, file_of)
+        self.whole, self.file_of = whole, file_of
         self.starts = None if whole.starts is None else self.firsts[whole.starts]
-        self.labels = None if whole.labels is None else whole.labels[self.file_of]
-        self.targets = None if whole.targets is None else whole.targets[self.file_of]
-        self.groups = None if whole.groups is None else whole.groups[self.file_of]
 
     def __len__(self) -> int:
         return len(self.file_of)
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.whole.expect(self.file_of[np.asarray(images, dtype=np.int64)])
+
+
+class Planes(FileParts):
+    """Planes source: every plane of the files of ``whole`` is an image of its own."""
 
     def read(self, i: int) -> Item:
         file, plane, count = self._place(i)
@@ -60,9 +71,6 @@ class Planes(Source):
             except Exception as error:  # decoders raise all kinds
                 raise BadImage(reason(error)) from error
         return image, self.label(i)
-
-    def expect(self, images: Sequence[int] | np.ndarray) -> None:
-        self.whole.expect(self.file_of[np.asarray(images, dtype=np.int64)])
 
     def name(self, i: int) -> str:
         file, plane, count = self._place(i)

@@ -7,7 +7,7 @@ out, and all have one size. The list of tiles is made from the headers of the fi
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from ssl_vit.data.decode import Decoded
 from ssl_vit.data.extent import Extent, extent_of
 from ssl_vit.data.missing import has_missing, valid_share
 from ssl_vit.data.raster import BadImage, Box, EmptyTile, reason
-from ssl_vit.data.slices import is_array, tell_planes
+from ssl_vit.data.slices import FileParts, is_array, tell_planes
 from ssl_vit.data.windows import OpenFiles
 
 _log = logging.getLogger("ssl_vit")
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     column: int
 
 
-class Tiles(Source):
+class Tiles(FileParts):
     """Tiles source: every tile of every plane of the files of ``whole`` is an image of its own.
 
     ``extents``: int64 (files, 3), height, width and planes of each; height and width are 0 where
@@ -49,24 +49,12 @@ class Tiles(Source):
     def __init__(
         self, whole: Source, extents: np.ndarray, tile: tuple[int, int], channels: int
     ) -> None:
-        self.whole: Source = whole
-        self.tile, self.channels = tile, channels
+        self.tile = tile
         self.heights, self.widths, planes = extents.T
         self.rows = np.maximum(-(-self.heights // tile[0]), 1)
         self.columns = np.maximum(-(-self.widths // tile[1]), 1)
-        counts = self.rows * self.columns * planes
-        self.firsts = np.cumsum(np.concatenate([[0], counts])).astype(np.int64)
-        self.file_of: np.ndarray = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        self.spec, self.classes, self.reading = whole.spec, whole.classes, whole.reading
-        self.labels_from, self.apart = whole.labels_from, whole.apart
-        self.starts = None if whole.starts is None else self.firsts[whole.starts]
-        self.groups = None if whole.groups is None else whole.groups[self.file_of]
-        self.labels = None if whole.labels is None else whole.labels[self.file_of]
-        self.targets = None if whole.targets is None else whole.targets[self.file_of]
+        super().__init__(whole, self.rows * self.columns * planes, channels)
         self.open_files = OpenFiles(whole, channels)
-
-    def __len__(self) -> int:
-        return len(self.file_of)
 
     def read(self, i: int) -> Item:
         """Raises ``EmptyTile`` for a tile of an image without any data."""
@@ -86,9 +74,6 @@ class Tiles(Source):
         if cut and has_missing(image) and not valid_share(image):
             raise EmptyTile("holds no data")
         return image.numpy().view(Decoded), self.label(i)
-
-    def expect(self, images: Sequence[int] | np.ndarray) -> None:
-        self.whole.expect(self.file_of[np.asarray(images, dtype=np.int64)])
 
     def name(self, i: int) -> str:
         """``scene.tif#r3c5``: row and column from 0; of a file with several planes

@@ -163,11 +163,8 @@ class Numbered(Source):
     """
 
     def __init__(self, source: Source) -> None:
-        self.source, self.spec, self.reading = source, source.spec, source.reading
-        self.classes, self.targets = source.classes, source.targets
-        self.labels_from = source.labels_from
-        self.whole, self.file_of, self.groups = source.whole, source.file_of, source.groups
-        self.mix = source.mix
+        self.inherit(source)
+        self.source, self.labels = source, None
 
     def __len__(self) -> int:
         return len(self.source)

@@ -11,20 +11,19 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
 from ssl_vit.data.base import Source
 from ssl_vit.data.formats import HEAD, format_of
+from ssl_vit.data.headers_of import headers_of
 from ssl_vit.data.table import Table
 
 log = logging.getLogger("ssl_vit")
 _SHOWN = 3  # images without a group that are named
-_THREADS = 16
-_AT_ONCE = 4096  # files whose headers are waited for at a time
 _SAID = 30.0  # seconds between two lines of progress
 _UNKNOWN = ("", "nan")
 
@@ -139,31 +138,22 @@ def _header_values(source: Source, tag: int, keyword: str) -> Iterator[str]:
     it has none. Read by threads, some thousands at a time; a line of progress every half minute."""
     from ssl_vit.data.dicom import read_element
 
-    def value(i: int) -> str:
-        try:
-            with source.stream(i) as stream:
-                head = stream.read(HEAD)
-                stream.seek(0)
-                # Without a preamble a file begins with its first group.
-                bare = head[:2] in (b"\2\0", b"\b\0", b"\0\b")
-                known = bare or format_of(head) == "DICOM"
-                return read_element(stream, tag) if known else ""
-        except Exception:  # a bad image is one image: reading it says why
-            return ""
+    def value(stream: Any) -> str:
+        head = stream.read(HEAD)
+        stream.seek(0)
+        # Without a preamble a file begins with its first group.
+        bare = head[:2] in (b"\2\0", b"\b\0", b"\0\b")
+        return read_element(stream, tag) if bare or format_of(head) == "DICOM" else ""
 
     n, started = len(source), time.monotonic()
     said = started
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, n, _AT_ONCE):
-            for i, text in enumerate(
-                pool.map(value, range(start, min(n, start + _AT_ONCE))), start
-            ):
-                yield text
-                if (now := time.monotonic()) - said > _SAID:
-                    said = now
-                    done, rate = f"{i + 1:,} of {n:,}", (i + 1) / (now - started)
-                    text = "%s: %s of DICOM read of %s files, %.0f/s"
-                    log.info(text, source.spec, keyword, done, rate)
+    for count, found in enumerate(headers_of(source, range(n), value, ""), 1):
+        yield found
+        if (now := time.monotonic()) - said > _SAID:
+            said = now
+            done, rate = f"{count:,} of {n:,}", count / (now - started)
+            text = "%s: %s of DICOM read of %s files, %.0f/s"
+            log.info(text, source.spec, keyword, done, rate)
 
 
 def group_count(source: Source) -> int:

@@ -9,7 +9,6 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,12 +17,11 @@ import numpy as np
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage, Decoded, array_planes, decode, npy_header
 from ssl_vit.data.formats import HEAD, format_of
+from ssl_vit.data.headers_of import headers_of
 from ssl_vit.data.raster import chosen, reason, to_tensor, wanted
 
 _log = logging.getLogger("ssl_vit")
 _FIRST = 8
-_THREADS = 16
-_AT_ONCE = 4096  # files whose counts are waited for at a time
 _FRAMES = ("GIF", "PNG", "WEBP", "AVIF")
 
 
@@ -176,19 +174,8 @@ class Counted(NamedTuple):
 
 def _counted(source: Source, files: range, channels: int) -> Iterator[Counted]:
     """Planes of each of these files."""
-
     channels = wanted(channels, source.reading)
-
-    def count(i: int) -> Counted:
-        try:
-            with source.stream(i) as stream:
-                return count_planes(stream, channels)
-        except Exception:  # a bad image is one image: reading it says why
-            return Counted()
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(files), _AT_ONCE):
-            yield from pool.map(count, files[start : start + _AT_ONCE])
+    return headers_of(source, files, lambda stream: count_planes(stream, channels), Counted())
 
 
 def count_planes(stream: Any, channels: int) -> Counted:

@@ -5,10 +5,10 @@ overlap, but for those of the last row and column, which end where the image doe
 out, and all have one size. The list of tiles is made from the headers of the files.
 """
 
+import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,14 +18,13 @@ from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import Decoded
 from ssl_vit.data.extent import Extent, extent_of
+from ssl_vit.data.headers_of import headers_of
 from ssl_vit.data.missing import has_missing, valid_share
 from ssl_vit.data.raster import BadImage, Box, EmptyTile, reason
 from ssl_vit.data.slices import FileParts, is_array, tell_planes
 from ssl_vit.data.windows import OpenFiles
 
 _log = logging.getLogger("ssl_vit")
-_THREADS = 16
-_AT_ONCE = 4096  # files whose extents are waited for at a time
 _WHOLE = (1 << 62, 1 << 62)  # a tile that no image is larger than
 _COSTLY = 8  # times as many pixels are decoded as a tile has: said
 
@@ -135,17 +134,10 @@ def with_tiles(source: Source, channels: int) -> Source:
 def extents(source: Source, channels: int) -> Iterator[Extent]:
     """Extent of each file of a source, by threads; without sizes for those that are not known."""
 
-    def extent(i: int) -> Extent:
-        try:
-            with source.stream(i) as stream:
-                return extent_of(stream, channels, source.reading)
-        except Exception:  # a bad image is one image: reading it says why
-            return Extent()
+    def extent(stream: io.IOBase) -> Extent:
+        return extent_of(stream, channels, source.reading)
 
-    files = range(len(source))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(files), _AT_ONCE):
-            yield from pool.map(extent, files[start : start + _AT_ONCE])
+    return headers_of(source, range(len(source)), extent, Extent())
 
 
 class _Seen:

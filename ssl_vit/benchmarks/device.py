@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ssl_vit.benchmarks.speed_tables import TableOf
+from ssl_vit.benchmarks.speed_tables import TableOf, gigabytes, markdown_rows
 
 # Seconds between the request to end and the end of a part that is out of time.
 _GRACE = 5.0
@@ -136,7 +136,7 @@ def _read(outcome: Outcome, out: Path, lines: list[str]) -> None:
         outcome.said = [line.strip() for line in lines if line.startswith("    ")]
         for case in kinds["failure"] + kinds["error"]:
             reason = next(e for e in case if e.tag in _ENDS).get("message", "")
-            outcome.said.append(f"{case.get('name')}: {reason.splitlines()[0][:200]}")
+            outcome.said.append(f"{case.get('name')}: {reason.partition(chr(10))[0][:200]}")
     elif text:
         outcome.found = json.loads(text)
     if outcome.state == "failed" and not outcome.said:
@@ -160,8 +160,8 @@ def steps_table(outcomes: dict[str, Outcome]) -> TableOf:
                 "?" if share is None else f"{share:.0%}",
                 str(report.get("kernels") or "?"),
                 f"{half['share']:.1%}",
-                _gigabytes(ours["peak_memory_bytes"]),
-                _gigabytes(_predicted(report, outcomes)),
+                gigabytes(ours["peak_memory_bytes"], 1),
+                gigabytes(_predicted(report, outcomes), 1),
                 ", ".join(faster) or "-",
             )
         )
@@ -180,16 +180,7 @@ def _predicted(report: dict[str, Any], outcomes: dict[str, Outcome]) -> int | No
     return int(row["state"]["1"]["total"] + kept["fixed"] + images * kept["per_image"])
 
 
-def _gigabytes(count: int | None) -> str:
-    return "?" if count is None else f"{count / 2**30:.1f} GiB"
-
-
 def markdown(table: TableOf, where: str) -> str:
     """The table for a page of the docs, with the device and the date."""
-    lines = [f"{where}: {table.title}", "", _line(table.header)]
-    lines += [_line(("---",) * len(table.header)), *map(_line, table.rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    rows = markdown_rows([table.header, ("---",) * len(table.header), *table.rows])
+    return f"{where}: {table.title}\n\n{rows}\n"

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ssl_vit.benchmarks.speed_tables import markdown_rows
+
 Row = dict[str, Any]
 # Evaluators that judge, and their headings in the table.
 JUDGES = {"knn": "k-NN k=20", "linear": "linear"}
@@ -112,6 +114,6 @@ def markdown(report: Row) -> str:
     source = f", commit {report['commit'][:12]}" if report["commit"] else ""
     made = f"{report['date'][:10]}, {asked['machine']}, torch {report['versions']['torch']}{source}"
     rows = [HEADER, ("---",) * 2 + ("---:",) * (len(HEADER) - 2), *table(report)]
-    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = markdown_rows(rows)
     notes = _NOTES.format(train=asked["train"], val=asked["val"])
     return f"{asked['minutes']:g} minutes of training each; {made}.\n\n{lines}\n{notes}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ssl_vit.benchmarks.measured import machine
@@ -32,7 +32,7 @@ def step_tables(report: dict[str, Any]) -> Iterator[TableOf]:
     rows: list[tuple[str, ...]] = []
     for name, found in report["results"].items():
         cost = f"{found['flops_per_image'] / 1e9:.3g}"
-        share, memory = _share(found["share_of_peak"]), _gigabytes(found["peak_memory_bytes"])
+        share, memory = _share(found["share_of_peak"]), gigabytes(found["peak_memory_bytes"])
         faster, larger = _ours(report["ratios"], name), _ours(report["memory_ratios"], name)
         rows.append((name, *_rate(found), faster, cost, share, memory, larger))
     title = f"{_title(report)}\n{_peak(report['matmul_peak'])}"
@@ -127,5 +127,11 @@ def _share(share: float | None) -> str:
     return "?" if share is None else f"{share:.1%}"
 
 
-def _gigabytes(count: int | None) -> str:
-    return "?" if count is None else f"{count / 2**30:.2f} GiB"
+def gigabytes(count: int | None, digits: int = 2) -> str:
+    """Bytes as text; ``?`` where they are not known."""
+    return "?" if count is None else f"{count / 2**30:.{digits}f} GiB"
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table of Markdown; the second one parts the header from the rest."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

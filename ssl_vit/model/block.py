@@ -94,7 +94,7 @@ class _Lean:
             assert rows is None, "a mask is for all tokens"
             assert attended is None, "a mask states what is attended to"
             found: Tensor = super().forward(x, *mask, **masks)  # type: ignore[misc]
-            return found if gamma is None else gamma * found
+            return _times(found, gamma)
         dropout = own.attn_drop.p if own.training else 0.0
         normed = any(not isinstance(m, nn.Identity) for m in (own.q_norm, own.k_norm))
         whole = rows is None and attended is None
@@ -167,12 +167,17 @@ def _part(
     return F.linear(x, linear.weight[outputs], None if bias is None else bias[outputs])
 
 
+def _times(x: Tensor, gamma: Float[Tensor, " d"] | None) -> Tensor:
+    """Layer scale of what has been computed without it."""
+    return x if gamma is None else gamma * x
+
+
 def _scaled(linear: nn.Linear, x: Tensor, gamma: Float[Tensor, " d"] | None) -> Tensor:
     """A linear layer, then layer scale."""
-    return linear(x) if gamma is None else F.linear(x, *_times(linear, gamma))
+    return linear(x) if gamma is None else F.linear(x, *_scaled_weights(linear, gamma))
 
 
-def _times(
+def _scaled_weights(
     linear: nn.Linear, gamma: Float[Tensor, " d"] | None
 ) -> tuple[Float[Tensor, "d k"], Float[Tensor, " d"] | None]:
     """Weight and bias of a linear layer, scaled, so that its many results need not be: of these no
@@ -225,12 +230,12 @@ class LeanMlp(Mlp):
         plain = plain and isinstance(self.norm, nn.Identity) and not dropout
         if not plain:
             found: Tensor = super().forward(x)
-            return found if gamma is None else gamma * found
+            return _times(found, gamma)
         assert isinstance(self.fc2, nn.Linear)
         h = self.fc1(x)
         if not torch.is_grad_enabled():
             return self.drop2(_scaled(self.fc2, act(h), gamma))
-        weight, bias = _times(self.fc2, gamma)
+        weight, bias = _scaled_weights(self.fc2, gamma)
         bias = None if bias is None else bias.to(h.dtype)
         return self.drop2(_GeluLinear.apply(h, weight.to(h.dtype), bias))
 
@@ -279,15 +284,13 @@ class LeanResidual(nn.Module):
             if isinstance(own.attn, LeanAttention | LeanEvaAttention):
                 return own.attn(some, *mask, rows=rows, gamma=gamma, **turn, **masks)
             out = own.attn(some, *mask, **turn, **masks)
-            out = out if rows is None else out[:, rows]
-            return out if gamma is None else gamma * out
+            return _times(out if rows is None else out[:, rows], gamma)
 
         def perceive(some: Tensor, kept: Tensor | None) -> Tensor:
             gamma = self._gamma(2)
             if isinstance(own.mlp, LeanMlp):
                 return own.mlp(some, gamma)
-            out = own.mlp(some)
-            return out if gamma is None else gamma * out
+            return _times(own.mlp(some), gamma)
 
         # Norms are of all rows: those of some alone would keep another copy of their input.
         out = self._add(x if rows is None else x[:, rows], own.norm1(x), attend, own.drop_path1)

@@ -104,23 +104,22 @@ class ViewSpec:
         return replace(self, phases=())
 
 
-def one_crop(size: tuple[int, int], options: Any) -> ViewSpec:
-    """One random resized crop, perhaps flipped and turned; its colours stay as they are.
+def one_crop(size: tuple[int, int], options: Any, policy: Policy | None = None) -> ViewSpec:
+    """One random resized crop, perhaps flipped and turned; its colours stay as they are, but for
+    what a ``policy`` does.
 
-    ``size``: height and width in pixels. ``options``: a method's, with ``crop_scale``, ``flip``,
-    ``vertical_flip`` and ``quarter_turns``.
+    ``size``: height and width in pixels. ``options``: of a method or of fine-tuning, with
+    ``crop_scale``, ``flip``, ``vertical_flip`` and ``quarter_turns``.
     """
-    return ViewSpec(
-        (
-            Crop(
-                size,
-                scale=options.crop_scale,
-                flip=options.flip,
-                vertical_flip=options.vertical_flip,
-                quarter_turns=options.quarter_turns,
-            ),
-        )
+    crop = Crop(
+        size,
+        scale=options.crop_scale,
+        flip=options.flip,
+        policy=policy,
+        vertical_flip=options.vertical_flip,
+        quarter_turns=options.quarter_turns,
     )
+    return ViewSpec((crop,))
 
 
 @dataclass(frozen=True)

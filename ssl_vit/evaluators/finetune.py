@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ssl_vit.common.seeds import seeded
 from ssl_vit.common.task import Task, Views, at_least_fp32
-from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.augment import ViewSpec, one_crop
 from ssl_vit.data.policy import Policy
 from ssl_vit.evaluators.classifier import layer_scales, undecayed
 from ssl_vit.evaluators.options import TuneConfig
@@ -24,15 +24,7 @@ from ssl_vit.objectives.ema import ema_update
 def tuning_views(config: TuneConfig, size: tuple[int, int], mean: tuple[float, ...]) -> ViewSpec:
     """Views: one crop of ``size`` (height, width); ``mean`` of the data set, by channel."""
     policy = None if config.randaugment == "none" else Policy(config.randaugment, mean)
-    crop = Crop(
-        size,
-        scale=config.crop_scale,
-        flip=config.flip,
-        policy=policy,
-        vertical_flip=config.vertical_flip,
-        quarter_turns=config.quarter_turns,
-    )
-    return ViewSpec((crop,))
+    return one_crop(size, config, policy)
 
 
 class FineTune(Task):

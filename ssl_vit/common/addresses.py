@@ -6,8 +6,10 @@ from ssl_vit.common.errors import UserError
 
 ADDRESS = re.compile(r"([a-zA-Z][\w+.-]*)://|pipe:")
 # A name and a password: KEY:SECRET@, with any characters, or NAME@ before the first slash. A port
-# is none.
-_USER = re.compile(r"(?<=://)(?:[^/@:\s]+:(?!\d+/)[^@\s]*|[^/@\s]*)@")
+# is none; buckets have none.
+_USER = re.compile(
+    r"(?<=://)(?:[^/@:\s]+:(?!\d+/)[^@\s]*|[^/@\s]*)@|(?:(?<=s3://)|(?<=gs://))[^/@:\s]+:[^@\s]*@"
+)
 _QUERY = re.compile(r"(https?://[^?\s]*)\?\S*")
 
 

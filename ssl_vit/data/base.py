@@ -172,6 +172,16 @@ def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tup
     return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
 
 
+def too_few(source: Source, parts: int = 10) -> str:
+    """Why :func:`split_holdout` holds out no image of a source; empty if it does."""
+    together = units(source)
+    if together is None:
+        count, what = len(source), "images"
+    else:
+        count, what = len(np.unique(together)), "files" if source.groups is None else "groups"
+    return f"{count} {what}, fewer than {parts}" if count < parts else ""
+
+
 def epoch_length(source: Source) -> int:
     """Images of an epoch: all, each once or, of mixed sources, as often as they are drawn."""
     return len(source) if source.mix is None else sum(source.mix.draws)

@@ -8,6 +8,7 @@ as are those of other formats. Palettes become RGB. Overlays and ICC profiles ar
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -43,13 +44,20 @@ def take_from_frame(header: Dataset, number: int) -> None:
 
 def padding(stored: np.ndarray, header: Dataset, reading: ReadConfig) -> np.ndarray | None:
     """Pixels without data: padding, by a value or a range of values."""
-    value, limit = header.get("PixelPaddingValue"), header.get("PixelPaddingRangeLimit")
+    names = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    value, limit = (_as_stored(header.get(name), stored.dtype) for name in names)
     missing = find_missing(stored, reading, "" if value is None else str(value))
     if reading.nodata != "auto" or value is None or limit is None:
         return missing
-    least, most = sorted((int(value), int(limit)))
+    least, most = sorted((value, limit))
     within = (stored >= least) & (stored <= most)
     return within if within.any() else None
+
+
+def _as_stored(value: int | None, kind: np.dtype) -> Any:
+    """A value in the header as pixels have it: some files write that of signed pixels as the
+    unsigned number of the same bits."""
+    return value if value is None or kind.kind not in "iu" else int(np.array(value).astype(kind))
 
 
 def shown(values: np.ndarray, header: Dataset, window: tuple[str, ...]) -> np.ndarray:

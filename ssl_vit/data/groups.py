@@ -126,9 +126,11 @@ def _tag(keyword: str, given: str, column: str = "") -> int:
     tag = keyword_dict.get(keyword)
     if tag is None or dictionary_VR(tag) == "SQ":
         hint = did_you_mean(keyword, keyword_dict)
+        named = "a column of --data.labels is named as it is"
+        columns = named if column else "a column needs --data.labels CSV"
         raise UserError(
-            f"--data.group is {given!r}: {column}no DICOM keyword of one value{hint}; a column of "
-            "--data.labels is named as it is, and a pattern is written name:PATTERN"
+            f"--data.group is {given!r}: {column}no DICOM keyword of one value{hint}; {columns}, "
+            "and a pattern is written name:PATTERN"
         )
     return int(tag)
 

@@ -136,7 +136,8 @@ def _opened(data: DataConfig, seed: int, given: Given | None) -> Images:
     few = survey(train, data.channels, seed, FEW)
     few.check(fixed, adapts=True)
     if val is not train:
-        survey(val, data.channels, seed, 1).check(fixed, adapts=True)
+        others = "" if data.val else "give some by --data.val, or --data.holdout 0 for none"
+        survey(val, data.channels, seed, 1).check(fixed, adapts=True, held_out=others)
     val = val if val is train else align_classes(train, val)
     usual = data.channels == 3 and data.statistics == "default" and not few.deep
     if not data.mean and not usual:

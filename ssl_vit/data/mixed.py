@@ -15,7 +15,7 @@ from ssl_vit.data.base import Item, Source, known_labels
 from ssl_vit.data.draws import Mix
 from ssl_vit.data.shard_names import find_shards
 
-_WEIGHT = re.compile(r"\*(\d+\.?\d*|\.\d+)$")
+_WEIGHT = re.compile(r"\s*\*\s*(\d+\.?\d*|\.\d+)\s*$")
 _BEFORE = re.compile(r"(?:(?:kept|held):)*(\w*):?")
 
 
@@ -31,7 +31,7 @@ def parts_of(spec: str, schemes: Iterable[str]) -> list[tuple[str, float]]:
     """
     named = "|".join(scheme for scheme in schemes if scheme != "digits")
     follows = rf"(?:kept:|held:)*(?:(?:{named}):|digits(?:$|[,:*]))"
-    texts = [spec] if _is_there(spec) else re.split(rf",\s*(?={follows})", spec)
+    texts = [spec] if _is_there(spec) else re.split(rf"\s*,\s*(?={follows})", spec)
     found = []
     for text in texts:
         star = _WEIGHT.search(text)
@@ -85,7 +85,7 @@ class Mixed(Source):
         self.mix: Mix = Mix(tuple(names), tuple(weights), of)
         self.apart = next((part.apart for part in parts if part.apart), "")
         self.file_of = _joined([part.file_of for part in parts], counts)
-        self.groups = _joined_groups([part.groups for part in parts], counts)
+        self.groups = _joined_groups(parts)
         self._label()
 
     def _label(self) -> None:
@@ -153,15 +153,18 @@ def _joined(files: Sequence[np.ndarray | None], counts: Sequence[int]) -> np.nda
     return np.concatenate(made).astype(np.int64)
 
 
-def _joined_groups(groups: Sequence[np.ndarray | None], counts: Sequence[int]) -> np.ndarray | None:
-    """Groups of all images; those that are by themselves in a source are so in the mix."""
-    if all(own is None for own in groups):
+def _joined_groups(parts: Sequence[Source]) -> np.ndarray | None:
+    """Groups of all images; those that are by themselves in a source are so in the mix, and parts
+    of one file stay together."""
+    if all(part.groups is None for part in parts):
         return None
     start, made = 0, []
-    for own, count in zip(groups, counts, strict=True):
-        own = -1 - np.arange(count) if own is None else own
+    for part in parts:
+        own = part.groups
+        if own is None:
+            own = -1 - (np.arange(len(part)) if part.file_of is None else part.file_of)
         made.append(np.where(own < 0, own - start, own))
-        start += count
+        start += len(part)
     return np.concatenate(made).astype(np.int64)
 
 

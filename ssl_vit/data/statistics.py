@@ -58,12 +58,13 @@ class Survey:
         self.deep += not _eight_bit(image, holes)
         self.empty += holes and not valid_share(image)
 
-    def check(self, owner: str = "", adapts: bool = False) -> None:
+    def check(self, owner: str = "", adapts: bool = False, held_out: str = "") -> None:
         """Check that some image is readable.
 
         Args:
             owner: the option that fixes the channels, if that is not --data.channels.
             adapts: whether it can be given images of other channels by that.
+            held_out: of images that were held out, not given: how others are chosen.
 
         Raises:
             UserError: none is; where all have other channels, it names the option to give.
@@ -73,8 +74,10 @@ class Survey:
         others = [error for error in self.reasons.values() if isinstance(error, OtherChannels)]
         if not others or len(others) < len(self.reasons):
             name, error = next(iter(self.reasons.items()))
-            tried = f"none of {len(self.reasons)} images of {self.spec} can be read"
-            raise UserError(f"{tried}, the first is {name}: {error}")
+            what = f"{held_out and 'held-out '}images of {self.spec}"
+            remedy = f"; {held_out}" if held_out else ""
+            tried = f"none of {len(self.reasons)} {what} can be read"
+            raise UserError(f"{tried}, the first is {name}: {error}{remedy}")
         has = " or ".join(map(str, sorted({error.has for error in others})))
         asked = f"--data.channels is {others[0].asked}: give --data.channels {others[0].has}"
         fewer = f"choose {others[0].asked} by --data.bands"

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ssl_vit.common.errors import check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.base import Item, Source
-from ssl_vit.data.decode import Decoded
+from ssl_vit.data.decode import Decoded, decode
 from ssl_vit.data.extent import Extent, extent_of
 from ssl_vit.data.headers_of import headers_of
 from ssl_vit.data.missing import has_missing, valid_share
@@ -127,8 +128,40 @@ def with_tiles(source: Source, channels: int) -> Source:
         row[:] = extent.height, extent.width, extent.planes
         seen.add(extent)
     made = Tiles(source, found, tile, channels)
+    tell_unreadable(made)
     seen.tell(made)
     return made
+
+
+def tell_unreadable(made: Tiles) -> None:
+    """Warn of files of which not even the headers can be read: each is one image instead of many.
+
+    Raises:
+        UserError: they are more, of all files, than ``max_bad`` allows of a training set.
+    """
+    bad = np.flatnonzero(made.heights == 0)
+    if not 0 < len(bad) < len(made.whole):  # that none can, reading the first ones says
+        return
+    first = int(bad[0])
+    found = f"{len(bad):,} of {len(made.whole):,} files cannot be read"
+    which = f"the first is {made.whole.name(first)}: {_why(made, first)}"
+    allowed = getattr(made.reading, "max_bad", 1.0)
+    check(
+        len(bad) <= allowed * len(made.whole),
+        f"{made.spec}: {found}, more than --data.max-bad {allowed:g} allows; {which}",
+    )
+    _log.warning(f"warning: {made.spec}: {found}; {which}")
+
+
+def _why(made: Tiles, file: int) -> str:
+    """Why a file cannot be read."""
+    try:
+        with made.whole.stream(file) as stream:
+            extent_of(stream, made.channels, made.reading)
+        decode(made.whole.read(file)[0], made.channels, made.reading)
+    except Exception as error:  # libraries that read headers raise all kinds
+        return str(error) if isinstance(error, BadImage) else reason(error)
+    return "has no size"
 
 
 def extents(source: Source, channels: int) -> Iterator[Extent]:
@@ -167,7 +200,8 @@ class _Seen:
             return
         files = len(made.whole)
         cut = int((made.rows * made.columns > 1).sum())
-        rest = f"; no larger: {files - cut:,}" if cut < files else ""
+        smaller = files - cut - int((made.heights == 0).sum())
+        rest = f"; no larger: {smaller:,}" if smaller else ""
         _log.info(
             f"{self.spec}: {len(made):,} images: tiles of {self.tile[0]} x {self.tile[1]} px of "
             f"{cut:,} of {files:,} files{rest}"

@@ -22,7 +22,7 @@ from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Task
 from ssl_vit.common.waiting import chosen
 from ssl_vit.data.augment import Normalize, ViewSpec
-from ssl_vit.data.base import describe_labels, epoch_length
+from ssl_vit.data.base import describe_labels, epoch_length, too_few
 from ssl_vit.data.description import described
 from ssl_vit.data.images import Images
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
@@ -146,7 +146,9 @@ class Session:
         if schedule.shortened:
             warmup += f" (half the run; --optim.warmup asks for {schedule.shortened})"
         held_out = f"{len(self.images.val):,} held out"
-        held_out = held_out if self.images.held_out else "none held out"
+        if not self.images.held_out:
+            few = too_few(self.images.train) if self.config.data.holdout else ""
+            held_out = f"none held out: {few}; give --data.val" if few else "none held out"
         processes = f"{self.parallel.world} {'sharded ' * self.parallel.sharded}processes"
         split = f"{processes} x {optim.accumulate} parts x {self.part_size}"
         epochs = f"{schedule.total / order.steps_per_epoch:g} epochs x {order.steps_per_epoch}"

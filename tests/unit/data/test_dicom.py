@@ -21,6 +21,7 @@ from ssl_vit.data.slices import Planes
 from ssl_vit.data.sources import open_source
 
 pydicom = pytest.importorskip("pydicom")
+from pydicom.dataelem import DataElement  # noqa: E402
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
@@ -62,7 +63,10 @@ def written(pixels: np.ndarray, syntax: str = ExplicitVRLittleEndian, **elements
     dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.dtype.itemsize
     dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
     for name, value in elements.items():
-        setattr(dataset, name, value)
+        if isinstance(value, DataElement):
+            dataset.add(value)
+        else:
+            setattr(dataset, name, value)
     dataset.HighBit = dataset.BitsStored - 1
     big = syntax == ExplicitVRBigEndian
     dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(">" if big else "<")).tobytes()
@@ -288,6 +292,16 @@ def test_padding_is_missing_unless_every_value_is_data():
         written(stored, PixelPaddingValue=-5, PixelPaddingRangeLimit=-10), nodata="auto"
     )
     assert np.isnan(several).sum() == 6
+
+
+def test_padding_of_signed_pixels_may_be_the_unsigned_number_of_its_bits():
+    stored = np.arange(1440, dtype=np.int16).reshape(40, 36) - 10
+    value = DataElement(0x00280120, "US", 2**16 - 5)
+    raw = written(stored, PixelPaddingValue=value, limit=DataElement(0x00280121, "US", 2**16 - 10))
+    assert pydicom.dcmread(io.BytesIO(raw))["PixelPaddingValue"].value == 2**16 - 5
+    assert np.isnan(decoded(raw, nodata="auto")).sum() == 6
+    unsigned = written(stored.astype(np.uint16), PixelPaddingValue=2**16 - 5)
+    assert np.isnan(decoded(unsigned, nodata="auto")).sum() == 1
 
 
 def test_deep_values_and_floats_without_a_window_keep_their_units():

@@ -233,6 +233,8 @@ def test_a_column_that_is_not_there_is_told(tmp_path):
     assert "no DICOM keyword of one value (nearest known: PatientID" in str(error.value)
     assert f"no column of {path} (image, PatientID, finding), and" in str(error.value)
     assert "a pattern is written name:PATTERN" in str(error.value)
+    with pytest.raises(UserError, match=r"; a column needs --data\.labels CSV, and a pattern is"):
+        open_source(spec, ReadConfig(group="patient"))
 
 
 # --- DICOM --------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import pytest
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from ssl_vit.data.base import Source
+from ssl_vit.data.base import Source, split_holdout
 from ssl_vit.data.folder import FolderSource
 from ssl_vit.data.images import Given, Images, open_images
+from ssl_vit.data.sources import open_source
 from ssl_vit.data.statistics import FEW
 
 N = 40
@@ -80,6 +81,20 @@ def test_five_channels_are_shown_in_a_row(opened, tmp_path):
     assert " ... (5 channels), deviation " in images.about()[0][1]
     assert len(images.mean) == 5
     assert not images.deep
+
+
+def test_held_out_images_that_cannot_be_read_are_told_as_such(tmp_path):
+    """With the way to others."""
+    spec = fill(tmp_path, "u1", 0, 256)
+    _, held = split_holdout(open_source(spec), 2, seed=0)
+    for i in range(len(held)):
+        Path(held.name(i)).write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    with pytest.raises(UserError) as error:
+        open_images(DataConfig(train=spec, holdout=2), 0)
+    assert str(error.value).startswith(
+        f"none of 2 held-out images of {spec} can be read, the first"
+    )
+    assert str(error.value).endswith("give some by --data.val, or --data.holdout 0 for none")
 
 
 def test_given_statistics_are_taken_and_judged(opened, tmp_path):

@@ -47,6 +47,7 @@ def images(folder: Path, count: int, value: int = 0, names: str = "{:02d}.png") 
         ("folder:/a", [("folder:/a", 1)]),
         ("folder:/a*2,flat:/b", [("folder:/a", 2), ("flat:/b", 1)]),
         ("folder:/a*.5, flat:/b*1.25", [("folder:/a", 0.5), ("flat:/b", 1.25)]),
+        ("folder:/a * 2 , flat:/b *3", [("folder:/a", 2), ("flat:/b", 3)]),
         ("folder:/a,b", [("folder:/a,b", 1)]),
         ("folder:/a,flatter:/b", [("folder:/a,flatter:/b", 1)]),
         ("tar:/x-{1,2}.tar,folder:/a", [("tar:/x-{1,2}.tar", 1), ("folder:/a", 1)]),
@@ -301,6 +302,20 @@ def test_planes_of_each_file_are_together(tmp_path):
     assert names[2] == f"{tmp_path}/b/0.tif[0]"
 
 
+def test_parts_of_a_file_without_a_group_are_together_beside_groups(tmp_path):
+    """Also where another source has groups, and theirs has none."""
+    one = images(tmp_path / "a", 12, names="p{:02d}_1.png")
+    for i in range(3):
+        path = tmp_path / f"b/{i}.tif"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(named(bytes_of(20, 8, 9), "ZYX"))
+    reading = ReadConfig(group="name:(p[0-9]+)_", slices="all")
+    made = open_source(f"flat:{one},flat:{tmp_path / 'b'}", reading, channels=1)
+    assert len(made) == 12 + 60
+    assert len(np.unique(made.groups)) == 12 + 3
+    assert [len(set(made.groups[start : start + 20])) for start in (12, 32, 52)] == [1, 1, 1]
+
+
 def test_statistics_are_those_of_the_mix(tmp_path):
     one, two = images(tmp_path / "a", 30, 200), images(tmp_path / "b", 30, 0)
     means = []
@@ -335,6 +350,16 @@ def test_a_run_on_a_mix_has_epochs_of_its_draws(tmp_path):
     assert plan["mixed"].startswith("digits:train: 1,438 images x 2 = 94.1 %; digits:val: 359 ")
     assert run.order.n == 2 * 1438 + 180
     assert plan["labels"].startswith("10 classes, from scikit-learn")
+
+
+def test_a_run_says_why_nothing_is_held_out(tmp_path):
+    spec = f"flat:{images(tmp_path / 'a', 140, names='p{:03d}.png')}"
+    for flags, said in (
+        (("--data.group", "name:p([0-9])"), "none held out: 2 groups, fewer than 10; give "),
+        (("--data.holdout", "0"), "none held out"),
+    ):
+        run = session_of("mae", tmp_path, "--data.train", spec, "--data.holdout", "5", *flags)
+        assert dict(run.plan(run.about()))["images"].partition(", ")[2].startswith(said)
 
 
 def test_a_source_that_cannot_be_read_as_asked_is_told_at_once(tmp_path):

@@ -402,6 +402,7 @@ def test_a_library_that_is_not_installed_is_named_with_the_command(monkeypatch):
         "https://me:HIDDEN@host/t.tar",
         "tar:https://HIDDEN@host:8080/t.tar",
         "kept:s3://KEY:HID/DEN@bucket/t-{0..9}.tar",
+        "s3://KEY:1/HIDDEN@bucket/t-{0..9}.tar",
         "https://host/t.tar?X-Amz-Signature=HIDDEN",
     ],
 )

@@ -174,6 +174,24 @@ def test_bad_files_are_one_bad_image_each(tmp_path, monkeypatch):
             values(source, i, 3)
 
 
+def test_files_without_a_header_are_told_and_limited_as_files(tmp_path, caplog):
+    """Each is one image, where its neighbours are many: as images they would be too few."""
+    for i in range(7):
+        scene(tmp_path / f"{i}.tif", 160, 160, bands=3, **TILED)
+    (tmp_path / "0.tif").write_bytes((tmp_path / "0.tif").read_bytes()[:50])
+    source = opened(f"flat:{tmp_path}", 3, tile=(16,))
+    assert len(source) == 1 + 6 * 100
+    assert "1 of 7 files cannot be read; the first is " in caplog.text
+    assert "6 of 7 files are stored in parts" in caplog.text
+    assert "no larger" not in caplog.text
+    with pytest.raises(UserError) as error:
+        open_images(DataConfig(train=f"flat:{tmp_path}", tile=(16,)), seed=0)
+    said = "1 of 7 files cannot be read, more than --data.max-bad 0.05 allows; the first is"
+    assert f"{said} {tmp_path}/0.tif: " in str(error.value)
+    images = open_images(DataConfig(train=f"flat:{tmp_path}", tile=(16,), max_bad=0.2), seed=0)
+    assert len(images.train) == len(source)
+
+
 # --- planes, levels, shards, workers -------------------------------------------------------------
 
 

@@ -88,6 +88,12 @@ class Session:
         normalize = Normalize(images.mean, images.std, bounded=not images.deep).to(device)
         self.trainer = Trainer(task, run, optim, schedule, normalize, self.parallel, precision)
 
+    def training_images(self) -> TrainImages:
+        """Training images as workers make batches of them."""
+        images, config = self.images, self.config
+        shared = config.data.channels, config.run.seed, images.cache
+        return TrainImages(images.train, self.views, *shared)
+
     def export(self, whole: Task) -> Callable[[], object]:
         """Copy the weights to export; returns a function that writes the file.
 
@@ -249,8 +255,7 @@ def train(session: Session) -> int:
     """Run the training loop with its hooks; returns 0, or the signal that stopped it."""
     run, trainer, out, task = session.config.run, session.trainer, session.out, session.task
     data, order, per_epoch = session.config.data, session.order, session.order.steps_per_epoch
-    source, cache = session.images.train, session.images.cache
-    images = TrainImages(source, session.views, data.channels, run.seed, cache)
+    images = session.training_images()
     main, device = session.parallel.main, session.parallel.device
     workers, pin = loader_workers(data.workers, device), device.type == "cuda"
     loaded = train_batches(images, order, trainer.step, trainer.schedule.total, workers, pin)

@@ -20,7 +20,7 @@ from ssl_vit.commands.finetune_options import PROG, first_options, read_options
 from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
-from ssl_vit.data.base import Source
+from ssl_vit.data.base import Numbered, Source
 from ssl_vit.data.groups import group_count
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
@@ -34,7 +34,7 @@ from ssl_vit.evaluators.classifier import (
 )
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
 from ssl_vit.evaluators.finetune import FineTune, tuning_views
-from ssl_vit.evaluators.online import Numbered, source_targets
+from ssl_vit.evaluators.online import source_targets
 from ssl_vit.evaluators.options import FinetuneConfig, recipe
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions

@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
@@ -111,6 +112,16 @@ class Source:
         """Return the label of image i, None when unknown."""
         return None if self.labels is None or self.labels[i] < 0 else int(self.labels[i])
 
+    def target(self, i: int) -> Tensor:
+        """Return what is known of each pixel of image i, (H, W): its class, or how far it is.
+
+        Only of sources whose images have such maps beside them.
+
+        Raises:
+            BadImage: the map cannot be read.
+        """
+        raise NotImplementedError
+
 
 class Subset(Source):
     """Subset of a source: its images at `indices`, int (n,), in that order."""
@@ -141,6 +152,38 @@ class Subset(Source):
 
     def inner_name(self, i: int) -> str:
         return self.source.inner_name(int(self.indices[i]))
+
+    def target(self, i: int) -> Tensor:
+        return self.source.target(int(self.indices[i]))
+
+
+class Numbered(Source):
+    """Numbered source: an image is read with its index as label, by which targets are looked up.
+
+    An unreadable image is replaced by another one, with that one's index.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.inherit(source)
+        self.source, self.labels = source, None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int) -> Item:
+        return self.source.read(i)[0], i
+
+    def expect(self, images: Sequence[int] | np.ndarray) -> None:
+        self.source.expect(images)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def inner_name(self, i: int) -> str:
+        return self.source.inner_name(i)
+
+    def target(self, i: int) -> Tensor:
+        return self.source.target(i)
 
 
 def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tuple[Subset, Subset]:

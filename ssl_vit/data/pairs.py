@@ -67,6 +67,9 @@ class Pairs(Source):
         assert isinstance(raw, bytes)
         return decode_mask(raw, self.masks.name(place))
 
+    def target(self, i: int) -> Integer[Tensor, "h w"]:
+        return self.read_mask(i)
+
     def take(self, rows: Tensor) -> Pairs:
         """Subset of these pairs, in this order."""
         return Pairs(self.images, self.masks, self.couples[rows.numpy()], self.spec)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.base import Numbered
 from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
@@ -154,26 +155,3 @@ def seen(
             numbers.append(views.labels)
         yield {p: torch.cat([m[p].float() for m in made]) for p in made[0]}, torch.cat(numbers)
     bad.count()
-
-
-class Numbered(Source):
-    """Numbered source: an image is read with its index as label, by which targets are looked up.
-
-    An unreadable image is replaced by another one, with that one's index.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.inherit(source)
-        self.source, self.labels = source, None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, i: int) -> Any:
-        return self.source.read(i)[0], i
-
-    def expect(self, images: Any) -> None:
-        self.source.expect(images)
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)

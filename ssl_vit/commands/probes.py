@@ -40,8 +40,17 @@ from ssl_vit.training.parallel import resolve_precision, start_parallel
 
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
-Result = tuple[list[Score], dict[str, Any], Path]
-"""Result: scores, protocol card, and the file both are written to."""
+SEGMENT_FILES = {
+    "linear": "segment.json",
+    "mlp": "segment-mlp.json",
+    "transformer": "segment-transformer.json",
+}
+Pictures = dict[str, np.ndarray]
+"""Pictures beside a result: by name, (height, width, 3) uint8."""
+Result = (
+    tuple[list[Score], dict[str, Any], Path] | tuple[list[Score], dict[str, Any], Path, Pictures]
+)
+"""Result: scores, protocol card, the file both are written to, and pictures, if there are any."""
 
 
 def knn(config: KnnConfig) -> Result:
@@ -128,7 +137,7 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
 
 
 def segment(config: SegmentConfig) -> Result:
-    """Segmentation scores: mean IoU of a linear head on patch tokens."""
+    """Segmentation scores: mean IoU of a head on patch tokens."""
     started = time.perf_counter()
     data, seed = config.data, config.seed
     for option, spec in (("train", data.train), ("val", data.val)):
@@ -147,7 +156,7 @@ def segment(config: SegmentConfig) -> Result:
     if backbone.module is not None:
         ready(backbone.module, device)
     options = SegmentOptions(**{f.name: getattr(config, f.name) for f in fields(SegmentOptions)})
-    scores, about = segment_probe(options, backbone, train, val, machine, seed)
+    scores, about, picture = segment_probe(options, backbone, train, val, machine, seed)
     splits = {
         name: split_card(pairs, None, content_sha256(pairs), train if pairs is val else None)
         | {"masks_sha256": content_sha256(pairs.masks)}
@@ -163,7 +172,8 @@ def segment(config: SegmentConfig) -> Result:
         **machine.card(),
         seconds=round(time.perf_counter() - started, 1),
     )
-    return scores, card, result_file(config.out, backbone, "segment.json")
+    out = result_file(config.out, backbone, SEGMENT_FILES[config.head])
+    return scores, card, out, {"boundaries": picture}
 
 
 def scores_of(found: Sequence[Prediction], truth: FeatureSet, by: Evaluation) -> list[Score]:

@@ -12,6 +12,7 @@ from ssl_vit.commands.eval_options import PROBES, EvalConfig
 from ssl_vit.commands.probes import Result, knn, linear, segment
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check
+from ssl_vit.common.figures import save_png
 from ssl_vit.common.layers import known_keys, parse, tree_flags
 from ssl_vit.evaluators.protocol import check_same, read_card, write_card
 from ssl_vit.evaluators.scores import Score
@@ -60,7 +61,7 @@ def again(path: str) -> int:
     kind = PROBES[name]
     flags = tree_flags(card["options"], known_keys(kind()), path)
     config = parse(kind(), flags, path, f"{_PROG} {name}")
-    scores, now, _ = run(name, config)
+    scores, now, *_ = run(name, config)
     main_process = rank_and_world()[0] == 0
     if main_process:
         show(name, config, scores, now)
@@ -72,8 +73,13 @@ def again(path: str) -> int:
 
 def evaluate(name: str, config: EvalConfig) -> None:
     """Evaluate, print the scores, and write them with their card."""
-    scores, card, out = run(name, config)
+    scores, card, out, *rest = run(name, config)
     if rank_and_world()[0] == 0:
         show(name, config, scores, card)
         write_card(out, card, scores)
         print(f"protocol and scores: {out}")
+        for made in rest:
+            for kind, picture in made.items():
+                path = out.with_name(f"{out.stem}-{kind}.png")
+                save_png(path, picture)
+                print(f"{kind}: {path}")

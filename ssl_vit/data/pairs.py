@@ -223,13 +223,21 @@ class PairBatch(Batch):
 class PairImages(EvalImages):
     """Pair loader: whole images, each side resized to ``size``, with their original masks.
 
-    Nothing is cropped, so that the encoder sees every pixel of a mask.
+    Nothing is cropped, so that the encoder sees every pixel of a mask. ``sizes``: several sizes
+    instead of one, each of them a kind of crop.
     """
 
     source: Pairs
 
-    def __init__(self, pairs: Pairs, size: tuple[int, int], channels: int) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        size: tuple[int, int],
+        channels: int,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         super().__init__(pairs, size, 1.0, channels)
+        self.sizes = tuple(sizes) or (size,)
 
     def __getitems__(self, indices: Sequence[int]) -> PairBatch:
         """Batch of these pairs; unreadable ones are skipped and reported.
@@ -243,7 +251,7 @@ class PairImages(EvalImages):
             try:
                 raw = self.source.read(index)[0]
                 image = decode(raw, self.channels, self.source.reading)
-                view = with_data(resized(image, self.size))
+                views = [with_data(resized(image, size)) for size in self.sizes]
                 mask = self.source.read_mask(index)
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
@@ -254,9 +262,9 @@ class PairImages(EvalImages):
                 f"{self.source.name(index)} has {sizes[0]} pixels, its mask {sizes[1]} (rows x "
                 "columns); they must agree",
             )
-            crops.append(view)
+            crops.append(views)
             masks.append(mask)
             keys.append(index)
-        kinds = [stack(crops)] if crops else []
-        views = Views(kinds, torch.tensor(keys).long(), torch.full((len(keys),), -1))
-        return PairBatch(replace(views, missing=missing_in(kinds)), bad, masks)
+        kinds = [stack(list(kind)) for kind in zip(*crops, strict=True)]
+        batch = Views(kinds, torch.tensor(keys).long(), torch.full((len(keys),), -1))
+        return PairBatch(replace(batch, missing=missing_in(kinds)), bad, masks)

@@ -23,6 +23,7 @@ from ssl_vit.weights.from_timm import tensors_only
 from ssl_vit.weights.official import open_weights, weights_info
 from ssl_vit.weights.own_files import ENCODER_FILE
 from ssl_vit.weights.reading import read_content
+from ssl_vit.weights.sam import FORMAT, Sam, open_sam, timm_names
 from ssl_vit.weights.unwrapping import unwrapped
 
 log = logging.getLogger("ssl_vit")
@@ -110,6 +111,12 @@ def open_backbone(name: str, seed: int, size: tuple[int, ...] = ()) -> Backbone:
         architecture = rest.removeprefix("timm:")
         if not _is_plain(architecture.partition(":")[0]):
             return _timm_backbone(name, architecture, kind == "random", seed, size)
+    elif kind != "pixels":
+        given = rest if kind == "random" else name
+        if sam := open_sam(Path(given).expanduser()):
+            log.info("%s: %s, %s", name, FORMAT, sam.report)
+            whole = f"{sam.arch}:{given}"
+            return _timm_backbone(name, whole, kind == "random", seed, size, sam)
     if kind in ("random", "pixels") and rest:
         info, path = weights_info(rest, size)
         module = random_like(info, seed) if kind == "random" else None
@@ -163,46 +170,69 @@ def _is_plain(architecture: str) -> bool:
 
 
 def _timm_backbone(
-    name: str, architecture: str, random: bool, seed: int, size: tuple[int, ...]
+    name: str,
+    architecture: str,
+    random: bool,
+    seed: int,
+    size: tuple[int, ...],
+    sam: Sam | None = None,
 ) -> Backbone:
-    """Backbone of a timm network that is no plain ViT, with its pooled feature."""
+    """Backbone of a timm network that is no plain ViT, with its pooled feature; ``sam``: of a file
+    that was recognised without its name."""
     model_name, _, file = architecture.partition(":")
-    module = timm_model(model_name, file, random, seed, size)
+    options = sam.options if sam else {}
+    module = timm_model(model_name, file, random, seed, size, options)
     wanted: Any = module.pretrained_cfg
     input_size = tuple(wanted["input_size"])
+    if sam:
+        input_size = (options["in_chans"], *options["img_size"])
     height, width = (size[0], size[-1]) if size else input_size[1:]
     view = View((height, width), input_size[0], tuple(wanted["mean"]), tuple(wanted["std"]))
     path = Path(file).expanduser() if file else None
     identity = {
         "given": name,
-        "format": "random" if random else "timm",
+        "format": "random" if random else FORMAT if sam else "timm",
         "seed": seed,
         **file_identity(path),
         "arch": model_name,
         "weights_sha256": weights_sha256(module),
     }
+    if sam and not sam.published:
+        identity["arch_options"] = options
     folder = path.parent if path else Path()
     return Backbone(name, module, view, ("pooled",), identity, folder)
 
 
-def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, ...]) -> nn.Module:
+def timm_model(
+    name: str,
+    file: str,
+    random: bool,
+    seed: int,
+    size: tuple[int, ...],
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
     """Timm network without its classifier: with random weights, those of a file, or timm's own.
+
+    ``options``: more arguments of ``timm.create_model``.
 
     Raises:
         UserError: the weights cannot be loaded, or do not fit.
     """
+    fixed = options or {}
     path = Path(file).expanduser()
     check(not file or path.is_file(), f"--encoder is 'timm:{name}:{file}'; no such file")
     source: dict[str, Any] = {"pretrained": not random and not file}
     sizes: list[dict[str, Any]] = (
         [{"img_size": size if len(size) == 2 else size[0]}, {}] if size else [{}]
     )
+    if name.partition(".")[0] in timm.list_models(module="vision_transformer_sam"):
+        sizes = [{}]  # it resamples its positions itself, and those of a file keep their size
     for extra in sizes:  # only some networks take an image size
         try:
             with torch.random.fork_rng(devices=[]), tensors_only():
                 torch.manual_seed(seed)
-                module = timm.create_model(name, num_classes=0, **source, **extra).eval()
-                if file:
+                module = timm.create_model(name, num_classes=0, **source, **fixed, **extra).eval()
+                if file and not random:
                     _load(module, path)
                 return module
         except UserError:
@@ -218,7 +248,8 @@ def timm_model(name: str, file: str, random: bool, seed: int, size: tuple[int, .
 
 def _load(module: Any, path: Path) -> None:
     """Load all weights of a timm network from a file with timm's names, without a classifier."""
-    state, own = unwrapped(read_content(path), str(path)).state, module.state_dict()
+    state = timm_names(unwrapped(read_content(path), str(path)).state)
+    own = module.state_dict()
     classifier = module.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     head = tuple(f"{name}." for name in names)

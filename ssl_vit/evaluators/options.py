@@ -9,9 +9,11 @@ from typing import ClassVar, Literal
 
 from ssl_vit.common.checks import (
     check_below_one,
+    check_given,
     check_least,
     check_not_negative,
     check_portion,
+    check_positive,
     check_range,
     check_share,
     check_size,
@@ -40,6 +42,8 @@ FEATURES = {
 }
 PATCHES = "patches"
 """Part (N, D) of an image, and no feature of evaluators, which take one vector an image."""
+Head = Literal["linear", "mlp", "transformer"]
+"""Heads of segmentation, from feature maps to classes of pixels."""
 
 
 def parts_of(features: tuple[str, ...]) -> tuple[str, ...]:
@@ -65,8 +69,12 @@ def check_format(out: str) -> None:
 class SegmentOptions:
     """Options of the segmentation probe."""
 
+    head: Head = "linear"
+    """linear; mlp: one hidden layer of 512; transformer: Segmenter's mask transformer, of two
+    blocks (Strudel et al. 2021). All on frozen patch tokens."""
     blocks: Literal[1, 4] = 1
-    """Patch tokens of the last block, or of each of the last four, joined."""
+    """Patch tokens of the last block, or of each of the last four, joined. Of a network with
+    stages (Swin, ConvNeXt, ResNet): its last stage, or all four at the size of the finest."""
     ignore: int = 255
     """Number in the masks of pixels that have no class. -1: there is none."""
     epochs: int = 30
@@ -74,9 +82,19 @@ class SegmentOptions:
     cache_gb: float = 8.0
     """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
     If they need more, they are recomputed in every epoch: same score, more time."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which images are scored, as factors of --size. Above 1 the image is cut into windows
+    of --size. Probabilities are averaged over windows and scales. Training is at 1."""
+    overlap: float = 0.5
+    """Share of a window that at least overlaps the next one."""
+    flip: bool = False
+    """Score mirror images, too, and average."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "epochs")
+        check_given(self, "scales")
+        check_positive(self, "scales")
+        check_below_one(self, "overlap")
         check(self.ignore >= -1, f"--ignore is {self.ignore}; a class number, or -1 for none")
         check_not_negative(self, "cache_gb")
 

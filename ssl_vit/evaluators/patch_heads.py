@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,14 @@ class PatchHeads:
     std: Float[Tensor, " d"]
     weight: Float[Tensor, "g d c"]
     bias: Float[Tensor, "g c"]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.bias.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.bias)
 
     def __call__(self, tokens: Float[Tensor, "b d h w"]) -> Float[Tensor, "b g c h w"]:
         """Class logits of all patches and heads, in one matrix product."""
@@ -68,6 +77,22 @@ def patch_heads_loss(
     return losses.view(n, heads, -1).sum((0, 2)) / valid
 
 
+def training_batches(
+    material: Material, rows: Int64[Tensor, " n"], epochs: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Batches of all epochs, shuffled by ``generator``: tokens, masks, and the learning rate as a
+    share of its peak."""
+    # At least 8 batches per epoch, so that small sets get enough steps.
+    size = max(1, min(BATCH, len(rows) // 8))
+    total, step = epochs * math.ceil(len(rows) / size), 0
+    for _ in range(epochs):
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        for tokens, masks in material.batches(order, size):
+            factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
+            yield tokens, masks, factor
+            step += 1
+
+
 def fit_patch_heads(
     material: Material,
     rows: Int64[Tensor, " n"],
@@ -93,22 +118,13 @@ def fit_patch_heads(
         {"params": [w, b], "lr": 0.0} for w, b in zip(weights, biases, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    # At least 8 batches per epoch, so that small sets get enough steps.
-    size = max(1, min(BATCH, len(rows) // 8))
-    total, step = epochs * math.ceil(len(rows) / size), 0
-    for _ in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        for tokens, masks in material.batches(order, size):
-            factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            heads = PatchHeads(
-                material.mean, material.std, torch.stack(weights), torch.stack(biases)
-            )
-            optimizer.zero_grad()
-            # Sum over heads: each head's gradient is that of its own mean loss.
-            patch_heads_loss(heads(tokens), masks, ignore).sum().backward()
-            optimizer.step()
-            step += 1
+    for tokens, masks, factor in training_batches(material, rows, epochs, generator):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        heads = PatchHeads(material.mean, material.std, torch.stack(weights), torch.stack(biases))
+        optimizer.zero_grad()
+        # Sum over heads: each head's gradient is that of its own mean loss.
+        patch_heads_loss(heads(tokens), masks, ignore).sum().backward()
+        optimizer.step()
     trained = torch.stack(weights).detach(), torch.stack(biases).detach()
     return PatchHeads(material.mean, material.std, *trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,11 @@ from ssl_vit.data.pairs import PairBatch, PairImages, Pairs, nearest_mask
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.maps import FeatureMaps, maps_of
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import autocast, loader_workers
+from ssl_vit.weights.reading import one_line
 
 log = logging.getLogger("ssl_vit")
 # Pixels per patch side at which heads are trained.
@@ -44,7 +46,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class TokenExtractor:
-    """Token extractor: ``tokens`` maps images to patch tokens, ``grid`` is their (rows, columns).
+    """Token extractor: ``tokens`` maps images to patch tokens, ``grid`` is their (rows, columns) in
+    an image of the view's size.
 
     Half precision throughout, so that the score is the same whether tokens are kept or recomputed;
     float32 tokens gave the same mIoU to 0.01 points.
@@ -62,59 +65,109 @@ class TokenExtractor:
         Raises:
             UserError: an image and its mask differ in size, or a token is not finite.
         """
+        for crops, batch in self.images(pairs):
+            tokens = self.of(crops[0], pairs) if batch.masks else torch.empty(0)
+            yield Seen(tokens, batch.masks, batch.views.keys, batch.bad)
+
+    def images(
+        self, pairs: Pairs, sizes: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[tuple[list[Tensor], PairBatch]]:
+        """Batches of all pairs, in order, with their normalised images on the device: of the
+        view's size, or of each of ``sizes``; none where no pair of a batch is readable.
+
+        Raises:
+            UserError: an image and its mask differ in size.
+        """
         device, workers = self.machine.device, self.machine.workers
         normalize = Normalize(self.view.mean, self.view.std).to(device)
-        images = PairImages(pairs, self.view.size, self.view.channels)
+        images = PairImages(pairs, self.view.size, self.view.channels, sizes)
         workers, pin = loader_workers(workers, device), device.type == "cuda"
         for batch in eval_batches(images, self.machine.at_once, workers, pin):
             assert isinstance(batch, PairBatch)
-            tokens = torch.empty(0)
-            if batch.masks:
-                # Not inference mode, whose tensors could not be trained on.
-                with torch.no_grad(), autocast(device, self.machine.precision):
-                    tokens = self.tokens(normalize(batch.views.to(device)).crops[0])
-                tokens = tokens.half()
-                finite = bool(tokens.isfinite().all())
-                check(finite, f"the encoder's tokens of {pairs.spec} are not finite")
-            yield Seen(tokens, batch.masks, batch.views.keys, batch.bad)
+            # Not inference mode, whose tensors could not be trained on.
+            with torch.no_grad(), autocast(device, self.machine.precision):
+                crops = normalize(batch.views.to(device)).crops if batch.masks else []
+            yield crops, batch
+
+    def of(self, images: Float[Tensor, "b c h w"], pairs: Pairs) -> Float16[Tensor, "b d r s"]:
+        """Tokens of normalised images of ``pairs``, in half precision.
+
+        Raises:
+            UserError: a token is not finite.
+        """
+        with torch.no_grad(), autocast(self.machine.device, self.machine.precision):
+            tokens = self.tokens(images)
+        tokens = tokens.half()
+        finite = bool(tokens.isfinite().all())
+        check(finite, f"the encoder's tokens of {pairs.spec} are not finite")
+        return tokens
 
 
 def token_extractor(backbone: Backbone, blocks: int, machine: Machine) -> TokenExtractor:
-    """Token extractor of an encoder's last block, or of its last ``blocks`` concatenated.
+    """Token extractor of an encoder's last map, or of its last ``blocks``, joined at the finest.
 
-    Without an encoder (``pixels:``) tokens are pixels averaged over each patch.
+    Maps of a plain ViT are the patch tokens of its blocks, of a hierarchical network its stages
+    (``maps.FeatureMaps``). Without an encoder (``pixels:``) tokens are pixels averaged over each
+    patch.
 
     Raises:
-        UserError: a network without patch tokens, or with fewer blocks.
+        UserError: a network without maps, or with fewer.
     """
     view, module = backbone.view, backbone.module
+    if module is None and backbone.info is not None:
+        with without_memory():
+            config = replace(backbone.info.config, positions="learned")
+            patch = Encoder(config, view.channels).patch_size
+        grid = (view.size[0] // patch, view.size[1] // patch)
+
+        def pixels(images: Tensor) -> Tensor:
+            return F.adaptive_avg_pool2d(images, grid)
+
+        return TokenExtractor("pixels", pixels, grid, view, machine)
     if isinstance(module, Encoder):
         check(
             blocks <= len(module.vit.blocks),
             f"--blocks is {blocks}; {backbone.name} has {len(module.vit.blocks)}",
         )
-        patch = module.patch_size
-        name = "patches" if blocks == 1 else f"patches{blocks}"
-    elif module is None and backbone.info is not None:
-        with without_memory():
-            config = replace(backbone.info.config, positions="learned")
-            patch = Encoder(config, view.channels).patch_size
-        name = "pixels"
-    else:
+    maps = maps_of(backbone, blocks)
+    name = "patches" if isinstance(module, Encoder) else "maps"
+    return TokenExtractor(
+        name if blocks == 1 else f"{name}{blocks}",
+        lambda images: joined(maps(images)),
+        finest_grid(maps, backbone),
+        view,
+        machine,
+    )
+
+
+def joined(maps: list[Tensor]) -> Float[Tensor, "b d h w"]:
+    """Maps one after the other along their channels, each interpolated to the size of the first."""
+    size = maps[0].shape[2:]
+    same = [
+        m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
+        for m in maps
+    ]
+    return same[0] if len(same) == 1 else torch.cat(same, 1)
+
+
+@torch.no_grad()
+def finest_grid(maps: FeatureMaps, backbone: Backbone) -> tuple[int, int]:
+    """Rows and columns of the finest map of an image of the backbone's size.
+
+    Raises:
+        UserError: the network does not take images of this size.
+    """
+    (height, width), stride = backbone.view.size, maps.strides[0]
+    if isinstance(maps.network, Encoder):
+        return height // stride, width // stride
+    device = next(maps.network.parameters()).device
+    try:
+        found = maps(torch.zeros(1, backbone.view.channels, height, width, device=device))[0]
+    except Exception as error:  # timm's networks raise what they like
         raise UserError(
-            f"--encoder is {backbone.name!r}; only plain ViTs have the patch tokens that segment "
-            "needs (or pixels: before an encoder file)"
-        )
-    grid = (view.size[0] // patch, view.size[1] // patch)
-
-    def tokens(images: Tensor) -> Tensor:
-        if not isinstance(module, Encoder):
-            return F.adaptive_avg_pool2d(images, grid)
-        outputs = module.intermediate(images, last=blocks)
-        parts = [f.patches if f.norm is None else f.norm(f.patches) for f in outputs]
-        return torch.cat(parts, dim=2).transpose(1, 2).unflatten(2, grid)
-
-    return TokenExtractor(name, tokens, grid, view, machine)
+            f"--size is {height}x{width}: {backbone.name} takes no such images: {one_line(error)}"
+        ) from None
+    return found.shape[2], found.shape[3]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ _KINDS = (
     (r"(^|\.)lora_[AB]\.|\.lora_(down|up)\.",
      "a LoRA adapter, which holds changes to a network only: merge it into its network, save that"),
     (r"image_encoder\..*(rel_pos_h|patch_embed)|vision_encoder\..*rel_pos_h",
-     "a SAM, whose encoder has windows and relative positions"),
+     "a SAM, whose encoder has windows and relative positions; an official file opens for "
+     "evaluation"),
     (r"(^|\.)visual\.(conv1|transformer)\.|vision_model\.embeddings\.|^logit_scale$",
      "a CLIP of OpenAI's or Hugging Face's names; timm has the same as vit_*_clip_*"),
     (r"(^|\.)downsample_layers\.\d|stages\.\d+\.(\w+\.)?\d+\.(dwconv|conv_dw)\.",

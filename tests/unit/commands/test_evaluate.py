@@ -458,8 +458,22 @@ def test_segment_learns_what_patches_show_and_can_be_done_again(run, tmp_path, c
     options = ("--data.train", spec, "--data.val", spec, "--data.workers", "0", "--out", str(out))
     assert evaluate.main(["segment", "--encoder", str(run), *options, "--size", "16"]) == 0
     assert card(out)["scores"][0]["metrics"]["miou"] > 80
-    assert "miou" in capsys.readouterr().out
+    picture = tmp_path / "segment-boundaries.png"
+    printed = capsys.readouterr().out
+    assert "miou" in printed
+    assert f"boundaries: {picture}" in printed
+    assert Image.open(picture).size[0] > 3 * 320
+    earlier = card(out)
+    earlier["scores"][0]["metrics"].pop("dice")  # as before there was Dice
+    earlier["options"].pop("head")
+    out.write_text(json.dumps(earlier))
+    picture.unlink()
     assert evaluate.main(["again", str(out)]) == 0
+    assert not picture.exists()
+    earlier["scores"][0]["metrics"]["miou"] -= 0.01
+    out.write_text(json.dumps(earlier))
+    with pytest.raises(RunFailed, match="the numbers differ"):
+        evaluate.main(["again", str(out)])
     first = tmp_path / "pairs" / "masks" / "0.png"
     Image.fromarray(np.ones((16, 16), np.uint8)).save(first)
     with pytest.raises(RunFailed, match="train masks_sha256"):

@@ -16,12 +16,15 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.data.pairs import open_pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators import segment as probe
+from ssl_vit.evaluators import segment_scores
 from ssl_vit.evaluators.backbone import Backbone, open_backbone
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.maps import maps_of
 from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import PatchHeads, fit_patch_heads, patch_heads_loss, upsampled
-from ssl_vit.evaluators.segment import classify, segment_probe
+from ssl_vit.evaluators.segment import segment_probe
+from ssl_vit.evaluators.segment_scores import classify
 from ssl_vit.evaluators.tokens import Material, gather_tokens, token_extractor
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo
@@ -72,7 +75,8 @@ def change_masks(root: Path, change) -> None:
 def run(encoder: Backbone, train: str, val: str, seed: int = 0, **options):
     config = SegmentOptions(**{"epochs": 6, **options})
     pairs = open_pairs(train), open_pairs(val)
-    scores, card = segment_probe(config, encoder, *pairs, Machine(CPU, torch.float32, 0, 16), seed)
+    machine = Machine(CPU, torch.float32, 0, 16)
+    scores, card, _ = segment_probe(config, encoder, *pairs, machine, seed)
     return scores[0], card
 
 
@@ -115,6 +119,46 @@ def test_the_measure_is_the_loop_of_its_definition(seed):
     assert metrics["pixel_accuracy"] == pytest.approx(100 * float(right.mean()))
     shares = [float((guess == c)[truth == c].double().mean()) for c in range(3)]
     assert metrics["class_accuracy"] == pytest.approx(100 * sum(shares) / 3)
+
+
+def dice_by_loop(truth: list[int], guess: list[int], classes: int) -> list[float]:
+    found = []
+    for c in range(classes):
+        judged = [(t, g) for t, g in zip(truth, guess, strict=True) if t >= 0]
+        both = sum(t == c and g == c for t, g in judged)
+        sizes = sum(t == c for t, _ in judged) + sum(g == c for _, g in judged)
+        found.append(2 * both / sizes if sizes else math.nan)
+    return found
+
+
+@pytest.mark.parametrize("groups", [None, (7, 3, 7)])
+def test_dice_is_the_loop_of_its_definition(groups):
+    """Over all pixels; and the mean over images, or groups, that have the class."""
+    truth = [torch.randint(-1, 3, (40,), generator=seeded(i)) for i in range(3)]
+    guess = [torch.randint(0, 4, (40,), generator=seeded(i + 10)) for i in range(3)]
+    truth[1][truth[1] == 2], guess[1][guess[1] >= 2] = 0, 1  # the second image has no class 2
+    tables = [confusion_matrix(t, g, 5) for t, g in zip(truth, guess, strict=True)]
+    overlap = Overlap(
+        sum(tables),
+        torch.stack([counts(table) for table in tables]),
+        None if groups is None else torch.tensor(groups),
+    )
+    pooled = dice_by_loop(torch.cat(truth).tolist(), torch.cat(guess).tolist(), 5)
+    assert overlap.dice_by_class.tolist() == pytest.approx(pooled, nan_ok=True)
+    assert overlap.metrics()["dice"] == pytest.approx(100 * sum(pooled[:4]) / 4)
+    units = [[0], [1], [2]] if groups is None else [[1], [0, 2]]
+    each = [
+        dice_by_loop(
+            torch.cat([truth[i] for i in unit]).tolist(),
+            torch.cat([guess[i] for i in unit]).tolist(),
+            5,
+        )
+        for unit in units
+    ]
+    for c, found in enumerate(overlap.dice_by_image.tolist()):
+        known = [own[c] for own in each if not math.isnan(own[c])]
+        expected = sum(known) / len(known) if known else math.nan
+        assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_interval_is_over_images():
@@ -221,7 +265,7 @@ def test_a_mask_is_the_same_by_some_classes_at_a_time(monkeypatch, values):
     logits = torch.randn(7, 3, 2, generator=seeded())
     logits[4] = logits[1]  # of equal ones the first
     expected = F.interpolate(logits[None], (9, 11), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr(probe, "_VALUES", values)
+    monkeypatch.setattr(segment_scores, "_VALUES", values)
     assert torch.equal(classify(logits, (9, 11)), expected)
 
 
@@ -296,6 +340,9 @@ def test_textures_are_learned_and_random_labels_are_not(tmp_path, data):
         (100 * iou(counts(table).double())).tolist()
     )
     assert card["pairs"] | {"train": 24, "val": 6} == card["pairs"]
+    for kind in ("dice_by_class", "dice_by_class_mean_over_images"):
+        assert list(score.details[kind]) == ["0", "1", "2"]
+        assert min(score.details[kind].values()) > 50
     textures(tmp_path / "wrong", 24, 0)
     random = np.random.RandomState(0)
     change_masks(tmp_path / "wrong", lambda m: random.permutation(3).astype(np.uint8)[m])
@@ -346,7 +393,8 @@ def test_nothing_is_chosen_by_the_validation_masks(tmp_path, data):
     change_masks(tmp_path / "val", lambda m: (2 - m).astype(np.uint8))
     encoder = backbone(tmp_path)
     true, false = run(encoder, *data)[0], run(encoder, data[0], f"pairs:{tmp_path / 'val'}")[0]
-    assert false.details == true.details
+    for chosen in ("chosen_lr", "held_out_miou_by_lr"):
+        assert false.details[chosen] == true.details[chosen]
     assert false.metrics["miou"] < 40 < true.metrics["miou"]
 
 
@@ -423,17 +471,59 @@ def test_a_rate_is_chosen_on_groups_that_were_not_trained_on(tmp_path, made, mon
         assert not set(pairs.groups[held]) & set(pairs.groups[kept])
 
 
-def test_networks_without_patch_tokens_are_refused(tmp_path, data):
-    other = open_backbone("random:timm:resnet10t", 0, (32,))
-    with pytest.raises(UserError, match=r"only plain ViTs have the patch tokens"):
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("resnet10t", (64, 128, 256, 512)),
+        ("convnext_atto", (40, 80, 160, 320)),
+        ("swin_tiny_patch4_window7_224", (96, 192, 384, 768)),
+    ],
+)
+def test_stages_are_joined_at_the_finest(name, widths):
+    """Of networks with stages: the last one alone, or all four, interpolated between centres."""
+    other = open_backbone(f"random:timm:{name}", 0, (64, 96))
+    machine = Machine(CPU, torch.float32, 0, 16)
+    one, four = (token_extractor(other, n, machine) for n in (1, 4))
+    assert (one.name, one.grid, four.name, four.grid) == ("maps", (2, 3), "maps4", (16, 24))
+    images = torch.randn(2, 3, 64, 96, generator=seeded())
+    with torch.no_grad():
+        last, every = one.tokens(images), four.tokens(images)
+        stages = maps_of(other, 4)(images)
+    assert every.shape == (2, sum(widths), 16, 24)
+    assert torch.equal(last, stages[-1])
+    for stage, own in zip(stages, every.split(widths, 1), strict=True):
+        torch.testing.assert_close(own, upsampled(stage, (16, 24)), atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_with_stages_is_probed(data):
+    other = open_backbone("random:timm:resnet10t", 0, (32, 48))
+    score, card = run(other, *data, blocks=4, epochs=3)
+    assert score.features == "maps4"
+    assert card["probe"]["token_grid"] == (8, 12)
+    assert score.metrics["miou"] > 60
+
+
+def test_networks_without_maps_are_refused(tmp_path, data):
+    other = dataclasses.replace(backbone(tmp_path), module=torch.nn.Flatten(), info=None)
+    with pytest.raises(UserError, match=r"--encoder is 'some': Flatten has no feature maps"):
         run(other, *data)
     with pytest.raises(UserError, match=r"--blocks is 4; some has 2"):
         run(backbone(tmp_path), *data, blocks=4)
 
 
-@pytest.mark.parametrize(("option", "value"), [("epochs", 0), ("ignore", -2), ("cache_gb", -0.5)])
-def test_options_are_checked(option, value):
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is {value}"):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("epochs", 0, "is 0"),
+        ("ignore", -2, "is -2"),
+        ("cache_gb", -0.5, "is -0.5"),
+        ("scales", (), "is empty"),
+        ("scales", (1.0, 0.0), "is 1 0; it must be above 0"),
+        ("overlap", 1.0, "is 1"),
+    ],
+)
+def test_options_are_checked(option, value, message):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {message}"):
         SegmentOptions(**{option: value})
 
 

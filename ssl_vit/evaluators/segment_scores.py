@@ -1,0 +1,154 @@
+"""Segmentation scores: masks predicted by heads on patch tokens, against the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from ssl_vit.common.errors import UserError, check
+from ssl_vit.data.pairs import CLASSES_FILE, Pairs
+from ssl_vit.evaluators.features import units_of
+from ssl_vit.evaluators.options import SegmentOptions
+from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
+from ssl_vit.evaluators.patch_heads import BATCH, PatchHeads, upsampled
+from ssl_vit.evaluators.segment_heads import HeadModules
+from ssl_vit.evaluators.sliding import Sliding, mean_over_scales, scaled_size
+from ssl_vit.evaluators.tokens import Material, TokenExtractor
+from ssl_vit.pictures.boundaries import Outlined, evenly
+
+# Images in the picture.
+_DRAWN = 8
+# Maximum number of logits held at once when a mask is scored, 256 MB.
+_VALUES = 1 << 26
+
+Heads = PatchHeads | HeadModules
+"""Heads side by side, one for each learning rate."""
+
+
+def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:
+    """Classify each of ``size`` pixels by its highest interpolated logit.
+
+    In chunks of classes, so that a large mask with many classes fits in memory.
+    """
+    step = max(1, _VALUES // (size[0] * size[1]))
+    best, guess = None, None
+    for first in range(0, len(logits), step):
+        value, index = upsampled(logits[None, first : first + step], size)[0].max(0)
+        if best is None or guess is None:
+            best, guess = value, index
+            continue
+        higher = value > best  # of equal ones the first
+        best, guess = torch.where(higher, value, best), torch.where(higher, index + first, guess)
+    assert guess is not None
+    return guess
+
+
+@torch.no_grad()
+def held_out_miou(
+    heads: Heads, material: Material, rows: Int64[Tensor, " n"], ignore: int
+) -> list[float]:
+    """Held-out mean IoU of each head, 0 to 1, at 4 x 4 pixels per patch."""
+    classes = heads.classes
+    tables = [torch.zeros(classes, classes, dtype=torch.int64) for _ in range(len(heads))]
+    for tokens, masks in material.batches(rows, BATCH):
+        truth = known(masks, ignore).flatten()
+        logits = heads(tokens)
+        for table, head in zip(tables, logits.unbind(1), strict=True):
+            fine = upsampled(head, (masks.shape[1], masks.shape[2]))
+            table += confusion_matrix(truth, fine.argmax(1).flatten(), classes).cpu()
+    return [float(iou(counts(table).double()).nanmean()) for table in tables]
+
+
+def known(mask: Int[Tensor, "*shape"], ignore: int) -> Int[Tensor, "*shape"]:
+    """Mask with -1 for pixels without a class."""
+    return torch.where(mask == ignore, -1, mask)
+
+
+@dataclass
+class Guesses:
+    """Classes of all masks' pixels by one head: iterates over (index, mask, guess), the guess of
+    the mask's size; ``bad``: number of unreadable pairs met."""
+
+    heads: Heads
+    extractor: TokenExtractor
+    pairs: Pairs
+    config: SegmentOptions
+    bad: int = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
+        plain = self.config.scales == (1.0,) and not self.config.flip
+        return self._whole() if plain else self._sliding()
+
+    def _whole(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
+        """Each image at once, at the encoder's size."""
+        for seen in self.extractor.batches(self.pairs):
+            self.bad += len(seen.bad)
+            if not seen.masks:
+                continue
+            logits = self.heads(seen.tokens)[:, 0]
+            for i, own, mask in zip(seen.keys.tolist(), logits, seen.masks, strict=True):
+                yield i, mask, classify(own, (mask.shape[0], mask.shape[1]))
+
+    def _sliding(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
+        """Averaged over windows, scales and mirror images."""
+        config, window = self.config, self.extractor.view.size
+        sizes = [scaled_size(window, scale) for scale in config.scales]
+        slides = [Sliding(size, window, config.overlap, config.flip) for size in sizes]
+
+        def logits_of(images: Tensor) -> Tensor:
+            return self.heads(self.extractor.of(images, self.pairs))[:, 0]
+
+        for crops, batch in self.extractor.images(self.pairs, sizes):
+            self.bad += len(batch.bad)
+            made = [s.logits(crop, logits_of) for s, crop in zip(slides, crops, strict=False)]
+            for row, (i, mask) in enumerate(
+                zip(batch.views.keys.tolist(), batch.masks, strict=True)
+            ):
+                each = [
+                    s.probabilities(logits[:, row]) for s, logits in zip(slides, made, strict=True)
+                ]
+                yield i, mask, mean_over_scales(each, (mask.shape[0], mask.shape[1])).argmax(0)
+
+
+@dataclass
+class Scored:
+    """Scored masks: their overlap, the number of unreadable pairs, and some images to draw."""
+
+    overlap: Overlap
+    bad: int
+    samples: list[Outlined] = field(default_factory=list)
+
+
+@torch.no_grad()
+def score_masks(
+    heads: Heads, extractor: TokenExtractor, pairs: Pairs, config: SegmentOptions
+) -> Scored:
+    """Score a head on all masks, at their own resolution.
+
+    Raises:
+        UserError: a mask has a class that the head does not have, or no pixel has a class.
+    """
+    classes, drawn = heads.classes, set(evenly(len(pairs), _DRAWN))
+    table, images, places = torch.zeros(classes, classes, dtype=torch.int64), [], []
+    samples, guesses = [], Guesses(heads, extractor, pairs, config)
+    for i, mask, guess in guesses:
+        truth = known(mask.to(guess.device).long(), config.ignore)
+        highest = int(truth.max())
+        if highest >= classes:
+            raise UserError(
+                f"the mask of {pairs.name(i)} has class {highest}, those of training go up to "
+                f"{classes - 1}; name all classes in {CLASSES_FILE} beside the masks"
+            )
+        own = confusion_matrix(truth.flatten(), guess.flatten(), classes).cpu()
+        table += own
+        images.append(counts(own))
+        places.append(i)
+        if i in drawn:
+            samples.append(Outlined(i, truth.cpu(), guess.cpu()))
+    check(int(table.sum()) > 0, f"{pairs.spec}: no pixel of its masks has a class")
+    overlap = Overlap(table, torch.stack(images), units_of(pairs, torch.tensor(places)))
+    return Scored(overlap, guesses.bad, samples)

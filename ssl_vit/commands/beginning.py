@@ -1,14 +1,18 @@
-"""Looks at an encoder that began with given weights, each beside the first one, of the start."""
+"""Looks at an encoder that began with given weights, each beside the first one, of the start; and
+the images that are held out to choose the best one by."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.evaluators.watch import Look
+from ssl_vit.common.reading import DataConfig
+from ssl_vit.data.base import epoch_length, known_labels, split_holdout
+from ssl_vit.data.images import Images
+from ssl_vit.evaluators.watch import Look, why_no_knn
 from ssl_vit.training.run_files import METRICS_FILE, read_rows
 from ssl_vit.weights.own_files import BEST_FILE
 
@@ -16,6 +20,8 @@ from ssl_vit.weights.own_files import BEST_FILE
 SELECTION, _LOW = "selection_knn", "knn_low"
 # Name of the best encoder in the table of scores, its step aside.
 BEST = "best encoder"
+# Images with labels without which none are held out to choose by: one is 2 points of their k-NN.
+_LEAST = 50
 _REMEDIES = (
     "Usual remedies: a lower --optim.encoder-lr, a longer --optim.freeze-encoder, "
     "--init.keep-near 1"
@@ -78,13 +84,44 @@ def _knn(row: dict[str, Any]) -> float:
     return max(map(float, found), default=math.nan)
 
 
-def verdict(looks: Looks, last: int, folder: Path) -> str:
+def with_choice(images: Images, data: DataConfig, batch: int, seed: int) -> Images:
+    """Hold images out, neither trained on nor scored, to choose the best encoder by: they become
+    ``Images.choice``. Where k-NN cannot be measured all is as it was; where too few can be held
+    out, too, and ``Images.no_choice`` says why.
+
+    Without ``data.val`` they are half of the held-out images: ``data.holdout`` is then the number
+    of all that are not trained on, and those trained on are the same as without this. With it they
+    are the training images that would be held out without it. By the seed, in whole groups.
+
+    ``batch``: images of a step, for which enough must remain.
+    """
+    if not images.held_out or why_no_knn(images.train, images.val):
+        return images
+    train, val = images.train, images.val
+    if data.val:
+        train, choice = split_holdout(train, data.holdout, seed)
+        limit = f"--data.holdout {data.holdout}, at most a tenth of the training images"
+    else:
+        val, choice = split_holdout(val, len(val), seed, parts=2)
+        limit = f"half of the {len(images.val):,} that are held out"
+    known, why = int(known_labels(choice).sum()), ""
+    if known < _LEAST:
+        why = f"{known} with labels can be held out for it ({limit}), {_LEAST} are needed"
+    elif epoch_length(train) < batch:
+        why = f"--optim.batch-size {batch} leaves none to hold out for it"
+    elif reason := why_no_knn(train, val):
+        why = f"with images held out for it there is no k-NN ({reason})"
+    if why:
+        return replace(images, no_choice=why)
+    return replace(images, train=train, val=val, choice=choice)
+
+
+def verdict(looks: Looks, last: int, folder: Path, by: str) -> str:
     """Sentence on which encoder of a finished run is the better one; empty where nothing was
-    selected by. ``last``: step of the last one."""
+    selected by. ``last``: step of the last one; ``by``: what is selected by, in words."""
     best, final = looks.best, looks.rows[-1] if looks.rows else {}
     if best is None or final.get("step") != last or SELECTION not in final:
         return ""
-    by = "leave-one-out k-NN of training images"
     if best["step"] == last:
         return f"the last encoder is the best, by {by}: {best[SELECTION]:.1f} %"
     which = "what training began with" if best["step"] == 0 else f"that of step {best['step']:,}"

@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from ssl_vit.commands.beginning import Looks
+from ssl_vit.commands.beginning import Looks, with_choice
 from ssl_vit.commands.cli import RESUMABLE, layered, show_table
 from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.checks import flag
@@ -25,11 +24,11 @@ from ssl_vit.common.rates import SPARING, SPARING_ADAPTERS
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Task
 from ssl_vit.common.terminal import outliving_readers
-from ssl_vit.data.base import Source, Subset, known_labels
+from ssl_vit.data.base import Source, known_labels
 from ssl_vit.data.description import far_from_black
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.view import View
-from ssl_vit.evaluators.watch import Watch, bounded
+from ssl_vit.evaluators.watch import Watch, bounded, labelled_only, why_no_knn
 from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
@@ -195,8 +194,18 @@ class Pretraining(Session):
             rows += [("trained of the encoder", said)]
         reason = self.why_no_knn() if given or known_labels(self.images.train).any() else ""
         unseen = ", so that nothing shows whether the given weights get worse" if given else ""
+        if given and not reason:
+            why = f": {self.images.no_choice}" if self.images.no_choice else ""
+            rows.append(("best encoder", f"chosen by {self.chosen_by}{why}"))
         said = f"not measured while training: {reason}{unseen}"
         return rows + ([("k-NN", said)] if reason else [])
+
+    @property
+    def chosen_by(self) -> str:
+        """What the best encoder is chosen by, in words."""
+        if self.choice is None:
+            return "leave-one-out k-NN of training images"
+        return f"k-NN of {len(self.choice):,} images held out for this alone"
 
     def untrained_encoder(self) -> Encoder:
         """Encoder with its weights before the first step."""
@@ -206,25 +215,24 @@ class Pretraining(Session):
 
     def why_no_knn(self) -> str:
         """Reason why no k-NN is measured while training; empty if it is."""
-        train, val = self.watched
         if not self.images.held_out:  # each image would be its own nearest neighbour
             return "no image is held out"
-        for source in (train, val):
-            if not known_labels(source).any():
-                return f"{source.spec} has no labels"
-        if (train.targets is None) != (val.targets is None):
-            return "one set has one class an image, the other several labels"
-        classes = 2 if train.labels is None else len(np.unique(train.labels[known_labels(train)]))
-        return "" if classes > 1 else "the labels are all of one class"
+        return why_no_knn(*self.watched)
 
     @functools.cached_property
     def watched(self) -> tuple[Source, Source]:
         """Training images, with a label if any have, and held-out ones, to probe the encoder on."""
-        run, train = self.config.run, self.images.train
-        known = np.flatnonzero(known_labels(train))
-        train = Subset(train, known) if 0 < len(known) < len(train) else train
-        count, seed = run.probe_images, run.seed
-        return bounded(train, count, seed), bounded(self.images.val, count, seed)
+        count, seed = self.config.run.probe_images, self.config.run.seed
+        train = bounded(labelled_only(self.images.train), count, seed)
+        return train, bounded(self.images.val, count, seed)
+
+    @functools.cached_property
+    def choice(self) -> Source | None:
+        """Images that the best encoder is chosen by, those with a label; None: training images."""
+        images, run = self.images.choice, self.config.run
+        if images is None:
+            return None
+        return bounded(labelled_only(images), run.probe_images, run.seed)
 
     @functools.cached_property
     def watch(self) -> Watch:
@@ -241,6 +249,7 @@ class Pretraining(Session):
             workers=self.config.data.workers,
             seed=run.seed,
             labelled=not self.why_no_knn(),
+            choice=self.choice,
             pooling=self.task.pooling,
         )
 
@@ -353,6 +362,8 @@ def build(name: str, config: PretrainConfig[Any]) -> Pretraining:
         info = weights_info(config.init.encoder, config.encoder.image_size)[0]
         given = Given(f"--init.encoder {config.init.encoder}", info.mean, info.std)
     images: Images = open_images(config.data, config.run.seed, given)
+    if config.init.encoder:
+        images = with_choice(images, config.data, config.optim.batch_size, config.run.seed)
     method.set_statistics(images.mean, images.std)
     views = method.view_spec(config.method, method.encoder)
     images.warnings += tuple(far_from_black(views.last, images.mean, images.std))

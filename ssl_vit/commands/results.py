@@ -69,7 +69,7 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
     kind = "accuracy" if watch.val.targets is None else "mean average precision"
     title = f"{kind} in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
-    if words := verdict(session.looks, session.trainer.step, session.out):
+    if words := verdict(session.looks, session.trainer.step, session.out, session.chosen_by):
         print(words)
     own = table[f"{session.name} encoder"]
     return {f"final/{evaluator}": score.value for evaluator, score in own.items()}

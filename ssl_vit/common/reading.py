@@ -145,7 +145,9 @@ class DataConfig(ReadConfig):
     val: str = ""
     """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500
-    """Without --data.val, this many training images (at most a tenth) are held out."""
+    """Without --data.val, this many training images (at most a tenth) are held out. Of pretraining
+    with --init.encoder and labels, half of them are to choose the best encoder by; with --data.val
+    this many are held out for that."""
     preset: Literal["natural", "gray", "aerial", "microscopy", "medical"] = "natural"
     """Augmentation for a kind of image; single options of the method win over it. natural: that of
     each method, made for photographs. gray: levels in place of colour jitter, no turning gray.

@@ -17,6 +17,7 @@ from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
+from ssl_vit.data.base import known_labels
 from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
@@ -50,9 +51,9 @@ class Look:
         numbers: by name, to be logged: collapse statistics, k-NN in percent.
         held_out: features of the held-out images.
         low: lower end of the 95 % interval of the best feature's k-NN score; None without labels.
-        selection: k-NN score of the training images by the best feature, each image held out in
-            turn and classified by all others: what may be selected by, as the held-out images may
-            not. None without labels.
+        selection: what may be selected by, as the held-out images may not: k-NN score of the best
+            feature, of the images that are held out for this alone. Where there are none: of the
+            training images, each classified by all others. None without labels.
     """
 
     numbers: dict[str, float]
@@ -65,7 +66,8 @@ class Look:
 class Watch:
     """Watch: the data and settings with which an encoder is probed during training.
 
-    ``labelled``: whether there are labels for k-NN; ``pooling``: the feature the method trains;
+    ``labelled``: whether there are labels for k-NN; ``choice``: images with labels that are neither
+    in ``train`` nor in ``val``, for ``Look.selection``; ``pooling``: the feature the method trains;
     ``drawn``: cache of small pictures between probes.
     """
 
@@ -77,17 +79,19 @@ class Watch:
     workers: int
     seed: int
     labelled: bool
+    choice: Source | None = None
     pooling: str = "mean"
     drawn: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
 
     def features(self, embed: Embed) -> tuple[FeatureSet | None, FeatureSet]:
         """Features of the training images (None without labels) and of the held-out ones."""
+        train = self._of(self.train, embed) if self.labelled else None
+        return train, self._of(self.val, embed)
 
-        def of(source: Source) -> FeatureSet:
-            machine = Machine(self.device, self.precision, self.workers)
-            return extract(embed, source, self.view, machine)
-
-        return (of(self.train) if self.labelled else None), of(self.val)
+    def _of(self, source: Source, embed: Embed) -> FeatureSet:
+        """Features of a source."""
+        machine = Machine(self.device, self.precision, self.workers)
+        return extract(embed, source, self.view, machine)
 
     def look(self, encoder: Encoder, select: bool = False) -> Look:
         """Look at an encoder: collapse statistics of the method's feature and, with labels, k-NN
@@ -104,7 +108,18 @@ class Watch:
         scores = knn_scores(bank, asked, (k,))
         numbers |= {f"knn{k}_{score.features}": score.value for score in scores}
         best = max(scores, key=lambda score: score.value)
-        return Look(numbers, val, best.interval[0], _leave_one_out(bank) if select else None)
+        selection = self._selection(bank, encoder) if select else None
+        return Look(numbers, val, best.interval[0], selection)
+
+    def _selection(self, bank: FeatureSet, encoder: Encoder) -> float | None:
+        """What may be selected by (``Look.selection``); ``bank``: the training images. None where
+        there are too few, or no label has both outcomes."""
+        if self.choice is None:
+            return _leave_one_out(bank)
+        asked = self._of(self.choice, pooled(encoder)).known()
+        if not _decisive(asked):
+            return None
+        return max(score.value for score in knn_scores(bank, asked, (min(20, len(bank.labels)),)))
 
     def paint(
         self, painter: Painter, encoder: Encoder, held_out: FeatureSet
@@ -189,11 +204,35 @@ def _leave_one_out(bank: FeatureSet) -> float | None:
     """k-NN score of these images by their best feature, each by all others, of other groups where
     they are known; None where there are too few, or no label has both outcomes."""
     k = min(20, others(bank))
-    if k < 1 or (bank.labels.ndim == 2 and not bool(both_outcomes(bank.labels).any())):
+    if k < 1 or not _decisive(bank):
         return None
     names, device = plain_features(bank), bank.labels.device
     found = knn_predictions(bank, None, (k,), names, device, shared=False)
     return max(score_predictions(each, bank.labels, None, seed=0).value for each in found)
+
+
+def _decisive(asked: FeatureSet) -> bool:
+    """Whether these images have a score: there are some and, of several labels an image, one with
+    both outcomes."""
+    labels = asked.labels
+    return len(labels) > 0 and (labels.ndim == 1 or bool(both_outcomes(labels).any()))
+
+
+def why_no_knn(train: Source, val: Source) -> str:
+    """Reason why the labels of two sources allow no k-NN; empty if they do."""
+    for source in (train, val):
+        if not known_labels(source).any():
+            return f"{source.spec} has no labels"
+    if (train.targets is None) != (val.targets is None):
+        return "one set has one class an image, the other several labels"
+    classes = 2 if train.labels is None else len(np.unique(train.labels[known_labels(train)]))
+    return "" if classes > 1 else "the labels are all of one class"
+
+
+def labelled_only(source: Source) -> Source:
+    """Those images of a source whose label is known; all where none is."""
+    known = np.flatnonzero(known_labels(source))
+    return Subset(source, known) if 0 < len(known) < len(source) else source
 
 
 def bounded(source: Source, count: int, seed: int) -> Source:

@@ -18,8 +18,9 @@ _FIRST = {
         "image may have several labels.)",
     ),
     "selection_knn": Scalar(
-        "Leave-one-out k-NN accuracy of training images, %",
-        "By this encoder-best.safetensors is chosen: never by the images of the number above.",
+        "k-NN accuracy to choose by, %",
+        "By this encoder-best.safetensors is chosen: of images that are held out for it alone or, "
+        "where too few can be, of training images by each other; never of those that are scored.",
     ),
     "feature_std": Scalar(
         "Feature spread",

@@ -155,6 +155,8 @@ class Session:
         if not self.images.held_out:
             few = too_few(self.images.train) if self.config.data.holdout else ""
             held_out = f"none held out: {few}; give --data.val" if few else "none held out"
+        if self.images.choice is not None:
+            held_out += f", {len(self.images.choice):,} more to choose the best encoder by"
         processes = f"{self.parallel.world} {'sharded ' * self.parallel.sharded}processes"
         split = f"{processes} x {optim.accumulate} parts x {self.part_size}"
         epochs = f"{schedule.total / order.steps_per_epoch:g} epochs x {order.steps_per_epoch}"

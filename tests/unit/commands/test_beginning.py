@@ -54,27 +54,29 @@ def test_the_best_is_by_the_training_images_and_the_first_of_equal_ones(tmp_path
     ):
         looks.add(step, look(knn, selection))
     assert looks.best["step"] == 10
-    assert verdict(looks, 30, tmp_path) == (
-        "the best encoder is that of step 10, by leave-one-out k-NN of training images: 45.0 %, "
+    assert verdict(looks, 30, tmp_path, "k-NN of 70 images") == (
+        "the best encoder is that of step 10, by k-NN of 70 images: 45.0 %, "
         f"the last has 44.0 %: use --encoder {tmp_path / BEST_FILE}"
     )
     looks.add(40, look(10.0, 46.0))
-    assert verdict(looks, 40, tmp_path).startswith("the last encoder is the best")
+    assert verdict(looks, 40, tmp_path, "").startswith("the last encoder is the best")
     assert Looks([]).best is None
-    assert verdict(Looks([]), 40, tmp_path) == ""
+    assert verdict(Looks([]), 40, tmp_path, "") == ""
 
 
-@pytest.fixture(scope="module", params=["mae", "dino"])
+@pytest.fixture(scope="module", params=[("mae", "500"), ("dino", "0")], ids=["mae", "dino"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """A finished run from a file's weights, that looked every step; its options and folder."""
-    folder = tmp_path_factory.mktemp(request.param)
-    start = tiny.session(request.param).task.exported_encoder()
+    """A finished run from a file's weights, that looked every step; its options and folder. One
+    chooses the best by images held out for that, the other by training images."""
+    name, holdout = request.param
+    folder = tmp_path_factory.mktemp(name)
+    start = tiny.session(name).task.exported_encoder()
     torch.manual_seed(3)
     for p in (p for p in start.parameters() if p.requires_grad):
         torch.nn.init.normal_(p, std=0.1)
     save_encoder(folder / "start.safetensors", start, EncoderInfo(start.config, 1, (0.3,), (0.4,)))
     options = tiny.arguments(
-        *(request.param, "--init.encoder", str(folder / "start.safetensors")),
+        *(name, "--init.encoder", str(folder / "start.safetensors"), "--data.holdout", holdout),
         *("--data.val", "digits:val", "--run.probe-images", "200", "--run.probe-every", "1st"),
         *("--run.save-every", "1st", "--run.keep", "9", "--optim.lr", "3e-2"),
         *("--optim.freeze-encoder", "1st", "--optim.release", "0st", "--optim.encoder-lr", "1"),

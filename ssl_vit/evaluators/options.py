@@ -17,6 +17,7 @@ from ssl_vit.common.checks import (
     check_range,
     check_share,
     check_size,
+    flag,
 )
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import check
@@ -66,36 +67,46 @@ def check_format(out: str) -> None:
 
 
 @dataclass(frozen=True)
-class SegmentOptions:
-    """Options of the segmentation probe."""
+class SegmentHeadOptions:
+    """Options of a segmentation head and its score, frozen or fine-tuned."""
 
     head: Head = "linear"
     """linear; mlp: one hidden layer of 512; transformer: Segmenter's mask transformer, of two
-    blocks (Strudel et al. 2021). All on frozen patch tokens."""
+    blocks (Strudel et al. 2021)."""
     blocks: Literal[1, 4] = 1
     """Patch tokens of the last block, or of each of the last four, joined. Of a network with
     stages (Swin, ConvNeXt, ResNet): its last stage, or all four at the size of the finest."""
     ignore: int = 255
     """Number in the masks of pixels that have no class. -1: there is none."""
-    epochs: int = 30
-    """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
-    cache_gb: float = 8.0
-    """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
-    If they need more, they are recomputed in every epoch: same score, more time."""
     scales: tuple[float, ...] = (1.0,)
-    """Sizes at which images are scored, as factors of --size. Above 1 the image is cut into windows
-    of --size. Probabilities are averaged over windows and scales. Training is at 1."""
+    """Sizes at which images are scored, as factors of the encoder's. Above 1 the image is cut into
+    windows of that size. Probabilities are averaged over windows and scales. Training is at 1."""
     overlap: float = 0.5
     """Share of a window that at least overlaps the next one."""
     flip: bool = False
     """Score mirror images, too, and average."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "epochs")
         check_given(self, "scales")
         check_positive(self, "scales")
         check_below_one(self, "overlap")
-        check(self.ignore >= -1, f"--ignore is {self.ignore}; a class number, or -1 for none")
+        rule = "a class number, or -1 for none"
+        check(self.ignore >= -1, f"{flag(self, 'ignore')} is {self.ignore}; {rule}")
+
+
+@dataclass(frozen=True)
+class SegmentOptions(SegmentHeadOptions):
+    """Options of the segmentation probe."""
+
+    epochs: int = 30
+    """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
+    cache_gb: float = 8.0
+    """Tokens of the training images are kept in memory up to this size, in units of 1e9 bytes.
+    If they need more, they are recomputed in every epoch: same score, more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "epochs")
         check_not_negative(self, "cache_gb")
 
 

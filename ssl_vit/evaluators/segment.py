@@ -9,6 +9,7 @@ heads (``segment_heads``) take the linear layer's place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -111,43 +112,56 @@ def segment_probe(
     extractor = token_extractor(backbone, config.blocks, machine)
     material = gather_tokens(extractor, train, config.cache_gb)
     names = train.classes or val.classes or ()
-    classes = count_mask_classes(material, len(names), config.ignore)
+    classes = count_mask_classes(material.values, train.spec, len(names), config.ignore)
     head, rate, by_rate = choose_head(material, classes, config, seed)
     scored = score_masks(head, extractor, val, config)
-    overlap, labels = scored.overlap, names or tuple(map(str, range(classes)))
+    labels = names or tuple(map(str, range(classes)))
+    chosen = {"chosen_lr": rate, "held_out_miou_by_lr": by_rate}
+    score = segment_score(scored.overlap, labels, extractor.name, f"lr={rate:g}", seed, chosen)
+    picture = boundaries_panel(val, backbone.view, scored.samples)
+    return [score], card(config, material, scored.overlap, scored.bad), picture
+
+
+def segment_score(
+    overlap: Overlap,
+    classes: Sequence[str],
+    features: str,
+    setting: str,
+    seed: int,
+    details: dict[str, Any],
+) -> Score:
+    """Score of an overlap: mean IoU and Dice, and of each of the ``classes``."""
 
     def by_name(shares: Tensor) -> dict[str, float]:
-        named = zip(labels, shares.tolist(), strict=True)
+        named = zip(classes, shares.tolist(), strict=True)
         return {name: 100 * share for name, share in named if not math.isnan(share)}
 
-    score = Score(
-        features=extractor.name,
-        setting=f"lr={rate:g}",
+    details = details | {
+        "dice_by_class": by_name(overlap.dice_by_class),
+        "dice_by_class_mean_over_images": by_name(overlap.dice_by_image),
+    }
+    if overlap.groups is not None:
+        details["interval_of_groups"] = len(overlap.groups.unique())
+    return Score(
+        features=features,
+        setting=setting,
         metrics=overlap.metrics(),
         interval=overlap.interval(fold(seed, 3)),
         per_class=by_name(overlap.by_class),
-        confusion=overlap.table.tolist() if classes <= _LARGEST_CONFUSION else None,
-        details={
-            "chosen_lr": rate,
-            "held_out_miou_by_lr": by_rate,
-            "dice_by_class": by_name(overlap.dice_by_class),
-            "dice_by_class_mean_over_images": by_name(overlap.dice_by_image),
-        },
+        confusion=overlap.table.tolist() if len(classes) <= _LARGEST_CONFUSION else None,
+        details=details,
     )
-    if overlap.groups is not None:
-        score.details["interval_of_groups"] = len(overlap.groups.unique())
-    picture = boundaries_panel(val, backbone.view, scored.samples)
-    return [score], card(config, material, overlap, scored.bad), picture
 
 
-def count_mask_classes(material: Material, named: int, ignore: int) -> int:
+def count_mask_classes(present: Sequence[int], spec: str, named: int, ignore: int) -> int:
     """Number of classes: as many as are ``named``, or up to the highest in the masks.
+
+    ``present``: values in the masks of ``spec``, in order.
 
     Raises:
         UserError: the masks have a class without a name, or fewer than two classes.
     """
-    values = [v for v in material.values if v != ignore]
-    spec = material.pairs.spec
+    values = [v for v in present if v != ignore]
     beside = f" beside --ignore {ignore}" if ignore >= 0 else ""
     check(
         len(values) >= 2,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.features import units_of
-from ssl_vit.evaluators.options import SegmentOptions
+from ssl_vit.evaluators.options import SegmentHeadOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import BATCH, PatchHeads, upsampled
 from ssl_vit.evaluators.segment_heads import HeadModules
@@ -76,7 +76,7 @@ class Guesses:
     heads: Heads
     extractor: TokenExtractor
     pairs: Pairs
-    config: SegmentOptions
+    config: SegmentHeadOptions
     bad: int = 0
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
@@ -125,7 +125,7 @@ class Scored:
 
 @torch.no_grad()
 def score_masks(
-    heads: Heads, extractor: TokenExtractor, pairs: Pairs, config: SegmentOptions
+    heads: Heads, extractor: TokenExtractor, pairs: Pairs, config: SegmentHeadOptions
 ) -> Scored:
     """Score a head on all masks, at their own resolution.
 

@@ -40,8 +40,12 @@ from ssl_vit.training.parallel import resolve_precision, start_parallel
 
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
-Result = tuple[list[Score], dict[str, Any], Path]
-"""Result: scores, protocol card, and the file both are written to."""
+Pictures = dict[str, np.ndarray]
+"""Pictures beside a result: by name, (height, width, 3) uint8."""
+Result = (
+    tuple[list[Score], dict[str, Any], Path] | tuple[list[Score], dict[str, Any], Path, Pictures]
+)
+"""Result: scores, protocol card, the file both are written to, and pictures, if there are any."""
 
 
 def knn(config: KnnConfig) -> Result:

@@ -140,7 +140,7 @@ def judge(plan: Plan, encoder: str, label: str) -> dict[str, Any]:
     for evaluator in JUDGES:
         result = measure(config, encoder, evaluator, plan.out)
         assert result is not None
-        (score, *_), card, _ = result
+        (score, *_), card, *_ = result
         card_file = f"scores/{label}-{evaluator}.json"
         write_card(plan.out / card_file, card, [score])
         about = {"value": score.value, "interval": score.interval, "features": score.features}

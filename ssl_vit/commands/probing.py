@@ -8,17 +8,24 @@ from typing import Any
 import torch
 
 from ssl_vit.commands.cli import show_table
-from ssl_vit.commands.eval_options import PROBES, EvalConfig
+from ssl_vit.commands.depth import depth
+from ssl_vit.commands.eval_options import EvalConfig
+from ssl_vit.commands.probe_options import PROBES
 from ssl_vit.commands.probes import Result, knn, linear, segment
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
 from ssl_vit.common.layers import known_keys, parse, tree_flags
 from ssl_vit.evaluators.protocol import check_same, read_card, write_card
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.scores import UNITS, Score
 
 _PROG = "python -m ssl_vit.evaluate"
-_RUN: dict[str, Callable[[Any], Result]] = {"knn": knn, "linear": linear, "segment": segment}
+_RUN: dict[str, Callable[[Any], Result]] = {
+    "knn": knn,
+    "linear": linear,
+    "segment": segment,
+    "depth": depth,
+}
 
 
 def run(name: str, config: EvalConfig) -> Result:
@@ -35,13 +42,14 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
         (
             s.features,
             s.setting,
-            *(f"{s.metrics[m]:.2f}" for m in metrics),
+            *(f"{s.metrics[m]:.{4 if m in UNITS else 2}f}" for m in metrics),
             f"{s.interval[0]:.2f} to {s.interval[1]:.2f}",
         )
         for s in scores
     ]
     scored = card.get("val", card["train"])
-    title = f"{name}: {config.encoder}, in %, {scored['images']:,} evaluation images"
+    units = "".join(f" ({m}: {UNITS[m]})" for m in metrics if m in UNITS)
+    title = f"{name}: {config.encoder}, in %{units}, {scored['images']:,} evaluation images"
     title += f" of {scored['groups']:,} groups" if "groups" in scored else ""
     title += f", {card['train']['images']:,} training images"
     if leaked := scored.get("groups_in_training"):

@@ -107,7 +107,7 @@ def _read(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster 
     if reading.level:
         raise BadImage(f"has no levels; --data.level is {reading.level}")
     if kind == "NPY":
-        array = _read_npy(raw)
+        array = read_npy(raw)
         count = array_planes(array.shape, wanted(channels, reading))
         return from_array(array, channels, reading, count)
     if raw[:2] == b"\xff\xd8" and not reading.bands:
@@ -157,7 +157,7 @@ def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(stream)
 
 
-def _read_npy(raw: bytes | bytearray) -> np.ndarray:
+def read_npy(raw: bytes | bytearray) -> np.ndarray:
     """The array of a NPY file, without a copy; Python objects are refused, not loaded."""
     stream = io.BytesIO(raw)
     shape, fortran, dtype = npy_header(stream)

@@ -1,16 +1,20 @@
-"""Image and mask pairs: files of the same name in two folders; mask pixels are class numbers."""
+"""Image and mask pairs: files of the same name in two folders; mask pixels are class numbers.
+
+Other maps beside images are coupled in the same way (``data.depths``).
+"""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Integer
+from jaxtyping import Integer, Shaped
 from PIL import Image
 from torch import Tensor
 
@@ -27,15 +31,36 @@ from ssl_vit.data.raster import check_pixels, reason
 from ssl_vit.data.tiff import check_page, open_tiff
 
 CLASSES_FILE = "classes.txt"
-_FORM = "pairs:IMAGES_FOLDER:MASKS_FOLDER, or pairs:ROOT with ROOT/images and ROOT/masks"
 # Modes in which Pillow returns the file's values; of P, a palette, the indices are used.
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _WHITE_IS_ZERO = 0
 _LARGEST = 65535
+_KINDS = "bui"  # of a TIFF's numbers
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside images: named ``scheme:``, in ``folder`` of a root; ``one`` is a "mask"."""
+
+    scheme: str
+    folder: str
+    one: str
+
+    @property
+    def form(self) -> str:
+        """Form of its specification."""
+        other = f"{self.folder.upper()}_FOLDER"
+        root = f"{self.scheme}:ROOT with ROOT/images and ROOT/{self.folder}"
+        return f"{self.scheme}:IMAGES_FOLDER:{other}, or {root}"
+
+
+MASKS = Beside("pairs", "masks", "mask")
 
 
 class Pairs(Source):
     """Pairs source: images with masks of equal size; their paths differ only in the extension."""
+
+    beside = MASKS
 
     def __init__(
         self, images: FolderSource, masks: FolderSource, couples: np.ndarray, spec: str
@@ -72,7 +97,11 @@ class Pairs(Source):
 
     def take(self, rows: Tensor) -> Pairs:
         """Subset of these pairs, in this order."""
-        return Pairs(self.images, self.masks, self.couples[rows.numpy()], self.spec)
+        taken = copy(self)
+        taken.couples = self.couples[rows.numpy()]
+        if self.groups is not None:
+            taken.groups = self.groups[rows.numpy()]
+        return taken
 
 
 def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
@@ -85,23 +114,35 @@ def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
     Raises:
         UserError: not of this form, no such folder, or an image or a mask has no counterpart.
     """
+    return Pairs(*coupled(spec, MASKS, reading), spec)
+
+
+def coupled(
+    spec: str, beside: Beside, reading: ReadConfig | None
+) -> tuple[FolderSource, FolderSource, np.ndarray]:
+    """Images, what lies beside them, and (n, 2) their indices, in the images' order.
+
+    Raises:
+        UserError: as ``open_pairs``.
+    """
     scheme, _, rest = spec.partition(":")
     parts = rest.split(":")
-    known = scheme == "pairs" and all(parts) and len(parts) <= 2
-    check(known, f"{spec!r} names no images with masks; allowed: {_FORM}")
-    folders = parts if len(parts) == 2 else [os.path.join(rest, n) for n in ("images", "masks")]
+    known = scheme == beside.scheme and all(parts) and len(parts) <= 2
+    check(known, f"{spec!r} names no images with {beside.one}s; allowed: {beside.form}")
+    own = ("images", beside.folder)
+    folders = parts if len(parts) == 2 else [os.path.join(rest, name) for name in own]
     for option in ("tile", "level"):  # masks are as large as the images are read
         given = reading is not None and getattr(reading, option)
         check(not given, f"--data.{option} has no effect on {scheme}: leave it out")
-    images, masks = (all_images(spec, folder) for folder in folders)
+    images, others = (all_images(spec, folder) for folder in folders)
     images.reading = reading or ReadConfig()
     if images.reading.group:
         images.groups = groups_of(images)
-    places, others = _by_stem(images), _by_stem(masks)
-    _all_there(spec, "images without a mask", places, others, images)
-    _all_there(spec, "masks without an image", others, places, masks)
-    couples = np.array([(place, others[stem]) for stem, place in places.items()], dtype=np.int64)
-    return Pairs(images, masks, couples, spec)
+    places, there = _by_stem(images), _by_stem(others)
+    _all_there(spec, f"images without a {beside.one}", places, there, images)
+    _all_there(spec, f"{beside.one}s without an image", there, places, others)
+    couples = np.array([(place, there[stem]) for stem, place in places.items()], dtype=np.int64)
+    return images, others, couples
 
 
 def _by_stem(source: FolderSource) -> dict[bytes, int]:
@@ -157,7 +198,8 @@ def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
         f"{name} is a JPEG, which does not keep classes; a mask must be PNG or TIFF",
     )
     try:
-        values = _tiff_values(raw) if raw[:2] in (b"II", b"MM") else _png_values(raw)
+        tiff = raw[:2] in (b"II", b"MM")
+        values = tiff_values(raw, _KINDS) if tiff else png_values(raw, _MODES)
     except Exception as error:  # decoders raise all kinds
         raise BadImage(f"mask {name}: {reason(error)}") from error
     if isinstance(values, str):
@@ -170,33 +212,40 @@ def decode_mask(raw: bytes, name: str) -> Integer[Tensor, "h w"]:
     return torch.from_numpy(values.astype(np.uint8 if high < 256 else np.int32))
 
 
-def _png_values(raw: bytes) -> np.ndarray | str:
-    """Values of a PNG as stored, (h, w); or what it has that is no class."""
+def png_values(raw: bytes, modes: tuple[str, ...]) -> np.ndarray | str:
+    """Values of a PNG as stored, int32 (h, w); or what it has that is not among Pillow's ``modes``.
+
+    Raises all kinds of errors, as its decoder does.
+    """
     with Image.open(io.BytesIO(raw), formats=("PNG",)) as image:
-        if image.mode not in _MODES:
+        if image.mode not in modes:
             return f"has the mode {image.mode}"
         bits, gray = raw[24], raw[25] == 0  # of the first chunk
         scale = 255 // (2**bits - 1) if gray and bits in (2, 4) else 1  # which Pillow applies
         return np.asarray(np.asarray(image).astype(np.int32) // scale)
 
 
-def _tiff_values(raw: bytes) -> np.ndarray | str:
-    """Values of the first page of a TIFF as stored, (h, w); or what it has that is no class."""
+def tiff_values(raw: bytes, kinds: str) -> np.ndarray | str:
+    """Values of the first page of a TIFF as stored, (h, w), numbers of these ``kinds`` (numpy's
+    letters); or what it has that is none of them.
+
+    Raises all kinds of errors, as its decoder does.
+    """
     with open_tiff(io.BytesIO(raw)) as file:
         page = file.pages.first
         if page.samplesperpixel != 1 or page.imagedepth != 1:
             return f"has {page.samplesperpixel} channels in {page.imagedepth} planes"
-        if page.dtype is None or page.dtype.kind not in "bui":
+        if page.dtype is None or page.dtype.kind not in kinds:
             return f"holds {page.dtype}"
         if page.photometric == _WHITE_IS_ZERO:
             return "counts from white"
         check_pixels(page.imagelength * page.imagewidth)
         check_page(page, file.filehandle)
-        return np.asarray(page.asarray(maxworkers=1).astype(np.int64))
+        return np.asarray(page.asarray(maxworkers=1))
 
 
-def nearest_mask(mask: Integer[Tensor, "h w"], size: tuple[int, int]) -> Integer[Tensor, "r s"]:
-    """Resize a mask by nearest neighbour: each new pixel has the class at its centre."""
+def nearest_mask(mask: Shaped[Tensor, "h w"], size: tuple[int, int]) -> Shaped[Tensor, "r s"]:
+    """Resize a mask by nearest neighbour: each new pixel has the value at its centre."""
     rows, columns = (
         ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
         for new, old in zip(size, mask.shape, strict=True)
@@ -259,8 +308,8 @@ class PairImages(EvalImages):
             sizes = ["x".join(map(str, t.shape[-2:])) for t in (image, mask)]
             check(
                 sizes[0] == sizes[1],
-                f"{self.source.name(index)} has {sizes[0]} pixels, its mask {sizes[1]} (rows x "
-                "columns); they must agree",
+                f"{self.source.name(index)} has {sizes[0]} pixels, its {self.source.beside.one} "
+                f"{sizes[1]} (rows x columns); they must agree",
             )
             crops.append(views)
             masks.append(mask)

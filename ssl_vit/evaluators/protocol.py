@@ -26,8 +26,10 @@ _IDENTITIES = (
     ("encoder", "weights_sha256"),
     ("train", "content_sha256"),
     ("train", "masks_sha256"),
+    ("train", "depth_sha256"),
     ("val", "content_sha256"),
     ("val", "masks_sha256"),
+    ("val", "depth_sha256"),
     ("held_out", "content_sha256"),
 )
 _NUMBERS = ("metrics", "interval", "per_class")

@@ -16,6 +16,8 @@ from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import Groups, accuracy_interval, mean_precision_interval
 
 _LARGEST_CONFUSION = 100
+UNITS = {"rmse": "the unit of depth", "log10": "powers of ten"}
+"""Metrics that are not in percent, and what they are in."""
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Prediction:
 class Score:
     """Score: one row of a result; ``Score(**json)`` reads it back.
 
-    ``metrics``, in percent: top1 and top5, or map and auroc. ``interval``: 95 %, of the first.
+    ``metrics``, in percent but for those of ``UNITS``: top1 and top5, or map and auroc, or what an
+    evaluator names; of the first, more is better. ``interval``: 95 %, of the first.
     ``per_class``: accuracy of each class that occurs, or average precision of each label.
     ``confusion``: images by class, rows the truth, columns the first guess; None for more than 100
     classes and for several labels.

@@ -95,6 +95,15 @@ def split_groups(
     return torch.from_numpy(np.setdiff1d(np.arange(n), rows)), torch.from_numpy(rows)
 
 
+def split_tenth(n: int, groups: Int64[Tensor, " n"] | None, seed: int) -> Split:
+    """Split ``n`` rows, two at the least, into (kept, held out): a tenth is held out, of whole
+    groups where they are known and one can be held out."""
+    if groups is not None and (rows := split_groups(torch.zeros(n), groups, 0.1, seed)):
+        return rows
+    shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, seed))
+    return shuffled[max(1, n // 10) :], shuffled[: max(1, n // 10)]
+
+
 def _held(groups: list[np.ndarray], of: np.ndarray, room: int) -> list[np.ndarray]:
     """The groups (rows of each) that in turn still fit into ``room``, and leave every class a row;
     ``of``: the class of each row, from 0 on."""

@@ -201,13 +201,14 @@ class Material:
                 yield seen.tokens.float(), self.masks[rows[seen.keys]].to(device).long()
 
 
-class _Statistics:
+class Statistics:
     """Running token statistics, summed in double precision."""
 
     def __init__(self) -> None:
         self.n, self.first, self.second = 0, torch.zeros(1), torch.zeros(1)
 
     def add(self, tokens: Float16[Tensor, "b d h w"]) -> None:
+        """Add the tokens of some images."""
         values = tokens.double()
         self.n += values[:, 0].numel()
         self.first = self.first.to(values.device) + values.sum((0, 2, 3))
@@ -227,7 +228,7 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
         UserError: no pair can be read.
     """
     size = (extractor.grid[0] * _FINE, extractor.grid[1] * _FINE)
-    statistics, values, bad = _Statistics(), set[int](), dict[int, str]()
+    statistics, values, bad = Statistics(), set[int](), dict[int, str]()
     masks, places = list[Tensor](), list[Tensor]()
     tokens: Tensor | None = None
     for seen in extractor.batches(pairs):

@@ -125,6 +125,8 @@ def verdict(looks: Looks, last: int, folder: Path, by: str) -> str:
     if best["step"] == last:
         return f"the last encoder is the best, by {by}: {best[SELECTION]:.1f} %"
     which = "what training began with" if best["step"] == 0 else f"that of step {best['step']:,}"
+    if best[SELECTION] == final[SELECTION]:
+        return f"the last encoder is as good as {which}, by {by}: {final[SELECTION]:.1f} %"
     return (
         f"the best encoder is {which}, by {by}: {best[SELECTION]:.1f} %, the last has "
         f"{final[SELECTION]:.1f} %: use --encoder {folder / BEST_FILE}"

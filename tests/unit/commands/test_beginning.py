@@ -60,6 +60,9 @@ def test_the_best_is_by_the_training_images_and_the_first_of_equal_ones(tmp_path
     )
     looks.add(40, look(10.0, 46.0))
     assert verdict(looks, 40, tmp_path, "").startswith("the last encoder is the best")
+    looks.add(50, look(70.0, 46.0))
+    said = verdict(looks, 50, tmp_path, "k-NN")
+    assert said == "the last encoder is as good as that of step 40, by k-NN: 46.0 %"
     assert Looks([]).best is None
     assert verdict(Looks([]), 40, tmp_path, "") == ""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_vit.commands import dense_tuning as dense
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.evaluating import with_labels
 from ssl_vit.commands.finetune_options import PROG, first_options, read_options
@@ -35,7 +36,7 @@ from ssl_vit.evaluators.classifier import (
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
 from ssl_vit.evaluators.finetune import FineTune, tuning_views
 from ssl_vit.evaluators.online import source_targets
-from ssl_vit.evaluators.options import FinetuneConfig, recipe
+from ssl_vit.evaluators.options import FinetuneConfig, dense_recipe, recipe
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
 from ssl_vit.evaluators.selection import guesses_of, outputs_of, quality
@@ -46,7 +47,7 @@ from ssl_vit.training.run_files import slug
 from ssl_vit.training.session import Session, counted
 from ssl_vit.weights.exchange import EncoderInfo, sha256
 
-CARD_FILE = "finetune.json"
+CARD_FILE = dense.CARD_FILE
 
 
 def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
@@ -63,7 +64,11 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
         message = str(error).replace("--size is", "--tune.image-size is")
         message = message.replace("--encoder.", "--scratch.") if scratch else message
         raise UserError(message) from None
-    config = read_options(argv, recipe(start.pretrained, start.depth, start.channels))
+    if first.dense:
+        config = read_options(argv, dense_recipe(start.depth, start.channels))
+        dense.check_options(config)
+    else:
+        config = read_options(argv, recipe(start.pretrained, start.depth, start.channels))
     data = config.data
     if start.pretrained or data.channels != start.channels:
         start = for_channels(start, data.channels, config.tune.channels)
@@ -270,5 +275,8 @@ def show_results(session: Finetuning) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     """Fine-tuning command; returns the exit status."""
     config, start = parse_options(argv)
+    if config.dense:
+        made = dense.DenseTuning(config, start)
+        return carry_out(made, made.about(), dense.show_results, PROG)
     session = Finetuning(config, start)
     return carry_out(session, session.about(), show_results, PROG)

@@ -56,9 +56,10 @@ class Crop:
     """``count`` random resized crops of ``size`` (height, width) pixels.
 
     ``scale``: least and most share of the area; ``ratio``: least and most width over height, drawn
-    log-uniformly; ``flip``, ``vertical_flip``: probability of a horizontal and of a vertical flip;
-    ``photometric``: what is done to its colours and sharpness, if anything; ``policy``: what is
-    done to it before that, in the workers; ``levels``: what is done to it once it is normalised.
+    log-uniformly, or, if ``relative``, that as a factor of the image's own; ``flip``,
+    ``vertical_flip``: probability of a horizontal and of a vertical flip; ``photometric``: what is
+    done to its colours and sharpness, if anything; ``policy``: what is done to it before that, in
+    the workers; ``levels``: what is done to it once it is normalised.
     ``quarter_turns``: probability of a turn by one, two or three quarters, each as likely, after
     the flips. The box and its ratio are the image's; turned by one or three, it is resized to
     (width, height), so that it is stretched no more than the others and no pixel interpolated
@@ -75,6 +76,7 @@ class Crop:
     vertical_flip: float = 0.0
     quarter_turns: float = 0.0
     levels: Levels | None = None
+    relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,17 @@ def crop_box(height: int, width: int, crop: Crop, rng: random.Random) -> tuple[i
     Area and aspect ratio are drawn until the box fits, at most ten times; then the largest central
     box of an allowed ratio is taken. The distribution is torchvision's ``RandomResizedCrop``.
     """
-    log_ratio = (math.log(crop.ratio[0]), math.log(crop.ratio[1]))
+    own = width / height if crop.relative else 1.0
+    least, most = (own * ratio for ratio in crop.ratio)
+    log_ratio = (math.log(least), math.log(most))
     for _ in range(10):
         area = height * width * rng.uniform(*crop.scale)
         ratio = math.exp(rng.uniform(*log_ratio))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    w = min(width, round(height * crop.ratio[1]))
-    h = min(height, round(width / crop.ratio[0]))
+    w = min(width, round(height * most))
+    h = min(height, round(width / least))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

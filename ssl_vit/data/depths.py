@@ -69,6 +69,11 @@ def open_depths(spec: str, reading: ReadConfig | None = None, scale: float = 1.0
     return pairs
 
 
+def open_depths_source(spec: str, rest: str, reading: ReadConfig | None = None) -> DepthPairs:
+    """Open images with depth maps as a source of images, for ``open_source``."""
+    return open_depths(spec, reading)
+
+
 def decode_depth(raw: bytes, name: str, scale: float) -> Float32[Tensor, "h w"]:
     """Decode a depth map: the values of a file times ``scale``; 0 where there is no depth.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.common.task import Views
-from ssl_vit.data.base import Item, Source
+from ssl_vit.data.base import Item, Source, Subset
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.folder import FolderSource, all_images
 from ssl_vit.data.groups import groups_of
@@ -117,6 +117,19 @@ def open_pairs(spec: str, reading: ReadConfig | None = None) -> Pairs:
     return Pairs(*coupled(spec, MASKS, reading), spec)
 
 
+def open_pairs_source(spec: str, rest: str, reading: ReadConfig | None = None) -> Pairs:
+    """Open pairs as a source of images, for ``open_source``."""
+    return open_pairs(spec, reading)
+
+
+def pairs_of(source: Source) -> Pairs:
+    """Pairs of a source that consists of them: itself, or a part of one."""
+    if isinstance(source, Subset) and isinstance(source.source, Pairs):
+        return source.source.take(torch.from_numpy(source.indices))
+    assert isinstance(source, Pairs), f"{source.spec} has no maps beside its images"
+    return source
+
+
 def coupled(
     spec: str, beside: Beside, reading: ReadConfig | None
 ) -> tuple[FolderSource, FolderSource, np.ndarray]:
@@ -134,6 +147,8 @@ def coupled(
     for option in ("tile", "level"):  # masks are as large as the images are read
         given = reading is not None and getattr(reading, option)
         check(not given, f"--data.{option} has no effect on {scheme}: leave it out")
+    slices = reading.slices if reading is not None else ""
+    check(slices != "all", f"--data.slices all has no effect on {scheme}: leave it out")
     images, others = (all_images(spec, folder) for folder in folders)
     images.reading = reading or ReadConfig()
     if images.reading.group:

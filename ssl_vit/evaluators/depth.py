@@ -36,7 +36,7 @@ from ssl_vit.evaluators.depth_heads import (
     depth_loss,
 )
 from ssl_vit.evaluators.depth_metrics import DepthErrors, image_metrics
-from ssl_vit.evaluators.depth_options import DepthOptions
+from ssl_vit.evaluators.depth_options import DepthHeadOptions, DepthOptions
 from ssl_vit.evaluators.features import Machine, units_of
 from ssl_vit.evaluators.map_material import MapExtractor, MapMaterial, SeenMaps, gather_maps
 from ssl_vit.evaluators.maps import maps_of
@@ -52,7 +52,7 @@ LEARNING_RATES = {
     "linear4": (1e-3, 3e-3, 1e-2, 3e-2),
     "dpt": (3e-4, 1e-3, 3e-3),
 }
-_MAPS = {"linear": 1, "linear4": 4, "dpt": 4}
+MAPS = {"linear": 1, "linear4": 4, "dpt": 4}
 _LEAST_PAIRS = 10
 _SHOWN = 6
 
@@ -141,7 +141,11 @@ def predict(head: DepthHead, seen: SeenMaps) -> Float[Tensor, "b rows columns"]:
 
 @torch.no_grad()
 def score_depths(
-    head: DepthHead, extractor: MapExtractor, pairs: DepthPairs, config: DepthOptions, most: float
+    head: DepthHead,
+    extractor: MapExtractor,
+    pairs: DepthPairs,
+    config: DepthHeadOptions,
+    most: float,
 ) -> tuple[DepthErrors, dict[str, int]]:
     """Score a head on all depth maps, at their own resolution; with counts for the card.
 
@@ -189,7 +193,7 @@ def depth_probe(
     Raises:
         UserError: a network without feature maps, too few pairs, or maps without a valid depth.
     """
-    maps = maps_of(backbone, _MAPS[config.head], spread=True)
+    maps = maps_of(backbone, MAPS[config.head], spread=True)
     extractor = MapExtractor(maps, backbone.view, machine)
     with _repeatable():
         material = gather_maps(extractor, train, config.cache_gb)
@@ -207,14 +211,20 @@ def depth_probe(
     if beyond := count["val_pixels_beyond"]:
         text = "%s: %d pixels are deeper than %g and are not scored (%d are)"
         log.info(text, val.spec, beyond, most, count["val_pixels"])
-    details: dict[str, Any] = {"chosen_lr": rate, "held_out_delta1_by_lr": by_rate}
-    if errors.groups is not None:
-        details["interval_of_groups"] = len(errors.groups.unique())
-    name, values = f"{config.head} head", errors.metrics()
-    interval = errors.interval(fold(seed, 3))
-    score = Score(name, f"lr={rate:g}", values, interval, {}, None, details)
+    chosen = {"chosen_lr": rate, "held_out_delta1_by_lr": by_rate}
+    score = depth_score(errors, f"{config.head} head", f"lr={rate:g}", seed, chosen)
     pairs = {"train": n, "train_unreadable": material.unreadable, "val": len(errors.images)}
     return [score], card(config, material, most) | {"pairs": pairs | count}, picture
+
+
+def depth_score(
+    errors: DepthErrors, features: str, setting: str, seed: int, details: dict[str, Any]
+) -> Score:
+    """Score of the errors of all images."""
+    if errors.groups is not None:
+        details = details | {"interval_of_groups": len(errors.groups.unique())}
+    interval = errors.interval(fold(seed, 3))
+    return Score(features, setting, errors.metrics(), interval, {}, None, details)
 
 
 def greatest_depth(material: MapMaterial, config: DepthOptions) -> float:
@@ -239,7 +249,11 @@ def greatest_depth(material: MapMaterial, config: DepthOptions) -> float:
 
 @torch.no_grad()
 def draw(
-    head: DepthHead, extractor: MapExtractor, pairs: DepthPairs, config: DepthOptions, most: float
+    head: DepthHead,
+    extractor: MapExtractor,
+    pairs: DepthPairs,
+    config: DepthHeadOptions,
+    most: float,
 ) -> UInt8[np.ndarray, "height width 3"] | None:
     """Picture of some images, evenly spread; None if none of them is readable.
 
@@ -252,7 +266,7 @@ def draw(
     for batch in eval_batches(PairImages(some, view.size, view.channels), count, 0, False):
         shown += [as_rgb(crops, view) for crops in batch.views.crops]
     for seen in extractor.batches(some):
-        true += [_valid(nearest_mask(depth, view.size), config, most) for depth in seen.depths]
+        true += [valid_depth(nearest_mask(depth, view.size), config, most) for depth in seen.depths]
         if seen.maps:
             made += list(upsampled(predict(head, seen)[:, None], view.size)[:, 0].cpu())
     if not true:
@@ -260,7 +274,7 @@ def draw(
     return depth_panel(np.concatenate(shown), torch.stack(true), torch.stack(made))
 
 
-def _valid(depth: Float32[Tensor, "h w"], config: DepthOptions, most: float) -> Tensor:
+def valid_depth(depth: Float32[Tensor, "h w"], config: DepthHeadOptions, most: float) -> Tensor:
     """Depth, 0 where it is not in the range."""
     return torch.where(in_range(depth, config.min_depth, most), depth, 0.0)
 

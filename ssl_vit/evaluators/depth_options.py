@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_vit.common.checks import check_least, check_not_negative, check_positive
+from ssl_vit.common.checks import check_least, check_not_negative, check_positive, flag
 from ssl_vit.common.errors import check
 
 
 @dataclass(frozen=True)
-class DepthOptions:
-    """Options of the depth probe."""
+class DepthHeadOptions:
+    """Options of a depth head, its depths and its score, frozen or fine-tuned."""
 
     head: Literal["linear", "linear4", "dpt"] = "linear"
     """linear: 256 bins of depth from each patch token of the last block. linear4: of four blocks
@@ -28,6 +28,21 @@ class DepthOptions:
     crop: Literal["none", "eigen", "garg", "nyu"] = "none"
     """Part of a validation map that is scored: all; Eigen's or Garg's crop for KITTI; Eigen's for
     NYU Depth v2 (maps of 480 x 640)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "scale", "min_depth")
+        check_not_negative(self, "max_depth")
+        most, least = flag(self, "max_depth"), flag(self, "min_depth")
+        check(
+            not self.max_depth or self.max_depth > self.min_depth,
+            f"{most} is {self.max_depth:g}; it must be above {least}, {self.min_depth:g}",
+        )
+
+
+@dataclass(frozen=True)
+class DepthOptions(DepthHeadOptions):
+    """Options of the depth probe."""
+
     epochs: int = 30
     """Passes over the training images, 16 of them a step (fewer where there are under 128)."""
     cache_gb: float = 8.0
@@ -35,10 +50,6 @@ class DepthOptions:
     bytes. If they need more, they are recomputed in every epoch: same score, more time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "scale", "min_depth")
-        check_not_negative(self, "max_depth", "cache_gb")
+        super().__post_init__()
+        check_not_negative(self, "cache_gb")
         check_least(self, 1, "epochs")
-        check(
-            not self.max_depth or self.max_depth > self.min_depth,
-            f"--max-depth is {self.max_depth:g}; it must be above --min-depth, {self.min_depth:g}",
-        )

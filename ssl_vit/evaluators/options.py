@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -22,6 +22,7 @@ from ssl_vit.common.checks import (
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.reading import DataConfig
+from ssl_vit.evaluators.depth_options import DepthHeadOptions
 
 # Numbers of neighbours.
 KS = (10, 20, 100, 200)
@@ -168,8 +169,23 @@ class TuneConfig:
 
 
 @dataclass(frozen=True)
+class SegmentTuneConfig(SegmentHeadOptions):
+    """Segmentation, for images named as pairs:ROOT."""
+
+    prefix: ClassVar[str] = "segment"
+
+
+@dataclass(frozen=True)
+class DepthTuneConfig(DepthHeadOptions):
+    """Depth, for images named as depth:ROOT."""
+
+    prefix: ClassVar[str] = "depth"
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tune an encoder, or train one from scratch, to classify images."""
+    """Fine-tune an encoder, or train one from scratch, to classify images; or pixels, of images
+    with masks (pairs:ROOT), or their depths (depth:ROOT)."""
 
     config: str = ""
     """A YAML file of these options, or a recipe by its name in configs/. The command line wins."""
@@ -185,6 +201,15 @@ class FinetuneConfig:
         )
     )
     scratch: EncoderConfig = field(default_factory=EncoderConfig)
+    segment: SegmentTuneConfig = field(default_factory=SegmentTuneConfig)
+    depth: DepthTuneConfig = field(default_factory=DepthTuneConfig)
+
+    @property
+    def dense(self) -> str:
+        """What is learned of each pixel, ``pairs`` or ``depth``, as the images are named; empty:
+        nothing, but the classes of images."""
+        kinds = [kind for kind in ("pairs", "depth") if f"{kind}:" in self.data.train]
+        return kinds[0] if kinds else ""
 
     def __post_init__(self) -> None:
         check(
@@ -193,6 +218,30 @@ class FinetuneConfig:
         )
         drop_path = self.scratch.drop_path
         check(drop_path == 0, f"--scratch.drop-path is {drop_path}; give it as --tune.drop-path")
+
+
+def dense_recipe(depth: int | None, channels: int = 3) -> FinetuneConfig:
+    """Options for places in an image, before YAML and command line: crops and flips alone, a small
+    batch, the layer decay of ``recipe``.
+
+    As BEiT's segmentation (Bao et al. 2022, appendix), but for the length; its rate is for 16
+    images of a step.
+    """
+    tune = recipe(True, depth).tune
+    return FinetuneConfig(
+        run=RunConfig(length="50ep"),
+        data=DataConfig(channels=channels),
+        tune=replace(
+            tune,
+            mixup=0.0,
+            cutmix=0.0,
+            smoothing=0.0,
+            randaugment="none",
+            erasing=0.0,
+            crop_scale=(0.25, 1.0),
+        ),
+        optim=OptimConfig(batch_size=16, base_lr=1.6e-3, warmup="5ep"),
+    )
 
 
 def recipe(pretrained: bool, depth: int | None, channels: int = 3) -> FinetuneConfig:

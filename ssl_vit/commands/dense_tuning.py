@@ -62,6 +62,18 @@ def check_options(config: FinetuneConfig) -> None:
     check(right, f"--data.val is {config.data.val!r}; --data.train is {prefix}: both must be")
 
 
+def check_size(start: Start, size: tuple[int, int]) -> None:
+    """Check that patches of a plain ViT fill images of this size.
+
+    Raises:
+        UserError: they do not.
+    """
+    if isinstance(start.module, Encoder):
+        patch, sides = start.module.patch_size, f"{size[0]}x{size[1]}"
+        rule = f"--tune.image-size is {sides}; it must be divisible by the patch size, {patch}"
+        check(all(side % patch == 0 for side in size), rule)
+
+
 class DenseTuning(Session):
     """Dense fine-tuning run: an encoder and a head on its feature maps, trained together."""
 
@@ -74,13 +86,14 @@ class DenseTuning(Session):
         check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
         self.start, tune, size = start, config.tune, config.tune.image_size
         self.kind = kind_of(config, images.train, images.val)
+        self.size = (size[0], size[-1]) if size else start.size
+        check_size(start, self.size)
         module = trainable(start.module, tune.drop_path)
         maps = FeatureMaps(module, self.kind.maps, self.kind.spread)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             head = self.kind.head(maps.widths)
         network = DenseNetwork(maps, head, self.kind.together)
-        self.size = (size[0], size[-1]) if size else start.size
         channels = config.data.channels
         train_what_counts(network, self.size, channels)
         crop = Crop(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ssl_vit.evaluators.patch_heads import upsampled
@@ -153,7 +153,8 @@ class DptDepth(DepthHead):
 
 
 def depth_loss(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
-    """Loss of depths above 0, over pixels whose target is above 0; 0 if there is none.
+    """Loss of depths above 0, over pixels whose target is above 0: of each image, and the mean over
+    images that have such pixels; 0 if none has.
 
     With g = log(depth) - log(target): sqrt(var(g) + 0.15 mean(g) ** 2), scale-invariant up to the
     second part (Eigen et al. 2014, as AdaBins has it), and 0.5 times the mean over pixels of
@@ -162,16 +163,19 @@ def depth_loss(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b h w"]) ->
     """
     known = target > 0
     g = torch.where(known, depth.log() - torch.where(known, target, 1.0).log(), 0.0)
-    n = known.sum().clamp(min=1)
-    mean = g.sum() / n
-    spread = torch.where(known, g - mean, 0.0).square().sum() / n
+    n = known.sum((1, 2)).clamp(min=1)
+    mean = g.sum((1, 2)) / n
+    spread = torch.where(known, g - mean[:, None, None], 0.0).square().sum((1, 2)) / n
     # Not at 0 itself, where the root has no slope.
-    level = (spread + _LAMBDA * mean.square() + _EPSILON).sqrt() * known.any()
-    return level + _GRADIENT * sum(_roughness(g[:, ::s, ::s], known[:, ::s, ::s]) for s in _SCALES)
+    level = (spread + _LAMBDA * mean.square() + _EPSILON).sqrt()
+    rough = torch.stack([_roughness(g[:, ::s, ::s], known[:, ::s, ::s]) for s in _SCALES]).sum(0)
+    there = known.any(2).any(1)
+    return (there * (level + _GRADIENT * rough)).sum() / there.sum().clamp(min=1)
 
 
-def _roughness(g: Tensor, known: Tensor) -> Tensor:
+def _roughness(g: Float[Tensor, "b h w"], known: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:
     """Sum of |differences| of neighbours that are both known, by the number of known pixels."""
     down = (g[:, 1:] - g[:, :-1]).abs() * (known[:, 1:] & known[:, :-1])
     right = (g[:, :, 1:] - g[:, :, :-1]).abs() * (known[:, :, 1:] & known[:, :, :-1])
-    return (down.sum() + right.sum()) / known.sum().clamp(min=1)
+    n = known.sum((1, 2)).clamp(min=1)
+    return (down.sum((1, 2)) + right.sum((1, 2))) / n

@@ -88,7 +88,7 @@ def test_two_processes_are_one(scenes, unbroken, kind):
         rows = (scenes.folder / f"{kind}-{world}/metrics.jsonl").read_text().splitlines()
         made.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
     assert len(made[0]) == 9
-    assert made[1] == pytest.approx(made[0], rel=2e-4)
+    assert made[1] == pytest.approx(made[0], rel=1e-3)
 
 
 def test_it_learns_and_its_file_opens_as_an_encoder(scenes):

@@ -29,6 +29,7 @@ _OPENERS = {
     "folder": ("ssl_vit.data.folder", "open_folder"),
     "flat": ("ssl_vit.data.folder", "open_flat"),
     "tar": ("ssl_vit.data.tar", "open_tar"),
+    "coco": ("ssl_vit.data.coco", "open_coco"),
     "torchvision": ("ssl_vit.data.torchvision_sets", "open_torchvision"),
     "hf": ("ssl_vit.data.huggingface", "open_hf"),
     **dict.fromkeys(SCHEMES, ("ssl_vit.data.remote_tar", "open_remote")),
@@ -36,7 +37,8 @@ _OPENERS = {
 _FORMS = (
     "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, s3:// gs:// https:// ....tar, "
     "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT], "
-    "and of any of them kept:SOURCE, held:SOURCE; several as SOURCE*2,SOURCE"
+    "coco:IMAGES:ANNOTATIONS.json, and of any of them kept:SOURCE, held:SOURCE; several as "
+    "SOURCE*2,SOURCE"
 )
 # Parts of a source, in the order of split_holdout, and the share of the second: a fifth.
 _PARTS, _FIFTH = ("kept", "held"), 5
@@ -60,6 +62,7 @@ def open_source(
     - `tar:PATTERN`: WebDataset shards; ranges `{000000..000146}`, lists, wildcards, or one file.
     - `s3://PATTERN`, `gs://`, `http://`, `https://`, and any of them after `tar:`: shards of the
       network, fetched into a cache.
+    - `coco:IMAGES:ANNOTATIONS.json`, `coco:ROOT`: images with annotated objects (`coco.open_coco`).
     - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
     - `hf:NAME_OR_PATH[#CONFIG][:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
     - `kept:SOURCE`, `held:SOURCE`: of any of these, four fifths and the other fifth, at random but

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_vit.commands import compare_options
+from ssl_vit.commands import compare_options, detect_options
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config, subcommand
 from ssl_vit.commands.eval_options import EvalConfig
 from ssl_vit.commands.finetune_options import first_options
@@ -51,12 +51,17 @@ def split_lists(flags: Sequence[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Evaluation command; returns the exit status."""
-    name = subcommand(argv, _PROG, "evaluator", [*PROBES, "finetune", "compare", "again"])
+    name = subcommand(argv, _PROG, "evaluator", [*PROBES, "finetune", "detect", "compare", "again"])
     if name == "finetune":
         first_options(argv[1:])
         from ssl_vit.commands import finetuning
 
         return finetuning.main(argv[1:])
+    if name == "detect":
+        detect_options.read_options(argv[1:])
+        from ssl_vit.commands import detecting
+
+        return detecting.main(argv[1:])
     if name == "compare":
         config = compare_options.parse_options(argv[1:])
         from ssl_vit.commands.compare import compare

@@ -268,7 +268,7 @@ def align_classes(train: Source, val: Source) -> Source:
     if ours is None or theirs is None or ours == theirs:
         return val
     if val.labels is None and val.targets is None:
-        return val  # classes of pixels, not of images
+        return val  # classes of objects or pixels, not of images
     if (train.targets is None) != (val.targets is None):
         return val  # one class an image here, several labels there: nothing to align
     common = [name for name in theirs if name in set(ours)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ssl_vit.data.sources import Source
 from ssl_vit.data.workers import load
 
 log = logging.getLogger("ssl_vit")
+T = TypeVar("T")
 _ATTEMPTS = 10
 _EMPTY_ATTEMPTS = 500  # of tiles without data nearly all may be, in a scene of a few islands
 
@@ -132,12 +133,23 @@ class TrainImages(Dataset):
         self, index: int, key: int, spec: ViewSpec, bad: dict[int, str], empty: set[int]
     ) -> tuple[list[list[DrawnCrop]], int | None]:
         """Crops of the image at ``index`` or, if it is bad, of the one that always replaces it."""
+
+        def crops(index: int) -> tuple[list[list[DrawnCrop]], int | None]:
+            raw, label = self.source.read(index)
+            reading = self.source.reading
+            return views_of(raw, self.channels, spec, key, reading, self.cache), label
+
+        return self.replaced(index, crops, bad, empty)
+
+    def replaced(
+        self, index: int, make: Callable[[int], T], bad: dict[int, str], empty: set[int]
+    ) -> T:
+        """What ``make`` makes of the image at ``index`` or, if that is bad, of the one that always
+        replaces it; ``bad`` and ``empty`` take in those that were replaced."""
         failed = 0
         for attempt in range(_EMPTY_ATTEMPTS):
             try:
-                raw, label = self.source.read(index)
-                reading = self.source.reading
-                return views_of(raw, self.channels, spec, key, reading, self.cache), label
+                return make(index)
             except EmptyTile:
                 empty.add(index)
             except BadImage as error:

@@ -31,6 +31,7 @@ _OPENERS = {
     "tar": ("ssl_vit.data.tar", "open_tar"),
     "pairs": ("ssl_vit.data.pairs", "open_pairs_source"),
     "depth": ("ssl_vit.data.depths", "open_depths_source"),
+    "coco": ("ssl_vit.data.coco", "open_coco"),
     "torchvision": ("ssl_vit.data.torchvision_sets", "open_torchvision"),
     "hf": ("ssl_vit.data.huggingface", "open_hf"),
     **dict.fromkeys(SCHEMES, ("ssl_vit.data.remote_tar", "open_remote")),
@@ -38,7 +39,8 @@ _OPENERS = {
 _FORMS = (
     "digits[:train|:val], folder:PATH, flat:PATH, tar:PATTERN, s3:// gs:// https:// ....tar, "
     "torchvision:NAME:ROOT[:SPLIT], hf:NAME_OR_PATH[#CONFIG][:SPLIT], pairs:ROOT, depth:ROOT, "
-    "and of any of them kept:SOURCE, held:SOURCE; several as SOURCE*2,SOURCE"
+    "coco:IMAGES:ANNOTATIONS.json, and of any of them kept:SOURCE, held:SOURCE; several as "
+    "SOURCE*2,SOURCE"
 )
 # Parts of a source, in the order of split_holdout, and the share of the second: a fifth.
 _PARTS, _FIFTH = ("kept", "held"), 5
@@ -64,6 +66,7 @@ def open_source(
       network, fetched into a cache.
     - `pairs:ROOT`, `depth:ROOT`: images with masks, or depth maps, beside them (`pairs.open_pairs`,
       `depths.open_depths`).
+    - `coco:IMAGES:ANNOTATIONS.json`, `coco:ROOT`: images with annotated objects (`coco.open_coco`).
     - `torchvision:NAME:ROOT[:SPLIT]`: a torchvision data set that is already on disk.
     - `hf:NAME_OR_PATH[#CONFIG][:SPLIT]`: a Hugging Face data set, or the folder of a saved one.
     - `kept:SOURCE`, `held:SOURCE`: of any of these, four fifths and the other fifth, at random but

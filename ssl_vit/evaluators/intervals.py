@@ -6,7 +6,7 @@ Images of one group (a patient) are not independent: where groups are known, who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,22 @@ def mean_precision_interval(
         if found:
             means.append(100.0 * float(np.mean(found)))
     low, high = np.percentile(means, _ENDS)
+    return float(low), float(high)
+
+
+def resampled(
+    metric: Callable[[Int64[np.ndarray, " units"]], float | None],
+    units: int,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Interval of any metric that is a function of how often each unit (image, group) is drawn.
+
+    Resamples of which it is None are left out; (0, 0) if it is of all.
+    """
+    found = [metric(counts) for counts in _drawn(_random(seed), units, resamples)]
+    known = [value for value in found if value is not None]
+    low, high = np.percentile(known, _ENDS) if known else (0.0, 0.0)
     return float(low), float(high)
 
 

@@ -58,13 +58,14 @@ class _Attend(torch.autograd.Function):
         apart, weights = ctx.saved_tensors
         q, k, v = apart.unbind()
         b, (n, d) = len(grad), q.shape[1:]
-        grad = grad.view(b, n, -1, d).transpose(1, 2).reshape(q.shape)
+        heads = grad.shape[2] // d  # stochastic depth may keep no image at all
+        grad = grad.view(b, n, heads, d).transpose(1, 2).reshape(q.shape)
         own = torch.empty_like(apart)
         torch.bmm(weights.mT, grad, out=own[2])
         inner = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
         torch.baddbmm(own[0], inner, k, beta=0, alpha=ctx.scale, out=own[0])
         torch.baddbmm(own[1], inner.mT, q, beta=0, alpha=ctx.scale, out=own[1])
-        own = own.view(3, b, -1, n, d)
+        own = own.view(3, b, heads, n, d)
         if ctx.rotation is not None:
             ctx.rotation.turn_(own[:2], back=True)
         return own.permute(1, 3, 0, 2, 4), None, None
@@ -112,10 +113,21 @@ class _Lean:
                 scores = scores if attended is None else scores.masked_fill(~attended, -math.inf)
                 out = own.attn_drop(scores.softmax(dim=-1)) @ v
             out = rearrange(out, "b h n d -> b n (h d)")
+        return self.projected(x if rows is None else x[:, rows], out, gamma)
+
+    def projected(
+        self,
+        x: Float[Tensor, "b n w"],
+        out: Float[Tensor, "b n hd"],
+        gamma: Float[Tensor, " w"] | None,
+    ) -> Float[Tensor, "b n w"]:
+        """What follows the weighted sum of values: norm, gate and projection, scaled by layer
+        scale; ``x``: the tokens whose sums they are."""
+        own: Any = self
         out = own.norm(out)
         gate = getattr(self, "gate", None)  # which older releases lack
         if gate is not None:
-            out = out * gate(x if rows is None else x[:, rows]).sigmoid()
+            out = out * gate(x).sigmoid()
         return own.proj_drop(_scaled(own.proj, out, gamma))
 
     def project(

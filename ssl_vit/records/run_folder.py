@@ -29,8 +29,8 @@ from ssl_vit.training.smoothing import SmoothedRate
 
 __all__ = ["Run", "find_runs", "read_run"]
 # Files of the final scores.
-_RESULTS = ("results.json", "finetune.json")
-_FINETUNE = "finetune"
+_RESULTS = ("results.json", "finetune.json", "detect.json")
+_FINETUNE, _DETECT = "finetune", "detect"
 # Metrics of seconds not spent on training.
 PAUSES = ("saving_s", "looking_s")
 
@@ -171,7 +171,8 @@ class Run:
         how it was started."""
         command = self.status.command if self.status else ""
         if not command and self.method:
-            of = {_FINETUNE: "evaluate finetune"}.get(self.method, f"pretrain {self.method}")
+            door = "evaluate" if self.method in (_FINETUNE, _DETECT) else "pretrain"
+            of = f"{door} {self.method}"
             command = f"python -m ssl_vit.{of}"
         if self.state in ("running", "finished") or not command or not self.config:
             return ""

@@ -32,7 +32,7 @@ def part_of(story: Story, colour: str, seed: int) -> dict[str, Any]:
         "colour": colour,
         "folder": str(story.run.folder),
         "quoted": shlex.quote(str(story.run.folder)),
-        "kept": story.run.method != "finetune",
+        "kept": story.run.method not in ("finetune", "detect"),
         "state": story.run.state,
         "lead": lead(story),
         "tiles": tiles(story),
@@ -119,7 +119,7 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
     except UserError as error:
         story.problems.append(str(error))
         return {"missing": str(error)}
-    if found is None and story.run.method == "finetune":
+    if found is None and story.run.method in ("finetune", "detect"):
         return {"missing": "a fine-tuning keeps none; its encoder's own run does"}
     if found is None:
         return {

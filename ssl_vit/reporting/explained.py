@@ -44,6 +44,20 @@ _LAST = {
         "Mean average precision on held-out images, %",
         "Of several labels an image, by the network as it is being fine-tuned.",
     ),
+    "class": Scalar("Loss of classes", "Of proposals: which class, or background.", falls=True),
+    "box": Scalar("Loss of boxes", "Of proposals with an object: where its edges are."),
+    "objectness": Scalar(
+        "Loss of objectness", "Of anchors: whether an object is there.", falls=True
+    ),
+    "proposal_box": Scalar("Loss of proposals' boxes", "Of anchors with an object."),
+    "mask": Scalar(
+        "Loss of masks", "Of proposals with an object: which pixels are its.", falls=True
+    ),
+    "val_ap": Scalar(
+        "AP of boxes on held-out images, %",
+        "Average precision over IoU 0.50 to 0.95 and classes, by pycocotools; it should rise.",
+    ),
+    "val_mask_ap": Scalar("AP of masks on held-out images, %", "As that of boxes."),
     "grad_norm": Scalar(
         "Gradient norm",
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
@@ -71,6 +85,7 @@ _EVALUATORS = {
     "linear": "linear probe",
     "attentive": "attentive probe",
     "finetune": "fine-tuning",
+    "detect": "detection",
 }
 
 

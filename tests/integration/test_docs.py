@@ -18,6 +18,7 @@ from ssl_vit import benchmark, evaluate, pretrain, report
 from ssl_vit.commands import device_options, quality_options
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare_options import CompareConfig
+from ssl_vit.commands.detect_options import DetectConfig
 from ssl_vit.commands.embed_options import EmbedConfig
 from ssl_vit.commands.export_options import ExportConfig
 from ssl_vit.commands.picture_options import PICTURES
@@ -89,7 +90,11 @@ def _pretrain(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    others = {"finetune": FinetuneConfig(), "compare": CompareConfig(encoders=("",))}
+    others = {
+        "finetune": FinetuneConfig(),
+        "detect": DetectConfig(),
+        "compare": CompareConfig(encoders=("",)),
+    }
     name = subcommand(argv, "", "evaluator", [*PROBES, *others, "again"])
     if name == "again":
         assert len(argv) == 2, argv

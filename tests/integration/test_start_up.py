@@ -14,7 +14,7 @@ HEAVY = (
 )
 PROBES = (
     *("knn", "linear", "attentive", "retrieval", "copies", "segment", "depth", "finetune"),
-    "compare",
+    *("detect", "compare"),
 )
 PICTURES = ("attention", "reconstruction", "pca", "similarity", "neighbours")
 CALLS = [

@@ -1,0 +1,71 @@
+"""Pictures of what a detector finds in the images of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from ssl_vit.data.base import Source
+from ssl_vit.data.coco import coco_of, drawn_shape
+from ssl_vit.data.coco_images import WholeImages
+from ssl_vit.data.jitter import Placement, fitted, place_boxes, place_map
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.detect import Detections, Found
+from ssl_vit.pictures.detections import Drawing, detections_panel
+from ssl_vit.pictures.thumbnails import as_rgb
+
+_SIDE = 480  # pixels of a picture at most
+_SURE = 0.3  # score from which a detection is drawn
+
+
+def picture_of(
+    found: Detections, source: Source, view: View, count: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Picture of the first ``count`` images: their annotations, and detections that are likely."""
+    factor = min(1.0, _SIDE / max(view.size))
+    frame = (max(1, round(view.size[0] * factor)), max(1, round(view.size[1] * factor)))
+    coco, rows = coco_of(source, "--data.val")
+    images, truth, guesses = [], [], []
+    for one in found.images[:count]:
+        batch = WholeImages(source, frame, view.channels).__getitems__([one.index])
+        inner = int(rows[one.index])
+        height, width = coco.sizes[inner].tolist()
+        at = fitted((height, width), frame)
+        images.append(as_rgb(batch.views.crops[0].nan_to_num(), view)[0])
+        objects = coco.objects(inner)
+        masks = coco.masks(inner, objects.rows) if coco.has_masks else None
+        boxes, classes = torch.from_numpy(objects.boxes), objects.numbers.tolist()
+        truth.append(_drawing(boxes, classes, [""] * len(classes), masks, coco.classes or (), at))
+        guesses.append(_guess(one, coco.classes or (), at))
+    return detections_panel(np.stack(images), truth, guesses)
+
+
+def _guess(one: Found, names: Sequence[str], at: Placement) -> Drawing:
+    """Likely detections."""
+    keep = (one.scores >= _SURE).nonzero().flatten().tolist()
+    masks = None
+    if one.masks is not None:
+        height, width = at.image
+        texts = [{**m, "counts": m["counts"].decode()} for m in (one.masks[n] for n in keep)]
+        shapes = [drawn_shape(text, height, width) for text in texts]
+        masks = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
+    scores = [f" {100 * float(one.scores[n]):.0f}" for n in keep]
+    return _drawing(one.boxes[keep], one.classes[keep].tolist(), scores, masks, names, at)
+
+
+def _drawing(
+    boxes: Tensor,
+    classes: Sequence[int],
+    texts: Sequence[str],
+    masks: np.ndarray | None,
+    names: Sequence[str],
+    at: Placement,
+) -> Drawing:
+    """Drawing in pixels of the frame; ``texts`` follow the names of the classes."""
+    placed = None if masks is None else place_map(torch.from_numpy(masks), at).bool()
+    said = [names[c] + text for c, text in zip(classes, texts, strict=True)]
+    return Drawing(place_boxes(boxes, at), classes, said, placed)

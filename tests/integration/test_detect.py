@@ -1,0 +1,133 @@
+"""Detection as a user calls it: a score with its card, killed and resumed, two processes."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.training.run_files import complete, read_rows
+from ssl_vit.training.shards import Parts
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+from tests.distributed.together import together
+from tests.unit.coco_files import coco_at
+
+# Everything that is drawn: jitter, flips, samples of anchors and proposals, stochastic depth.
+OPTIONS = """
+run: {length: 4st, save_every: 2st, probe_every: 2st, log_every: 1, precision: fp32}
+data: {train: 'coco:train', val: 'coco:val', workers: 0}
+detect: {image_size: [64], width: 16, proposals: 32, drop_path: 0.3, windows: 3, global_blocks: 1,
+  jitter: [0.5, 1.5]}
+# A low rate: AdamW's first steps turn rounding errors of tiny gradients into whole steps.
+optim: {batch_size: 4, lr: 1.0e-4, warmup: 1st}
+"""
+TINY = EncoderConfig(
+    arch="vit_tiny_patch16_224", image_size=(32,), patch_size=8, width=32, depth=2, heads=2
+)
+KILLER = """
+import os, signal, sys
+from ssl_vit.commands import cli, detecting
+from ssl_vit.training import loop
+
+real, calls = loop.Trainer.update, iter(range(1, 1000))
+
+def update(self, parts):
+    if next(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, parts)
+
+loop.Trainer.update = update
+cli.run_door(detecting.main)
+"""
+DOOR = ("-m", "ssl_vit.evaluate", "detect")
+
+
+@pytest.fixture(scope="module")
+def place(shared_door):
+    """A folder with images, an encoder, the options, and a run in ``one``."""
+    folder = shared_door.folder
+    coco_at(folder / "train", count=8, seed=0)
+    coco_at(folder / "val", count=4, seed=1)
+    torch.manual_seed(0)
+    info = EncoderInfo(TINY, 3, (0.5,) * 3, (0.2,) * 3, "mae", 1)
+    save_encoder(folder / "encoder.safetensors", Encoder(TINY, 3), info)
+    (folder / "detect.yaml").write_text(OPTIONS)
+    (folder / "killer.py").write_text(KILLER)
+    result = detect(shared_door, "one")
+    assert result.returncode == 0, result.stderr
+    return shared_door, result
+
+
+def detect(door, out, *more, module=DOOR):
+    options = ("--config", "detect.yaml", "--encoder", "encoder.safetensors", "--run.out", out)
+    return door(*module, *options, *more)
+
+
+def outcome(folder):
+    """All that a finished run leaves of its training, as bytes."""
+    last = complete(folder / "checkpoints")[-1]
+    files = [last / "task.safetensors", last / "optimizer.safetensors"]
+    return [f.read_bytes() for f in [*files, folder / "detector.safetensors"]]
+
+
+def test_a_run_leaves_scores_a_card_and_pictures(place):
+    door, result = place
+    folder = door.folder / "one"
+    card = json.loads((folder / "detect.json").read_text())
+    assert [score["features"] for score in card["scores"]] == ["boxes", "masks"]
+    assert card["scores"][0]["metrics"].keys() >= {"ap", "ap50", "ap75", "ap_small"}
+    assert card["detector"]["kind"] == "Mask R-CNN"
+    assert card["val"]["images"] == 4
+    assert card["train"]["annotations_sha256"] != card["val"]["annotations_sha256"]
+    assert card["step"] == 4
+    assert "Mask R-CNN, 2 classes, levels at strides 4, 8, 16, 32, 64" in result.stdout
+    picture = np.asarray(Image.open(folder / "detections.png"))
+    assert picture.shape[2] == 3
+    rows = read_rows(folder / "metrics.jsonl")
+    parts = [
+        sum(r[n] for n in ("class", "box", "objectness", "proposal_box", "mask"))
+        for r in rows
+        if "loss" in r
+    ]
+    assert parts == pytest.approx([r["loss"] for r in rows if "loss" in r], rel=1e-5)
+    probes = [r for r in rows if "val_ap" in r]
+    assert [r["step"] for r in probes] == [2, 4]
+    assert probes[-1]["val_ap"] == pytest.approx(card["scores"][0]["metrics"]["ap"])
+    weights = load_file(folder / "detector.safetensors")
+    assert "backbone.body.network.vit.blocks.0.attn.qkv.weight" in weights
+
+
+def test_killed_and_resumed_is_bit_identical(place):
+    """Also with loader processes, which draw the jitter."""
+    door = place[0]
+    killed = detect(door, "two", "--data.workers", "1", module=("killer.py",))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = detect(door, "two", "--data.workers", "1")
+    assert again.returncode == 0, again.stderr
+    assert "step 2 of 4" in again.stderr
+    assert outcome(door.folder / "two") == outcome(door.folder / "one")
+
+
+def test_two_processes_equal_one(place):
+    door = place[0]
+    options = ("--config", "detect.yaml", "--encoder", "encoder.safetensors", "--run.out", "both")
+    done = together(door, 2, *DOOR, *options)
+    assert [d.returncode for d in done] == [0, 0], "".join(d.stderr for d in done)
+    one, both = (door.folder / name for name in ("one", "both"))
+    rows = [[r for r in read_rows(f / "metrics.jsonl") if "loss" in r] for f in (one, both)]
+    assert len(rows[0]) == 4
+    pairs = list(zip(*rows, strict=True))
+    for a, b in pairs:
+        for name in ("loss", "class", "box", "objectness", "proposal_box", "mask"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3), (a["step"], name)
+    found, same = (
+        Parts(sorted(complete(f / "checkpoints")[-1].glob("task*.safetensors")))
+        for f in (both, one)
+    )
+    for name in same.names:
+        torch.testing.assert_close(found.read(name), same.read(name), rtol=0, atol=2e-4, msg=name)

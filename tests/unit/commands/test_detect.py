@@ -1,0 +1,114 @@
+"""Detection's options and mistakes: each told in one line, before anything is written."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from ssl_vit.commands.detecting import Detection, parse_options
+from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.errors import UserError
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+from tests.unit.coco_files import coco_at, content_of, written
+
+TINY = EncoderConfig(
+    arch="vit_tiny_patch16_224", image_size=(32,), patch_size=8, width=32, depth=2, heads=2
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detect")
+    content = content_of(folder / "train", count=8)
+    written(folder / "train", content)
+    coco_at(folder / "val", count=3, seed=1)
+    torch.manual_seed(0)
+    info = EncoderInfo(TINY, 3, (0.5,) * 3, (0.2,) * 3, "mae", 1)
+    save_encoder(folder / "encoder.safetensors", Encoder(TINY, 3), info)
+    return folder, content
+
+
+def session(folder, *more) -> Detection:
+    """The run that options ask for, not yet begun; later options win."""
+    return Detection(*parse_options([*arguments(folder), *more]))
+
+
+def arguments(folder) -> list[str]:
+    return [
+        *("--encoder", str(folder / "encoder.safetensors"), "--run.out", str(folder / "out")),
+        *("--data.train", f"coco:{folder / 'train'}", "--data.val", f"coco:{folder / 'val'}"),
+        *("--detect.image-size", "64", "--detect.width", "8", "--optim.batch-size", "4"),
+    ]
+
+
+MISTAKES = [
+    (("--data.train", "digits"), "--data.train is 'digits'; objects are read from coco:ROOT"),
+    (("--data.train", ""), "--data.train is missing"),
+    (("--data.train", "coco:gone"), "is no folder"),
+    (("--data.val", "", "--data.holdout", "0"), "--data.val is missing"),
+    (("--encoder", "none"), "from scratch give random:ENCODER"),
+    (("--encoder", ""), "--encoder is missing"),
+    (("--detect.image-size", "60"), "--detect.image-size is 60x60; it must be divisible by"),
+    (("--detect.jitter", "2", "1"), "--detect.jitter is 2 1; it must be 0 < least <= most"),
+    (("--detect.windows", "-1"), "--detect.windows is -1; it must be 0 or more"),
+    (("--data.cache", "x"), "--data.cache is 'x'; it has no effect on detect"),
+    (("--run.parallel", "fsdp"), "detectors are not sharded"),
+    (("--optim.batch-size", "9"), "--optim.batch-size is 9; coco:"),
+]
+
+
+@pytest.mark.parametrize(("more", "said"), MISTAKES)
+def test_mistakes_are_told_in_a_line(place, more, said):
+    with pytest.raises(UserError) as error:
+        session(place[0], *more)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (place[0] / "out").exists()
+
+
+def test_sets_that_do_not_fit_together(place, tmp_path):
+    folder, content = place
+    other = copy.deepcopy(content)
+    other["categories"][0]["name"] = "circle"
+    (tmp_path / "annotations.json").write_text(json.dumps(other))
+    spec = f"coco:{folder / 'train/images'}:{tmp_path / 'annotations.json'}"
+    with pytest.raises(UserError, match=r"class 1 is 'triangle' in .* and 'circle'"):
+        session(folder, "--data.val", spec)
+    del other["annotations"][1]["segmentation"]
+    (tmp_path / "annotations.json").write_text(
+        json.dumps(other | {"categories": content["categories"]})
+    )
+    assert not session(folder, "--data.val", spec).masks
+    with pytest.raises(UserError, match=r"some objects of .* have no segmentation"):
+        session(folder, "--data.val", spec, "--detect.masks", "yes")
+    empty = content | {"annotations": []}
+    (tmp_path / "annotations.json").write_text(json.dumps(empty))
+    with pytest.raises(UserError, match="has no object to learn from"):
+        session(folder, "--data.train", spec)
+
+
+def test_a_missing_library_is_told(place, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "pycocotools" else real(name, *a),
+    )
+    with pytest.raises(UserError, match=r"pip install 'ssl_vit\[detect\]'"):
+        session(place[0])
+
+
+def test_the_plan_names_detector_encoder_and_objects(place):
+    windows = ("--detect.windows", "4", "--detect.global-blocks", "1")
+    made = session(place[0], "--detect.frozen", "True", *windows)
+    rows = dict(made.about())
+    assert rows["detector"] == "Mask R-CNN, 2 classes, levels at strides 4, 8, 16, 32, 64"
+    assert rows["encoder"].endswith("encoder.safetensors, windows of 4 patches")
+    assert rows["trained"] == "pyramid and heads; the encoder is frozen"
+    assert rows["objects"] == "16 in training"
+    assert made.images.mean == (0.5,) * 3  # the encoder's own
+    assert made.describe_views() == "1 of 64x64 px, large-scale jitter 0.1 to 2"

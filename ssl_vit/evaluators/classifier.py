@@ -157,7 +157,7 @@ def _of_network(
     start: Start, classes: int, size: tuple[int, ...]
 ) -> tuple[TimmCall, dict[str, Tensor], tuple[str, ...]]:
     """Timm call, tensors and new name prefixes of a network other than a plain ViT."""
-    kwargs: dict[str, Any] = {"num_classes": classes}
+    kwargs: dict[str, Any] = {"num_classes": classes, **start.identity.get("arch_options", {})}
     module: Any = start.module
     if size and hasattr(module, "set_input_size"):  # of a fixed but adjustable image size
         module.set_input_size(img_size=(size[0], size[-1]))
@@ -170,7 +170,8 @@ def _of_network(
 def start_head(network: Any, seed: int) -> None:
     """Initialize the head: truncated normal, sigma 2e-5; biases 0 (He et al. 2022)."""
     heads, generator = network.get_classifier(), torch.Generator().manual_seed(seed)
-    for head in heads if isinstance(heads, tuple) else (heads,):
+    for part in heads if isinstance(heads, tuple) else (heads,):
+        head: Any = getattr(part, "fc", part)  # of SAM's, the pooling and the layer together
         nn.init.trunc_normal_(head.weight, std=2e-5, generator=generator)
         nn.init.zeros_(head.bias)
 

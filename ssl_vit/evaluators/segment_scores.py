@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from ssl_vit.evaluators.options import SegmentHeadOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import BATCH, PatchHeads, upsampled
 from ssl_vit.evaluators.segment_heads import HeadModules
-from ssl_vit.evaluators.sliding import Sliding, mean_over_scales, scaled_size
+from ssl_vit.evaluators.sliding import Sliding, scaled_size
 from ssl_vit.evaluators.tokens import Material, TokenExtractor
 from ssl_vit.pictures.boundaries import Outlined, evenly
 
@@ -29,15 +29,17 @@ Heads = PatchHeads | HeadModules
 """Heads side by side, one for each learning rate."""
 
 
-def classify(logits: Float[Tensor, "c h w"], size: tuple[int, int]) -> Int64[Tensor, "r s"]:
-    """Classify each of ``size`` pixels by its highest interpolated logit.
+def classify(maps: Sequence[Float[Tensor, "c _ _"]], size: tuple[int, int]) -> Int64[Tensor, "r s"]:
+    """Classify each of ``size`` pixels by its highest interpolated logit, or by the highest sum of
+    probabilities of several maps, each of its own resolution.
 
     In chunks of classes, so that a large mask with many classes fits in memory.
     """
     step = max(1, _VALUES // (size[0] * size[1]))
     best, guess = None, None
-    for first in range(0, len(logits), step):
-        value, index = upsampled(logits[None, first : first + step], size)[0].max(0)
+    for first in range(0, len(maps[0]), step):
+        fine = [upsampled(m[None, first : first + step], size)[0] for m in maps]
+        value, index = (fine[0] if len(fine) == 1 else torch.stack(fine).sum(0)).max(0)
         if best is None or guess is None:
             best, guess = value, index
             continue
@@ -91,7 +93,7 @@ class Guesses:
                 continue
             logits = self.heads(seen.tokens)[:, 0]
             for i, own, mask in zip(seen.keys.tolist(), logits, seen.masks, strict=True):
-                yield i, mask, classify(own, (mask.shape[0], mask.shape[1]))
+                yield i, mask, classify([own], (mask.shape[0], mask.shape[1]))
 
     def _sliding(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
         """Averaged over windows, scales and mirror images."""
@@ -111,7 +113,7 @@ class Guesses:
                 each = [
                     s.probabilities(logits[:, row]) for s, logits in zip(slides, made, strict=True)
                 ]
-                yield i, mask, mean_over_scales(each, (mask.shape[0], mask.shape[1])).argmax(0)
+                yield i, mask, classify(each, (mask.shape[0], mask.shape[1]))
 
 
 @dataclass

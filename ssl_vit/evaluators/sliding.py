@@ -71,13 +71,3 @@ class Sliding:
             total[:, *there] += fine[:, :rows, :columns]
             count[there] += 1
         return total / count
-
-
-def mean_over_scales(
-    probabilities: list[Float[Tensor, "c _ _"]], size: tuple[int, int]
-) -> Float[Tensor, "c h w"]:
-    """Mean of probabilities of several resolutions, each interpolated bilinearly to ``size``."""
-    total = upsampled(probabilities[0][None], size)[0]
-    for other in probabilities[1:]:
-        total = total + upsampled(other[None], size)[0]
-    return total / len(probabilities)

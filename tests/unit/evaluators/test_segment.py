@@ -266,7 +266,7 @@ def test_a_mask_is_the_same_by_some_classes_at_a_time(monkeypatch, values):
     logits[4] = logits[1]  # of equal ones the first
     expected = F.interpolate(logits[None], (9, 11), mode="bilinear")[0].argmax(0)
     monkeypatch.setattr(segment_scores, "_VALUES", values)
-    assert torch.equal(classify(logits, (9, 11)), expected)
+    assert torch.equal(classify([logits], (9, 11)), expected)
 
 
 # --- tokens -------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from ssl_vit.data.pairs import open_pairs
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.patch_heads import fit_patch_heads
-from ssl_vit.evaluators.segment_scores import Guesses
-from ssl_vit.evaluators.sliding import Sliding, mean_over_scales, scaled_size, window_starts
+from ssl_vit.evaluators.segment_scores import Guesses, classify
+from ssl_vit.evaluators.sliding import Sliding, scaled_size, window_starts
 from ssl_vit.evaluators.tokens import gather_tokens, token_extractor
 from tests.unit.evaluators.test_segment import CPU, backbone, data, run, seeded, textures
 
@@ -82,9 +82,10 @@ def test_probabilities_are_means_over_windows(size, flip):
 
 def test_scales_are_averaged_at_the_size_of_the_mask():
     a, b = torch.rand(3, 4, 6, generator=seeded()), torch.rand(3, 8, 9, generator=seeded(1))
-    found = mean_over_scales([a, b], (5, 7))
     sized = [F.interpolate(m[None], (5, 7), mode="bilinear")[0] for m in (a, b)]
-    torch.testing.assert_close(found, (sized[0] + sized[1]) / 2)
+    expected = ((sized[0] + sized[1]) / 2).argmax(0)
+    assert torch.equal(classify([a, b], (5, 7)), expected)
+    assert not torch.equal(sized[0].argmax(0), expected)
     assert scaled_size((16, 24), 0.5) == (8, 12)
     assert scaled_size((16, 24), 0.01) == (1, 1)
 

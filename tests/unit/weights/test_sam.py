@@ -7,9 +7,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators.backbone import open_backbone, timm_model
+from ssl_vit.evaluators.classifier import classifier
 from ssl_vit.evaluators.maps import maps_of
+from ssl_vit.evaluators.start import open_start
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.weights.sam import found_in, open_sam, timm_names
 from tests.unit.evaluators.test_segment import run, textures
@@ -110,6 +113,15 @@ def test_patches_of_sam_are_segmented(file, tmp_path):
     assert score.features == "maps"
     with pytest.raises(UserError, match=r"--size is 40x64: .* takes no such images: Input height"):
         run(open_backbone(str(file), 0, (40, 64)), *sets)
+
+
+def test_an_image_encoder_is_fine_tuned_with_its_own_architecture(file):
+    start = open_start(str(file), EncoderConfig(), 3, 0)
+    made = classifier(start, 5, "mean", (), 0.1, 0)
+    assert made.size == (128, 128)
+    assert made.network(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+    own = start.module.state_dict()
+    assert all(torch.equal(made.network.state_dict()[k], v) for k, v in own.items())
 
 
 def test_other_files_are_no_sams(file, tmp_path):

@@ -48,7 +48,7 @@ def accuracy_interval(
 def mean_interval(
     values: Float[np.ndarray, " q"], seed: int, groups: Groups = None
 ) -> tuple[float, float]:
-    """Interval of the mean of a number that each image has; ``groups``: of the images."""
+    """Interval of a mean over images; ``groups``: of them, drawn whole."""
     group, sizes = _numbered(np.arange(len(values)) if groups is None else groups)
     sums = np.bincount(group, values, len(sizes))
     draws = _drawn(_random(seed), len(sizes), _RESAMPLES)

@@ -21,8 +21,8 @@ from ssl_vit.data.depths import DepthPairs
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs, nearest_mask
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.dense_tune import DenseNetwork
-from ssl_vit.evaluators.depth import MAPS, depth_score, draw, score_depths, valid_depth
-from ssl_vit.evaluators.depth_heads import DepthHead, DptDepth, LinearDepth, depth_loss
+from ssl_vit.evaluators.depth import depth_score, draw, score_depths, valid_depth
+from ssl_vit.evaluators.depth_heads import HEADS, MAPS, DepthHead, depth_loss
 from ssl_vit.evaluators.depth_options import DepthHeadOptions
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.map_material import MapExtractor
@@ -165,8 +165,7 @@ class DepthKind(Kind):
         check(found, f"{train.spec}: no pixel of its depth maps is deeper than {least}")
 
     def head(self, widths: tuple[int, ...]) -> nn.Module:
-        kind = DptDepth if self.options.head == "dpt" else LinearDepth
-        return kind(widths, self.options.min_depth, self.most)
+        return HEADS[self.options.head](widths, self.options.min_depth, self.most)
 
     def prepare(self, values: Shaped[Tensor, "h w"]) -> Shaped[Tensor, "h w"]:
         return valid_depth(values, self.options, self.most)

@@ -30,9 +30,9 @@ from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.depth_heads import (
     BINS,
     CHANNELS,
+    HEADS,
+    MAPS,
     DepthHead,
-    DptDepth,
-    LinearDepth,
     depth_loss,
 )
 from ssl_vit.evaluators.depth_metrics import DepthErrors, image_metrics
@@ -52,7 +52,6 @@ LEARNING_RATES = {
     "linear4": (1e-3, 3e-3, 1e-2, 3e-2),
     "dpt": (3e-4, 1e-3, 3e-3),
 }
-MAPS = {"linear": 1, "linear4": 4, "dpt": 4}
 _LEAST_PAIRS = 10
 _SHOWN = 6
 
@@ -202,7 +201,7 @@ def depth_probe(
         most = greatest_depth(material, config)
         within = in_range(material.depths, config.min_depth, most)
         material.depths[~within] = 0.0
-        kind = DptDepth if config.head == "dpt" else LinearDepth
+        kind = HEADS[config.head]
         head, rate, by_rate = choose_head(
             lambda: kind(maps.widths, config.min_depth, most), material, config, seed
         )

@@ -48,7 +48,10 @@ class Standardised(nn.Module):
 
 
 class Bins(nn.Module):
-    """Depth from logits of bins: the mean of the bins' depths, weighted by relu(logit) + 0.1."""
+    """Depth from logits of bins: the mean of the bins' depths, weighted by relu(logit) + 0.1.
+
+    In single precision also where the head is trained in half: no matrix product.
+    """
 
     depths: Tensor
 
@@ -57,8 +60,8 @@ class Bins(nn.Module):
         self.register_buffer("depths", torch.linspace(least, most, BINS))
 
     def forward(self, logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b h w"]:
-        weights = logits.relu() + _LEAST_WEIGHT
-        depth = torch.einsum("bkhw,k->bhw", weights, self.depths) / weights.sum(1)
+        weights = logits.float().relu() + _LEAST_WEIGHT
+        depth = (weights * self.depths[:, None, None]).sum(1) / weights.sum(1)
         return depth.clamp(self.depths[0], self.depths[-1])  # but for rounding it lies there
 
 
@@ -150,6 +153,15 @@ class DptDepth(DepthHead):
                 level = upsampled(fused, size) + self.enter[i](level)
             fused = self.leave[i](level)
         return self.bins(self.predict(fused))
+
+
+HEADS: dict[str, type[DepthHead]] = {
+    "linear": LinearDepth,
+    "linear4": LinearDepth,
+    "dpt": DptDepth,
+}
+MAPS = {"linear": 1, "linear4": 4, "dpt": 4}
+"""Number of maps that each of ``HEADS`` takes, spread over the encoder's depth."""
 
 
 def depth_loss(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:

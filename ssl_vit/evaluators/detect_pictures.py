@@ -18,7 +18,7 @@ from ssl_vit.evaluators.detect import Detections, Found
 from ssl_vit.pictures.detections import Drawing, detections_panel
 from ssl_vit.pictures.thumbnails import as_rgb
 
-_SIDE = 480  # pixels of a picture at most
+_SIDE = 400  # pixels of a picture; small images are enlarged, so that names fit
 _SURE = 0.3  # score from which a detection is drawn
 
 
@@ -26,7 +26,7 @@ def picture_of(
     found: Detections, source: Source, view: View, count: int
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Picture of the first ``count`` images: their annotations, and detections that are likely."""
-    factor = min(1.0, _SIDE / max(view.size))
+    factor = _SIDE / max(view.size)
     frame = (max(1, round(view.size[0] * factor)), max(1, round(view.size[1] * factor)))
     coco, rows = coco_of(source, "--data.val")
     images, truth, guesses = [], [], []
@@ -35,7 +35,9 @@ def picture_of(
         inner = int(rows[one.index])
         height, width = coco.sizes[inner].tolist()
         at = fitted((height, width), frame)
-        images.append(as_rgb(batch.views.crops[0].nan_to_num(), view)[0])
+        picture = as_rgb(batch.views.crops[0].nan_to_num(), view)[0]
+        picture[at.padding.numpy()] = 255
+        images.append(picture)
         objects = coco.objects(inner)
         masks = coco.masks(inner, objects.rows) if coco.has_masks else None
         boxes, classes = torch.from_numpy(objects.boxes), objects.numbers.tolist()

@@ -89,6 +89,10 @@ REFUSED = {
         lambda c: c["annotations"][4].update(segmentation=[[1, 2, 3, 4]]),
         "annotation 5 has a segmentation that is no list of polygons",
     ),
+    "corner": (
+        lambda c: c["annotations"][4].update(segmentation=[[1, 2, 3, 4, "5", 6]]),
+        "annotation 5 has a segmentation that is no list of polygons",
+    ),
     "runs": (
         lambda c: c["annotations"][4].update(segmentation={"counts": [3], "size": [48, 64]}),
         "annotation 5 has a segmentation that does not fit",

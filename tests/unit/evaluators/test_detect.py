@@ -133,6 +133,22 @@ def test_windows_that_hold_all_are_global_attention(arch, fused):
     torch.testing.assert_close(windowed(images).cls, plain(images).cls)
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_gradients_through_windows(recomputes):
+    """What windows compute again in backward, within a block that does so as well or not."""
+    torch.manual_seed(0)
+    plain, windowed = (Encoder(TINY, 3).double().train() for _ in range(2))
+    windowed.load_state_dict(plain.state_dict())
+    use_windows(windowed, (4, 6), 6, 0)
+    images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
+    for encoder in (plain, windowed):
+        for block in encoder.vit.blocks:
+            block.recomputes = recomputes and encoder is windowed
+        encoder(images).patches.square().sum().backward()
+    for (name, one), two in zip(plain.named_parameters(), windowed.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, msg=name)
+
+
 def test_windows_of_a_block_are_those_of_a_loop():
     """Each patch attends to [CLS] and the patches of its window, written as loops."""
     torch.manual_seed(0)

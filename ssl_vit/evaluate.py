@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ssl_vit.commands import compare_options
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config, subcommand
-from ssl_vit.commands.eval_options import PROBES, EvalConfig
+from ssl_vit.commands.eval_options import EvalConfig
 from ssl_vit.commands.finetune_options import first_options
+from ssl_vit.commands.probe_options import PROBES
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import check
 

@@ -7,21 +7,18 @@ import io
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ssl_vit.commands import finetuning as finetune
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.compare_options import CompareConfig, named
-from ssl_vit.commands.eval_options import FeatureConfig, KnnConfig, LinearConfig
-from ssl_vit.commands.evaluating import Evaluation
-from ssl_vit.commands.probes import Result, best_pooling, knn, linear
+from ssl_vit.commands.comparing import measure, tuning_options
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.duration import duration
-from ssl_vit.common.errors import RunFailed, UserError, check
+from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
-from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.pictures.chart import Bars, bars
 
@@ -38,39 +35,6 @@ class Cell:
 
 
 Table = dict[str, dict[str, Cell]]
-
-
-def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -> Result | None:
-    """Result of one encoder by one evaluator; None if the evaluator does not apply to it."""
-    keys = ("data", "size", "seed", "device", "precision")
-    shared: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"encoder": encoder}
-    if evaluator == "knn":
-        shared["data"] = replace(config.data, held_out="")  # nothing is chosen on it
-        pooling = best_pooling(Evaluation(FeatureConfig(**shared), plain=True))
-        return knn(KnnConfig(**shared, k=(20,), features=(pooling,)))
-    if evaluator in ("linear", "logreg"):
-        protocol: Any = "fast" if evaluator == "linear" else evaluator
-        return linear(LinearConfig(**shared, protocol=protocol))
-    if encoder.startswith("pixels:"):
-        return None
-    options = tuning_options(config, encoder, folder)
-    if finetune.main(options):
-        raise RunFailed(f"{folder}: fine-tuning was stopped; the same command resumes it")
-    card = json.loads((folder / finetune.CARD_FILE).read_text())
-    return [Score(**score) for score in card.pop("scores")], card, folder / finetune.CARD_FILE
-
-
-def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[str]:
-    """Command line options of ``finetune`` for one encoder."""
-    options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
-    options += ["--data.train", config.data.train, "--data.val", config.data.val]
-    options += ["--tune.image-size", *map(str, config.size)] if config.size else []
-    for option in fields(ReadConfig):
-        given = getattr(config.data, option.name)
-        texts = map(str, given) if isinstance(given, tuple) else [str(given)]
-        options += [f"--data.{option.name.replace('_', '-')}", *texts]
-    options += ["--data.workers", str(config.data.workers), "--run.seed", str(config.seed)]
-    return [*options, "--run.device", config.device, "--run.precision", config.precision]
 
 
 def fill(config: CompareConfig) -> Table:
@@ -124,8 +88,9 @@ def write(config: CompareConfig, table: Table) -> list[Path]:
             low, high = cell.score.interval
             value = cell.score.value
             values.setdefault(name, {})[evaluator] = (value, low, high)
-    metric = next(iter(next(iter(next(iter(table.values())).values())).score.metrics))
-    write_atomically(out / "compare.png", lambda path: bars(path, values, f"{metric} in %"))
+    first = (next(iter(cell.score.metrics)) for row in table.values() for cell in row.values())
+    title = f"{', '.join(dict.fromkeys(first))} in %"
+    write_atomically(out / "compare.png", lambda path: bars(path, values, title))
     return [out / name for name in ("compare.csv", "compare.png", "compare.json")]
 
 

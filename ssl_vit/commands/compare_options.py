@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ssl_vit.commands.cli import find_recipe, layered, split_config
 from ssl_vit.commands.eval_options import EvalData
@@ -11,7 +11,8 @@ from ssl_vit.common.errors import check
 
 PROG = "python -m ssl_vit.evaluate compare"
 
-_EVALUATORS = ("knn", "linear", "logreg", "finetune")
+Evaluator = Literal["knn", "linear", "logreg", "attentive", "retrieval", "finetune"]
+"""Evaluators that encoders are compared by; what runs each is in ``comparing``."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class CompareConfig:
     data: EvalData = field(default_factory=EvalData)
     encoders: tuple[str, ...] = ()
     """Encoders as for --encoder of the other evaluators, each optionally named as NAME=ENCODER."""
-    evaluators: tuple[Literal["knn", "linear", "logreg", "finetune"], ...] = ("knn", "linear")
+    evaluators: tuple[Evaluator, ...] = ("knn", "linear")
     """knn: k = 20, with the pooling that is best by leave-one-out on 5,000 training images.
-    linear: the fast protocol. logreg: logistic regression. finetune: with --recipe."""
+    linear: the fast protocol. logreg: logistic regression. attentive: one query. retrieval: with
+    the pooling of knn. finetune: with --recipe."""
     recipe: str = ""
     """A YAML file of options for finetune, or a recipe by name. It trains encoders with random
     weights from scratch."""
@@ -43,7 +45,10 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.encoders), "--encoders is missing; one or more, as --encoder elsewhere")
-        check(bool(self.evaluators), "--evaluators is empty; allowed: " + ", ".join(_EVALUATORS))
+        check(
+            bool(self.evaluators),
+            "--evaluators is empty; allowed: " + ", ".join(get_args(Evaluator)),
+        )
         needs = "finetune" in self.evaluators
         check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
 

@@ -150,11 +150,3 @@ class SegmentConfig(SegmentOptions, EvalConfig):
         for option in ("held_out", "labels"):
             given = getattr(self.data, option)
             check(not given, f"--data.{option.replace('_', '-')} is not for segment")
-
-
-# Evaluators of one encoder, by name.
-PROBES: dict[str, type[EvalConfig]] = {
-    "knn": KnnConfig,
-    "linear": LinearConfig,
-    "segment": SegmentConfig,
-}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_vit.commands.eval_options import EvalData, FeatureConfig
+from ssl_vit.commands.eval_options import EvalConfig, EvalData, FeatureConfig
 from ssl_vit.common.errors import check
 from ssl_vit.data.base import describe_labels, known_labels
 from ssl_vit.data.groups import leaks
@@ -20,7 +20,14 @@ from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import cached, content_sha256
-from ssl_vit.evaluators.features import FeatureSet, Machine, extract_shared, ready, units_of
+from ssl_vit.evaluators.features import (
+    Embed,
+    FeatureSet,
+    Machine,
+    extract_shared,
+    ready,
+    units_of,
+)
 from ssl_vit.evaluators.options import parts_of
 from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.model.encoder import Encoder
@@ -39,12 +46,19 @@ class Evaluation:
     ``names``: the features to evaluate: those of ``--features``, or all that the encoder has.
     """
 
-    def __init__(self, config: FeatureConfig, needs_val: bool = True, plain: bool = False) -> None:
+    def __init__(
+        self,
+        config: EvalConfig,
+        needs_val: bool = True,
+        plain: bool = False,
+        labelled: bool = True,
+    ) -> None:
         """Open the images and the encoder; nothing is written.
 
         Args:
             needs_val: whether a validation set is required.
             plain: without ``--features``, use those that are not concatenations.
+            labelled: whether images need labels; those without are then left out.
 
         Raises:
             UserError: an option is missing, images have no labels, or options contradict.
@@ -55,7 +69,7 @@ class Evaluation:
         self.config = config
         self.started = time.perf_counter()
         self.backbone: Backbone = open_backbone(config.encoder, config.seed, config.size)
-        self.sources = open_labelled(config.data, self.backbone.view.channels)
+        self.sources = open_sources(config.data, self.backbone.view.channels, labelled)
         self.parallel: Parallel = start_parallel(config.device)
         self.device = self.parallel.device
         self.precision = resolve_precision(config.precision, self.device)
@@ -65,7 +79,7 @@ class Evaluation:
         if self.backbone.module is not None:
             ready(self.backbone.module, self.device)
         self.names = self._named(plain)
-        for name, source in self.sources.items():
+        for name, source in self.sources.items() if labelled else ():
             log.info("labels of --data.%s: %s", name.replace("_", "-"), describe_labels(source))
         options = {f"data.{n.replace('_', '-')}": source for n, source in self.sources.items()}
         for line in leaks(options):
@@ -85,7 +99,8 @@ class Evaluation:
         Raises:
             UserError: the encoder lacks one of ``--features``.
         """
-        asked, given = self.config.features, self.backbone.features
+        asked = self.config.features if isinstance(self.config, FeatureConfig) else ()
+        given = self.backbone.features
         strange = [f for f in asked if f not in given]
         check(
             not strange,
@@ -99,18 +114,30 @@ class Evaluation:
             self._features[split] = self.extract(self.sources[split], self.content(split))
         return self._features[split]
 
+    def read(self, split: str, rows: FeatureSet) -> None:
+        """Note the readable images of a split, for the card, where they were read otherwise."""
+        self._features[split] = rows
+
     def extract(self, source: Source, content: str = "") -> FeatureSet:
         """Features of a source; ``content``: its ``content_sha256`` if known already."""
-        config, backbone = self.config, self.backbone
+        backbone = self.backbone
         parts = parts_of(backbone.features)
         width = backbone.module.width if isinstance(backbone.module, Encoder) else 0
         if 4 * len(source) * width * len(parts) > _ALL_PARTS:
             parts = parts_of(self.names)
+        return self.embedded(backbone.embed(parts), parts, source, content)
+
+    def embedded(
+        self, embed: Embed, parts: tuple[str, ...], source: Source, content: str = ""
+    ) -> FeatureSet:
+        """What ``embed`` makes of the images of a source, from the cache or now; ``parts``: names
+        that tell it from all else that is made of them."""
+        backbone = self.backbone
 
         def make() -> FeatureSet:
-            return extract_shared(backbone.embed(parts), source, backbone.view, self.machine)
+            return extract_shared(embed, source, backbone.view, self.machine)
 
-        if not config.cache:
+        if not (isinstance(self.config, FeatureConfig) and self.config.cache):
             return make()
         about = {
             "weights": backbone.identity.get("weights_sha256", "none"),
@@ -173,10 +200,12 @@ def look_at(source: Source, backbone: Backbone, seed: int = 0) -> None:
         log.warning("warning: the images of %s %s; %s", source.spec, wrong, remedy)
 
 
-def open_labelled(data: EvalData, channels: int) -> dict[str, Source]:
-    """Labelled sources of an evaluation: ``train``, and ``val`` and ``held_out`` if given.
+def open_sources(data: EvalData, channels: int, labelled: bool = True) -> dict[str, Source]:
+    """Sources of an evaluation: ``train``, and ``val`` and ``held_out`` if given.
 
-    ``channels``: those of the encoder. Images without a label are left out.
+    Args:
+        channels: those of the encoder.
+        labelled: whether labels are needed; images without one are then left out.
 
     Raises:
         UserError: one has no labels, or their classes differ.
@@ -186,7 +215,11 @@ def open_labelled(data: EvalData, channels: int) -> dict[str, Source]:
         spec = getattr(data, name)
         if spec:
             option = f"--data.{name.replace('_', '-')}"
-            source = with_labels(open_source(spec, data, channels), option)
+            source = open_source(spec, data, channels)
+            if not labelled:
+                sources[name] = source
+                continue
+            source = with_labels(source, option)
             sources[name] = align_classes(sources["train"], source) if sources else source
     return sources
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
+from ssl_vit.commands.attentive import attentive
 from ssl_vit.commands.cli import show_table
-from ssl_vit.commands.eval_options import PROBES, EvalConfig
+from ssl_vit.commands.copies import copies
+from ssl_vit.commands.eval_options import EvalConfig
+from ssl_vit.commands.probe_options import PROBES
 from ssl_vit.commands.probes import Result, knn, linear, segment
+from ssl_vit.commands.retrieval import retrieval
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check
 from ssl_vit.common.layers import known_keys, parse, tree_flags
@@ -17,7 +21,14 @@ from ssl_vit.evaluators.protocol import check_same, read_card, write_card
 from ssl_vit.evaluators.scores import Score
 
 _PROG = "python -m ssl_vit.evaluate"
-_RUN: dict[str, Callable[[Any], Result]] = {"knn": knn, "linear": linear, "segment": segment}
+_RUN: dict[str, Callable[[Any], Result]] = {
+    "knn": knn,
+    "linear": linear,
+    "attentive": attentive,
+    "retrieval": retrieval,
+    "copies": copies,
+    "segment": segment,
+}
 
 
 def run(name: str, config: EvalConfig) -> Result:
@@ -45,6 +56,8 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
     title += f", {card['train']['images']:,} training images"
     if leaked := scored.get("groups_in_training"):
         title += f"; {leaked:,} OF THE GROUPS ARE IN TRAINING, TOO"
+    if copied := scored.get("copies_in_training"):
+        title += f"; {copied:,} OF THE IMAGES HAVE COPIES IN TRAINING"
     show_table(title, rows, header=header)
 
 

@@ -31,9 +31,9 @@ from ssl_vit.benchmarks.quality import (
     table,
 )
 from ssl_vit.commands.cli import RESUMABLE, show_table
-from ssl_vit.commands.compare import measure
 from ssl_vit.commands.compare_options import CompareConfig
-from ssl_vit.commands.evaluating import open_labelled
+from ssl_vit.commands.comparing import measure
+from ssl_vit.commands.evaluating import open_sources
 from ssl_vit.commands.quality_options import Entry, Plan
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
@@ -243,7 +243,7 @@ def compare(plan: Plan) -> int:
     """``benchmark quality``; returns the exit status."""
     started = time.perf_counter()
     options = plan.entries[0].options
-    open_labelled(plan.data, options.data.channels)
+    open_sources(plan.data, options.data.channels)
     check(not plan.out.is_file(), f"--out is {str(plan.out)!r}, a file; give a folder")
     results = Results(plan)
     (plan.out / "scores").mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,17 @@ def accuracy_interval(
     return float(low), float(high)
 
 
+def mean_interval(
+    values: Float[np.ndarray, " q"], seed: int, groups: Groups = None
+) -> tuple[float, float]:
+    """Interval of a mean over images; ``groups``: of them, drawn whole."""
+    group, sizes = _numbered(np.arange(len(values)) if groups is None else groups)
+    sums = np.bincount(group, values, len(sizes))
+    draws = _drawn(_random(seed), len(sizes), _RESAMPLES)
+    low, high = np.percentile([(c @ sums) / (c @ sizes) for c in draws], _ENDS)
+    return float(low), float(high)
+
+
 def _numbered(groups: Int64[np.ndarray, " q"]) -> tuple[np.ndarray, np.ndarray]:
     """Groups as numbers from 0 on (q,), and their sizes."""
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)

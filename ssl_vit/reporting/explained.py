@@ -65,7 +65,12 @@ _LAST = {
 
 
 _FEATURES = {"cls": "[CLS]", "mean": "mean patch"}
-_EVALUATORS = {"knn": "k-NN", "linear": "linear probe", "finetune": "fine-tuning"}
+_EVALUATORS = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "attentive": "attentive probe",
+    "finetune": "fine-tuning",
+}
 
 
 def feature(name: str) -> str:

@@ -19,9 +19,9 @@ from ssl_vit.commands import device_options, quality_options
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.embed_options import EmbedConfig
-from ssl_vit.commands.eval_options import PROBES
 from ssl_vit.commands.export_options import ExportConfig
 from ssl_vit.commands.picture_options import PICTURES
+from ssl_vit.commands.probe_options import PROBES
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.evaluators.options import FinetuneConfig

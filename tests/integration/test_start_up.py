@@ -12,7 +12,7 @@ HEAVY = (
     *("torch", "timm", "torchvision", "tensorboard", "sklearn", "scipy", "matplotlib", "pandas"),
     *("altair", "datasets", "transformers", "onnx", "numpy.random", "einops"),
 )
-PROBES = ("knn", "linear", "segment", "finetune", "compare")
+PROBES = ("knn", "linear", "attentive", "retrieval", "copies", "segment", "finetune", "compare")
 PICTURES = ("attention", "reconstruction", "pca", "similarity", "neighbours")
 CALLS = [
     ["runs", "."],

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ssl_vit import evaluate
 from ssl_vit.commands import finetuning, probing
-from ssl_vit.commands.compare import tuning_options
 from ssl_vit.commands.compare_options import CompareConfig
+from ssl_vit.commands.comparing import tuning_options
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.config import EncoderConfig

@@ -1,0 +1,136 @@
+"""Copies command: from options to the share of copies, and a report of them: CSV and picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ssl_vit.commands.evaluating import Evaluation
+from ssl_vit.commands.probes import Result
+from ssl_vit.commands.retrieval_options import CopiesConfig
+from ssl_vit.common.figures import save_png
+from ssl_vit.common.files import write_text_atomically
+from ssl_vit.data.sources import Source
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.copies import (
+    SMALL,
+    Pair,
+    copied,
+    find_copies,
+    in_all_turns,
+    turns_of,
+    with_small,
+)
+from ssl_vit.evaluators.features import FeatureSet
+from ssl_vit.evaluators.intervals import accuracy_interval
+from ssl_vit.evaluators.options import parts_of
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.pictures.couples import couples_panel
+from ssl_vit.pictures.thumbnails import thumbnails
+
+log = logging.getLogger("ssl_vit")
+_SHOWN, _PIXELS = 24, 128
+_MANY = 0.2
+
+
+def copies(config: CopiesConfig) -> Result:
+    """Share of validation images that have a copy in training; the report is written beside it."""
+    by = Evaluation(config, plain=True, labelled=False)
+    train, val = by.sources["train"], by.sources["val"]
+    bank, asked = _features(by)
+    options = (by.names, by.backbone.view.size, config.least, config.candidates, by.device)
+    pairs = find_copies((train, val), (bank, asked), *options)
+    any_copy, same = copied(pairs, asked)
+    card, out = by.card("copies"), by.out("copies")
+    card["val"]["copies_in_training"] = int(any_copy.sum())
+    if by.parallel.main:
+        write_report(out, pairs, train, val, by.backbone.view)
+    if (likely := float((any_copy & ~same).mean())) > _MANY:
+        log.warning(
+            "warning: %.0f %% of the images have copies that are other files; if pairs of %s are "
+            "no copies, these images are too plain for --least %g: raise it",
+            *(100 * likely, out.with_suffix(".png"), config.least),
+        )
+    groups = None if asked.groups is None else asked.groups.numpy()
+    score = Score(
+        features="+".join(by.names),
+        setting=f"correlation >= {config.least:g}",
+        metrics={"copied": 100.0 * float(any_copy.mean()), "identical": 100.0 * float(same.mean())},
+        interval=accuracy_interval(any_copy, config.seed, groups),
+        per_class={},
+        confusion=None,
+        details={
+            "better": "lower",
+            "pairs": len(pairs),
+            "orientations": dict(Counter(pair.turn or "as it is" for pair in pairs)),
+        },
+    )
+    return [score], card, out
+
+
+def _features(by: Evaluation) -> tuple[FeatureSet, FeatureSet]:
+    """Features and small pictures of training images, and of validation images in each
+    orientation."""
+    parts, turns = parts_of(by.names), turns_of(by.backbone.view.size)
+    embed = by.backbone.embed(parts)
+    train, val = by.sources["train"], by.sources["val"]
+    bank = by.embedded(with_small(embed), (*parts, SMALL), train, by.content("train"))
+    names = (*(f"{part}@{turn}" for part in parts for turn in turns), SMALL)
+    asked = by.embedded(in_all_turns(embed, turns), names, val, by.content("val"))
+    by.read("train", bank)
+    by.read("val", asked)
+    return bank, asked
+
+
+def write_report(
+    out: Path, pairs: Sequence[Pair], train: Source, val: Source, view: View
+) -> list[Path]:
+    """Write all pairs as CSV and, if there are any, a picture of the first ones, as ``out`` with
+    other endings; returns the paths."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("val", "train", "identical", "correlation", "cosine", "orientation"))
+    for pair in pairs:
+        names, numbers = (
+            (val.name(pair.val), train.name(pair.train)),
+            (pair.correlation, pair.cosine),
+        )
+        shown = ("" if n != n else f"{n:.4f}" for n in numbers)
+        rows.writerow((*names, int(pair.identical), *shown, pair.turn))
+    paths = [out.with_suffix(".csv")]
+    write_text_atomically(paths[0], text.getvalue())
+    if pairs:
+        paths.append(out.with_suffix(".png"))
+        save_png(paths[1], _picture(pairs, train, val, view))
+    for path in paths:
+        log.info("copies: %s", path)
+    return paths
+
+
+def _picture(pairs: Sequence[Pair], train: Source, val: Source, view: View) -> np.ndarray:
+    """Couples panel of some pairs."""
+    some = spread(pairs)
+    ours = thumbnails(val, [pair.val for pair in some], view, _PIXELS)
+    theirs = thumbnails(train, [pair.train for pair in some], view, _PIXELS)
+    said = ["identical" if p.identical else f"{p.correlation:.3f} {p.turn}".strip() for p in some]
+    about = (
+        f"Left of each: of {val.spec}; right: of {train.spec}. {len(some)} of {len(pairs):,} "
+        "pairs, evenly spread from the most to the least similar. Below: the correlation of "
+        "their edges, and how the left one is turned to be the right one."
+    )
+    return couples_panel(ours, theirs, said, about)
+
+
+def spread(pairs: Sequence[Pair]) -> list[Pair]:
+    """At most 24 pairs, evenly spread over all of them, the last included: where copies end, a look
+    tells best whether the threshold is right."""
+    n = len(pairs)
+    if n <= _SHOWN:
+        return list(pairs)
+    return [pairs[i * (n - 1) // (_SHOWN - 1)] for i in range(_SHOWN)]

@@ -194,7 +194,8 @@ def attentive_probe(
 
     guesses, rows = answers(tokens.reader, val, read)
     asked = "a query a class" if protocol.queries == "class" else "one query"
-    setting = f"{asked}, {head.heads} heads, lr={rate:g}"
+    heads = f"{head.heads} head" + ("s" if head.heads > 1 else "")
+    setting = f"{asked}, {heads}, lr={rate:g}"
     details = _details(protocol, found, tokens, head)
     details |= {} if chosen is not None else {"selection": NOT_CHOSEN}
     return Prediction("patches", setting, guesses, details), rows

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit import evaluate
+from ssl_vit import commands, evaluate
 from ssl_vit.commands import comparing
 from ssl_vit.commands.attentive_options import AttentiveConfig
 from ssl_vit.commands.compare_options import Evaluator
@@ -182,6 +182,14 @@ def test_copies_are_reported(run, sets, tmp_path, capsys):
     with Image.open(tmp_path / "copies.png") as picture:
         assert picture.width > 300
     assert evaluate.main(["again", str(out)]) == 0
+
+
+def test_copies_of_too_many_images_are_doubted(run, sets, tmp_path, monkeypatch, caplog):
+    ask("copies", run, sets, tmp_path / "copies.json")
+    assert "too plain" not in caplog.text
+    monkeypatch.setattr(commands.copies, "_MANY", 0.05)
+    ask("copies", run, sets, tmp_path / "copies.json")
+    assert "10 % of the images have copies that are other files" in caplog.text
 
 
 def test_a_set_without_copies_is_said_to_have_none(run, sets, tmp_path, capsys):

@@ -174,3 +174,6 @@ def test_the_interval_of_a_mean():
     copies = np.repeat(values, 4)
     apart = mean_interval(copies, 0, np.repeat(np.arange(400), 4))
     assert apart[1] - apart[0] == pytest.approx(high - low, rel=0.05)
+    # Groups of any size: the mean is over all images of those that are drawn.
+    sizes = np.repeat(np.arange(20), np.arange(1, 21))
+    assert mean_interval(np.full(len(sizes), 50.0), 0, sizes) == pytest.approx((50, 50))

@@ -14,7 +14,7 @@ from typing import Any
 from ssl_vit.commands import finetuning as finetune
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.compare_options import CompareConfig, named
-from ssl_vit.commands.comparing import measure, tuning_options
+from ssl_vit.commands.comparing import measure, run_options
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import UserError, check
@@ -104,7 +104,7 @@ def compare(config: CompareConfig) -> int:
         first = next((e for e in encoders.values() if not e.startswith("pixels:")), None)
         check(first is not None, "--encoders has raw pixels only, which cannot be fine-tuned")
         assert first is not None
-        finetune.parse_options(tuning_options(config, first, Path(config.out)))
+        finetune.parse_options(run_options(config, first, Path(config.out), "tune"))
     out.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     table = fill(config)
     if rank_and_world()[0]:

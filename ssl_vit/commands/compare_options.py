@@ -11,7 +11,9 @@ from ssl_vit.common.errors import check
 
 PROG = "python -m ssl_vit.evaluate compare"
 
-Evaluator = Literal["knn", "linear", "logreg", "attentive", "retrieval", "finetune"]
+Evaluator = Literal[
+    "knn", "linear", "logreg", "attentive", "retrieval", "segment", "depth", "detect", "finetune"
+]
 """Evaluators that encoders are compared by; what runs each is in ``comparing``."""
 
 
@@ -27,10 +29,11 @@ class CompareConfig:
     evaluators: tuple[Evaluator, ...] = ("knn", "linear")
     """knn: k = 20, with the pooling that is best by leave-one-out on 5,000 training images.
     linear: the fast protocol. logreg: logistic regression. attentive: one query. retrieval: with
-    the pooling of knn. finetune: with --recipe."""
+    the pooling of knn. segment, depth, detect: of pairs:, depth: and coco: alone. finetune: with
+    --recipe."""
     recipe: str = ""
-    """A YAML file of options for finetune, or a recipe by name. It trains encoders with random
-    weights from scratch."""
+    """A YAML file of options for finetune or detect, or a recipe by name. It trains encoders with
+    random weights from scratch."""
     size: tuple[int, ...] = ()
     """As for the other evaluators."""
     out: str = "compare"
@@ -49,6 +52,8 @@ class CompareConfig:
             bool(self.evaluators),
             "--evaluators is empty; allowed: " + ", ".join(get_args(Evaluator)),
         )
+        both = {"finetune", "detect"} <= set(self.evaluators)
+        check(not both, "--evaluators has finetune and detect, whose images differ: give one")
         needs = "finetune" in self.evaluators
         check(bool(self.recipe) or not needs, "--evaluators has finetune; --recipe is missing")
 

@@ -16,7 +16,9 @@ from ssl_vit.commands import finetuning as finetune
 from ssl_vit.commands.attentive import attentive
 from ssl_vit.commands.attentive_options import AttentiveConfig
 from ssl_vit.commands.compare_options import CompareConfig
-from ssl_vit.commands.eval_options import FeatureConfig, KnnConfig, LinearConfig
+from ssl_vit.commands.dense_probes import depth, segment
+from ssl_vit.commands.depth_options import DepthConfig
+from ssl_vit.commands.eval_options import FeatureConfig, KnnConfig, LinearConfig, SegmentConfig
 from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.commands.probes import Result, best_pooling, knn, linear
 from ssl_vit.commands.retrieval import retrieval
@@ -70,14 +72,35 @@ def _attentive(entry: Entry) -> Result | None:
     return None if entry.is_pixels else attentive(AttentiveConfig(**entry.shared))
 
 
+def _segment(entry: Entry) -> Result:
+    return segment(SegmentConfig(**entry.shared))
+
+
+def _depth(entry: Entry) -> Result | None:
+    return None if entry.is_pixels else depth(DepthConfig(**entry.shared))
+
+
 def _finetune(entry: Entry) -> Result | None:
+    return _trained(entry, "fine-tuning", finetune.main, "tune", finetune.CARD_FILE)
+
+
+def _detect(entry: Entry) -> Result | None:
+    from ssl_vit.commands import detecting  # it needs pycocotools
+
+    return _trained(entry, "detection", detecting.main, "detect", detecting.CARD_FILE)
+
+
+def _trained(
+    entry: Entry, what: str, run: Callable[[list[str]], int], group: str, file: str
+) -> Result | None:
+    """Result of a run that trains the encoder, or on it; None for raw pixels."""
     if entry.is_pixels:
         return None
-    folder = entry.folder
-    if finetune.main(tuning_options(entry.config, entry.encoder, folder)):
-        raise RunFailed(f"{folder}: fine-tuning was stopped; the same command resumes it")
-    card = json.loads((folder / finetune.CARD_FILE).read_text())
-    return [Score(**score) for score in card.pop("scores")], card, folder / finetune.CARD_FILE
+    path = entry.folder / file
+    if run(run_options(entry.config, entry.encoder, entry.folder, group)):
+        raise RunFailed(f"{entry.folder}: {what} was stopped; the same command resumes it")
+    card = json.loads(path.read_text())
+    return [Score(**score) for score in card.pop("scores")], card, path
 
 
 MEASURES: dict[str, Callable[[Entry], Result | None]] = {
@@ -86,6 +109,9 @@ MEASURES: dict[str, Callable[[Entry], Result | None]] = {
     "logreg": partial(_linear, protocol="logreg"),
     "attentive": _attentive,
     "retrieval": _retrieval,
+    "segment": _segment,
+    "depth": _depth,
+    "detect": _detect,
     "finetune": _finetune,
 }
 
@@ -95,11 +121,12 @@ def measure(config: CompareConfig, encoder: str, evaluator: str, folder: Path) -
     return MEASURES[evaluator](Entry(config, encoder, folder))
 
 
-def tuning_options(config: CompareConfig, encoder: str, folder: Path) -> list[str]:
-    """Command line options of ``finetune`` for one encoder."""
-    options = ["--config", config.recipe, "--encoder", encoder, "--run.out", str(folder)]
+def run_options(config: CompareConfig, encoder: str, folder: Path, group: str) -> list[str]:
+    """Command line options of a run on one encoder. ``group``: that of the image size."""
+    options = ["--config", config.recipe] if config.recipe else []
+    options += ["--encoder", encoder, "--run.out", str(folder)]
     options += ["--data.train", config.data.train, "--data.val", config.data.val]
-    options += ["--tune.image-size", *map(str, config.size)] if config.size else []
+    options += [f"--{group}.image-size", *map(str, config.size)] if config.size else []
     for option in fields(ReadConfig):
         given = getattr(config.data, option.name)
         texts = map(str, given) if isinstance(given, tuple) else [str(given)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +14,22 @@ import torch
 from ssl_vit.commands.eval_options import (
     KnnConfig,
     LinearConfig,
-    SegmentConfig,
 )
-from ssl_vit.commands.evaluating import Evaluation, look_at
+from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.groups import leaks
 from ssl_vit.data.order import permute
-from ssl_vit.data.pairs import open_pairs
-from ssl_vit.evaluators.backbone import open_backbone, result_file
-from ssl_vit.evaluators.cache import content_sha256
-from ssl_vit.evaluators.features import FeatureSet, Machine, ready
+from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.knn import knn_predictions, others
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
 from ssl_vit.evaluators.online import online_probe, source_targets
-from ssl_vit.evaluators.options import SegmentOptions
-from ssl_vit.evaluators.protocol import protocol_card, split_card
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
 from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_predictions
-from ssl_vit.evaluators.segment import segment_probe
-from ssl_vit.training.parallel import resolve_precision, start_parallel
 
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
-SEGMENT_FILES = {
-    "linear": "segment.json",
-    "mlp": "segment-mlp.json",
-    "transformer": "segment-transformer.json",
-}
 Pictures = dict[str, np.ndarray]
 """Pictures beside a result: by name, (height, width, 3) uint8."""
 Result = (
@@ -134,46 +119,6 @@ def learn_cached(by: Evaluation, protocol: LinearProtocol | LogregProtocol) -> l
         amount = f"{per_class} a class" if share is None else f"{100 * share:g} %"
         scores.append(replace(over_seeds(several), setting=amount))
     return scores
-
-
-def segment(config: SegmentConfig) -> Result:
-    """Segmentation scores: mean IoU of a head on patch tokens."""
-    started = time.perf_counter()
-    data, seed = config.data, config.seed
-    for option, spec in (("train", data.train), ("val", data.val)):
-        check(bool(spec), f"--data.{option} is missing")
-    train, val = open_pairs(data.train, data), open_pairs(data.val, data)
-    for line in leaks({"data.train": train, "data.val": val}):
-        log.warning("warning: %s", line)
-    parallel = start_parallel(config.device)
-    device = parallel.device
-    if parallel.world > 1:
-        log.warning("warning: segment is for one process; all %d do the same", parallel.world)
-    precision = resolve_precision(config.precision, device)
-    machine = Machine(device, precision, data.workers, config.batch_size)
-    backbone = open_backbone(config.encoder, seed, config.size)
-    look_at(train, backbone, seed)
-    if backbone.module is not None:
-        ready(backbone.module, device)
-    options = SegmentOptions(**{f.name: getattr(config, f.name) for f in fields(SegmentOptions)})
-    scores, about, picture = segment_probe(options, backbone, train, val, machine, seed)
-    splits = {
-        name: split_card(pairs, None, content_sha256(pairs), train if pairs is val else None)
-        | {"masks_sha256": content_sha256(pairs.masks)}
-        for name, pairs in (("train", train), ("val", val))
-    }
-    card = protocol_card(
-        "segment",
-        backbone.identity,
-        backbone.view,
-        splits,
-        options=asdict(config),
-        **about,
-        **machine.card(),
-        seconds=round(time.perf_counter() - started, 1),
-    )
-    out = result_file(config.out, backbone, SEGMENT_FILES[config.head])
-    return scores, card, out, {"boundaries": picture}
 
 
 def scores_of(found: Sequence[Prediction], truth: FeatureSet, by: Evaluation) -> list[Score]:

@@ -10,10 +10,10 @@ import torch
 from ssl_vit.commands.attentive import attentive
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.copies import copies
-from ssl_vit.commands.depth import depth
+from ssl_vit.commands.dense_probes import depth, segment
 from ssl_vit.commands.eval_options import EvalConfig
 from ssl_vit.commands.probe_options import PROBES
-from ssl_vit.commands.probes import Result, knn, linear, segment
+from ssl_vit.commands.probes import Result, knn, linear
 from ssl_vit.commands.retrieval import retrieval
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check

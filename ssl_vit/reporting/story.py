@@ -114,6 +114,9 @@ def read_story(folder: Path, name: str = "") -> Story:
         for kind, by_step in panels(folder).items()
     }
     scores = read_scores(folder, problems)
+    for file in dict.fromkeys(scored.file for scored in scores):
+        for picture in sorted(file.parent.glob(f"{file.stem}-*.png")):
+            pictures[picture.stem] = {run.step: picture}
     return Story(run, name or folder.name, steps, seconds, scores, pictures, problems)
 
 
@@ -149,7 +152,8 @@ def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
         own,
         *sorted(f for f in folder.glob("*.json") if f not in (own, folder / "status.json")),
     ]
-    files += sorted(folder.glob("*finetune/finetune.json"))
+    for kind in ("finetune", "detect"):
+        files += sorted(folder.glob(f"*{kind}/{kind}.json"))
     found: list[Scored] = []
     for file in files:
         if not file.is_file():

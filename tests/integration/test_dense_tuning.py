@@ -113,6 +113,20 @@ def test_it_learns_and_its_file_opens_as_an_encoder(scenes):
     assert judged.returncode == 0, judged.stderr
 
 
+@pytest.mark.parametrize(("evaluator", "kind"), [("segment", "pairs"), ("depth", "depth")])
+def test_encoders_stand_in_one_table(scenes, unbroken, evaluator, kind):
+    encoders = [f"tuned={kind}/model.safetensors", f"random=random:{kind}/model.safetensors"]
+    sets = ("--data.train", f"{kind}:train", "--data.val", f"{kind}:val", "--data.workers", "0")
+    options = ("--evaluators", evaluator, *sets, "--out", f"compare-{kind}")
+    done = scenes("-m", "ssl_vit.evaluate", "compare", "--encoders", *encoders, *options)
+    assert done.returncode == 0, done.stderr
+    lines = (scenes.folder / f"compare-{kind}/compare.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["tuned", evaluator],
+        ["random", evaluator],
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [

@@ -68,6 +68,17 @@ def test_pictures_of_steps_that_were_undone_are_left_out(tmp_path):
     assert sorted(read_story(folder).pictures["pca"]) == [10, 20]
 
 
+def test_pictures_beside_results_are_of_the_encoder_as_it_is(tmp_path):
+    folder = make_run(tmp_path / "run", [train_row(10)])
+    result = {"evaluator": "segment", "encoder": {}, "scores": [score(60, 59, 61)]}
+    (folder / "segment.json").write_text(json.dumps(result))
+    (folder / "segment-boundaries.png").write_bytes(b"")
+    (folder / "other-boundaries.png").write_bytes(b"")
+    assert read_story(folder).pictures == {
+        "segment-boundaries": {10: folder / "segment-boundaries.png"}
+    }
+
+
 def test_an_empty_folder_is_a_story_of_what_is_missing(tmp_path):
     story = read_story(tmp_path)
     assert (story.images, story.names, story.scores, story.pictures) == (None, [], [], {})

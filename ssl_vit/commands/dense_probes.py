@@ -1,0 +1,131 @@
+"""Dense probe commands: segmentation and depth, from options to scores, card and picture."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ssl_vit.commands.depth_options import DepthConfig
+from ssl_vit.commands.eval_options import EvalConfig, SegmentConfig
+from ssl_vit.commands.evaluating import look_at
+from ssl_vit.commands.probes import Result
+from ssl_vit.common.errors import check
+from ssl_vit.data.depths import open_depths
+from ssl_vit.data.groups import leaks
+from ssl_vit.data.pairs import Pairs, open_pairs
+from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
+from ssl_vit.evaluators.cache import content_sha256
+from ssl_vit.evaluators.depth import depth_probe
+from ssl_vit.evaluators.depth_options import DepthOptions
+from ssl_vit.evaluators.features import Machine, ready
+from ssl_vit.evaluators.options import SegmentOptions
+from ssl_vit.evaluators.protocol import protocol_card, split_card
+from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.segment import segment_probe
+from ssl_vit.training.parallel import resolve_precision, start_parallel
+
+log = logging.getLogger("ssl_vit")
+T = TypeVar("T")
+P = TypeVar("P", bound=Pairs)
+Found = tuple[list[Score], dict[str, Any], np.ndarray | None]
+"""Scores, what a card says of the probe, and a picture."""
+
+SEGMENT_FILES = {
+    "linear": "segment.json",
+    "mlp": "segment-mlp.json",
+    "transformer": "segment-transformer.json",
+}
+
+
+def segment(config: SegmentConfig) -> Result:
+    """Segmentation scores: mean IoU of a head on patch tokens."""
+    opened = [open_pairs(spec, config.data) for spec in _given(config)]
+    options = _some(SegmentOptions, config)
+
+    def probe(backbone: Backbone, train: Pairs, val: Pairs, machine: Machine) -> Found:
+        return segment_probe(options, backbone, train, val, machine, config.seed)
+
+    file = SEGMENT_FILES[config.head]
+    return _dense("segment", config, opened, probe, "masks_sha256", file, "boundaries")
+
+
+def depth(config: DepthConfig) -> Result:
+    """Depth scores: delta1 and others of a head on feature maps."""
+    opened = [open_depths(spec, config.data, config.scale) for spec in _given(config)]
+    options = _some(DepthOptions, config)
+
+    def probe(backbone: Backbone, train: Any, val: Any, machine: Machine) -> Found:
+        return depth_probe(options, backbone, train, val, machine, config.seed)
+
+    return _dense("depth", config, opened, probe, "depth_sha256", "depth.json", "maps")
+
+
+def _given(config: EvalConfig) -> tuple[str, str]:
+    """Training and validation images.
+
+    Raises:
+        UserError: one is missing.
+    """
+    data = config.data
+    for option, spec in (("train", data.train), ("val", data.val)):
+        check(bool(spec), f"--data.{option} is missing")
+    return data.train, data.val
+
+
+def _some(kind: type[T], config: Any) -> T:
+    """Those options of a command that are a probe's."""
+    return kind(**{f.name: getattr(config, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _dense(
+    name: str,
+    config: EvalConfig,
+    opened: list[P],
+    probe: Callable[[Backbone, P, P, Machine], Found],
+    digest: str,
+    file: str,
+    picture: str,
+) -> Result:
+    """Result of a probe of pixels.
+
+    Args:
+        opened: training and validation pairs.
+        digest: name on the card of the hash of what lies beside the images.
+        file: name of the result; ``picture``: of the picture beside it.
+    """
+    started, (train, val) = time.perf_counter(), opened
+    for line in leaks({"data.train": train, "data.val": val}):
+        log.warning("warning: %s", line)
+    parallel = start_parallel(config.device)
+    device, seed = parallel.device, config.seed
+    if parallel.world > 1:
+        log.warning("warning: %s is for one process; all %d do the same", name, parallel.world)
+    precision = resolve_precision(config.precision, device)
+    machine = Machine(device, precision, config.data.workers, config.batch_size)
+    backbone = open_backbone(config.encoder, seed, config.size)
+    look_at(train, backbone, seed)
+    if backbone.module is not None:
+        ready(backbone.module, device)
+    scores, about, made = probe(backbone, train, val, machine)
+    splits = {
+        split: split_card(pairs, None, content_sha256(pairs), train if pairs is val else None)
+        | {digest: content_sha256(pairs.masks)}
+        for split, pairs in (("train", train), ("val", val))
+    }
+    card = protocol_card(
+        name,
+        backbone.identity,
+        backbone.view,
+        splits,
+        options=asdict(config),
+        **about,
+        **machine.card(),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    out = result_file(config.out, backbone, file)
+    return scores, card, out, {} if made is None else {picture: made}

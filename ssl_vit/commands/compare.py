@@ -117,6 +117,8 @@ def compare(config: CompareConfig) -> int:
     cards = [cell.card["val"] for row in table.values() for cell in row.values()]
     if leaked := max((card.get("groups_in_training", 0) for card in cards), default=0):
         title += f"; {leaked:,} OF ITS GROUPS ARE IN TRAINING, TOO"
+    if same := max((card.get("identical_in_training", 0) for card in cards), default=0):
+        title += f"; {same:,} OF ITS IMAGES ARE IN TRAINING, TOO"
     show_table(title, rows, header=("encoder", *config.evaluators))
     for path in write(config, table):
         print(path)

@@ -19,7 +19,7 @@ from ssl_vit.data.labels import align_classes
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
-from ssl_vit.evaluators.cache import cached, content_sha256
+from ssl_vit.evaluators.cache import ALL_UP_TO, cached, content_sha256, contents
 from ssl_vit.evaluators.features import (
     Embed,
     FeatureSet,
@@ -86,6 +86,7 @@ class Evaluation:
             log.warning("warning: %s", line)
         self._features: dict[str, FeatureSet] = {}
         self._content: dict[str, str] = {}
+        self._images: dict[str, list[bytes]] = {}
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -157,8 +158,18 @@ class Evaluation:
     def content(self, split: str) -> str:
         """Content hash of a split's images."""
         if split not in self._content:
-            self._content[split] = content_sha256(self.sources[split])
+            found = contents(self.sources[split])
+            self._images[split] = [content for content, readable in found if readable]
+            self._content[split] = content_sha256(self.sources[split], found)
         return self._content[split]
+
+    def identical(self) -> int:
+        """Validation images that are training images, too, byte for byte; 0 where not all are
+        compared, as there are too many."""
+        if max(map(len, self.sources.values())) > ALL_UP_TO:
+            return 0
+        train = set(self._images["train"])
+        return sum(content in train for content in self._images["val"])
 
     def card(self, evaluator: str, **rest: Any) -> dict[str, Any]:
         """Protocol card of the evaluation."""
@@ -169,6 +180,13 @@ class Evaluation:
         }
         if "val" in splits and self.content("val") == self.content("train"):
             log.warning("--data.val and --data.train are the same images: the score is no test")
+        elif "val" in splits and (same := self.identical()):
+            splits["val"]["identical_in_training"] = same
+            text = (
+                "warning: %s of %s images of --data.val are in --data.train, too, byte for byte: "
+            )
+            text += "scores are too good; evaluate copies names them, and those that look alike"
+            log.warning(text, f"{same:,}", f"{splits['val']['images']:,}")
         return protocol_card(
             evaluator,
             self.backbone.identity,

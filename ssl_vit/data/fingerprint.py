@@ -41,7 +41,11 @@ def sample(n: int, count: int) -> list[int]:
 
 def add_image(digest: Any, raw: bytes | bytearray | np.ndarray) -> None:
     """Add the content of an image, as ``Source.read`` returns it, to a hash of ``hashlib``."""
-    if isinstance(raw, np.ndarray):
-        digest.update(f"{raw.dtype} {raw.shape}".encode())
+    digest.update(content_of(raw))
+
+
+def content_of(raw: bytes | bytearray | np.ndarray) -> bytes:
+    """Bytes that tell the content of an image: its SHA-256, after kind and shape of an array."""
+    kind = f"{raw.dtype} {raw.shape}".encode() if isinstance(raw, np.ndarray) else b""
     data = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).view(np.uint8).data
-    digest.update(hashlib.sha256(data).digest())
+    return kind + hashlib.sha256(data).digest()

@@ -18,29 +18,37 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.files import cache_folder, write_atomically
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.fingerprint import add_image
+from ssl_vit.data.fingerprint import content_of
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.weights.exchange import read_safetensors
 
 log = logging.getLogger("ssl_vit")
-# Up to this many images all are read; of larger sets this many, evenly spread.
-_ALL_UP_TO = 100_000
+ALL_UP_TO = 100_000
+"""Up to this many images all are read; of larger sets this many, evenly spread."""
 _LARGEST_CACHE = 50 << 30
 
 
-def content_sha256(source: Source) -> str:
+def contents(source: Source, most: int = ALL_UP_TO) -> list[tuple[bytes, bool]]:
+    """Content of each image, of more than ``most`` that many, evenly spread; and whether it can be
+    read: what stands for an image that cannot is the reason."""
+    n, found = len(source), []
+    for i in np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist():
+        try:
+            found.append((content_of(source.read(i)[0]), True))
+        except BadImage as error:
+            found.append((content_of(f"unreadable: {error}".encode()), False))
+    return found
+
+
+def content_sha256(source: Source, found: list[tuple[bytes, bool]] | None = None) -> str:
     """SHA-256 of the content of a source, independent of its name: image bytes and labels.
 
     Of more than 100,000 images that many, evenly spread, are read; labels are read of all.
+    ``found``: its :func:`contents`, if known already.
     """
-    n = len(source)
-    digest = hashlib.sha256(str(n).encode())
-    for i in np.linspace(0, n - 1, min(n, _ALL_UP_TO)).round().astype(int).tolist():
-        try:
-            raw = source.read(i)[0]
-        except BadImage as error:
-            raw = f"unreadable: {error}".encode()
-        add_image(digest, raw)
+    digest = hashlib.sha256(str(len(source)).encode())
+    for content, _ in contents(source) if found is None else found:
+        digest.update(content)
     for known in (source.labels, source.targets):
         digest.update(b"none" if known is None else np.ascontiguousarray(known).data)
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.data.base import Source
-from ssl_vit.data.decode import BadImage
-from ssl_vit.data.fingerprint import add_image
+from ssl_vit.evaluators.cache import contents
 from ssl_vit.evaluators.features import Embed, FeatureSet
 from ssl_vit.evaluators.knn import nearest_neighbours, unit
 
@@ -160,20 +158,6 @@ def _apart(pictures: Float[Tensor, "n h w"], usual: Float[Tensor, " e"]) -> Floa
     return F.normalize(torch.where(own.any(1, keepdim=True), own - usual, own), dim=1)
 
 
-def digests(source: Source) -> list[bytes]:
-    """SHA-256 of the content of each image; empty for one that cannot be read."""
-    found = []
-    for i in range(len(source)):
-        made = hashlib.sha256()
-        try:
-            add_image(made, source.read(i)[0])
-        except BadImage:
-            found.append(b"")
-            continue
-        found.append(made.digest())
-    return found
-
-
 def first_places(contents: Sequence[bytes]) -> dict[bytes, int]:
     """The first image of each content, without those that cannot be read."""
     places: dict[bytes, int] = {}
@@ -200,11 +184,14 @@ def find_copies(
         least: correlation from which on a pair is one of copies.
         candidates: as ``count`` of :func:`nearest_pairs`.
     """
-    (source, asked), (train, val), turns = sources, sets, turns_of(size)
+    (train, val), turns = sets, turns_of(size)
     pairs, cosines = nearest_pairs(train, val, features, turns, candidates, device)
     pictures = train.parts[SMALL], val.parts[SMALL]
     found, which = correlations(*pictures, pairs, small_size(size), turns)
-    theirs, ours = digests(source), digests(asked)
+    theirs, ours = (
+        [content if readable else b"" for content, readable in contents(each, len(each))]
+        for each in sources
+    )
     made = []
     for row in (found >= least).nonzero()[:, 0].tolist():
         v, t = int(val.index[pairs[row, 0]]), int(train.index[pairs[row, 1]])

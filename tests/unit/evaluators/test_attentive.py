@@ -15,6 +15,7 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.view import View
+from ssl_vit.evaluators import attentive
 from ssl_vit.evaluators.attentive import (
     AttentiveProtocol,
     attentive_probe,
@@ -162,15 +163,28 @@ def test_a_head_that_diverges_is_not_chosen():
     assert found[1e30] == -1 or found[1e30] < found[1e-2]
 
 
-def test_the_choice_is_on_held_out_images_and_whole_groups():
-    """With groups no image is judged whose group was trained on: labels of single groups, which
-    say nothing of others, are then guessed by chance."""
-    train = token_set(80, 4, 1.0, 0)
-    groups = torch.arange(80) // 4
+def test_the_choice_is_on_held_out_images_and_whole_groups(monkeypatch):
+    train, groups = token_set(80, 4, 1.0, 0), torch.arange(80) // 5
     train = replace(train, rows=replace(train.rows, groups=groups))
+    seen = {}
+
+    def watched(name: str, place: int):
+        real = getattr(attentive, name)
+
+        def call(*given):
+            seen[name] = given[place]
+            return real(*given)
+
+        monkeypatch.setattr(attentive, name, call)
+
+    watched("fit_attentive_heads", 1)
+    watched("grid_quality", 2)
     rate, found = choose_rate(train, QUICK, None)
     assert rate in QUICK.learning_rates
     assert list(found) == sorted(QUICK.learning_rates)
+    kept_rows, judged = seen["fit_attentive_heads"], seen["grid_quality"]
+    assert sorted([*kept_rows.tolist(), *judged.tolist()]) == list(range(80))
+    assert not set(groups[kept_rows].tolist()) & set(groups[judged].tolist())
     few = kept(normal(6, 6, 16), torch.arange(6) % 2)
     assert choose_rate(few, QUICK, None) == (None, {})
 

@@ -50,15 +50,16 @@ class DetectConfig:
         )
 
 
-def read_options(argv: list[str]) -> DetectConfig:
-    """Options: defaults < YAML < command line.
+def read_options(argv: list[str], channels: int = DataConfig.channels) -> DetectConfig:
+    """Options: defaults < YAML < command line. ``channels``: default of --data.channels.
 
     Raises:
         UserError: a mistake in them, or a library is missing.
     """
     configs, flags = split_config(argv)
     files = [find_recipe(c) for c in configs]
-    config = layered(DetectConfig(), files, flags, PROG, DetectConfig.__doc__ or "", DetectConfig)
+    default = DetectConfig(data=DataConfig(train="", channels=channels))
+    config = layered(default, files, flags, PROG, DetectConfig.__doc__ or "", DetectConfig)
     check(
         importlib.util.find_spec("pycocotools") is not None,
         "detect needs pycocotools: pip install 'ssl_vit[detect]' (or pycocotools)",

@@ -50,14 +50,15 @@ _SHOWN = 4
 
 
 def parse_options(argv: list[str]) -> tuple[DetectConfig, Start]:
-    """Options (defaults < YAML < command line), and the opened encoder.
+    """Options (defaults < the encoder's channels < YAML < command line), and the opened encoder.
 
     Raises:
         UserError: a mistake in the options, or the encoder cannot be opened.
     """
-    config = read_options(argv)
+    first = read_options(argv)
+    start = open_start(first.encoder, EncoderConfig(), first.data.channels, first.run.seed)
+    config = read_options(argv, start.channels)
     data = config.data
-    start = open_start(config.encoder, EncoderConfig(), data.channels, config.run.seed)
     start = for_channels(start, data.channels, "mean")
     if not data.mean and data.statistics == "default":
         config = replace(config, data=replace(data, mean=start.mean, std=start.std))

@@ -102,6 +102,22 @@ def test_a_missing_library_is_told(place, monkeypatch):
         session(place[0])
 
 
+def test_images_have_the_encoders_channels_unless_others_are_asked_for(place, tmp_path):
+    """Others' filters are adapted, as in fine-tuning."""
+    folder = place[0]
+    torch.manual_seed(0)
+    info = EncoderInfo(TINY, 1, (0.5,), (0.2,), "mae", 1)
+    save_encoder(tmp_path / "gray.safetensors", Encoder(TINY, 1), info)
+    gray = ("--encoder", str(tmp_path / "gray.safetensors"))
+    made = session(folder, *gray)
+    assert made.config.data.channels == 1
+    batch = made.training_images().__getitems__([(0, 0)])
+    assert batch.views.crops[0].shape == (1, 1, 64, 64)
+    colour = session(folder, *gray, "--data.channels", "3")
+    assert colour.task.backbone.body.network.channels == 3
+    assert len(colour.images.mean) == 3
+
+
 def test_the_plan_names_detector_encoder_and_objects(place):
     windows = ("--detect.windows", "4", "--detect.global-blocks", "1")
     made = session(place[0], "--detect.frozen", "True", *windows)

@@ -237,6 +237,23 @@ def test_an_image_of_another_size_than_annotated_is_refused(made, tmp_path):
         images.__getitems__([0, 1])
 
 
+def test_images_of_any_channels_and_missing_pixels(tmp_path):
+    content = content_of(tmp_path, count=2)
+    for n, image in enumerate(content["images"]):
+        values = np.full((48, 64, 5), 7.0, np.float32)
+        values[:20, :, n] = np.nan
+        np.save(tmp_path / f"images/{n}.npy", values)
+        image["file_name"] = f"{n}.npy"
+    source = open_source(written(tmp_path, content), DataConfig(channels=5))
+    jitter = Jitter((32, 40), (1.0, 1.0), 0.0)
+    views = JitteredObjects(source, jitter, 5, seed=0, masks=True).__getitems__([(0, 0)]).views
+    assert views.crops[0].shape == (1, 5, 32, 40)
+    missing = views.missing[0][0]
+    assert missing[:, 30:].all()  # 48 x 64 fit as 30 x 40
+    assert missing[0, :12].all()
+    assert not missing[1:, :30].any()
+
+
 def test_a_damaged_image_is_replaced_and_named(tmp_path):
     spec = coco_at(tmp_path, count=3)
     (tmp_path / "images/1.png").write_bytes(b"\x89PNG\r\n\x1a\n")

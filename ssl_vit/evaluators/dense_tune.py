@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.common.errors import UserError
-from ssl_vit.common.task import Task, Views
+from ssl_vit.common.task import Views
 from ssl_vit.data.dense import TARGET
-from ssl_vit.evaluators.classifier import layer_scales, undecayed
 from ssl_vit.evaluators.maps import FeatureMaps
+from ssl_vit.evaluators.maps_task import MapsTask
 from ssl_vit.model.encoder import Encoder
 
 Loss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
@@ -37,17 +37,13 @@ class DenseNetwork(nn.Module):
         return made
 
 
-class DenseTune(Task):
+class DenseTune(MapsTask):
     """Dense fine-tuning task: the loss of a network's predictions for augmented crops."""
 
     def __init__(self, network: DenseNetwork, loss: Loss, layer_decay: float) -> None:
         super().__init__()
         self.network, self.loss = network, loss
-        inner = _inner(network.maps.network)
-        scales = layer_scales(inner, layer_decay)
-        prefix = _prefix(network.maps.network)
-        self._scales = {f"{prefix}{name}": scale for name, scale in scales.items()}
-        self._undecayed = frozenset(f"{prefix}{name}" for name in undecayed(inner))
+        self.train_encoder(network.maps, "network.maps", layer_decay)
 
     @property
     def evaluated(self) -> DenseNetwork:
@@ -57,24 +53,6 @@ class DenseTune(Task):
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """Scalars of ``Loss``."""
         return dict(self.loss(self.network(views.crops[0]), views.drawn[TARGET]))
-
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Weight decay of all but vectors, positions, tokens, and timm's own exceptions."""
-        return super().decays(name, parameter) and name not in self._undecayed
-
-    def lr_scale(self, name: str) -> float:
-        """Layer-wise learning-rate decay of the encoder (``layer_scales``); 1 for the head."""
-        return self._scales.get(name, 1.0)
-
-
-def _inner(network: Any) -> Any:
-    """Network of timm inside of an encoder, whose parameters' names timm sorts into layers."""
-    return network.vit if isinstance(network, Encoder) else network
-
-
-def _prefix(network: nn.Module) -> str:
-    """Start of the names, in a task, of the parameters of :func:`_inner`."""
-    return "network.maps.network." + ("vit." if isinstance(network, Encoder) else "")
 
 
 def trainable(module: nn.Module, drop_path: float) -> nn.Module:

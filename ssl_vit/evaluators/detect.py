@@ -8,27 +8,25 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ssl_vit.common.errors import UserError
-from ssl_vit.common.task import Place, Task, Views
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Source
 from ssl_vit.data.coco_images import WholeImages, unpacked
 from ssl_vit.data.view import View
 from ssl_vit.data.workers import load
-from ssl_vit.evaluators.classifier import layer_scales, undecayed
 from ssl_vit.evaluators.detector import Target, detection_losses
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.maps_task import MapsTask
 from ssl_vit.evaluators.pyramid import PyramidBackbone
-from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
-_BODY = "network.backbone.body."
 _LOSSES = {
     "loss_classifier": "class",
     "loss_box_reg": "box",
@@ -39,7 +37,7 @@ _LOSSES = {
 _HALF = 0.5  # probability from which a pixel is of a mask
 
 
-class Detect(Task):
+class Detect(MapsTask):
     """Detection task: the sum of a detector's losses, each of which is logged, too."""
 
     progress = ("class", "box")
@@ -47,18 +45,7 @@ class Detect(Task):
     def __init__(self, network: FasterRCNN, layer_decay: float) -> None:
         super().__init__()
         self.network = network
-        encoder: Any = self.backbone.body.network
-        plain = isinstance(encoder, Encoder)
-        inner, prefix = (encoder.vit, "network.vit.") if plain else (encoder, "network.")
-        # The pyramid and the heads are the layer after the encoder's last, as a classifier is.
-        scales = {} if self.backbone.frozen else layer_scales(inner, layer_decay)
-        self._scales = {
-            _BODY + prefix + name: scale
-            if plain and name.startswith("norm.")
-            else scale * layer_decay
-            for name, scale in scales.items()
-        }
-        self._undecayed = frozenset(_BODY + prefix + name for name in undecayed(inner))
+        self.train_encoder(self.backbone.body, "network.backbone.body", layer_decay)
 
     @property
     def backbone(self) -> PyramidBackbone:
@@ -72,18 +59,6 @@ class Detect(Task):
         found = detection_losses(self.network, list(images), targets_of(views), views.keys)
         named = {_LOSSES[name]: loss for name, loss in found.items()}
         return {"loss": torch.stack(list(named.values())).sum(), **named}
-
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Weight decay of all but vectors, positions, tokens, and timm's own exceptions."""
-        return super().decays(name, parameter) and name not in self._undecayed
-
-    def lr_scale(self, name: str) -> float:
-        """Layer-wise learning-rate decay of the encoder; 1 of all that is new."""
-        return self._scales.get(name, 1.0)
-
-    def place_of(self, name: str) -> Place:
-        """Whether the parameter is the encoder's."""
-        return Place(encoder=name.startswith(_BODY))
 
 
 def targets_of(views: Views) -> list[Target]:

@@ -17,7 +17,8 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data.decode import BadImage, read_npy
 from ssl_vit.data.formats import HEAD, format_of
-from ssl_vit.data.pairs import Beside, Pairs, coupled, png_values, tiff_values
+from ssl_vit.data.map_values import png_values, tiff_values
+from ssl_vit.data.pairs import Beside, Pairs, coupled
 from ssl_vit.data.raster import check_pixels, nodata_value, reason
 from ssl_vit.data.tiff import open_tiff
 

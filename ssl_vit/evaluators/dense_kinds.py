@@ -18,7 +18,8 @@ from ssl_vit.common.task import at_least_fp32
 from ssl_vit.data.base import check_classes
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.depths import DepthPairs
-from ssl_vit.data.pairs import CLASSES_FILE, Pairs, nearest_mask
+from ssl_vit.data.map_values import nearest_mask
+from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.dense_tune import DenseNetwork
 from ssl_vit.evaluators.depth import depth_score, draw, score_depths, valid_depth

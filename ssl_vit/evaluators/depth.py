@@ -25,7 +25,8 @@ from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.depths import DepthPairs, crop_mask, in_range
 from ssl_vit.data.loader import eval_batches
-from ssl_vit.data.pairs import PairImages, nearest_mask
+from ssl_vit.data.map_values import nearest_mask
+from ssl_vit.data.pairs import PairImages
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.depth_heads import (
     BINS,

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import eval_batches
-from ssl_vit.data.pairs import PairBatch, PairImages, Pairs, nearest_mask
+from ssl_vit.data.map_values import nearest_mask
+from ssl_vit.data.pairs import PairBatch, PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Integer, UInt8
 from torch import Tensor
 
 from ssl_vit.common.figures import picture_rows
-from ssl_vit.data.pairs import PairImages, Pairs, nearest_mask
+from ssl_vit.data.map_values import nearest_mask
+from ssl_vit.data.pairs import PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.pictures.thumbnails import as_rgb
 

@@ -14,7 +14,8 @@ from PIL import Image
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.loader import eval_batches
-from ssl_vit.data.pairs import PairImages, decode_mask, nearest_mask, open_pairs
+from ssl_vit.data.map_values import decode_mask, nearest_mask
+from ssl_vit.data.pairs import PairImages, open_pairs
 
 CLASSES = np.arange(12, dtype=np.uint8).reshape(3, 4)
 

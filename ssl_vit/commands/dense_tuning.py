@@ -21,7 +21,7 @@ from ssl_vit.data.base import Source
 from ssl_vit.data.dense import DenseImages
 from ssl_vit.data.depths import DepthPairs
 from ssl_vit.data.images import Given, open_images
-from ssl_vit.data.pairs import pairs_of
+from ssl_vit.data.pairs import PairImages, Pairs, pairs_of, whole_pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.classifier import MODEL_FILE, saved_step
@@ -41,6 +41,7 @@ from ssl_vit.weights.exchange import HEAD, EncoderInfo, contiguous_state, sha256
 
 CARD_FILE = "finetune.json"
 _AT_ONCE = 16  # images of a batch in evaluation
+_LOOKED = 64
 
 
 def check_options(config: FinetuneConfig) -> None:
@@ -208,13 +209,30 @@ class DenseTuning(Session):
         ]
 
 
+def check_sizes(pairs: Pairs, channels: int) -> None:
+    """Check that maps are as large as their images, of some evenly spread.
+
+    Raises:
+        UserError: one is not.
+    """
+    count = min(_LOOKED, len(pairs))
+    some = [i * len(pairs) // count for i in range(count)]
+    PairImages(pairs, (8, 8), channels).__getitems__(some)
+
+
 def kind_of(config: FinetuneConfig, train: Source, val: Source) -> Kind:
     """Kind of dense fine-tuning of these images.
 
     Raises:
         UserError: they do not allow it.
     """
+    for source in (train, val):
+        whole = whole_pairs(source)
+        if isinstance(whole, DepthPairs):
+            whole.scale = config.depth.scale  # before any part of them is taken
     ours, theirs = pairs_of(train), pairs_of(val)
+    for pairs in (ours, theirs):
+        check_sizes(pairs, config.data.channels)
     if config.dense == "pairs":
         return SegmentKind(config.segment, ours, theirs)
     assert isinstance(ours, DepthPairs)

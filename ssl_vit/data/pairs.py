@@ -114,12 +114,30 @@ def open_pairs_source(spec: str, rest: str, reading: ReadConfig | None = None) -
     return open_pairs(spec, reading)
 
 
+def whole_pairs(source: Source) -> Pairs:
+    """Pairs that a source is, or is a part of.
+
+    Raises:
+        UserError: it consists of none, or of several.
+    """
+    whole = source.source if isinstance(source, Subset) else source
+    if not isinstance(whole, Pairs):
+        raise UserError(f"{source.spec!r} is not one folder of images with maps beside them")
+    return whole
+
+
 def pairs_of(source: Source) -> Pairs:
-    """Pairs of a source that consists of them: itself, or a part of one."""
-    if isinstance(source, Subset) and isinstance(source.source, Pairs):
-        return source.source.take(torch.from_numpy(source.indices))
-    assert isinstance(source, Pairs), f"{source.spec} has no maps beside its images"
-    return source
+    """Pairs of a source: itself, or that part of them which it is.
+
+    Raises:
+        UserError: as ``whole_pairs``.
+    """
+    whole = whole_pairs(source)
+    if not isinstance(source, Subset):
+        return whole
+    part = whole.take(torch.from_numpy(source.indices))
+    part.spec = source.spec
+    return part
 
 
 def coupled(

@@ -102,6 +102,13 @@ class SegmentKind(Kind):
             present = sorted({value for values in _all(train, _values) for value in values})
             count = count_mask_classes(present, train.spec, 0, options.ignore)
             self.names = tuple(map(str, range(count)))
+        seen = {value for values in _all(val, _values) for value in values} - {options.ignore}
+        highest, most = max(seen, default=0), len(self.names) - 1
+        check(
+            highest <= most,
+            f"a mask of {val.spec} has class {highest}, those of training go up to {most}; name all "
+            f"classes in {CLASSES_FILE} beside the masks",
+        )
 
     def head(self, widths: tuple[int, ...]) -> nn.Module:
         return segmentation_head(self.options.head, sum(widths), len(self.names))
@@ -120,13 +127,14 @@ class SegmentKind(Kind):
         return target
 
     def loss(self, made: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy and accuracy of the pixels that have a class."""
+        """Cross-entropy and accuracy, mean over each image's pixels that have a class, and over
+        images: of one without such pixels 0, so that a batch may be cut into parts."""
         logits = upsampled(at_least_fp32(made), (target.shape[1], target.shape[2]))
         target, there = target.long(), target >= 0
-        count = there.sum().clamp(min=1)
-        loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / count
-        right = (logits.argmax(1) == target) & there
-        return {"loss": loss, "pixel_accuracy": right.sum() / count}
+        count = there.sum((1, 2)).clamp(min=1)
+        each = F.cross_entropy(logits, target, ignore_index=-1, reduction="none").sum((1, 2))
+        right = ((logits.argmax(1) == target) & there).sum((1, 2))
+        return {"loss": (each / count).mean(), "pixel_accuracy": (right / count).mean()}
 
     def score(
         self, network: DenseNetwork, pairs: Pairs, view: View, machine: Machine, seed: int
@@ -153,12 +161,12 @@ class DepthKind(Kind):
     name, spread, unknown, ratio = "depth", True, 0.0, (1.0, 1.0)
 
     def __init__(self, options: DepthHeadOptions, train: DepthPairs, val: DepthPairs) -> None:
-        """Find the greatest depth: as given, or that of all training maps.
+        """Find the greatest depth: as given, or that of all training maps, in which
+        ``options.scale`` is already.
 
         Raises:
             UserError: no training map has a depth in the range.
         """
-        train.scale = val.scale = options.scale
         self.options, self.maps = options, MAPS[options.head]
         self.most = options.max_depth or max(_all(train, lambda depth: float(depth.max())))
         found = self.most > options.min_depth

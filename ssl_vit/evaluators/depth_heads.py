@@ -165,8 +165,8 @@ MAPS = {"linear": 1, "linear4": 4, "dpt": 4}
 
 
 def depth_loss(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
-    """Loss of depths above 0, over pixels whose target is above 0: of each image, and the mean over
-    images that have such pixels; 0 if none has.
+    """Loss of depths above 0, over pixels whose target is above 0: of each image, 0 where it has no
+    such pixels, and the mean over images, so that a batch may be cut into parts.
 
     With g = log(depth) - log(target): sqrt(var(g) + 0.15 mean(g) ** 2), scale-invariant up to the
     second part (Eigen et al. 2014, as AdaBins has it), and 0.5 times the mean over pixels of
@@ -182,7 +182,7 @@ def depth_loss(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b h w"]) ->
     level = (spread + _LAMBDA * mean.square() + _EPSILON).sqrt()
     rough = torch.stack([_roughness(g[:, ::s, ::s], known[:, ::s, ::s]) for s in _SCALES]).sum(0)
     there = known.any(2).any(1)
-    return (there * (level + _GRADIENT * rough)).sum() / there.sum().clamp(min=1)
+    return (there * (level + _GRADIENT * rough)).mean()
 
 
 def _roughness(g: Float[Tensor, "b h w"], known: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:

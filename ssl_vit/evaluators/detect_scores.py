@@ -105,9 +105,18 @@ def true_annotations(coco: CocoSource, places: Sequence[int], kind: str) -> list
                 "iscrowd": int(known.crowd[row]),
             }
             if kind == "segm":
-                one["segmentation"] = json.loads(known.shapes[row] or b"[]")
+                shape = json.loads(known.shapes[row] or b"[]")
+                one["segmentation"] = shape or _outline(
+                    *one["bbox"]
+                )  # of a crowd, that may lack it
             made.append(one)
     return made
+
+
+def _outline(left: float, top: float, width: float, height: float) -> list[list[float]]:
+    """Polygon of a box."""
+    right, bottom = left + width, top + height
+    return [[left, top, right, top, right, bottom, left, bottom]]
 
 
 def results_of(places: Sequence[int], found: Detections, kind: str) -> list[dict[str, Any]]:

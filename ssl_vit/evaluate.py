@@ -36,6 +36,8 @@ def check_place(config: EvalConfig) -> None:
             not config.out or not place.is_dir(), f"--out is {config.out!r}, a folder; name a file"
         )
         folder = place if place.is_dir() else place.parent
+        while config.out and not folder.exists():  # it is made when there is a result
+            folder = folder.parent
         usable = folder.is_dir() and os.access(folder, os.W_OK)
         check(
             usable,

@@ -31,6 +31,7 @@ DEPTH_SCALE = 0.001
 """Depth of one step of a depth map: a thousandth of the camera's height above the floor."""
 
 _NEAR = 1.2
+_MOST = 254  # classes: 0 is the background, and 255 of masks often no class
 _TRIES = 4
 _LEAST_SEEN = 0.4
 _LEAST_PIXELS = 30
@@ -260,6 +261,11 @@ def open_studio(objects: str, surfaces: str, size: int, most: int, seed: int) ->
     source = open_source(objects)
     known = source.labels is not None and bool((source.labels >= 0).all())
     check(known, f"--objects is {objects!r}, whose images have no labels; name images of classes")
+    assert source.labels is not None
+    count = int(source.labels.max()) + 1
+    check(
+        count <= _MOST, f"--objects is {objects!r} of {count} classes; masks have {_MOST} at most"
+    )
     return Studio(source, open_source(surfaces) if surfaces else None, size, most, seed)
 
 

@@ -119,7 +119,11 @@ def compare(config: CompareConfig) -> int:
         title += f"; {leaked:,} OF ITS GROUPS ARE IN TRAINING, TOO"
     if same := max((card.get("identical_in_training", 0) for card in cards), default=0):
         title += f"; {same:,} OF ITS IMAGES ARE IN TRAINING, TOO"
-    show_table(title, rows, header=("encoder", *config.evaluators))
+    metrics = {
+        name: next(iter(cell.score.metrics)) for row in table.values() for name, cell in row.items()
+    }
+    names = [f"{name}: {metrics[name]}" if name in metrics else name for name in config.evaluators]
+    show_table(title, rows, header=("encoder", *names))
     for path in write(config, table):
         print(path)
     return 0

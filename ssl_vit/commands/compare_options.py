@@ -88,4 +88,27 @@ def parse_options(argv: list[str]) -> CompareConfig:
     for spec in ("train", "val"):
         check(bool(getattr(config.data, spec)), f"--data.{spec} is missing")
     named(config.encoders)
+    check_kinds(config)
     return config
+
+
+_KINDS = {"segment": "pairs", "depth": "depth", "detect": "coco"}
+
+
+def check_kinds(config: CompareConfig) -> None:
+    """Check that the images are of the kind that every evaluator needs.
+
+    Raises:
+        UserError: of one they are not.
+    """
+    spec = config.data.train
+    own = next((kind for kind in _KINDS.values() if f"{kind}:" in spec), "")
+    for evaluator in config.evaluators:
+        needed = _KINDS.get(evaluator, "")
+        either = evaluator == "finetune" and own in ("pairs", "depth")
+        kind = f"images named as {needed}:..." if needed else "images with classes"
+        check(
+            needed == own or either,
+            f"--evaluators has {evaluator}, which needs {kind}; --data.train is {spec!r}: one kind "
+            "of images a table",
+        )

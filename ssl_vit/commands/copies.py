@@ -7,6 +7,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,6 @@ def copies(config: CopiesConfig) -> Result:
     any_copy, same = copied(pairs, asked)
     card, out = by.card("copies"), by.out("copies")
     card["val"]["copies_in_training"] = int(any_copy.sum())
-    if by.parallel.main:
-        write_report(out, pairs, train, val, by.backbone.view)
     if (likely := float((any_copy & ~same).mean())) > _MANY:
         log.warning(
             "warning: %.0f %% of the images have copies that are other files; if pairs of %s are "
@@ -71,7 +70,8 @@ def copies(config: CopiesConfig) -> Result:
             "orientations": dict(Counter(pair.turn or "as it is" for pair in pairs)),
         },
     )
-    return [score], card, out
+    report = partial(write_report, out, pairs, train, val, by.backbone.view)
+    return [score], card, out, {"copies": report}
 
 
 def _features(by: Evaluation) -> tuple[FeatureSet, FeatureSet]:

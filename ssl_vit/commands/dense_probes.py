@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ssl_vit.commands.depth_options import DepthConfig
-from ssl_vit.commands.eval_options import EvalConfig, SegmentConfig
+from ssl_vit.commands.eval_options import EvalConfig, EvalData, SegmentConfig
 from ssl_vit.commands.evaluating import look_at
 from ssl_vit.commands.probes import Result
 from ssl_vit.common.errors import check
 from ssl_vit.data.depths import open_depths
 from ssl_vit.data.groups import leaks
-from ssl_vit.data.pairs import Pairs, open_pairs
+from ssl_vit.data.pairs import Pairs, open_pairs, pairs_of
+from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.backbone import Backbone, open_backbone, result_file
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.depth import depth_probe
@@ -44,7 +45,7 @@ SEGMENT_FILES = {
 
 def segment(config: SegmentConfig) -> Result:
     """Segmentation scores: mean IoU of a head on patch tokens."""
-    opened = [open_pairs(spec, config.data) for spec in _given(config)]
+    opened = [_opened(spec, config, open_pairs) for spec in _given(config)]
     options = _some(SegmentOptions, config)
 
     def probe(backbone: Backbone, train: Pairs, val: Pairs, machine: Machine) -> Found:
@@ -56,7 +57,9 @@ def segment(config: SegmentConfig) -> Result:
 
 def depth(config: DepthConfig) -> Result:
     """Depth scores: delta1 and others of a head on feature maps."""
-    opened = [open_depths(spec, config.data, config.scale) for spec in _given(config)]
+    opened = [_opened(spec, config, open_depths) for spec in _given(config)]
+    for pairs in opened:
+        pairs.scale = config.scale
     options = _some(DepthOptions, config)
 
     def probe(backbone: Backbone, train: Any, val: Any, machine: Machine) -> Found:
@@ -75,6 +78,19 @@ def _given(config: EvalConfig) -> tuple[str, str]:
     for option, spec in (("train", data.train), ("val", data.val)):
         check(bool(spec), f"--data.{option} is missing")
     return data.train, data.val
+
+
+def _opened(spec: str, config: EvalConfig, whole: Callable[[str, EvalData], P]) -> P:
+    """Pairs of a specification, or a part of them: ``kept:`` or ``held:``.
+
+    Raises:
+        UserError: they cannot be opened; or there are others than ``whole`` opens.
+    """
+    part, _, rest = spec.partition(":")
+    if part not in ("kept", "held"):
+        return whole(spec, config.data)
+    whole(rest.split(":", 1)[1] if rest.startswith(("kept:", "held:")) else rest, config.data)
+    return pairs_of(open_source(spec, config.data))  # type: ignore[return-value]
 
 
 def _some(kind: type[T], config: Any) -> T:
@@ -101,6 +117,10 @@ def _dense(
     started, (train, val) = time.perf_counter(), opened
     for line in leaks({"data.train": train, "data.val": val}):
         log.warning("warning: %s", line)
+    if content_sha256(train) == content_sha256(val):
+        log.warning(
+            "warning: --data.val and --data.train are the same images: the score is no test"
+        )
     parallel = start_parallel(config.device)
     device, seed = parallel.device, config.seed
     if parallel.world > 1:

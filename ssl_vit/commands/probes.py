@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_pre
 
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
-Pictures = dict[str, np.ndarray]
-"""Pictures beside a result: by name, (height, width, 3) uint8."""
+Pictures = dict[str, np.ndarray | Callable[[], Sequence[Path]]]
+"""What lies beside a result: by name, a picture (height, width, 3) uint8, or what writes files and
+returns their paths."""
 Result = (
     tuple[list[Score], dict[str, Any], Path] | tuple[list[Score], dict[str, Any], Path, Pictures]
 )

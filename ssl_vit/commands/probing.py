@@ -94,10 +94,14 @@ def evaluate(name: str, config: EvalConfig) -> None:
     scores, card, out, *rest = run(name, config)
     if rank_and_world()[0] == 0:
         show(name, config, scores, card)
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_card(out, card, scores)
         print(f"protocol and scores: {out}")
         for made in rest:
-            for kind, picture in made.items():
-                path = out.with_name(f"{out.stem}-{kind}.png")
-                save_png(path, picture)
-                print(f"{kind}: {path}")
+            for kind, found in made.items():
+                if callable(found):
+                    paths = list(found())
+                else:
+                    paths = [out.with_name(f"{out.stem}-{kind}.png")]
+                    save_png(paths[0], found)
+                print(f"{kind}: {', '.join(map(str, paths))}")

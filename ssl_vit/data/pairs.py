@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Integer
+from jaxtyping import Integer, Shaped
 from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
@@ -62,6 +62,7 @@ class Pairs(Source):
         self.reading = images.reading
         self.groups = None if images.groups is None else images.groups[couples[:, 0]]
         self.classes = read_classes(os.fsdecode(masks.root))
+        self.labels_from = f"images have a {self.beside.one} each, and no classes"
 
     def __len__(self) -> int:
         return len(self.couples)
@@ -84,7 +85,7 @@ class Pairs(Source):
         assert isinstance(raw, bytes)
         return decode_mask(raw, self.masks.name(place))
 
-    def target(self, i: int) -> Integer[Tensor, "h w"]:
+    def target(self, i: int) -> Shaped[Tensor, "h w"]:
         return self.read_mask(i)
 
     def take(self, rows: Tensor) -> Pairs:

@@ -106,8 +106,8 @@ class SegmentKind(Kind):
         highest, most = max(seen, default=0), len(self.names) - 1
         check(
             highest <= most,
-            f"a mask of {val.spec} has class {highest}, those of training go up to {most}; name all "
-            f"classes in {CLASSES_FILE} beside the masks",
+            f"a mask of {val.spec} has class {highest}, those of training go up to {most}; name "
+            f"all classes in {CLASSES_FILE} beside the masks",
         )
 
     def head(self, widths: tuple[int, ...]) -> nn.Module:

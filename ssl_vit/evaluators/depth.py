@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
+from ssl_vit.data.decode import BadImage
 from ssl_vit.data.depths import DepthPairs, crop_mask, in_range
 from ssl_vit.data.loader import eval_batches
 from ssl_vit.data.map_values import nearest_mask
@@ -44,6 +45,7 @@ from ssl_vit.evaluators.maps import maps_of
 from ssl_vit.evaluators.patch_heads import BATCH, WARMUP, WEIGHT_DECAY, upsampled
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.selection import split_tenth
+from ssl_vit.pictures.boundaries import evenly
 from ssl_vit.pictures.depth_panel import depth_panel
 from ssl_vit.pictures.thumbnails import as_rgb
 
@@ -55,6 +57,9 @@ LEARNING_RATES = {
 }
 _LEAST_PAIRS = 10
 _SHOWN = 6
+_TOLD = 100  # steps between words on them
+# Maps looked at for their typical depth, and how much that may differ between two sets.
+_TYPICAL, _APART = 16, 20.0
 
 
 def fit_heads(
@@ -95,6 +100,8 @@ def fit_heads(
                 depth_loss(head(maps), depths).backward()
                 optimizer.step()
             step += 1
+            if step % _TOLD == 0:
+                log.info("depth probe: step %d of %d", step, total)
     return heads
 
 
@@ -200,6 +207,7 @@ def depth_probe(
         n = len(material.depths)
         check(n >= _LEAST_PAIRS, f"{train.spec} has {n} readable pairs; a probe needs 10")
         most = greatest_depth(material, config)
+        tell_units(train, val)
         within = in_range(material.depths, config.min_depth, most)
         material.depths[~within] = 0.0
         kind = HEADS[config.head]
@@ -215,6 +223,28 @@ def depth_probe(
     score = depth_score(errors, f"{config.head} head", f"lr={rate:g}", seed, chosen)
     pairs = {"train": n, "train_unreadable": material.unreadable, "val": len(errors.images)}
     return [score], card(config, material, most) | {"pairs": pairs | count}, picture
+
+
+def tell_units(train: DepthPairs, val: DepthPairs) -> None:
+    """Warn where depths of two sets are so far apart that their units may differ."""
+    ours, theirs = _typical(train), _typical(val)
+    if min(ours, theirs) > 0 and not 1 / _APART < ours / theirs < _APART:
+        log.warning(
+            "warning: depths of %s are around %.3g, of %s around %.3g: one --scale is for both, "
+            "which need one unit",
+            *(train.spec, ours, val.spec, theirs),
+        )
+
+
+def _typical(pairs: DepthPairs) -> float:
+    """Median depth of some maps; 0 where none is known."""
+    found = []
+    for i in evenly(len(pairs), _TYPICAL):
+        with suppress(BadImage):
+            depth = pairs.target(i)
+            found += [depth[depth > 0]]
+    known = torch.cat(found) if found else torch.zeros(0)
+    return float(known.median()) if len(known) else 0.0
 
 
 def depth_score(

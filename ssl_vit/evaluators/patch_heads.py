@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.evaluators.tokens import Material
 
+log = logging.getLogger("ssl_vit")
 BATCH = 16
 WARMUP = 0.1
 WEIGHT_DECAY = 1e-4
+_TOLD = 500  # steps between words on them
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def training_batches(
             factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
             yield tokens, masks, factor
             step += 1
+            if step % _TOLD == 0:
+                log.info("segmentation probe: step %d of %d", step, total)
 
 
 def fit_patch_heads(

@@ -8,6 +8,7 @@ heads (``segment_heads``) take the linear layer's place.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,17 +36,20 @@ from ssl_vit.evaluators.patch_heads import (
 )
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.segment_heads import fit_head_modules
-from ssl_vit.evaluators.segment_scores import Heads, held_out_miou, score_masks
+from ssl_vit.evaluators.segment_scores import Heads, Scored, held_out_miou, score_masks
 from ssl_vit.evaluators.selection import split_groups
 from ssl_vit.evaluators.tokens import Material, gather_tokens, token_extractor
 from ssl_vit.pictures.boundaries import boundaries_panel
 
+log = logging.getLogger("ssl_vit")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # Of heads of several layers, which diverge at the larger ones.
 DEEP_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 # The confusion matrix has the square of this; more values are depths or instances, not classes.
 _MOST_CLASSES = 4096
 _LARGEST_CONFUSION = 100
+# Share of pixels without a class beyond which that is said; values of masks that may be images.
+_MORE_IGNORED, _STRANGE = 0.02, 150
 
 
 def fit(
@@ -75,13 +79,16 @@ def choose_head(
     n = len(material.masks)
     check(n >= 10, f"{material.pairs.spec} has {n} readable pairs; a probe needs 10")
     shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, 2)))
-    held, kept = shuffled[: max(1, n // 10)], shuffled[max(1, n // 10) :]
+    known = (material.masks != config.ignore).flatten(1).any(1)
+    held = shuffled[known[shuffled]][: max(1, n // 10)]  # others cannot be judged
+    kept = shuffled[~torch.isin(shuffled, held)]
     groups = units_of(material.pairs, torch.arange(n))
     if groups is not None and (rows := split_groups(torch.zeros(n), groups, 0.1, fold(seed, 2))):
         kept, held = rows
     rest, rates = (config.epochs, config.ignore, seed), rates_of(config.head)
     trial = fit(config.head, material, kept, classes, rates, *rest)
-    scores = held_out_miou(trial, material, held, config.ignore)
+    found = held_out_miou(trial, material, held, config.ignore)
+    scores = [0.0 if math.isnan(score) else score for score in found]
     chosen = rates[scores.index(max(scores))]
     head = fit(config.head, material, torch.arange(n), classes, (chosen,), *rest)
     by_rate = {f"{r:g}": round(100 * s, 3) for r, s in zip(rates, scores, strict=True)}
@@ -114,12 +121,27 @@ def segment_probe(
     names = train.classes or val.classes or ()
     classes = count_mask_classes(material.values, train.spec, len(names), config.ignore)
     head, rate, by_rate = choose_head(material, classes, config, seed)
+    log.info("%s: %d classes of pixels", train.spec, classes)
     scored = score_masks(head, extractor, val, config)
+    tell_ignored(material, scored, val, config.ignore)
     labels = names or tuple(map(str, range(classes)))
     chosen = {"chosen_lr": rate, "held_out_miou_by_lr": by_rate}
     score = segment_score(scored.overlap, labels, extractor.name, f"lr={rate:g}", seed, chosen)
     picture = boundaries_panel(val, backbone.view, scored.samples)
     return [score], card(config, material, scored.overlap, scored.bad), picture
+
+
+def tell_ignored(material: Material, scored: Scored, val: Pairs, ignore: int) -> None:
+    """Warn where far more of the validation pixels than of the training ones have no class: another
+    number may have been meant by it there."""
+    ours = float((material.masks == ignore).double().mean())
+    theirs = 1 - int(scored.overlap.table.sum()) / max(1, scored.pixels)
+    if theirs > 2 * ours + _MORE_IGNORED:
+        log.warning(
+            "warning: %.1f %% of the pixels of %s are %d and not judged (training: %.1f %%); if %d "
+            "is a class there, write it as another number, or give another --ignore",
+            *(100 * theirs, val.spec, ignore, 100 * ours, ignore),
+        )
 
 
 def segment_score(
@@ -163,9 +185,17 @@ def count_mask_classes(present: Sequence[int], spec: str, named: int, ignore: in
     """
     values = [v for v in present if v != ignore]
     beside = f" beside --ignore {ignore}" if ignore >= 0 else ""
+    meant = ignore in present and f"; if {ignore} is a class, write it as another number"
+    if not named and len(values) > _STRANGE:
+        log.warning(
+            "warning: the masks of %s have %d different values and no %s: if they are images, the "
+            "folders are swapped",
+            *(spec, len(values), CLASSES_FILE),
+        )
     check(
         len(values) >= 2,
-        f"the masks of {spec} have only {values}{beside}; at least two classes are needed",
+        f"the masks of {spec} have only {values}{beside}; at least two classes are needed"
+        + (meant or ""),
     )
     check(
         not named or values[-1] < named,

@@ -123,6 +123,8 @@ class Scored:
     overlap: Overlap
     bad: int
     samples: list[Outlined] = field(default_factory=list)
+    pixels: int = 0
+    """Pixels of all masks, also those without a class."""
 
 
 @torch.no_grad()
@@ -136,7 +138,7 @@ def score_masks(
     """
     classes, drawn = heads.classes, set(evenly(len(pairs), _DRAWN))
     table, images, places = torch.zeros(classes, classes, dtype=torch.int64), [], []
-    samples, guesses = [], Guesses(heads, extractor, pairs, config)
+    samples, guesses, pixels = [], Guesses(heads, extractor, pairs, config), 0
     for i, mask, guess in guesses:
         truth = known(mask.to(guess.device).long(), config.ignore)
         highest = int(truth.max())
@@ -147,10 +149,11 @@ def score_masks(
             )
         own = confusion_matrix(truth.flatten(), guess.flatten(), classes).cpu()
         table += own
+        pixels += truth.numel()
         images.append(counts(own))
         places.append(i)
         if i in drawn:
             samples.append(Outlined(i, truth.cpu(), guess.cpu()))
     check(int(table.sum()) > 0, f"{pairs.spec}: no pixel of its masks has a class")
     overlap = Overlap(table, torch.stack(images), units_of(pairs, torch.tensor(places)))
-    return Scored(overlap, guesses.bad, samples)
+    return Scored(overlap, guesses.bad, samples, pixels)

@@ -91,6 +91,63 @@ def test_two_processes_are_one(scenes, unbroken, kind):
     assert made[1] == pytest.approx(made[0], rel=1e-3)
 
 
+def test_depths_have_their_scale_in_every_part_of_a_source(scenes):
+    """Also where the validation images are held out of the training ones."""
+    options = (
+        "--data.val=",
+        "--data.holdout",
+        "3",
+        "--run.length",
+        "2st",
+        "--run.precision",
+        "fp32",
+    )
+    done = tuned(scenes, "depth", "--run.out", "parts", *options, "--optim.warmup", "1st")
+    assert done.returncode == 0, done.stderr
+    rows = (scenes.folder / "parts/metrics.jsonl").read_text().splitlines()
+    assert all(0.05 < row["loss"] < 5 for row in map(json.loads, rows) if "loss" in row)
+    (score,) = json.loads((scenes.folder / "parts/finetune.json").read_text())["scores"]
+    assert 0.1 < score["metrics"]["rmse"] < 6
+
+
+def test_parts_of_a_batch_teach_what_it_does_together(scenes, tmp_path):
+    """Though half of the pixels of some masks have no class."""
+    for part in ("train", "val"):
+        for folder in ("images", "masks"):
+            (tmp_path / part / folder).mkdir(parents=True)
+            for i, file in enumerate(sorted((scenes.folder / part / folder).iterdir())):
+                image = Image.open(file)
+                if folder == "masks" and i % 3 == 0:
+                    image.paste(255, (0, 0, 48, 30))
+                image.save(tmp_path / part / folder / file.name)
+    sets = ("--data.train", f"pairs:{tmp_path}/train", "--data.val", f"pairs:{tmp_path}/val")
+    plain = ("--run.precision", "fp32", "--tune.drop-path", "0", "--run.length", "2st")
+    losses = []
+    for parts in ("1", "3"):
+        options = (*sets, *plain, "--optim.accumulate", parts, "--optim.warmup", "1st")
+        done = tuned(scenes, "pairs", "--run.out", f"parts-{parts}", *options)
+        assert done.returncode == 0, done.stderr
+        rows = (scenes.folder / f"parts-{parts}/metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_maps_are_compared_before_training(scenes, tmp_path):
+    """Their size, and their classes."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        for file in sorted((scenes.folder / "val" / folder).iterdir()):
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    mask = Image.open(tmp_path / "masks/000003.png")
+    mask.putpixel((0, 0), 11)
+    mask.save(tmp_path / "masks/000003.png")
+    val = ("--data.val", f"pairs:{tmp_path}", "--run.out", "never")
+    refused(tuned(scenes, "pairs", *val), f"a mask of pairs:{tmp_path} has class 11, those of")
+    mask.resize((24, 24)).save(tmp_path / "masks/000003.png")
+    refused(tuned(scenes, "pairs", *val), "000003.png has 48x48 pixels, its mask 24x24 (rows x")
+    assert not (scenes.folder / "never").exists()
+
+
 def test_it_learns_and_its_file_opens_as_an_encoder(scenes):
     more = ("--run.length", "60st", "--run.probe-every", "30st", "--optim.lr", "3e-3")
     plain = ("--tune.vertical-flip", "0", "--tune.quarter-turns", "0", "--tune.drop-path", "0")

@@ -96,6 +96,11 @@ def test_mistakes_are_told(studio, tmp_path):
     with pytest.raises(UserError, match="--count is 0"):
         parse_options(["--count", "0"])
     assert parse_options([]) == ScenesConfig()
+    for i in range(256):
+        (tmp_path / "many" / str(i)).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "many" / str(i) / "a.png")
+    with pytest.raises(UserError, match="of 256 classes; masks have 254 at most"):
+        open_studio(f"folder:{tmp_path}/many", "", SIZE, 2, 0)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="whose images have no labels"):
         open_studio(f"flat:{tmp_path}", "", SIZE, 2, 0)

@@ -16,7 +16,7 @@ from ssl_vit.data.depths import open_depths
 from ssl_vit.data.view import View
 from ssl_vit.evaluators import depth as probe
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.depth import depth_probe, fit_heads
+from ssl_vit.evaluators.depth import depth_probe, fit_heads, tell_units
 from ssl_vit.evaluators.depth_heads import LinearDepth
 from ssl_vit.evaluators.depth_options import DepthOptions
 from ssl_vit.evaluators.features import Machine
@@ -208,6 +208,18 @@ def test_too_few_or_empty_maps_are_refused(tmp_path, data):
         file.write_bytes(b"no map")
     with pytest.raises(UserError, match=r"no pair of .* can be read: .*depth map .*0\.png"):
         run(encoder, few, data[1])
+
+
+def test_units_that_differ_are_told(tmp_path, small, caplog):
+    other = blocks(tmp_path / "far", 4, 5)
+    for file in (tmp_path / "far/depth").iterdir():
+        values = np.load(file) if file.suffix == ".npy" else np.array(Image.open(file))
+        file.unlink()
+        np.save(file.with_suffix(".npy"), values.astype(np.float32) * 1000)
+    tell_units(open_depths(small[0]), open_depths(small[1]))
+    assert not caplog.text
+    tell_units(open_depths(small[0]), open_depths(other))
+    assert "one --scale is for both, which need one unit" in caplog.text
 
 
 def test_raw_pixels_have_no_maps(tmp_path, data):

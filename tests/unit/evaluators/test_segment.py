@@ -86,6 +86,34 @@ def data(tmp_path_factory) -> tuple[str, str]:
     return textures(root / "train", 24, 0), textures(root / "val", 6, 1)
 
 
+def test_a_rate_is_chosen_by_masks_that_have_a_class(data, tmp_path):
+    """A held-out mask without one would leave nothing to choose by."""
+    train = textures(tmp_path / "train", 12, 0)
+    for i in range(0, 12, 2):
+        file = tmp_path / f"train/masks/{i}.png"
+        Image.fromarray(np.full_like(np.array(Image.open(file)), 255)).save(file)
+    for seed in range(4):
+        score, _ = run(backbone(tmp_path, module=False), train, data[1], seed=seed, epochs=1)
+        found = score.details["held_out_miou_by_lr"].values()
+        assert all(0 < value <= 100 for value in found)
+
+
+def test_masks_that_may_be_misread_are_told(data, tmp_path, caplog):
+    """Foreground stored as the number of no class; and images in the place of masks."""
+    val = textures(tmp_path / "val", 6, 1)
+    change_masks(tmp_path / "val", lambda mask: np.where(mask == 2, 255, mask).astype(np.uint8))
+    run(backbone(tmp_path, module=False), data[0], val, epochs=1)
+    assert "are 255 and not judged (training: 0.0 %); if 255 is a class there" in caplog.text
+    both = textures(tmp_path / "both", 12, 2)
+    change_masks(tmp_path / "both", lambda mask: np.where(mask > 0, 255, 0).astype(np.uint8))
+    with pytest.raises(UserError, match="if 255 is a class, write it as another number"):
+        run(backbone(tmp_path, module=False), both, both, epochs=1)
+    noise = np.random.RandomState(0)
+    change_masks(tmp_path / "both", lambda mask: noise.randint(0, 255, mask.shape).astype(np.uint8))
+    run(backbone(tmp_path, module=False), both, both, epochs=1)
+    assert "different values and no classes.txt: if they are images, the folders" in caplog.text
+
+
 # --- the measure --------------------------------------------------------------------------------
 
 

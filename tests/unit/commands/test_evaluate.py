@@ -14,7 +14,7 @@ from PIL import Image
 from ssl_vit import evaluate
 from ssl_vit.commands import finetuning, probing
 from ssl_vit.commands.compare_options import CompareConfig
-from ssl_vit.commands.comparing import tuning_options
+from ssl_vit.commands.comparing import run_options
 from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.config import EncoderConfig
@@ -156,7 +156,7 @@ def test_features_in_the_cache_are_of_images_read_in_the_same_way(run, tmp_path)
 def test_fine_tuning_in_a_table_reads_images_in_the_same_way(tmp_path):
     data = EvalData(train="folder:a", val="folder:b", nodata="-9999", label_column=("x", "y"))
     config = CompareConfig(data=data, encoders=("run",))
-    options = tuning_options(config, "run", tmp_path)
+    options = run_options(config, "run", tmp_path, "tune")
     found = list(itertools.pairwise(options))
     assert ("--data.nodata", "-9999") in found
     assert ("--data.label-column", "x") in found
@@ -415,7 +415,8 @@ def test_compare_gives_finetune_all_that_says_how_images_are_read(run, tmp_path)
     )
     assert data.label_column == ("third", "bright")
     config = CompareConfig(data=data, encoders=("x",), recipe=str(recipe))
-    options, _ = finetuning.parse_options(tuning_options(config, str(run), tmp_path / "tuned"))
+    tuned = run_options(config, str(run), tmp_path / "tuned", "tune")
+    options, _ = finetuning.parse_options(tuned)
     for option in fields(ReadConfig):
         assert getattr(options.data, option.name) == getattr(data, option.name) != option.default
     assert (options.data.train, options.data.workers) == ("flat:a", 0)

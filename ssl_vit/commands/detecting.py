@@ -22,7 +22,7 @@ from ssl_vit.common.figures import save_png
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source, check_classes
-from ssl_vit.data.coco import coco_of
+from ssl_vit.data.coco import coco_of, has_objects
 from ssl_vit.data.coco_images import JitteredObjects
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.jitter import Jitter
@@ -78,8 +78,8 @@ def annotated_images(config: DetectConfig, start: Start) -> Images:
     """Images of a run.
 
     Raises:
-        UserError: they are of another kind, none is held out, there is no object to learn from, or
-            training and validation have other classes.
+        UserError: they are of another kind, none is held out, there is no object to learn from or
+            to score, or training and validation have other classes.
     """
     for option in ("train", "val"):
         spec = getattr(config.data, option)
@@ -88,14 +88,16 @@ def annotated_images(config: DetectConfig, start: Start) -> Images:
     own = Given(f"--encoder {config.encoder}", start.mean, start.std)
     images = open_images(config.data, config.run.seed, own)
     check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
-    coco, rows = coco_of(images.train, "--data.train")
-    coco_of(images.val, "--data.val")
+    train, val = images.train, images.val
+    for option, source in (("--data.train", train), ("--data.val", val)):
+        coco_of(source, option)  # of another kind it raises
     check_classes(images.train, images.val)
     names = images.train.classes or ()
     more = len(images.val.classes or ()) - len(names)
     check(more <= 0, f"--data.val has {more} classes more than --data.train has")
-    some = any(len(coco.objects(int(row)).boxes) for row in rows)
-    check(some, f"{images.train.spec} has no object to learn from")
+    check(has_objects(train), f"{train.spec} has no object to learn from")
+    said = f"the validation set, {len(val):,} images of {val.spec}, has no object to score"
+    check(has_objects(val), said)
     return images
 
 
@@ -181,8 +183,11 @@ class Detection(Session):
         numbers: dict[str, float] = {}
         for score in self.scores(found, source):
             prefix = "val_" if score.features == "boxes" else "val_mask_"
-            numbers |= {f"{prefix}{name}": value for name, value in score.metrics.items()}
-        log.write(step, numbers, "probe")
+            missing = score.details["without_objects"]  # of so few images perhaps all
+            known = {n: value for n, value in score.metrics.items() if n not in missing}
+            numbers |= {f"{prefix}{name}": value for name, value in known.items()}
+        if numbers:
+            log.write(step, numbers, "probe")
         log.picture(step, "detections", self.picture(found, source))
 
     def find(self, network: FasterRCNN, source: Source) -> Detections:
@@ -197,7 +202,7 @@ class Detection(Session):
 
     def picture(self, found: Detections, source: Source) -> np.ndarray:
         """Picture of the first images, annotated and as the detector sees them."""
-        return picture_of(found, source, self.view, _SHOWN)
+        return picture_of(found, source, self.view, _SHOWN, self.classes)
 
     def card(self, found: Detections) -> dict[str, Any]:
         """Protocol card of the score."""

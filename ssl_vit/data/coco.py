@@ -150,6 +150,12 @@ def coco_of(source: Source, option: str) -> tuple[CocoSource, np.ndarray]:
     return source, indices
 
 
+def has_objects(source: Source) -> bool:
+    """True if any image of a COCO source has an object that is no crowd."""
+    coco, rows = coco_of(source, "the source")
+    return any(len(coco.objects(int(row)).boxes) for row in rows)
+
+
 def drawn_shape(shape: Any, height: int, width: int) -> np.ndarray:
     """Mask (height, width) uint8 of a segmentation: polygons, or run lengths."""
     from pycocotools import mask as library

@@ -24,6 +24,8 @@ from ssl_vit.data.base import Names
 
 log = logging.getLogger("ssl_vit")
 _SLACK = 1.0  # pixels that a box may reach over the edge without a word, as rounded ones do
+_MANY = 0.2  # share of boxes over the edge above which they may be written in another way
+_CORNERS = "; are they x1 y1 x2 y2? COCO's are x, y, width, height"
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,9 @@ class AnnotationReader:
         """Say what is left out or cut."""
         if self.over:
             n, first = len(self.over), self.over[0]
-            text = "warning: %s: %s boxes reach over the edge and end there; the first: %s"
-            log.warning(text, self.file, f"{n:,}", first)
+            text = "warning: %s: %s of %s boxes reach over the edge and end there; the first: %s%s"
+            asked = _CORNERS if n > _MANY * count else ""
+            log.warning(text, self.file, f"{n:,}", f"{count:,}", first, asked)
         if not self.left_out:
             return
         n, first = len(self.left_out), self.left_out[0]

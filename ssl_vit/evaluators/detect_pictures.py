@@ -23,9 +23,12 @@ _SURE = 0.3  # score from which a detection is drawn
 
 
 def picture_of(
-    found: Detections, source: Source, view: View, count: int
+    found: Detections, source: Source, view: View, count: int, classes: Sequence[str]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Picture of the first ``count`` images: their annotations, and detections that are likely."""
+    """Picture of the first ``count`` images: their annotations, and detections that are likely.
+
+    ``classes``: those of training; the source may lack the last of them.
+    """
     factor = _SIDE / max(view.size)
     frame = (max(1, round(view.size[0] * factor)), max(1, round(view.size[1] * factor)))
     coco, rows = coco_of(source, "--data.val")
@@ -40,9 +43,10 @@ def picture_of(
         images.append(picture)
         objects = coco.objects(inner)
         masks = coco.masks(inner, objects.rows) if coco.has_masks else None
-        boxes, classes = torch.from_numpy(objects.boxes), objects.numbers.tolist()
-        truth.append(_drawing(boxes, classes, [""] * len(classes), masks, coco.classes or (), at))
-        guesses.append(_guess(one, coco.classes or (), at))
+        boxes, numbers = torch.from_numpy(objects.boxes), objects.numbers.tolist()
+        drawing = _drawing(boxes, numbers, [""] * len(numbers), masks, coco.classes or (), at)
+        truth.append(drawing._replace(nothing="no objects"))
+        guesses.append(_guess(one, classes, at))
     return detections_panel(np.stack(images), truth, guesses)
 
 
@@ -56,7 +60,8 @@ def _guess(one: Found, names: Sequence[str], at: Placement) -> Drawing:
         shapes = [drawn_shape(text, height, width) for text in texts]
         masks = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
     scores = [f" {100 * float(one.scores[n]):.0f}" for n in keep]
-    return _drawing(one.boxes[keep], one.classes[keep].tolist(), scores, masks, names, at)
+    drawing = _drawing(one.boxes[keep], one.classes[keep].tolist(), scores, masks, names, at)
+    return drawing._replace(nothing=f"nothing with a score of {100 * _SURE:.0f} % or more")
 
 
 def _drawing(

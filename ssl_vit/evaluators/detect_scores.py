@@ -106,9 +106,8 @@ def true_annotations(coco: CocoSource, places: Sequence[int], kind: str) -> list
             }
             if kind == "segm":
                 shape = json.loads(known.shapes[row] or b"[]")
-                one["segmentation"] = shape or _outline(
-                    *one["bbox"]
-                )  # of a crowd, that may lack it
+                # A crowd may lack it; the library takes no empty one.
+                one["segmentation"] = shape or _outline(*one["bbox"])
             made.append(one)
     return made
 

@@ -133,8 +133,8 @@ def backbone_of(
     A plain ViT gets a simple pyramid, a network with stages of several strides an FPN.
 
     Raises:
-        UserError: a size, windows or stochastic depth that the network does not allow; or it has no
-            maps.
+        UserError: a size, windows or stochastic depth that the network does not allow; a size whose
+            coarsest level would be empty; or it has no maps.
     """
     given = start.identity["given"]
     if isinstance(start.module, Encoder):
@@ -156,6 +156,7 @@ def backbone_of(
         torch.manual_seed(seed)
         neck = _neck(body, channels)
     made = PyramidBackbone(body, neck, channels, frozen)
+    _check_levels(made, start.channels, size)
     if not frozen:
         _freeze_unused(made, start.channels, size)
     return made
@@ -184,7 +185,7 @@ def _of_network(start: Start, size: tuple[int, int]) -> FeatureMaps:
         UserError: it gives none, or does not take the size.
     """
     network, given = copy.deepcopy(start.module), start.identity["given"]
-    _set_size(network, size, given)
+    set_image_size(network, size, "--detect.image-size", given)
     try:
         last = FeatureMaps(network)
     except UserError as error:
@@ -196,9 +197,13 @@ def _of_network(start: Start, size: tuple[int, int]) -> FeatureMaps:
     return found if len(set(found.strides)) == LEVELS else last
 
 
-def _set_size(network: Any, size: tuple[int, int], given: str) -> None:
-    """Set the image size of a network that is built for one; windows of attention stay as they
-    are, where the network says them."""
+def set_image_size(network: Any, size: tuple[int, int], option: str, given: str) -> None:
+    """Set the image size of a network of timm that is built for one; windows of attention stay as
+    they are, where the network says them.
+
+    Raises:
+        UserError: the network, ``given`` by the user, does not take the size that ``option`` has.
+    """
     if not hasattr(network, "set_input_size"):
         return
     own = [getattr(part, "window_size", None) for part in network.modules()]
@@ -210,8 +215,30 @@ def _set_size(network: Any, size: tuple[int, int], given: str) -> None:
             network.set_input_size(img_size=size)
     except (AssertionError, ValueError, RuntimeError) as error:
         shown, why = "x".join(map(str, size)), " ".join(str(error).split())[:120]
+        raise UserError(f"{option} is {shown}; {given} does not take it: {why}") from None
+
+
+def _check_levels(backbone: PyramidBackbone, channels: int, size: tuple[int, int]) -> None:
+    """Check that images of this size fill a pixel of each level.
+
+    Below the coarsest stride some networks, which round up, still do; so it is tried, on the meta
+    device, which computes nothing.
+
+    Raises:
+        UserError: they do not.
+    """
+    coarsest = backbone.neck.strides[-1]
+    if min(size) >= coarsest:
+        return
+    blank = copy.deepcopy(backbone).to("meta").eval()
+    try:
+        with torch.no_grad():
+            blank(torch.zeros(1, channels, *size, device="meta"))
+    except RuntimeError:
+        shown = "x".join(map(str, size))
         raise UserError(
-            f"--detect.image-size is {shown}; {given} does not take it: {why}"
+            f"--detect.image-size is {shown}; both must be {coarsest:g} or more, the stride of the "
+            "coarsest level"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ssl_vit.commands.beginning import BEST
@@ -17,7 +18,7 @@ from ssl_vit.reporting.charts import confusion, landscape
 from ssl_vit.reporting.explained import evaluator, feature, method_title
 from ssl_vit.reporting.images import stages, thumbnail_uri
 from ssl_vit.reporting.landscape import flattened, read_projection
-from ssl_vit.reporting.story import Scored, Story
+from ssl_vit.reporting.story import TUNED, Scored, Story
 from ssl_vit.reporting.tiles import tiles
 
 _MOST_CONFUSED = 40
@@ -32,14 +33,14 @@ def part_of(story: Story, colour: str, seed: int) -> dict[str, Any]:
         "colour": colour,
         "folder": str(story.run.folder),
         "quoted": shlex.quote(str(story.run.folder)),
-        "kept": story.run.method not in ("finetune", "detect"),
+        "kept": story.run.method not in TUNED,
         "state": story.run.state,
         "lead": lead(story),
         "tiles": tiles(story),
         "advice": [asdict(advice) for advice in advise(story)],
         "stages": shown,
         "map": made_map,
-        "scores": [score_row(scored) for scored in story.scores],
+        "scores": [score_row(scored, story.run.folder) for scored in story.scores],
         "cards": cards(story.scores),
         "confusion": _confusion(story),
         "options": options(story),
@@ -66,11 +67,9 @@ def lead(story: Story) -> str:
     return "; ".join(parts) + "."
 
 
-def score_row(scored: Scored) -> dict[str, str]:
-    """A line of the table of scores."""
-    score, encoder = scored.score, scored.card.get("encoder")
-    last = scored.own and not scored.of.startswith(BEST)  # that one's step is in its name
-    step = encoder.get("step") if isinstance(encoder, dict) and last else None
+def score_row(scored: Scored, folder: Path) -> dict[str, str]:
+    """A line of the table of scores in the report on a run's folder."""
+    score, step = scored.score, _step(scored, folder)
     first, *rest = score.metrics
     low, high = score.interval
     return {
@@ -84,6 +83,15 @@ def score_row(scored: Scored) -> dict[str, str]:
         "step": f"{step:,}" if isinstance(step, int) else "",
         "file": scored.file.name,
     }
+
+
+def _step(scored: Scored, folder: Path) -> Any:
+    """Step that a score is of: the encoder's or, of what this run itself has tuned, the run's."""
+    if scored.evaluator in TUNED and scored.file.parent == folder:
+        return scored.card.get("step")
+    encoder = scored.card.get("encoder")
+    last = scored.own and not scored.of.startswith(BEST)  # that one's step is in its name
+    return encoder.get("step") if isinstance(encoder, dict) and last else None
 
 
 def cards(scores: list[Scored]) -> list[dict[str, str]]:
@@ -119,7 +127,7 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
     except UserError as error:
         story.problems.append(str(error))
         return {"missing": str(error)}
-    if found is None and story.run.method in ("finetune", "detect"):
+    if found is None and story.run.method in TUNED:
         return {"missing": "a fine-tuning keeps none; its encoder's own run does"}
     if found is None:
         return {

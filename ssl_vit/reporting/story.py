@@ -22,6 +22,8 @@ _NO_CURVES |= {"held_out_images", "knn_low", *PAUSES}
 # Entries of a run's own scores that are not what it has learnt.
 PIXELS, GIVEN = "raw pixels", "initial encoder"
 UNTRAINED = ("random encoder", GIVEN)
+TUNED = ("finetune", "detect")
+"""Commands whose runs train an encoder on a task with labels, and score that."""
 KNN = re.compile(r"knn\d+_(.+)")
 
 
@@ -152,7 +154,7 @@ def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
         own,
         *sorted(f for f in folder.glob("*.json") if f not in (own, folder / "status.json")),
     ]
-    for kind in ("finetune", "detect"):
+    for kind in TUNED:
         files += sorted(folder.glob(f"*{kind}/{kind}.json"))
     found: list[Scored] = []
     for file in files:

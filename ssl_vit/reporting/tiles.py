@@ -6,9 +6,17 @@ from statistics import median
 
 from ssl_vit.common.duration import duration
 from ssl_vit.reporting.explained import evaluator, neighbours_of
-from ssl_vit.reporting.story import Story
+from ssl_vit.reporting.story import TUNED, Story
 
 _NOTHING = "-"
+# Scores on held-out images at a look of a run that is tuned: name, label, and what it is.
+_LOOKED = (
+    ("val_map", "held-out precision", "mean average"),
+    ("val_top1", "held-out accuracy", "top-1"),
+    ("val_ap", "held-out AP", "of boxes, IoU 0.50 to 0.95"),
+    ("val_miou", "held-out mIoU", "mean over classes"),
+    ("val_delta1", "held-out delta1", "share of pixels"),
+)
 
 
 def tiles(story: Story) -> list[dict[str, str]]:
@@ -32,12 +40,13 @@ def tiles(story: Story) -> list[dict[str, str]]:
 
 def _quality_tile(story: Story) -> dict[str, str]:
     """Score on held-out images while training."""
-    top, knn = story.run.latest("val_top1"), story.run.knn
-    precision = story.run.latest("val_map")
-    if precision is not None:
-        return _tile("held-out precision", f"{precision:.1f} %", "mean average, at the last look")
-    if top is not None:
-        return _tile("held-out accuracy", f"{top:.1f} %", "top-1, at the last look")
+    knn = story.run.knn
+    for name, label, what in _LOOKED:
+        value = story.run.latest(name)
+        if value is not None:
+            return _tile(label, f"{value:.1f} %", f"{what}, at the last look")
+    if story.run.method in TUNED:
+        return _tile("held-out score", _NOTHING, "not yet measured")
     if knn is None:
         return _tile("k-NN", _NOTHING, "no labels, or not yet measured")
     return _tile("k-NN", f"{knn[1]:.1f} %", neighbours_of(knn[0]))
@@ -64,14 +73,18 @@ def _tile(label: str, value: str, note: str) -> dict[str, str]:
 
 def _probe_tile(story: Story) -> dict[str, str]:
     """The closing score of what was learnt; without one, that of the run's own linear.json."""
-    own = [s for s in story.scores if s.own and s.evaluator in ("linear", "finetune")]
-    closing = [s for s in own if s.of or s.evaluator == "finetune"]
+    own = [s for s in story.scores if s.own and s.evaluator in ("linear", *TUNED)]
+    closing = [s for s in own if s.of or s.evaluator in TUNED]
     found = closing or [s for s in own if s.file.name == "linear.json"]
+    if not found and story.run.method in TUNED:
+        return _tile(evaluator(story.run.method), _NOTHING, "measured at the end")
     if not found:
         return _tile("linear probe", _NOTHING, "not measured")
     scored = found[0]
     low, high = scored.score.interval
     name = next(iter(scored.score.metrics))
+    if scored.evaluator == "detect":
+        name = f"{name.upper()} of {scored.score.features}"
     note = f"{name}; 95 %: {low:.1f} to {high:.1f}"
     return _tile(evaluator(scored.evaluator), f"{scored.first:.1f} %", note)
 

@@ -2,14 +2,21 @@
 
 import copy
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ssl_vit.commands.detecting import Detection, parse_options
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
+from ssl_vit.data.base import Subset
+from ssl_vit.evaluators.detect import Detections, Found
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.training.energy import Energy
+from ssl_vit.training.metrics import RunLog
+from ssl_vit.training.run_files import read_rows
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.unit.coco_files import coco_at, content_of, written
 
@@ -87,6 +94,46 @@ def test_sets_that_do_not_fit_together(place, tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(empty))
     with pytest.raises(UserError, match="has no object to learn from"):
         session(folder, "--data.train", spec)
+    with pytest.raises(UserError, match=r"set, 8 images of coco:.*, has no object to score"):
+        session(folder, "--data.val", spec)
+
+
+def test_a_look_at_images_without_objects_has_no_number(place, tmp_path):
+    """Of few images drawn from a validation set that has objects elsewhere."""
+    folder, content = place
+    other = copy.deepcopy(content)
+    for one in other["annotations"]:
+        one["image_id"] = 10
+    (tmp_path / "annotations.json").write_text(json.dumps(other))
+    spec = f"coco:{folder / 'train/images'}:{tmp_path / 'annotations.json'}"
+    made = session(folder, "--data.val", spec, "--detect.masks", "no")
+    val, energy = made.images.val, Energy(torch.device("cpu"))
+    with RunLog(tmp_path, 0, 10, 1, 4, main=True, energy=energy) as log:
+        for image in (3, 0):
+            made.images = replace(made.images, val=Subset(val, np.array([image])))
+            made.probe(made.task, image, log)
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["step"] == 0
+    assert row.keys() >= {"val_ap", "val_ap50"}
+
+
+def test_a_validation_file_may_lack_the_last_classes(place, tmp_path):
+    """What is found of them is wrong, and named in the picture."""
+    folder, content = place
+    other = copy.deepcopy(content)
+    other["categories"] = [c for c in other["categories"] if c["id"] == 3]
+    other["annotations"] = [a for a in other["annotations"] if a["category_id"] == 3]
+    (tmp_path / "annotations.json").write_text(json.dumps(other))
+    spec = f"coco:{folder / 'train/images'}:{tmp_path / 'annotations.json'}"
+    made = session(folder, "--data.val", spec, "--detect.masks", "no")
+    val = made.images.val
+    boxes, scores = torch.tensor([[5.0, 5, 20, 30]]), torch.tensor([0.9])
+    images = [Found(i, boxes, scores, torch.tensor([1])) for i in range(len(val))]
+    found = Detections(images, 0)
+    assert made.picture(found, val).shape[2] == 3
+    (score,) = made.scores(found, val)
+    assert score.value == 0
+    assert list(score.per_class) == ["square"]
 
 
 def test_a_missing_library_is_told(place, monkeypatch):

@@ -147,9 +147,26 @@ def test_few_unusable_boxes_are_left_out_with_a_word(made, caplog):
         source = open_source(path, DataConfig(max_bad=0.1))
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "1 of 12 annotations cannot be used; the first: annotation 5" in said
-    assert "1 boxes reach over the edge and end there; the first: annotation 7" in said
+    assert "1 of 12 boxes reach over the edge and end there; the first: annotation 7" in said
+    assert "x1 y1 x2 y2" not in said
     assert len(source.objects(2).boxes) == 1
     assert [0, 40, 15, 48] in source.objects(3).boxes.tolist()
+
+
+def test_corners_instead_of_width_and_height_are_asked_about(made, caplog):
+    def change(content):
+        for one in content["annotations"]:
+            x, y, w, h = one["bbox"]
+            one["bbox"] = [x, y, x + w, y + h]
+
+    content = broken(made[1], change)
+    boxes = (one["bbox"] for one in content["annotations"])
+    over = sum(max(x + w - 64, y + h - 48) > 1 for x, y, w, h in boxes)
+    with caplog.at_level(logging.WARNING, "ssl_vit"):
+        opened(made, content)
+    said = caplog.records[-1].getMessage()
+    assert f"{over} of 12 boxes reach over the edge" in said
+    assert said.endswith("; are they x1 y1 x2 y2? COCO's are x, y, width, height")
 
 
 def test_crowds_are_not_learned_from(made):

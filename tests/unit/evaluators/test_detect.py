@@ -30,12 +30,12 @@ from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.detect import Detect, Detections, Found, detect_batch, targets_of
 from ssl_vit.evaluators.detect_scores import METRICS, ap_interval, evaluated, score_detections
 from ssl_vit.evaluators.detector import HeadSizes, KeyedSampler, build_detector
-from ssl_vit.evaluators.pyramid import SimplePyramid, backbone_of
+from ssl_vit.evaluators.pyramid import SimplePyramid, backbone_of, set_image_size
 from ssl_vit.evaluators.start import Start
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.windows import Windows, use_windows
-from tests.unit.coco_files import coco_at
+from tests.unit.coco_files import coco_at, content_of, written
 
 TINY = EncoderConfig(
     arch="vit_tiny_patch16_224", image_size=(32,), patch_size=8, width=32, depth=4, heads=2
@@ -464,9 +464,35 @@ def test_wrong_sizes_are_told():
     ):
         with pytest.raises(UserError, match=said):
             backbone_of(start_of(), **({"size": FRAME, "channels": 8} | options))
-    network = timm.create_model("resnet18", num_classes=0)
+    network = timm.create_model("resnet18", num_classes=0).eval()
     with pytest.raises(UserError, match="it is for plain ViTs"):
         backbone_of(start_of(module=network), FRAME, 8, windows=2)
+    assert backbone_of(start_of(module=network), (16, 16), 8)  # it rounds sizes up
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["", "convnext_atto"])
+def test_images_smaller_than_the_coarsest_level_are_told(name, frozen):
+    start = start_of(module=timm.create_model(name, num_classes=0) if name else None)
+    said = r"--detect.image-size is 64x16; both must be 32 or more, the stride of the coarsest"
+    with pytest.raises(UserError, match=said):
+        backbone_of(start, (64, 16), 8, frozen=frozen)
+    levels = backbone_of(start, (32, 32), 8, frozen=frozen)(torch.rand(1, 3, 32, 32))
+    assert levels["3"].shape == (1, 8, 1, 1)
+
+
+def test_an_image_size_of_a_network_is_told_by_its_option():
+    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
+    set_image_size(network, (64, 96), "--tune.image-size", "timm:swin")
+    assert network.patch_embed.img_size == (64, 96)
+
+    def fails(**options):
+        raise AssertionError("too\nsmall")
+
+    network.set_input_size = fails
+    said = "--tune.image-size is 1x2; timm:swin does not take it: too small"
+    with pytest.raises(UserError, match=said):
+        set_image_size(network, (1, 2), "--tune.image-size", "timm:swin")
 
 
 def test_detections_come_back_in_the_images_own_pixels():
@@ -533,6 +559,27 @@ def test_scores_are_those_of_pycocotools_alone(source, kind, theirs):
     assert score.details["without_objects"] == [n for n, v in expected.items() if v < 0]
     assert score.interval[0] <= score.value <= score.interval[1]
     assert json.loads(json.dumps(score.metrics)) == score.metrics
+
+
+def test_a_crowd_may_lack_a_segmentation(tmp_path):
+    """Its box stands for it: what is found there is neither right nor wrong."""
+    content = content_of(tmp_path)
+    for one in content["annotations"][:2]:
+        one["iscrowd"] = 1
+        del one["segmentation"]
+    source = open_source(written(tmp_path, content))
+    assert source.has_masks
+    found = guesses(source)
+    inside = np.zeros((48, 64), np.uint8, order="F")
+    left, top, width, height = (int(v) for v in content["annotations"][0]["bbox"])
+    inside[top : top + height, left : left + width] = 1
+    number = torch.tensor([{3: 0, 7: 1}[content["annotations"][0]["category_id"]]])
+    box = torch.tensor([[left, top, left + width, top + height]]).float()
+    found.images[0] = Found(0, box[:0], torch.zeros(0), number[:0], [])
+    without = score_detections(found, source, "masks", "here", 0)
+    found.images[0] = Found(0, box, torch.ones(1), number, [dict(library.encode(inside))])
+    assert score_detections(found, source, "masks", "here", 0).metrics == without.metrics
+    assert without.value > 0
 
 
 def test_the_interval_resamples_images(source, monkeypatch):

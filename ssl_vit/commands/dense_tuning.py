@@ -31,6 +31,7 @@ from ssl_vit.evaluators.features import Machine, ready
 from ssl_vit.evaluators.maps import FeatureMaps
 from ssl_vit.evaluators.options import FinetuneConfig
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
+from ssl_vit.evaluators.pyramid import set_image_size
 from ssl_vit.evaluators.scores import UNITS
 from ssl_vit.evaluators.start import Start
 from ssl_vit.evaluators.watch import bounded
@@ -90,6 +91,9 @@ class DenseTuning(Session):
         self.size = (size[0], size[-1]) if size else start.size
         check_size(start, self.size)
         module = trainable(start.module, tune.drop_path)
+        if not isinstance(module, Encoder):
+            given = start.identity["given"]
+            set_image_size(module, self.size, "--tune.image-size", given)
         maps = FeatureMaps(module, self.kind.maps, self.kind.spread)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)

@@ -81,7 +81,9 @@ def train_what_counts(network: DenseNetwork, size: tuple[int, int], channels: in
     except Exception as error:  # timm's networks raise what they like
         text = " ".join(str(error).split())[:200]
         sides = f"{size[0]}x{size[1]}"
-        raise UserError(f"images of {sides} do not fit: {text}; give --tune.image-size") from None
+        raise UserError(
+            f"images of {sides} do not fit: {text}; give another --tune.image-size"
+        ) from None
     for weight, slope in zip(
         trained, torch.autograd.grad(made, trained, allow_unused=True), strict=True
     ):

@@ -70,7 +70,9 @@ def test_weights_without_part_in_the_maps_are_not_trained():
 
 def test_a_size_that_does_not_fit_is_told():
     network = network_of(timm.create_model("swin_tiny_patch4_window7_224", num_classes=0))
-    with pytest.raises(UserError, match=r"images of 100x100 do not fit: .*--tune\.image-size"):
+    with pytest.raises(
+        UserError, match=r"images of 100x100 do not fit: .*another --tune\.image-size"
+    ):
         train_what_counts(network, (100, 100), 3)
 
 

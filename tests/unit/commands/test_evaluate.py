@@ -207,7 +207,9 @@ def test_of_several_features_a_published_protocol_chooses_one(run, tmp_path):
 
 def test_a_place_that_takes_no_result_is_refused_before_the_work(run, tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "run", lambda *_: pytest.fail("worked"))
-    for out, message in ((tmp_path / "no" / "x.json", "cannot be written"), (tmp_path, "a folder")):
+    (tmp_path / "file").write_text("")
+    wrong = ((tmp_path / "file" / "x.json", "cannot be written"), (tmp_path, "a folder"))
+    for out, message in wrong:
         with pytest.raises(UserError, match=message):
             ask("knn", run, "--out", str(out))
 

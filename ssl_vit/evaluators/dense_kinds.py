@@ -22,9 +22,9 @@ from ssl_vit.data.map_values import nearest_mask
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.dense_tune import DenseNetwork
-from ssl_vit.evaluators.depth import depth_score, draw, score_depths, valid_depth
 from ssl_vit.evaluators.depth_heads import HEADS, MAPS, DepthHead, depth_loss
 from ssl_vit.evaluators.depth_options import DepthHeadOptions
+from ssl_vit.evaluators.depth_scores import depth_score, draw, score_depths, valid_depth
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.map_material import MapExtractor
 from ssl_vit.evaluators.options import SegmentHeadOptions

@@ -8,7 +8,6 @@ and that images are neither cropped nor augmented.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
@@ -17,17 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ssl_vit.common.errors import check
-from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.depths import DepthPairs, crop_mask, in_range
-from ssl_vit.data.loader import eval_batches
-from ssl_vit.data.map_values import nearest_mask
-from ssl_vit.data.pairs import PairImages
+from ssl_vit.data.depths import DepthPairs, in_range
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.depth_heads import (
     BINS,
@@ -37,17 +32,17 @@ from ssl_vit.evaluators.depth_heads import (
     DepthHead,
     depth_loss,
 )
-from ssl_vit.evaluators.depth_metrics import DepthErrors, image_metrics
-from ssl_vit.evaluators.depth_options import DepthHeadOptions, DepthOptions
+from ssl_vit.evaluators.depth_metrics import image_metrics
+from ssl_vit.evaluators.depth_options import DepthOptions
+from ssl_vit.evaluators.depth_scores import depth_score, draw, score_depths
 from ssl_vit.evaluators.features import Machine, units_of
-from ssl_vit.evaluators.map_material import MapExtractor, MapMaterial, SeenMaps, gather_maps
+from ssl_vit.evaluators.frozen import BATCH, WARMUP, training_batches
+from ssl_vit.evaluators.map_material import MapExtractor, MapMaterial, gather_maps
 from ssl_vit.evaluators.maps import maps_of
-from ssl_vit.evaluators.patch_heads import BATCH, WARMUP, WEIGHT_DECAY, upsampled
+from ssl_vit.evaluators.patch_heads import WEIGHT_DECAY
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.selection import split_tenth
 from ssl_vit.pictures.boundaries import evenly
-from ssl_vit.pictures.depth_panel import depth_panel
-from ssl_vit.pictures.thumbnails import as_rgb
 
 log = logging.getLogger("ssl_vit")
 LEARNING_RATES = {
@@ -56,8 +51,6 @@ LEARNING_RATES = {
     "dpt": (3e-4, 1e-3, 3e-3),
 }
 _LEAST_PAIRS = 10
-_SHOWN = 6
-_TOLD = 100  # steps between words on them
 # Maps looked at for their typical depth, and how much that may differ between two sets.
 _TYPICAL, _APART = 16, 20.0
 
@@ -87,21 +80,13 @@ def fit_heads(
         for head, rate in zip(heads, rates, strict=True)
     ]
     generator = torch.Generator().manual_seed(fold(seed, 1))
-    # At least 8 batches per epoch, so that small sets get enough steps.
-    size = max(1, min(BATCH, len(rows) // 8))
-    total, step = epochs * math.ceil(len(rows) / size), 0
-    for _ in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        for maps, depths in material.batches(order, size):
-            factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
-            for head, optimizer, rate in zip(heads, optimizers, rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * factor
-                optimizer.zero_grad()
-                depth_loss(head(maps), depths).backward()
-                optimizer.step()
-            step += 1
-            if step % _TOLD == 0:
-                log.info("depth probe: step %d of %d", step, total)
+    batches = training_batches(material, rows, epochs, generator, "depth probe")
+    for maps, depths, factor in batches:
+        for head, optimizer, rate in zip(heads, optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.zero_grad()
+            depth_loss(head(maps), depths).backward()
+            optimizer.step()
     return heads
 
 
@@ -137,52 +122,6 @@ def choose_head(
     (head,) = fit_heads(make, material, torch.arange(n), (chosen,), config.epochs, seed)
     by_rate = {f"{r:g}": round(x, 3) for r, x in zip(rates, scores, strict=True)}
     return head, chosen, by_rate
-
-
-@torch.no_grad()
-def predict(head: DepthHead, seen: SeenMaps) -> Float[Tensor, "b rows columns"]:
-    """Depths of the images of a batch, few at a time: 256 bins of each place take memory."""
-    parts = zip(*(x.split(BATCH) for x in seen.maps), strict=True)
-    return torch.cat([head([x.float() for x in part]) for part in parts])
-
-
-@torch.no_grad()
-def score_depths(
-    head: DepthHead,
-    extractor: MapExtractor,
-    pairs: DepthPairs,
-    config: DepthHeadOptions,
-    most: float,
-) -> tuple[DepthErrors, dict[str, int]]:
-    """Score a head on all depth maps, at their own resolution; with counts for the card.
-
-    Raises:
-        UserError: no pixel has a depth in the range and the crop, or a map has not the crop's size.
-    """
-    found, places = [], []
-    count = dict.fromkeys(("val_unreadable", "val_empty", "val_pixels", "val_pixels_beyond"), 0)
-    for seen in extractor.batches(pairs):
-        count["val_unreadable"] += len(seen.bad)
-        if not seen.maps:
-            continue
-        made = predict(head, seen)
-        for i, coarse, truth in zip(seen.keys.tolist(), made, seen.depths, strict=True):
-            rows, columns = truth.shape
-            scored = crop_mask(config.crop, (rows, columns), pairs.name(i))
-            valid = scored & in_range(truth, config.min_depth, most)
-            count["val_pixels"] += int(valid.sum())
-            count["val_pixels_beyond"] += int((scored & (truth > most)).sum())
-            if not valid.any():
-                count["val_empty"] += 1
-                continue
-            depth = upsampled(coarse[None, None], (rows, columns))[0, 0]
-            valid = valid.to(depth.device)
-            found.append(image_metrics(depth[valid], truth.to(depth.device)[valid]))
-            places.append(i)
-    within = f"a depth from {config.min_depth:g} to {most:g}, in the unit of --scale"
-    crop = "" if config.crop == "none" else f" in the crop {config.crop}"
-    check(bool(found), f"{pairs.spec}: no pixel of its depth maps has {within}{crop}")
-    return DepthErrors(torch.stack(found), units_of(pairs, torch.tensor(places))), count
 
 
 def depth_probe(
@@ -247,16 +186,6 @@ def _typical(pairs: DepthPairs) -> float:
     return float(known.median()) if len(known) else 0.0
 
 
-def depth_score(
-    errors: DepthErrors, features: str, setting: str, seed: int, details: dict[str, Any]
-) -> Score:
-    """Score of the errors of all images."""
-    if errors.groups is not None:
-        details = details | {"interval_of_groups": len(errors.groups.unique())}
-    interval = errors.interval(fold(seed, 3))
-    return Score(features, setting, errors.metrics(), interval, {}, None, details)
-
-
 def greatest_depth(material: MapMaterial, config: DepthOptions) -> float:
     """Greatest depth of a valid pixel: as given, or that of the training maps, which is said.
 
@@ -275,38 +204,6 @@ def greatest_depth(material: MapMaterial, config: DepthOptions) -> float:
     if not config.max_depth:
         log.info("--max-depth is %g, the greatest depth of %s", most, spec)
     return most
-
-
-@torch.no_grad()
-def draw(
-    head: DepthHead,
-    extractor: MapExtractor,
-    pairs: DepthPairs,
-    config: DepthHeadOptions,
-    most: float,
-) -> UInt8[np.ndarray, "height width 3"] | None:
-    """Picture of some images, evenly spread; None if none of them is readable.
-
-    Maps are shown at the size that the encoder sees.
-    """
-    count, view = min(_SHOWN, len(pairs)), extractor.view
-    places = torch.from_numpy(np.linspace(0, len(pairs) - 1, count).round().astype(np.int64))
-    shown, true, made = [], list[Tensor](), list[Tensor]()
-    some = pairs.take(places)
-    for batch in eval_batches(PairImages(some, view.size, view.channels), count, 0, False):
-        shown += [as_rgb(crops, view) for crops in batch.views.crops]
-    for seen in extractor.batches(some):
-        true += [valid_depth(nearest_mask(depth, view.size), config, most) for depth in seen.depths]
-        if seen.maps:
-            made += list(upsampled(predict(head, seen)[:, None], view.size)[:, 0].cpu())
-    if not true:
-        return None
-    return depth_panel(np.concatenate(shown), torch.stack(true), torch.stack(made))
-
-
-def valid_depth(depth: Float32[Tensor, "h w"], config: DepthHeadOptions, most: float) -> Tensor:
-    """Depth, 0 where it is not in the range."""
-    return torch.where(in_range(depth, config.min_depth, most), depth, 0.0)
 
 
 def _repeatable() -> AbstractContextManager[Any]:

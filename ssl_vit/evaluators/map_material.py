@@ -21,8 +21,8 @@ from ssl_vit.data.pairs import PairBatch, PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.depth_heads import fine_grid
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.frozen import Statistics, room, tell_unreadable
 from ssl_vit.evaluators.maps import FeatureMaps
-from ssl_vit.evaluators.tokens import Statistics
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import autocast, loader_workers
 
@@ -138,17 +138,16 @@ def gather_maps(extractor: MapExtractor, pairs: Pairs, cache_gb: float) -> MapMa
         if not seen.maps:
             continue
         if not depths:
-            kept = _room(seen.maps, len(pairs), cache_gb)
-        for room, x in zip(kept or (), seen.maps, strict=False):
-            room[len(depths) : len(depths) + len(x)] = x
+            kept = room(seen.maps, len(pairs), cache_gb, "maps")
+        for all_of_map, x in zip(kept or (), seen.maps, strict=False):
+            all_of_map[len(depths) : len(depths) + len(x)] = x
         for each, x in zip(statistics, seen.maps, strict=True):
             each.add(x)
         size = fine_grid(seen.maps[0].shape[2], seen.maps[0].shape[3])
         depths += [nearest_mask(depth, size) for depth in seen.depths]
         highest = max(highest, *(float(depth.max()) for depth in seen.depths))
         places.append(seen.keys)
-    for reason in list(bad.values())[:5]:
-        log.warning("unreadable pair skipped: %s", reason)
+    tell_unreadable(bad, "pair")
     if not places:
         raise UserError(f"no pair of {pairs.spec} can be read: {next(iter(bad.values()), '')}")
     return MapMaterial(
@@ -160,12 +159,3 @@ def gather_maps(extractor: MapExtractor, pairs: Pairs, cache_gb: float) -> MapMa
         highest,
         len(bad),
     )
-
-
-def _room(maps: list[Tensor], n: int, cache_gb: float) -> list[Tensor] | None:
-    """Allocate maps of ``n`` images, as these of some; None where they exceed ``cache_gb``."""
-    needed = n * sum(x[0].nbytes for x in maps) / 1e9
-    if needed <= cache_gb:
-        return [torch.empty(n, *x.shape[1:], dtype=x.dtype) for x in maps]
-    log.info("maps need %.1f GB, above --cache-gb %g: recomputed each epoch", needed, cache_gb)
-    return None

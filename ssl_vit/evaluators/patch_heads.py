@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +10,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.common.schedules import warmup_cosine
 from ssl_vit.common.seeds import fold
+from ssl_vit.evaluators.frozen import training_batches
 from ssl_vit.evaluators.tokens import Material
 
-log = logging.getLogger("ssl_vit")
-BATCH = 16
-WARMUP = 0.1
 WEIGHT_DECAY = 1e-4
-_TOLD = 500  # steps between words on them
+WHAT = "segmentation probe"
 
 
 @dataclass(frozen=True)
@@ -80,24 +74,6 @@ def patch_heads_loss(
     return losses.view(n, heads, -1).sum((0, 2)) / valid
 
 
-def training_batches(
-    material: Material, rows: Int64[Tensor, " n"], epochs: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Batches of all epochs, shuffled by ``generator``: tokens, masks, and the learning rate as a
-    share of its peak."""
-    # At least 8 batches per epoch, so that small sets get enough steps.
-    size = max(1, min(BATCH, len(rows) // 8))
-    total, step = epochs * math.ceil(len(rows) / size), 0
-    for _ in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        for tokens, masks in material.batches(order, size):
-            factor = warmup_cosine(step, warmup=round(WARMUP * total), total=total, peak=1.0)
-            yield tokens, masks, factor
-            step += 1
-            if step % _TOLD == 0:
-                log.info("segmentation probe: step %d of %d", step, total)
-
-
 def fit_patch_heads(
     material: Material,
     rows: Int64[Tensor, " n"],
@@ -123,7 +99,7 @@ def fit_patch_heads(
         {"params": [w, b], "lr": 0.0} for w, b in zip(weights, biases, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    for tokens, masks, factor in training_batches(material, rows, epochs, generator):
+    for tokens, masks, factor in training_batches(material, rows, epochs, generator, WHAT):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         heads = PatchHeads(material.mean, material.std, torch.stack(weights), torch.stack(biases))

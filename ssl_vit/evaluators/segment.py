@@ -22,22 +22,20 @@ from torch import Tensor
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.base import check_classes
-from ssl_vit.data.order import permute
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine, units_of
+from ssl_vit.evaluators.frozen import BATCH, WARMUP
 from ssl_vit.evaluators.options import Head, SegmentOptions
 from ssl_vit.evaluators.overlap import Overlap
 from ssl_vit.evaluators.patch_heads import (
-    BATCH,
-    WARMUP,
     WEIGHT_DECAY,
     fit_patch_heads,
 )
 from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.segment_heads import fit_head_modules
 from ssl_vit.evaluators.segment_scores import Heads, Scored, held_out_miou, score_masks
-from ssl_vit.evaluators.selection import split_groups
+from ssl_vit.evaluators.selection import split_tenth
 from ssl_vit.evaluators.tokens import Material, gather_tokens, token_extractor
 from ssl_vit.pictures.boundaries import boundaries_panel
 
@@ -78,13 +76,9 @@ def choose_head(
     """
     n = len(material.masks)
     check(n >= 10, f"{material.pairs.spec} has {n} readable pairs; a probe needs 10")
-    shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, fold(seed, 2)))
-    known = (material.masks != config.ignore).flatten(1).any(1)
-    held = shuffled[known[shuffled]][: max(1, n // 10)]  # others cannot be judged
-    kept = shuffled[~torch.isin(shuffled, held)]
     groups = units_of(material.pairs, torch.arange(n))
-    if groups is not None and (rows := split_groups(torch.zeros(n), groups, 0.1, fold(seed, 2))):
-        kept, held = rows
+    known = (material.masks != config.ignore).flatten(1).any(1)  # others cannot be judged
+    kept, held = split_tenth(n, groups, fold(seed, 2), known)
     rest, rates = (config.epochs, config.ignore, seed), rates_of(config.head)
     trial = fit(config.head, material, kept, classes, rates, *rest)
     found = held_out_miou(trial, material, held, config.ignore)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.common.seeds import fold
+from ssl_vit.evaluators.frozen import training_batches
 from ssl_vit.evaluators.options import Head
-from ssl_vit.evaluators.patch_heads import WEIGHT_DECAY, patch_heads_loss, training_batches
+from ssl_vit.evaluators.patch_heads import WEIGHT_DECAY, WHAT, patch_heads_loss
 from ssl_vit.evaluators.tokens import Material
 
 _HIDDEN = 512
@@ -140,7 +141,7 @@ def fit_head_modules(
     heads = HeadModules(material.mean, material.std, modules, classes)
     optimizers = [torch.optim.AdamW(m.parameters(), weight_decay=WEIGHT_DECAY) for m in modules]
     generator = torch.Generator().manual_seed(fold(seed, 1))
-    for tokens, masks, factor in training_batches(material, rows, epochs, generator):
+    for tokens, masks, factor in training_batches(material, rows, epochs, generator, WHAT):
         made = heads.standardised(tokens)
         for module, optimizer, rate in zip(modules, optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor

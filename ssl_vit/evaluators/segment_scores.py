@@ -12,9 +12,10 @@ from torch import Tensor
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.evaluators.features import units_of
+from ssl_vit.evaluators.frozen import BATCH
 from ssl_vit.evaluators.options import SegmentHeadOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
-from ssl_vit.evaluators.patch_heads import BATCH, PatchHeads, upsampled
+from ssl_vit.evaluators.patch_heads import PatchHeads, upsampled
 from ssl_vit.evaluators.segment_heads import HeadModules
 from ssl_vit.evaluators.sliding import Sliding, scaled_size
 from ssl_vit.evaluators.tokens import Material, TokenExtractor

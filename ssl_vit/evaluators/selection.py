@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_vit.common.errors import check
@@ -95,13 +95,20 @@ def split_groups(
     return torch.from_numpy(np.setdiff1d(np.arange(n), rows)), torch.from_numpy(rows)
 
 
-def split_tenth(n: int, groups: Int64[Tensor, " n"] | None, seed: int) -> Split:
+def split_tenth(
+    n: int,
+    groups: Int64[Tensor, " n"] | None,
+    seed: int,
+    usable: Bool[Tensor, " n"] | None = None,
+) -> Split:
     """Split ``n`` rows, two at the least, into (kept, held out): a tenth is held out, of whole
-    groups where they are known and one can be held out."""
+    groups where they are known and one can be held out; else of those that are ``usable``."""
     if groups is not None and (rows := split_groups(torch.zeros(n), groups, 0.1, seed)):
         return rows
     shuffled = torch.from_numpy(permute(np.arange(n, dtype=np.int64), n, seed))
-    return shuffled[max(1, n // 10) :], shuffled[: max(1, n // 10)]
+    some = shuffled if usable is None else shuffled[usable[shuffled]]
+    held = some[: max(1, n // 10)]
+    return shuffled[~torch.isin(shuffled, held)], held
 
 
 def _held(groups: list[np.ndarray], of: np.ndarray, room: int) -> list[np.ndarray]:

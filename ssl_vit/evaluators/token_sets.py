@@ -17,11 +17,11 @@ from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import FeatureSet, Machine, targets_of, units_of
+from ssl_vit.evaluators.frozen import Statistics, room, tell_unreadable
 from ssl_vit.evaluators.maps import maps_of
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
-_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def read_tokens(reader: TokenReader, source: Source, cache_gb: float) -> TokenSe
     Raises:
         UserError: no image can be read.
     """
-    sums, found = _Sums(), _Found()
+    statistics, found = Statistics(), _Found()
     kept: Tensor | None = None
     places = done = 0
     for tokens, batch in reader.batches(source):
@@ -122,14 +122,15 @@ def read_tokens(reader: TokenReader, source: Source, cache_gb: float) -> TokenSe
         if not len(tokens):
             continue
         if not done:
-            places, kept = tokens.shape[1], _room(tokens, len(source), cache_gb)
+            places = tokens.shape[1]
+            (kept,) = room([tokens], len(source), cache_gb, "tokens") or (None,)
         if kept is not None:
             kept[done : done + len(tokens)] = tokens
-        sums.add(tokens)
+        statistics.add(tokens.mT)
         done += len(tokens)
     rows = found.rows(source)
     return TokenSet(
-        source, reader, rows, None if kept is None else kept[:done], *sums.result(), places
+        source, reader, rows, None if kept is None else kept[:done], *statistics.result(), places
     )
 
 
@@ -152,8 +153,7 @@ class _Found:
         Raises:
             UserError: no image could be read.
         """
-        for reason in list(self.bad.values())[:5]:
-            log.warning("unreadable image skipped: %s", reason)
+        tell_unreadable(self.bad, "image")
         index = torch.cat(self.index)
         if not len(index):
             first = next(iter(self.bad.values()), "")
@@ -177,38 +177,3 @@ def answers(
             made.append(read(tokens).cpu())
     rows = found.rows(source)
     return torch.cat(made), rows
-
-
-class _Sums:
-    """Running token statistics, summed in double precision on the CPU."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
-        self.device = torch.device("cpu")
-
-    def add(self, tokens: Float16[Tensor, "b p d"]) -> None:
-        values, self.device = tokens.cpu().double().flatten(0, 1), tokens.device
-        first, second = values.sum(0), values.square().sum(0)
-        self.n += len(values)
-        self.first = first if self.first is None else self.first + first
-        self.second = second if self.second is None else self.second + second
-
-    def result(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and standard deviation, with an epsilon in the variance."""
-        if self.first is None or self.second is None:  # no image: an error follows
-            return torch.zeros(0), torch.zeros(0)
-        mean = self.first / self.n
-        variance = (self.second / self.n - mean.square()).clamp(min=0)
-        std = (variance + _EPSILON).sqrt()
-        return mean.float().to(self.device), std.float().to(self.device)
-
-
-def _room(tokens: Float16[Tensor, "b p d"], n: int, cache_gb: float) -> Tensor | None:
-    """Allocate the tokens of ``n`` images; None where that exceeds ``cache_gb``."""
-    needed = n * tokens[0].nbytes / 1e9
-    if needed <= cache_gb:
-        return torch.empty(n, *tokens.shape[1:], dtype=tokens.dtype)
-    log.info("tokens need %.1f GB, above --cache-gb %g: recomputed each epoch", needed, cache_gb)
-    return None

@@ -19,6 +19,7 @@ from ssl_vit.data.pairs import PairBatch, PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
+from ssl_vit.evaluators.frozen import Statistics, room, tell_unreadable
 from ssl_vit.evaluators.maps import FeatureMaps, maps_of
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
@@ -28,7 +29,6 @@ from ssl_vit.weights.reading import one_line
 log = logging.getLogger("ssl_vit")
 # Pixels per patch side at which heads are trained.
 _FINE = 4
-_EPSILON = 1e-6
 
 TokenMap = Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b d r s"]]
 
@@ -202,26 +202,6 @@ class Material:
                 yield seen.tokens.float(), self.masks[rows[seen.keys]].to(device).long()
 
 
-class Statistics:
-    """Running token statistics, summed in double precision."""
-
-    def __init__(self) -> None:
-        self.n, self.first, self.second = 0, torch.zeros(1), torch.zeros(1)
-
-    def add(self, tokens: Float16[Tensor, "b d h w"]) -> None:
-        """Add the tokens of some images."""
-        values = tokens.double()
-        self.n += values[:, 0].numel()
-        self.first = self.first.to(values.device) + values.sum((0, 2, 3))
-        self.second = self.second.to(values.device) + values.square().sum((0, 2, 3))
-
-    def result(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and standard deviation, with an epsilon in the variance."""
-        mean = self.first / self.n
-        variance = (self.second / self.n - mean.square()).clamp(min=0)
-        return mean.float(), (variance + _EPSILON).sqrt().float()
-
-
 def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> Material:
     """Extract tokens of all pairs once; keep them if they take at most ``cache_gb`` 1e9 bytes.
 
@@ -237,7 +217,7 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
         if not seen.masks:
             continue
         if not masks:
-            tokens = _room(seen.tokens, len(pairs), cache_gb)
+            (tokens,) = room([seen.tokens], len(pairs), cache_gb, "tokens") or (None,)
         if tokens is not None:
             tokens[len(masks) : len(masks) + len(seen.masks)] = seen.tokens
         statistics.add(seen.tokens)
@@ -245,8 +225,7 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
         for mask in seen.masks:
             values.update(mask.unique().tolist())
         places.append(seen.keys)
-    for reason in list(bad.values())[:5]:
-        log.warning("unreadable pair skipped: %s", reason)
+    tell_unreadable(bad, "pair")
     if not places:
         raise UserError(f"no pair of {pairs.spec} can be read: {next(iter(bad.values()), '')}")
     # One dtype for all: 8-bit masks may be mixed with deeper ones.
@@ -260,15 +239,6 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
         tuple(sorted(values)),
         len(bad),
     )
-
-
-def _room(tokens: Float16[Tensor, "b d h w"], n: int, cache_gb: float) -> Tensor | None:
-    """Allocate the tokens of ``n`` images; None where that exceeds ``cache_gb``."""
-    needed = n * tokens[0].nbytes / 1e9
-    if needed <= cache_gb:
-        return torch.empty(n, *tokens.shape[1:], dtype=tokens.dtype)
-    log.info("tokens need %.1f GB, above --cache-gb %g: recomputed each epoch", needed, cache_gb)
-    return None
 
 
 def _smallest(values: set[int]) -> torch.dtype:

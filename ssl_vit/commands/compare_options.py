@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from ssl_vit.commands.cli import find_recipe, layered, split_config
 from ssl_vit.commands.eval_options import EvalData
 from ssl_vit.common.errors import check
+from ssl_vit.common.reading import beside
 
 PROG = "python -m ssl_vit.evaluate compare"
 
@@ -15,6 +16,7 @@ Evaluator = Literal[
     "knn", "linear", "logreg", "attentive", "retrieval", "segment", "depth", "detect", "finetune"
 ]
 """Evaluators that encoders are compared by; what runs each is in ``comparing``."""
+_KINDS = {"segment": "pairs", "depth": "depth", "detect": "coco"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,6 @@ def parse_options(argv: list[str]) -> CompareConfig:
     return config
 
 
-_KINDS = {"segment": "pairs", "depth": "depth", "detect": "coco"}
-
-
 def check_kinds(config: CompareConfig) -> None:
     """Check that the images are of the kind that every evaluator needs.
 
@@ -102,7 +101,7 @@ def check_kinds(config: CompareConfig) -> None:
         UserError: of one they are not.
     """
     spec = config.data.train
-    own = next((kind for kind in _KINDS.values() if f"{kind}:" in spec), "")
+    own = beside(spec)
     for evaluator in config.evaluators:
         needed = _KINDS.get(evaluator, "")
         either = evaluator == "finetune" and own in ("pairs", "depth")

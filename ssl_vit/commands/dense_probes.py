@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl_vit.commands.depth_options import DepthConfig
 from ssl_vit.commands.eval_options import EvalConfig, EvalData, SegmentConfig
-from ssl_vit.commands.evaluating import look_at
+from ssl_vit.commands.evaluating import look_at, tell_same
 from ssl_vit.commands.probes import Result
 from ssl_vit.common.errors import check
 from ssl_vit.data.depths import open_depths
@@ -36,6 +36,7 @@ P = TypeVar("P", bound=Pairs)
 Found = tuple[list[Score], dict[str, Any], np.ndarray | None]
 """Scores, what a card says of the probe, and a picture."""
 
+_PARTS = ("kept", "held")
 SEGMENT_FILES = {
     "linear": "segment.json",
     "mlp": "segment-mlp.json",
@@ -45,7 +46,7 @@ SEGMENT_FILES = {
 
 def segment(config: SegmentConfig) -> Result:
     """Segmentation scores: mean IoU of a head on patch tokens."""
-    opened = [_opened(spec, config, open_pairs) for spec in _given(config)]
+    opened = [_opened(spec, config, "pairs", open_pairs) for spec in _given(config)]
     options = _some(SegmentOptions, config)
 
     def probe(backbone: Backbone, train: Pairs, val: Pairs, machine: Machine) -> Found:
@@ -57,7 +58,7 @@ def segment(config: SegmentConfig) -> Result:
 
 def depth(config: DepthConfig) -> Result:
     """Depth scores: delta1 and others of a head on feature maps."""
-    opened = [_opened(spec, config, open_depths) for spec in _given(config)]
+    opened = [_opened(spec, config, "depth", open_depths) for spec in _given(config)]
     for pairs in opened:
         pairs.scale = config.scale
     options = _some(DepthOptions, config)
@@ -80,16 +81,15 @@ def _given(config: EvalConfig) -> tuple[str, str]:
     return data.train, data.val
 
 
-def _opened(spec: str, config: EvalConfig, whole: Callable[[str, EvalData], P]) -> P:
+def _opened(spec: str, config: EvalConfig, scheme: str, whole: Callable[[str, EvalData], P]) -> P:
     """Pairs of a specification, or a part of them: ``kept:`` or ``held:``.
 
     Raises:
         UserError: they cannot be opened; or there are others than ``whole`` opens.
     """
-    part, _, rest = spec.partition(":")
-    if part not in ("kept", "held"):
+    part = spec.split(":")
+    if part[0] not in _PARTS or scheme not in part:
         return whole(spec, config.data)
-    whole(rest.split(":", 1)[1] if rest.startswith(("kept:", "held:")) else rest, config.data)
     return pairs_of(open_source(spec, config.data))  # type: ignore[return-value]
 
 
@@ -117,10 +117,8 @@ def _dense(
     started, (train, val) = time.perf_counter(), opened
     for line in leaks({"data.train": train, "data.val": val}):
         log.warning("warning: %s", line)
-    if content_sha256(train) == content_sha256(val):
-        log.warning(
-            "warning: --data.val and --data.train are the same images: the score is no test"
-        )
+    content = [content_sha256(pairs) for pairs in opened]
+    tell_same(*content)
     parallel = start_parallel(config.device)
     device, seed = parallel.device, config.seed
     if parallel.world > 1:
@@ -133,10 +131,11 @@ def _dense(
         ready(backbone.module, device)
     scores, about, made = probe(backbone, train, val, machine)
     splits = {
-        split: split_card(pairs, None, content_sha256(pairs), train if pairs is val else None)
-        | {digest: content_sha256(pairs.masks)}
-        for split, pairs in (("train", train), ("val", val))
+        "train": split_card(train, None, content[0]),
+        "val": split_card(val, None, content[1], train),
     }
+    for split, pairs in zip(splits.values(), opened, strict=True):
+        split[digest] = content_sha256(pairs.masks)
     card = protocol_card(
         name,
         backbone.identity,

@@ -7,7 +7,6 @@ import hashlib
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from ssl_vit.commands.cli import show_table
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
+from ssl_vit.common.reading import beside
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source
@@ -23,6 +23,7 @@ from ssl_vit.data.depths import DepthPairs
 from ssl_vit.data.images import Given, open_images
 from ssl_vit.data.pairs import PairImages, Pairs, pairs_of, whole_pairs
 from ssl_vit.data.view import View
+from ssl_vit.evaluators.backbone import check_patches
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.classifier import MODEL_FILE, saved_step
 from ssl_vit.evaluators.dense_kinds import DepthKind, Kind, Scored, SegmentKind
@@ -36,6 +37,7 @@ from ssl_vit.evaluators.scores import UNITS
 from ssl_vit.evaluators.start import Start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.pictures.boundaries import evenly
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.session import Session, counted
 from ssl_vit.weights.exchange import HEAD, EncoderInfo, contiguous_state, sha256, write_own
@@ -59,21 +61,9 @@ def check_options(config: FinetuneConfig) -> None:
         flag = f"--tune.{option.replace('_', '-')}"
         check(given == none, f"{flag} is {given}; of {spec} pixels are learned: leave it out")
     check(not config.data.labels, f"--data.labels is not for {spec}, of which pixels are learned")
-    prefix = f"{config.dense}:"
-    right = not config.data.val or prefix in config.data.val
-    check(right, f"--data.val is {config.data.val!r}; --data.train is {prefix}: both must be")
-
-
-def check_size(start: Start, size: tuple[int, int]) -> None:
-    """Check that patches of a plain ViT fill images of this size.
-
-    Raises:
-        UserError: they do not.
-    """
-    if isinstance(start.module, Encoder):
-        patch, sides = start.module.patch_size, f"{size[0]}x{size[1]}"
-        rule = f"--tune.image-size is {sides}; it must be divisible by the patch size, {patch}"
-        check(all(side % patch == 0 for side in size), rule)
+    val = config.data.val
+    right = not val or beside(val) == config.dense
+    check(right, f"--data.val is {val!r}; --data.train is {config.dense}:: both must be")
 
 
 class DenseTuning(Session):
@@ -89,11 +79,11 @@ class DenseTuning(Session):
         self.start, tune, size = start, config.tune, config.tune.image_size
         self.kind = kind_of(config, images.train, images.val)
         self.size = (size[0], size[-1]) if size else start.size
-        check_size(start, self.size)
-        module = trainable(start.module, tune.drop_path)
-        if not isinstance(module, Encoder):
-            given = start.identity["given"]
-            set_image_size(module, self.size, "--tune.image-size", given)
+        module, option = trainable(start.module, tune.drop_path), "--tune.image-size"
+        if isinstance(module, Encoder):
+            check_patches(option, self.size, module.patch_size)
+        else:
+            set_image_size(module, self.size, option, start.identity["given"])
         maps = FeatureMaps(module, self.kind.maps, self.kind.spread)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
@@ -128,10 +118,11 @@ class DenseTuning(Session):
         digest = hashlib.sha256()
         for source in (self.images.train, self.images.val):
             digest.update(content_sha256(pairs_of(source).masks).encode())
-        identity = self.start.identity
-        encoder = identity.get("weights_sha256") or identity.get("sha256")
-        weights = {"encoder": encoder} if encoder else {}
-        return {**self.images.fingerprint, "labels": digest.hexdigest(), "weights": weights}
+        return {
+            **self.images.fingerprint,
+            "labels": digest.hexdigest(),
+            "weights": self.start.weights,
+        }
 
     def export(self, whole: Task) -> Callable[[], object]:
         """Snapshot of the network; the returned function writes its file, which opens as an encoder
@@ -219,9 +210,7 @@ def check_sizes(pairs: Pairs, channels: int) -> None:
     Raises:
         UserError: one is not.
     """
-    count = min(_LOOKED, len(pairs))
-    some = [i * len(pairs) // count for i in range(count)]
-    PairImages(pairs, (8, 8), channels).__getitems__(some)
+    PairImages(pairs, (8, 8), channels).__getitems__(evenly(len(pairs), _LOOKED))
 
 
 def kind_of(config: FinetuneConfig, train: Source, val: Source) -> Kind:
@@ -265,5 +254,5 @@ def show_results(session: DenseTuning) -> dict[str, float]:
     for name in pictures:
         print(f"{name}: {session.out / name}.png")
     print(f"protocol and scores: {session.out / CARD_FILE}")
-    print(f"curves:   tensorboard --logdir {shlex.quote(str(Path(session.out)))}")
+    print(f"curves:   tensorboard --logdir {shlex.quote(str(session.out))}")
     return {f"final/{name}": value for name, value in score.metrics.items()}

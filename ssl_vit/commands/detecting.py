@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
+from ssl_vit.common.reading import beside
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source, check_classes
@@ -40,7 +40,6 @@ from ssl_vit.evaluators.scores import Score
 from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.run_files import slug
 from ssl_vit.training.session import Session, counted
 from ssl_vit.weights.exchange import contiguous_state, sha256, write_own
 
@@ -63,15 +62,9 @@ def parse_options(argv: list[str]) -> tuple[DetectConfig, Start]:
     if not data.mean and data.statistics == "default":
         config = replace(config, data=replace(data, mean=start.mean, std=start.std))
     if not config.run.out:
-        config = replace(config, run=replace(config.run, out=str(default_folder(config, start))))
+        out = str(start.default_folder("detect", data.train))
+        config = replace(config, run=replace(config.run, out=out))
     return config, start
-
-
-def default_folder(config: DetectConfig, start: Start) -> Path:
-    """Default run folder: inside the encoder's run; for other encoders named after the images."""
-    if start.folder is None:
-        return Path(f"runs/detect-{slug(config.data.train)}")
-    return start.folder / ("detect" if start.pretrained else "random-detect")
 
 
 def annotated_images(config: DetectConfig, start: Start) -> Images:
@@ -84,7 +77,7 @@ def annotated_images(config: DetectConfig, start: Start) -> Images:
     for option in ("train", "val"):
         spec = getattr(config.data, option)
         rule = "objects are read from coco:ROOT or coco:IMAGES:ANNOTATIONS.json"
-        check("coco:" in spec or not spec, f"--data.{option} is {spec!r}; {rule}")
+        check(beside(spec) == "coco" or not spec, f"--data.{option} is {spec!r}; {rule}")
     own = Given(f"--encoder {config.encoder}", start.mean, start.std)
     images = open_images(config.data, config.run.seed, own)
     check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
@@ -150,10 +143,11 @@ class Detection(Session):
         labels = [
             coco_of(s, "")[0].annotations_sha256() for s in (self.images.train, self.images.val)
         ]
-        identity = self.start.identity
-        encoder = identity.get("weights_sha256") or identity.get("sha256")
-        weights = {"encoder": encoder} if encoder else {}
-        return {**self.images.fingerprint, "labels": " ".join(labels), "weights": weights}
+        return {
+            **self.images.fingerprint,
+            "labels": " ".join(labels),
+            "weights": self.start.weights,
+        }
 
     def export(self, whole: Task) -> Callable[[], object]:
         """Snapshot of the detector; the returned function writes its file."""

@@ -178,9 +178,8 @@ class Evaluation:
             name: split_card(source, self._features.get(name), self.content(name), train)
             for name, source in self.sources.items()
         }
-        if "val" in splits and self.content("val") == self.content("train"):
-            log.warning("--data.val and --data.train are the same images: the score is no test")
-        elif "val" in splits and (same := self.identical()):
+        told = "val" in splits and tell_same(self.content("train"), self.content("val"))
+        if "val" in splits and not told and (same := self.identical()):
             splits["val"]["identical_in_training"] = same
             text = (
                 "warning: %s of %s images of --data.val are in --data.train, too, byte for byte: "
@@ -202,6 +201,16 @@ class Evaluation:
     def out(self, evaluator: str) -> Path:
         """Path of the result file."""
         return result_file(self.config.out, self.backbone, f"{evaluator}.json")
+
+
+def tell_same(train: str, val: str) -> bool:
+    """Whether training and validation images, by their content hashes, are the same, which is
+    said."""
+    if train == val:
+        log.warning(
+            "warning: --data.val and --data.train are the same images: the score is no test"
+        )
+    return train == val
 
 
 def look_at(source: Source, backbone: Backbone, seed: int = 0) -> None:

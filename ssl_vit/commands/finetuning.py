@@ -8,7 +8,6 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,6 @@ from ssl_vit.evaluators.selection import guesses_of, outputs_of, quality
 from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.run_files import slug
 from ssl_vit.training.session import Session, counted
 from ssl_vit.weights.exchange import EncoderInfo, sha256
 
@@ -75,15 +73,9 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
     if not data.mean and data.statistics == "default":
         config = replace(config, data=replace(data, mean=start.mean, std=start.std))
     if not config.run.out:
-        config = replace(config, run=replace(config.run, out=str(default_folder(config, start))))
+        out = str(start.default_folder("finetune", data.train))
+        config = replace(config, run=replace(config.run, out=out))
     return config, start
-
-
-def default_folder(config: FinetuneConfig, start: Start) -> Path:
-    """Default run folder: inside the encoder's run; for other encoders named after the images."""
-    if start.folder is None:
-        return Path(f"runs/finetune-{slug(config.data.train)}")
-    return start.folder / ("finetune" if start.pretrained else "random-finetune")
 
 
 def count_classes(images: Images) -> int:
@@ -167,10 +159,11 @@ class Finetuning(Session):
         for source in (self.images.train, self.images.val):
             digest.update(repr(source.classes).encode())
             digest.update(b"none" if source.labels is None else source.labels.tobytes())
-        identity = self.start.identity
-        encoder = identity.get("weights_sha256") or identity.get("sha256")
-        weights = {"encoder": encoder} if encoder else {}
-        return {**self.images.fingerprint, "labels": digest.hexdigest(), "weights": weights}
+        return {
+            **self.images.fingerprint,
+            "labels": digest.hexdigest(),
+            "weights": self.start.weights,
+        }
 
     def export(self, whole: Task) -> Callable[[], object]:
         """Snapshot of the evaluated network; the returned function writes its file."""

@@ -16,6 +16,14 @@ from ssl_vit.common.checks import (
 )
 from ssl_vit.common.errors import UserError, check
 
+BESIDE = ("pairs", "depth", "coco")
+"""Schemes of images with masks, depth maps or annotated objects beside them."""
+
+
+def beside(spec: str) -> str:
+    """What lies beside the images of a specification, a scheme of ``BESIDE``; empty: nothing."""
+    return next((scheme for scheme in BESIDE if f"{scheme}:" in spec), "")
+
 
 def _is_window(texts: tuple[str, ...]) -> bool:
     """True for the centre and the width of a window."""

@@ -46,17 +46,8 @@ class DepthPairs(Pairs):
     beside = DEPTHS
     scale: float = 1.0
 
-    def read_mask(self, i: int) -> Float32[Tensor, "h w"]:
-        """Read the depth map of image i; 0 where there is no depth.
-
-        Raises:
-            BadImage: the file cannot be read or decoded.
-            UserError: the file is no depth map.
-        """
-        place = int(self.couples[i, 1])
-        raw = self.masks.read(place)[0]
-        assert isinstance(raw, bytes)
-        return decode_depth(raw, self.masks.name(place), self.scale)
+    def decoded(self, raw: bytes, name: str) -> Float32[Tensor, "h w"]:
+        return decode_depth(raw, name, self.scale)
 
 
 def open_depths(spec: str, reading: ReadConfig | None = None, scale: float = 1.0) -> DepthPairs:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Integer, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
@@ -73,8 +73,8 @@ class Pairs(Source):
     def name(self, i: int) -> str:
         return self.images.name(int(self.couples[i, 0]))
 
-    def read_mask(self, i: int) -> Integer[Tensor, "h w"]:
-        """Read the mask of image i: the class of each pixel.
+    def target(self, i: int) -> Shaped[Tensor, "h w"]:
+        """Read the map of image i: of a mask the class of each pixel.
 
         Raises:
             BadImage: the file cannot be read or decoded.
@@ -83,10 +83,11 @@ class Pairs(Source):
         place = int(self.couples[i, 1])
         raw = self.masks.read(place)[0]
         assert isinstance(raw, bytes)
-        return decode_mask(raw, self.masks.name(place))
+        return self.decoded(raw, self.masks.name(place))
 
-    def target(self, i: int) -> Shaped[Tensor, "h w"]:
-        return self.read_mask(i)
+    def decoded(self, raw: bytes, name: str) -> Shaped[Tensor, "h w"]:
+        """Decode the file of a map."""
+        return decode_mask(raw, name)
 
     def take(self, rows: Tensor) -> Pairs:
         """Subset of these pairs, in this order."""
@@ -260,7 +261,7 @@ class PairImages(EvalImages):
                 raw = self.source.read(index)[0]
                 image = decode(raw, self.channels, self.source.reading)
                 views = [with_data(resized(image, size)) for size in self.sizes]
-                mask = self.source.read_mask(index)
+                mask = self.source.target(index)
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
                 continue

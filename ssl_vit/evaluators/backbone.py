@@ -154,11 +154,21 @@ def _size(size: tuple[int, ...], info: EncoderInfo, module: Encoder | None) -> t
     if not size:
         return module.image_size
     patch = module.patch_size
-    check(
-        all(s % patch == 0 for s in size),
-        f"--size is {size[0]}x{size[-1]}; it must be divisible by the patch size, {patch}",
-    )
+    check_patches("--size", (size[0], size[-1]), patch)
     return size[0], size[-1]
+
+
+def check_patches(option: str, size: tuple[int, ...], patch: int) -> None:
+    """Check that patches of ``patch`` pixels fill images of a size that ``option`` gives.
+
+    Raises:
+        UserError: they do not.
+    """
+    shown = "x".join(map(str, size))
+    check(
+        all(side > 0 and side % patch == 0 for side in size),
+        f"{option} is {shown}; it must be divisible by the patch size, {patch}",
+    )
 
 
 def _is_plain(architecture: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
+from ssl_vit.evaluators.backbone import check_patches
 from ssl_vit.evaluators.start import Start
 from ssl_vit.model.architecture import set_norm_eps, stem_option, timm_kwargs
 from ssl_vit.model.block import lean_blocks
@@ -132,11 +133,7 @@ def _of_encoder(
 ) -> tuple[TimmCall, dict[str, Tensor], tuple[str, ...]]:
     """Timm call, the encoder's tensors for it, and name prefixes of the new tensors."""
     patch, vit = encoder.patch_size, encoder.vit
-    check(
-        all(s > 0 and s % patch == 0 for s in size),
-        f"--tune.image-size is {'x'.join(map(str, size))}; it must be divisible by the patch "
-        f"size, {patch}",
-    )
+    check_patches("--tune.image-size", size, patch)
     check(
         pooling == "mean" or vit.cls_token is not None,
         "--tune.pooling is 'cls'; this encoder has no [CLS]: use mean",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
 from ssl_vit.data.dense import TARGET
-from ssl_vit.evaluators.maps import FeatureMaps
+from ssl_vit.evaluators.maps import FeatureMaps, freeze_unused, with_drop_path
 from ssl_vit.evaluators.maps_task import MapsTask
 from ssl_vit.model.encoder import Encoder
 
@@ -59,33 +57,18 @@ def trainable(module: nn.Module, drop_path: float) -> nn.Module:
     """Encoder with stochastic depth, with the same weights; another network as it is."""
     if not isinstance(module, Encoder) or not drop_path:
         return module
-    with torch.random.fork_rng(devices=[]):
-        made = Encoder(replace(module.config, drop_path=drop_path), module.channels)
-    made.load_state_dict(module.state_dict())
-    return made
+    return with_drop_path(module, drop_path)
 
 
 def train_what_counts(network: DenseNetwork, size: tuple[int, int], channels: int) -> None:
-    """Train the weights that predictions depend on, and no others: those of what follows the last
-    map (a norm before the classifier that is gone) have no gradient, which processes that train
-    together would wait for.
+    """Train the weights of the encoder that its maps depend on, and no others.
 
     Raises:
         UserError: the network takes no images of this size.
     """
-    images = torch.zeros(1, channels, *size)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    was = network.training
     try:
-        made = network.eval()(images).sum()
+        freeze_unused(network.maps, channels, size)
     except Exception as error:  # timm's networks raise what they like
-        text = " ".join(str(error).split())[:200]
-        sides = f"{size[0]}x{size[1]}"
-        raise UserError(
-            f"images of {sides} do not fit: {text}; give another --tune.image-size"
-        ) from None
-    for weight, slope in zip(
-        trained, torch.autograd.grad(made, trained, allow_unused=True), strict=True
-    ):
-        weight.requires_grad_(slope is not None)
-    network.train(was)
+        text, sides = " ".join(str(error).split())[:200], f"{size[0]}x{size[1]}"
+        remedy = "give another --tune.image-size"
+        raise UserError(f"images of {sides} do not fit: {text}; {remedy}") from None

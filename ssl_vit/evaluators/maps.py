@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -104,6 +107,32 @@ def _of(stage: dict[str, Any]) -> tuple[int, int] | None:
 def _last_of_each(strides: list[int]) -> list[int]:
     """Index of the last map of each stride, the finest first."""
     return sorted({stride: i for i, stride in enumerate(strides)}.values())
+
+
+def with_drop_path(old: Encoder, drop_path: float) -> Encoder:
+    """Copy of an encoder, with another stochastic depth."""
+    with torch.random.fork_rng(devices=[]):
+        new = Encoder(replace(old.config, drop_path=drop_path), old.channels)
+    new.vit.load_state_dict(old.vit.state_dict(), strict=True)
+    return new
+
+
+def freeze_unused(maps: FeatureMaps, channels: int, size: tuple[int, int]) -> None:
+    """Train nothing that the maps do not depend on, as a norm before the classifier that is gone:
+    processes that train together wait for the gradient of each trained weight.
+
+    Found on the meta device, which computes nothing. Networks raise what they like where images of
+    this size do not fit.
+    """
+    blank = copy.deepcopy(maps).to("meta").eval()
+    made = blank(torch.zeros(1, channels, *size, device="meta"))
+    named = [(name, p) for name, p in blank.named_parameters() if p.requires_grad]
+    total = torch.stack([one.sum() for one in made]).sum()
+    found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    unused = {name for (name, _), grad in zip(named, found, strict=True) if grad is None}
+    for name, parameter in maps.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
 
 
 def maps_of(backbone: Backbone, count: int = 1, spread: bool = False) -> FeatureMaps:

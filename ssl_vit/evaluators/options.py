@@ -21,7 +21,7 @@ from ssl_vit.common.checks import (
 )
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import check
-from ssl_vit.common.reading import DataConfig
+from ssl_vit.common.reading import DataConfig, beside
 from ssl_vit.evaluators.depth_options import DepthHeadOptions
 
 # Numbers of neighbours.
@@ -208,8 +208,8 @@ class FinetuneConfig:
     def dense(self) -> str:
         """What is learned of each pixel, ``pairs`` or ``depth``, as the images are named; empty:
         nothing, but the classes of images."""
-        kinds = [kind for kind in ("pairs", "depth") if f"{kind}:" in self.data.train]
-        return kinds[0] if kinds else ""
+        kind = beside(self.data.train)
+        return kind if kind in ("pairs", "depth") else ""
 
     def __post_init__(self) -> None:
         check(

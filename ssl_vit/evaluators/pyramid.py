@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections import OrderedDict
 from typing import Any
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.evaluators.maps import FeatureMaps
+from ssl_vit.evaluators.backbone import check_patches
+from ssl_vit.evaluators.maps import FeatureMaps, freeze_unused, with_drop_path
 from ssl_vit.evaluators.start import Start
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.windows import use_windows
@@ -138,13 +138,9 @@ def backbone_of(
     """
     given = start.identity["given"]
     if isinstance(start.module, Encoder):
-        encoder = _rebuilt(start.module, 0.0 if frozen else drop_path)
+        encoder = with_drop_path(start.module, 0.0 if frozen else drop_path)
         patch = encoder.patch_size
-        shown = "x".join(map(str, size))
-        check(
-            all(side % patch == 0 for side in size),
-            f"--detect.image-size is {shown}; it must be divisible by the patch size, {patch}",
-        )
+        check_patches("--detect.image-size", size, patch)
         if windows:
             grid = size[0] // patch, size[1] // patch
             use_windows(encoder, grid, windows, global_blocks)
@@ -158,7 +154,7 @@ def backbone_of(
     made = PyramidBackbone(body, neck, channels, frozen)
     _check_levels(made, start.channels, size)
     if not frozen:
-        _freeze_unused(made, start.channels, size)
+        freeze_unused(body, start.channels, size)
     return made
 
 
@@ -167,14 +163,6 @@ def _neck(body: FeatureMaps, channels: int) -> SimplePyramid | StagePyramid:
     if len(body.strides) > 1:
         return StagePyramid(body.widths, body.strides, channels)
     return SimplePyramid(body.widths[0], body.strides[0], channels)
-
-
-def _rebuilt(old: Encoder, drop_path: float) -> Encoder:
-    """Copy of an encoder, with another stochastic depth."""
-    config = dataclasses.replace(old.config, drop_path=drop_path)
-    new = Encoder(config, old.channels)
-    new.vit.load_state_dict(old.vit.state_dict(), strict=True)
-    return new
 
 
 def _of_network(start: Start, size: tuple[int, int]) -> FeatureMaps:
@@ -240,20 +228,3 @@ def _check_levels(backbone: PyramidBackbone, channels: int, size: tuple[int, int
             f"--detect.image-size is {shown}; both must be {coarsest:g} or more, the stride of the "
             "coarsest level"
         ) from None
-
-
-def _freeze_unused(backbone: PyramidBackbone, channels: int, size: tuple[int, int]) -> None:
-    """Train nothing that the maps do not depend on, as a final norm after them: processes that
-    train together wait for the gradient of each trained weight.
-
-    Found on the meta device, which computes nothing.
-    """
-    blank = copy.deepcopy(backbone.body).to("meta")
-    maps = blank(torch.zeros(1, channels, *size, device="meta"))
-    named = [(name, p) for name, p in blank.named_parameters() if p.requires_grad]
-    total = torch.stack([one.sum() for one in maps]).sum()
-    found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-    unused = {name for (name, _), grad in zip(named, found, strict=True) if grad is None}
-    for name, parameter in backbone.body.named_parameters():
-        if name in unused:
-            parameter.requires_grad_(False)

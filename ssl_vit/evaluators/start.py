@@ -15,6 +15,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.training.run_files import slug
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.own_files import ENCODER_FILE
 
@@ -39,6 +40,19 @@ class Start:
     identity: dict[str, Any]
     arch: str = ""
     folder: Path | None = None
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Hash of its weights, by the option that names them; empty: they are random."""
+        found = self.identity.get("weights_sha256") or self.identity.get("sha256")
+        return {"encoder": found} if found else {}
+
+    def default_folder(self, kind: str, images: str) -> Path:
+        """Default folder of a run of this kind: inside the encoder's run; for other encoders named
+        after the training images."""
+        if self.folder is None:
+            return Path(f"runs/{kind}-{slug(images)}")
+        return self.folder / (kind if self.pretrained else f"random-{kind}")
 
     @property
     def depth(self) -> int | None:

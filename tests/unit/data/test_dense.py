@@ -56,7 +56,7 @@ def test_parts_of_a_source_have_their_own_maps(pairs):
     part = Subset(pairs, np.array([4, 2]))
     views = images_of(part, scale=(1.0, 1.0), flip=0.0).__getitems__([(0, 0), (0, 1)]).views
     for row, i in enumerate((4, 2)):
-        expected = cut_map(pairs.read_mask(i), views.boxes[0][row], SIZE)
+        expected = cut_map(pairs.target(i), views.boxes[0][row], SIZE)
         assert (views.drawn[TARGET][row] == expected).all()
 
 

@@ -90,9 +90,9 @@ def test_images_and_maps_are_paired_by_their_names(tmp_path):
     root = folders(tmp_path)
     for spec in (f"depth:{root}", f"depth:{root}/images:{root}/depth"):
         pairs = open_depths(spec, scale=0.001)
-        assert [float(pairs.read_mask(i)[0, 0]) for i in range(2)] == [0, 1]
+        assert [float(pairs.target(i)[0, 0]) for i in range(2)] == [0, 1]
         taken = pairs.take(torch.tensor([1]))
-        assert float(taken.read_mask(0)[0, 0]) == 1
+        assert float(taken.target(0)[0, 0]) == 1
         assert taken.name(0) == pairs.name(1)
 
 

@@ -85,10 +85,10 @@ def test_both_forms_name_the_same_pairs(tmp_path):
         assert len(pairs) == 3
         names = [Path(pairs.name(i)).relative_to(root / "images").as_posix() for i in range(3)]
         assert names == ["a.jpg", "b.jpg", "deep/er/c.jpg"]
-        assert [int(pairs.read_mask(i)[0, 0]) for i in range(3)] == [2, 0, 1]
+        assert [int(pairs.target(i)[0, 0]) for i in range(3)] == [2, 0, 1]
         assert pairs.read(1)[0] == (root / "images/b.jpg").read_bytes()
     taken = short.take(torch.tensor([2, 0]))
-    assert [int(taken.read_mask(i)[0, 0]) for i in range(2)] == [1, 2]
+    assert [int(taken.target(i)[0, 0]) for i in range(2)] == [1, 2]
     assert taken.name(0) == short.name(2)
 
 

@@ -88,7 +88,7 @@ def test_depth_is_learned(tmp_path, data, head, epochs, rate, monkeypatch):
     """Better than the best constant by far; the picture has a row for each of six images."""
     monkeypatch.setattr(probe, "LEARNING_RATES", {head: (rate,)})
     score, card, picture = run(vit(tmp_path), *data, head=head, epochs=epochs)
-    truth = torch.stack([open_depths(data[1], scale=0.001).read_mask(i) for i in range(8)])
+    truth = torch.stack([open_depths(data[1], scale=0.001).target(i) for i in range(8)])
     ratios = [torch.maximum(c / truth, truth / c) for c in np.linspace(0.4, 2.2, 50)]
     constant = max(float((ratio < 1.25).float().mean()) for ratio in ratios)
     assert score.value == score.metrics["delta1"] > 100 * constant + 20
@@ -103,7 +103,7 @@ def test_depth_is_learned(tmp_path, data, head, epochs, rate, monkeypatch):
         "val_pixels": 8 * 64 * 64 - card["pairs"]["val_pixels_beyond"],
         "val_pixels_beyond": card["pairs"]["val_pixels_beyond"],
     }
-    highest = max(float(open_depths(data[0], scale=1e-3).read_mask(i).max()) for i in range(40))
+    highest = max(float(open_depths(data[0], scale=1e-3).target(i).max()) for i in range(40))
     assert card["probe"]["max_depth"] == highest
     assert picture.shape[0] > 6 * 96
 

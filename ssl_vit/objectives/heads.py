@@ -44,15 +44,17 @@ class _Prototypes(torch.autograd.Function):
 
     The outputs are scaled, not the weights: no other tensor of the weights' size is made, but
     their copy in the precision of ``x``. In backward the gradient that v has through its length
-    is a multiple of v itself, and is added to the one through the product in the same pass.
+    is a multiple of v itself, and is added to the one through the product, of some rows at a time.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Float[Tensor, "n d"], v: Float[Tensor, "k d"], g: Float[Tensor, "k 1"]
     ) -> Float[Tensor, "n k"]:
-        low = v.to(x.dtype)
-        length = v.norm(dim=1, keepdim=True)
+        low, length = torch.empty_like(v, dtype=x.dtype), torch.empty_like(g)
+        for block in row_blocks(v):
+            low[block] = v[block]
+            length[block] = v[block].norm(dim=1, keepdim=True)
         products = F.linear(x, low)
         ctx.save_for_backward(x, v, g, low, length, products)
         scale, kind = (g / length).T, at_least_fp32(products[:0]).dtype
@@ -75,7 +77,10 @@ class _Prototypes(torch.autograd.Function):
             low_grad[block] = (grad[block] * scale).to(x.dtype)
         of_gain, grad = total.T / length, low_grad
         if moves:
-            of_v = torch.addcmul(grad.T @ x, v, -of_gain * g / length.square())
+            of_v, multiple = torch.empty_like(v), -of_gain * g / length.square()
+            for block in row_blocks(v):
+                through_product = (grad.T[block] @ x).to(v.dtype)
+                torch.addcmul(through_product, v[block], multiple[block], out=of_v[block])
         return grad @ low, of_v, of_gain if stretches else None
 
 

@@ -78,15 +78,15 @@ class Rotation:
         once, in bfloat16.
         """
         cos, sin = self.values.unsqueeze(-3)
-        sign, half = -1.0 if back else 1.0, x.shape[-1] // 2
+        sin = -sin if back else sin
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        half = x.shape[-1] // 2
         many = max(1, _CACHED // max(1, x[:, :1].numel()))
         for start in range(0, x.shape[1], many):
             some = slice(start, start + many)
             c, s = (cos, sin) if cos.ndim == 3 else (cos[some], sin[some])
-            part = x[:, some]
-            first, second = part.to(cos.dtype, copy=True).chunk(2, dim=-1)
-            part[..., :half] = (first * c).addcmul_(second, s, value=-sign)
-            part[..., half:] = (second * c).addcmul_(first, s, value=sign)
+            part = x[:, some].to(cos.dtype, copy=True)
+            x[:, some] = (part * c).addcmul_(part.roll(half, -1), s)
 
 
 @dataclass(frozen=True)

@@ -14,61 +14,13 @@ from timm.layers import Attention, Mlp
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ssl_vit.model.attend import Attend, attend
 from ssl_vit.model.drop_path import DropPath, redraw
+from ssl_vit.model.linear import GeluLinear, scaled, scaled_weights, some_outputs, times
 from ssl_vit.model.rope import Rotation
-
-
-def _attend(
-    qkv: Float[Tensor, "b n 3 h d"], scale: float, rotation: Rotation | None
-) -> tuple[Float[Tensor, "b n hd"], Float[Tensor, "3 bh n d"], Float[Tensor, "bh n n"]]:
-    """softmax(q k^T scale) v for CPUs; queries, keys and values in order; attention weights.
-
-    The same sum as plain matmul-softmax-matmul; queries, keys and values are brought into order
-    together, once, and no scaled copy is made.
-    """
-    b, n, _, h, d = qkv.shape
-    apart = qkv.permute(2, 0, 3, 1, 4).reshape(3, b * h, n, d)
-    if rotation is not None:
-        rotation.turn_(apart[:2].view(2, b, h, n, d))
-    q, k, v = apart.unbind()
-    weights = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale).softmax(-1)
-    out = torch.bmm(weights, v).view(b, h, n, d).transpose(1, 2).reshape(b, n, h * d)
-    return out, apart, weights
-
-
-class _Attend(torch.autograd.Function):
-    """``_attend``, whose gradients are brought into order together, too."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Float[Tensor, "b n 3 h d"], scale: float, rotation: Rotation | None
-    ) -> Float[Tensor, "b n hd"]:
-        out, apart, weights = _attend(qkv, scale, rotation)
-        ctx.save_for_backward(apart, weights)
-        ctx.scale, ctx.rotation = scale, rotation
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "b n hd"]) -> tuple[Tensor, None, None]:
-        apart, weights = ctx.saved_tensors
-        q, k, v = apart.unbind()
-        b, (n, d) = len(grad), q.shape[1:]
-        heads = grad.shape[2] // d  # stochastic depth may keep no image at all
-        grad = grad.view(b, n, heads, d).transpose(1, 2).reshape(q.shape)
-        own = torch.empty_like(apart)
-        torch.bmm(weights.mT, grad, out=own[2])
-        inner = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
-        torch.baddbmm(own[0], inner, k, beta=0, alpha=ctx.scale, out=own[0])
-        torch.baddbmm(own[1], inner.mT, q, beta=0, alpha=ctx.scale, out=own[1])
-        own = own.view(3, b, heads, n, d)
-        if ctx.rotation is not None:
-            ctx.rotation.turn_(own[:2], back=True)
-        return own.permute(1, 3, 0, 2, 4), None, None
 
 
 class _Lean:
@@ -95,14 +47,14 @@ class _Lean:
             assert rows is None, "a mask is for all tokens"
             assert attended is None, "a mask states what is attended to"
             found: Tensor = super().forward(x, *mask, **masks)  # type: ignore[misc]
-            return _times(found, gamma)
+            return times(found, gamma)
         dropout = own.attn_drop.p if own.training else 0.0
         normed = any(not isinstance(m, nn.Identity) for m in (own.q_norm, own.k_norm))
         whole = rows is None and attended is None
         if whole and not (own.fused_attn or normed or dropout) and x.device.type == "cpu":
-            qkv = _part(self.qkv, self._bias(), x).unflatten(-1, (3, self.num_heads, -1))
+            qkv = some_outputs(self.qkv, self._bias(), x).unflatten(-1, (3, self.num_heads, -1))
             args = qkv, own.scale, rotation
-            out = _Attend.apply(*args) if torch.is_grad_enabled() else _attend(*args)[0]
+            out = Attend.apply(*args) if torch.is_grad_enabled() else attend(*args)[0]
         else:
             q, k, v = self.project(x, rows, rotation)
             if own.fused_attn:
@@ -128,7 +80,7 @@ class _Lean:
         gate = getattr(self, "gate", None)  # which older releases lack
         if gate is not None:
             out = out * gate(x).sigmoid()
-        return own.proj_drop(_scaled(own.proj, out, gamma))
+        return own.proj_drop(scaled(own.proj, out, gamma))
 
     def project(
         self,
@@ -140,12 +92,12 @@ class _Lean:
         own: Any = self
         heads, bias = self.num_heads, self._bias()
         if rows is None:
-            joined = _part(self.qkv, bias, x)
+            joined = some_outputs(self.qkv, bias, x)
             q, k, v = rearrange(joined, "b n (t h d) -> t b h n d", t=3, h=heads).unbind()
         else:
             width = self.qkv.out_features // 3
-            q = _part(self.qkv, bias, x[:, rows], slice(0, width))
-            kv = _part(self.qkv, bias, x, slice(width, None))
+            q = some_outputs(self.qkv, bias, x[:, rows], slice(0, width))
+            kv = some_outputs(self.qkv, bias, x, slice(width, None))
             q = rearrange(q, "b m (h d) -> b h m d", h=heads)
             k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=heads).unbind()
         q, k = own.q_norm(q), own.k_norm(k)
@@ -170,64 +122,6 @@ class LeanEvaAttention(_Lean, EvaAttention):
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
 
-def _part(
-    linear: nn.Linear, bias: Tensor | None, x: Tensor, outputs: slice | None = None
-) -> Tensor:
-    """A linear layer with another bias; some of its outputs alone."""
-    if outputs is None:
-        return linear(x) if bias is linear.bias else F.linear(x, linear.weight, bias)
-    return F.linear(x, linear.weight[outputs], None if bias is None else bias[outputs])
-
-
-def _times(x: Tensor, gamma: Float[Tensor, " d"] | None) -> Tensor:
-    """Layer scale of what has been computed without it."""
-    return x if gamma is None else gamma * x
-
-
-def _scaled(linear: nn.Linear, x: Tensor, gamma: Float[Tensor, " d"] | None) -> Tensor:
-    """A linear layer, then layer scale."""
-    return linear(x) if gamma is None else F.linear(x, *_scaled_weights(linear, gamma))
-
-
-def _scaled_weights(
-    linear: nn.Linear, gamma: Float[Tensor, " d"] | None
-) -> tuple[Float[Tensor, "d k"], Float[Tensor, " d"] | None]:
-    """Weight and bias of a linear layer, scaled, so that its many results need not be: of these no
-    unscaled copy is kept for backward."""
-    weight, bias = linear.weight, linear.bias
-    if gamma is None:
-        return weight, bias
-    return gamma[:, None] * weight, None if bias is None else gamma * bias
-
-
-class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)); of the hidden layer h alone is kept, and gelu(h), as large, computed again.
-
-    That is a hundredth of a step's time for a fifth of what it keeps.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, h: Float[Tensor, "b n k"], weight: Float[Tensor, "d k"], bias: Tensor | None
-    ) -> Float[Tensor, "b n d"]:
-        ctx.save_for_backward(h, weight)
-        return F.linear(F.gelu(h), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad: Float[Tensor, "b n d"]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        h, weight = ctx.saved_tensors
-        of_h, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (
-            torch.ops.aten.gelu_backward(grad @ weight, h) if of_h else None,
-            rows.mT @ F.gelu(h).flatten(0, -2) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
-
-
 class LeanMlp(Mlp):
     """timm's MLP, which keeps its hidden layer for backward once, not before and after GELU.
 
@@ -242,14 +136,14 @@ class LeanMlp(Mlp):
         plain = plain and isinstance(self.norm, nn.Identity) and not dropout
         if not plain:
             found: Tensor = super().forward(x)
-            return _times(found, gamma)
+            return times(found, gamma)
         assert isinstance(self.fc2, nn.Linear)
         h = self.fc1(x)
         if not torch.is_grad_enabled():
-            return self.drop2(_scaled(self.fc2, act(h), gamma))
-        weight, bias = _scaled_weights(self.fc2, gamma)
+            return self.drop2(scaled(self.fc2, act(h), gamma))
+        weight, bias = scaled_weights(self.fc2, gamma)
         bias = None if bias is None else bias.to(h.dtype)
-        return self.drop2(_GeluLinear.apply(h, weight.to(h.dtype), bias))
+        return self.drop2(GeluLinear.apply(h, weight.to(h.dtype), bias))
 
 
 class LeanResidual(nn.Module):
@@ -296,13 +190,13 @@ class LeanResidual(nn.Module):
             if isinstance(own.attn, LeanAttention | LeanEvaAttention):
                 return own.attn(some, *mask, rows=rows, gamma=gamma, **turn, **masks)
             out = own.attn(some, *mask, **turn, **masks)
-            return _times(out if rows is None else out[:, rows], gamma)
+            return times(out if rows is None else out[:, rows], gamma)
 
         def perceive(some: Tensor, kept: Tensor | None) -> Tensor:
             gamma = self._gamma(2)
             if isinstance(own.mlp, LeanMlp):
                 return own.mlp(some, gamma)
-            return _times(own.mlp(some), gamma)
+            return times(own.mlp(some), gamma)
 
         # Norms are of all rows: those of some alone would keep another copy of their input.
         out = self._add(x if rows is None else x[:, rows], own.norm1(x), attend, own.drop_path1)

@@ -18,8 +18,6 @@ from ssl_vit.weights.own_files import BEST_FILE
 
 # Names in metrics.jsonl: the score that is selected by, and the lower end of the interval of k-NN.
 SELECTION, _LOW = "selection_knn", "knn_low"
-# Name of the best encoder in the table of scores, its step aside.
-BEST = "best encoder"
 # Images with labels without which none are held out to choose by: one is 2 points of their k-NN.
 _LEAST = 50
 _REMEDIES = (

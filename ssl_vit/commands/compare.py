@@ -19,7 +19,7 @@ from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.pictures.chart import Bars, bars
 
 log = logging.getLogger("ssl_vit")

@@ -25,7 +25,7 @@ from ssl_vit.commands.retrieval import retrieval
 from ssl_vit.commands.retrieval_options import RetrievalConfig
 from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ssl_vit.evaluators.copies import (
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import accuracy_interval
 from ssl_vit.evaluators.options import parts_of
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.pictures.couples import couples_panel
 from ssl_vit.pictures.thumbnails import thumbnails
 

@@ -26,7 +26,7 @@ from ssl_vit.evaluators.depth_options import DepthOptions
 from ssl_vit.evaluators.features import Machine, ready
 from ssl_vit.evaluators.options import SegmentOptions
 from ssl_vit.evaluators.protocol import protocol_card, split_card
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.segment import segment_probe
 from ssl_vit.training.parallel import resolve_precision, start_parallel
 

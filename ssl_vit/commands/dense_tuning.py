@@ -33,7 +33,7 @@ from ssl_vit.evaluators.maps import FeatureMaps
 from ssl_vit.evaluators.options import FinetuneConfig
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.pyramid import set_image_size
-from ssl_vit.evaluators.scores import UNITS
+from ssl_vit.evaluators.score import UNITS
 from ssl_vit.evaluators.start import Start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.model.encoder import Encoder

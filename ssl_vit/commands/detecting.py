@@ -36,7 +36,7 @@ from ssl_vit.evaluators.detector import HeadSizes, build_detector
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
 from ssl_vit.evaluators.pyramid import backbone_of
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.start import Start, for_channels, open_start
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.training.metrics import RunLog

@@ -26,7 +26,8 @@ from ssl_vit.evaluators.logreg import LogregProtocol, logreg_probe
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
 from ssl_vit.evaluators.online import online_probe, source_targets
 from ssl_vit.evaluators.published import ONLINE, OnlineProtocol, online_protocol
-from ssl_vit.evaluators.scores import Prediction, Score, check_labels, score_predictions
+from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.scores import Prediction, check_labels, score_predictions
 
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000

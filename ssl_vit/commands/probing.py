@@ -20,7 +20,7 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.figures import save_png
 from ssl_vit.common.layers import known_keys, parse, tree_flags
 from ssl_vit.evaluators.protocol import check_same, read_card, write_card
-from ssl_vit.evaluators.scores import UNITS, Score
+from ssl_vit.evaluators.score import UNITS, Score
 
 _PROG = "python -m ssl_vit.evaluate"
 _RUN: dict[str, Callable[[Any], Result]] = {

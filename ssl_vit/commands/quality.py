@@ -39,6 +39,7 @@ from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
 from ssl_vit.evaluators.protocol import write_card
+from ssl_vit.evaluators.score import PIXELS
 from ssl_vit.pictures.chart import Curve, curves
 from ssl_vit.records.run_folder import read_run
 from ssl_vit.training.parallel import resolve_device
@@ -227,7 +228,7 @@ def baselines(plan: Plan, first: int, results: Results) -> None:
     """
     known, networks = results.report["baselines"], set()
     folders = {entry.name: plan.out / f"runs/{entry.name}-seed{first}" for entry in plan.entries}
-    wanted = {"raw pixels": f"pixels:{folders[plan.entries[0].name]}"}
+    wanted = {PIXELS: f"pixels:{folders[plan.entries[0].name]}"}
     for name, folder in folders.items():
         network = str(asdict(read_info(folder / ENCODER_FILE).config))
         if network not in networks:

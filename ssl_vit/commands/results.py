@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 
-from ssl_vit.commands.beginning import BEST, verdict
+from ssl_vit.commands.beginning import verdict
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.evaluators.features import Embed, pixels, pooled, ready
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.protocol import protocol_card
+from ssl_vit.evaluators.score import BEST, GIVEN, PIXELS, RANDOM
 from ssl_vit.evaluators.watch import ScoreTable, Watch, read_scores, write_scores
 from ssl_vit.records.run_folder import read_run
 from ssl_vit.weights.exchange import load_encoder, sha256
@@ -65,7 +66,7 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
     rows = [
         (n, f"{row['knn'].value:.1f}", f"{row['linear'].value:.1f}") for n, row in table.items()
     ]
-    k = table["raw pixels"]["knn"].setting
+    k = table[PIXELS]["knn"].setting
     kind = "accuracy" if watch.val.targets is None else "mean average precision"
     title = f"{kind} in %, {len(watch.val):,} held-out and {len(watch.train):,} training images"
     show_table(title, rows, header=("features", f"k-NN {k}", "linear"))
@@ -77,13 +78,13 @@ def show_scores(session: Pretraining, watch: Watch) -> dict[str, float]:
 
 def measure(session: Pretraining, watch: Watch) -> ScoreTable:
     """Scores of raw pixels, the untrained encoder and the trained one, under one protocol."""
-    first = "initial encoder" if session.config.init.encoder else "random encoder"
+    first = GIVEN if session.config.init.encoder else RANDOM
     encoders = {first: session.untrained_encoder()}
     encoders[f"{session.name} encoder"] = session.task.exported_encoder()
     best = session.looks.best
     if best is not None and 0 < best["step"] < session.trainer.step:
         encoders[f"{BEST}, step {best['step']}"] = load_encoder(session.out / BEST_FILE)[0]
-    entries: dict[str, Embed] = {"raw pixels": pixels}
+    entries: dict[str, Embed] = {PIXELS: pixels}
     for name, encoder in encoders.items():
         ready(encoder, session.parallel.device)
         entries[name] = pooled(encoder)

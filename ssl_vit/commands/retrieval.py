@@ -19,7 +19,8 @@ from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import mean_interval
 from ssl_vit.evaluators.options import FEATURES
 from ssl_vit.evaluators.ranking import Ranked, Relevant, by_labels, by_pairs, itself, rank_queries
-from ssl_vit.evaluators.scores import Score, class_name, labelled
+from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.scores import class_name, labelled
 from ssl_vit.evaluators.whitening import Whitening
 
 

@@ -137,18 +137,6 @@ class Views:
         return found
 
 
-class Scalar(NamedTuple):
-    """Description of a logged number for people.
-
-    ``title``: its name for people. ``meaning``: its meaning, and how it should move, in a sentence
-    or two. ``falls``: whether a sound training makes it fall; None: it may do either.
-    """
-
-    title: str
-    meaning: str = ""
-    falls: bool | None = None
-
-
 class Task(nn.Module):
     """All that the loop knows of what it trains.
 

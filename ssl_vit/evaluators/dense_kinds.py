@@ -29,7 +29,7 @@ from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.map_material import MapExtractor
 from ssl_vit.evaluators.options import SegmentHeadOptions
 from ssl_vit.evaluators.patch_heads import upsampled
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.segment import count_mask_classes, segment_score
 from ssl_vit.evaluators.segment_heads import HeadModules, segmentation_head
 from ssl_vit.evaluators.segment_scores import known, score_masks

@@ -40,7 +40,7 @@ from ssl_vit.evaluators.frozen import BATCH, WARMUP, training_batches
 from ssl_vit.evaluators.map_material import MapExtractor, MapMaterial, gather_maps
 from ssl_vit.evaluators.maps import maps_of
 from ssl_vit.evaluators.patch_heads import WEIGHT_DECAY
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.selection import split_tenth
 from ssl_vit.pictures.boundaries import evenly
 

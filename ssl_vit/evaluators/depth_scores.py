@@ -22,7 +22,7 @@ from ssl_vit.evaluators.features import units_of
 from ssl_vit.evaluators.frozen import BATCH
 from ssl_vit.evaluators.map_material import MapExtractor, SeenMaps
 from ssl_vit.evaluators.patch_heads import upsampled
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.pictures.depth_panel import depth_panel
 from ssl_vit.pictures.thumbnails import as_rgb
 

@@ -16,7 +16,7 @@ from ssl_vit.data.base import Source, units
 from ssl_vit.data.coco import CocoSource, coco_of
 from ssl_vit.evaluators.detect import Detections
 from ssl_vit.evaluators.intervals import resampled
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """Names of the first numbers of pycocotools' summary: over IoU 0.50 to 0.95, at 0.50, at 0.75, and

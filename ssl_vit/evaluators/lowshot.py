@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.order import permute
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 
 
 def subsets(

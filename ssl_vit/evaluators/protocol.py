@@ -17,7 +17,7 @@ from ssl_vit.data.sources import Source
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import labels_sha256
 from ssl_vit.evaluators.features import FeatureSet
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
 

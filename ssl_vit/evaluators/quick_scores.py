@@ -10,7 +10,8 @@ from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.knn import knn_predictions
 from ssl_vit.evaluators.linear import LinearProtocol, linear_probe
 from ssl_vit.evaluators.options import FEATURES, KS
-from ssl_vit.evaluators.scores import Score, labelled, score_predictions
+from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.scores import labelled, score_predictions
 
 _CPU = torch.device("cpu")
 

@@ -32,7 +32,7 @@ from ssl_vit.evaluators.patch_heads import (
     WEIGHT_DECAY,
     fit_patch_heads,
 )
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.segment_heads import fit_head_modules
 from ssl_vit.evaluators.segment_scores import Heads, Scored, held_out_miou, score_masks
 from ssl_vit.evaluators.selection import split_tenth

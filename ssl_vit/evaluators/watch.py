@@ -27,7 +27,8 @@ from ssl_vit.evaluators.knn import knn_predictions, others
 from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.evaluators.quick_scores import knn_scores, linear_scores, plain_features
 from ssl_vit.evaluators.retrieval import nearest_images, same_class
-from ssl_vit.evaluators.scores import Score, both_outcomes, class_name, score_predictions
+from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.scores import both_outcomes, class_name, score_predictions
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pictures.neighbours import neighbours_panel
 from ssl_vit.pictures.patch_pca import pca_panel

@@ -1,4 +1,4 @@
-"""Methods by name, and their options, which are found without torch where a method allows it."""
+"""Methods by name, and what they say of themselves, found without torch where they allow it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,36 @@ from dataclasses import is_dataclass
 from typing import NamedTuple
 
 from ssl_vit import options
+from ssl_vit.common.errors import check, did_you_mean
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
 
 class MethodOptions(NamedTuple):
-    """Options of a method: their class, and the method's values for the shared groups."""
+    """Options of a method: their class, and the method's values for the shared groups. For a
+    report, too: its name for people, and what each of its scalars means."""
 
     config: type[MethodConfig]
     defaults: Defaults
+    title: str
+    explained: dict[str, Scalar]
 
 
 def method_names() -> list[str]:
     """The methods there are: the modules of ``methods/`` but ``base`` and those of ``_names``."""
     found = (m.name for m in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if name != "base" and not name.startswith("_"))
+
+
+def check_name(name: str) -> None:
+    """Check that there is a method of this name.
+
+    Raises:
+        UserError: there is none; the nearest name is given.
+    """
+    names = method_names()
+    allowed = f"it must be one of {', '.join(names)}{did_you_mean(name, names)}"
+    check(name in names, f"method is {name!r}; {allowed}")
 
 
 def find_options(name: str) -> MethodOptions:
@@ -31,14 +47,12 @@ def find_options(name: str) -> MethodOptions:
     Raises:
         UserError: no such method (the nearest name is given), or its file is wrong.
     """
-    apart = name in method_names() and any(
-        m.name == name for m in pkgutil.iter_modules(options.__path__)
-    )
-    if not apart:
+    check_name(name)
+    if not any(m.name == name for m in pkgutil.iter_modules(options.__path__)):
         from ssl_vit.methods.base import find_method
 
         method = find_method(name)
-        return MethodOptions(method.Config, method.defaults)
+        return MethodOptions(method.Config, method.defaults, method.title, method.explained)
     module = importlib.import_module(f"ssl_vit.options.{name}")
     (own,) = (
         kind
@@ -49,4 +63,4 @@ def find_options(name: str) -> MethodOptions:
         and kind.__module__ == module.__name__
         and kind.prefix == MethodConfig.prefix
     )
-    return MethodOptions(own, module.DEFAULTS)
+    return MethodOptions(own, module.DEFAULTS, module.TITLE, module.EXPLAINED)

@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.common.task import Place, Scalar, Task, Views
+from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.scalars import Scalar
+from ssl_vit.common.task import Place, Task, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.loader import draw_all
 from ssl_vit.data.order import Places
-from ssl_vit.methods import method_names
+from ssl_vit.methods import check_name
 from ssl_vit.model.architecture import take_memory, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective, Reconstruction, Setting
@@ -318,11 +319,7 @@ def find_method(name: str) -> type[Method]:
     Raises:
         UserError: no such file (the nearest name is given), or a file without one method.
     """
-    names = method_names()
-    if name not in names:
-        raise UserError(
-            f"method is {name!r}; it must be one of {', '.join(names)}{did_you_mean(name, names)}"
-        )
+    check_name(name)
     try:
         module = importlib.import_module(f"ssl_vit.methods.{name}")
     except Exception as error:

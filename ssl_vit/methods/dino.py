@@ -18,7 +18,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import to_rgb
 from ssl_vit.common.schedules import Length, warmup_cosine
-from ssl_vit.common.task import Scalar, Views
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, Normalize, Phase, ViewSpec
 from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
@@ -32,7 +32,7 @@ from ssl_vit.objectives.cross_entropy import cross_entropy_of_views
 from ssl_vit.objectives.ema import Teacher
 from ssl_vit.objectives.heads import ProjectionHead
 from ssl_vit.options.base import Defaults
-from ssl_vit.options.dino import DEFAULTS, DINOConfig
+from ssl_vit.options.dino import DEFAULTS, EXPLAINED, TITLE, DINOConfig
 
 log = logging.getLogger("ssl_vit")
 # Above this share of the largest entropy the teacher cannot distinguish images.
@@ -45,31 +45,6 @@ _SMALL_BATCH, _MANY_IMAGES, _FAST_TEACHER = 512, 100_000, 0.998
 
 class DINOObjective(Objective):
     """Cross-entropy between outputs of teacher and student for different crops of an image."""
-
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar(
-            "Loss",
-            "Cross-entropy of teacher and student. It may rise while the features get better, as "
-            "its target moves: look at k-NN.",
-        ),
-        "teacher_entropy_share": Scalar(
-            "Teacher's entropy, share of the largest",
-            "1: the teacher's output is the same for every image; 0: it is certain. It should "
-            "settle between.",
-        ),
-        "teacher_entropy": Scalar(
-            "Teacher's entropy", "In nats; its largest value is ln of the prototypes."
-        ),
-        "kl": Scalar(
-            "KL(teacher || student)",
-            "What the student has yet to learn: the loss without the teacher's entropy. 0 for long "
-            "is a collapse.",
-        ),
-        "prototypes_used": Scalar(
-            "Prototypes in use", "How many prototypes a batch is spread over. 1 is a collapse."
-        ),
-        "center_norm": Scalar("Norm of the centre", "It grows, then settles."),
-    }
 
     def __init__(self, config: DINOConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -251,8 +226,7 @@ class DINO(Method):
     """The student predicts the teacher's output for other crops; the teacher is its average."""
 
     Config: ClassVar[type] = DINOConfig
-    title: ClassVar[str] = "DINO"
-    explained: ClassVar[dict[str, Scalar]] = DINOObjective.explained
+    title, explained = TITLE, EXPLAINED
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("kl", "teacher_entropy_share", "prototypes_used")
     peak_in_warmup: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check, said_of
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.schedules import Length
-from ssl_vit.common.task import Place, Scalar, Views
+from ssl_vit.common.task import Place, Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
@@ -36,7 +36,7 @@ from ssl_vit.objectives.masks import BatchMasks
 from ssl_vit.objectives.targets import Targets
 from ssl_vit.options.base import Defaults
 from ssl_vit.options.dino import DINOConfig
-from ssl_vit.options.dinov2 import DEFAULTS, DINOv2Config
+from ssl_vit.options.dinov2 import DEFAULTS, EXPLAINED, TITLE, DINOv2Config
 from ssl_vit.pictures.similarity import similarity_panel
 from ssl_vit.weights.exchange import load_strictly, resample_positions
 from ssl_vit.weights.official import open_weights
@@ -47,54 +47,9 @@ _NAME = "dinov2"
 _UNIFORM = 0.99
 
 
-def _patchwise(scalars: dict[str, Scalar]) -> dict[str, Scalar]:
-    """The same of masked patches."""
-    return {
-        f"patch_{k}": s._replace(title=f"Patches: {s.title[0].lower()}{s.title[1:]}")
-        for k, s in scalars.items()
-    }
-
-
-_OF_TARGETS = {
-    name: DINOObjective.explained[name]
-    for name in ("teacher_entropy", "teacher_entropy_share", "kl", "prototypes_used", "center_norm")
-} | {
-    "unevenness": Scalar(
-        "Unevenness after Sinkhorn-Knopp",
-        "Share of the targets that would have to move for all prototypes to get as much: what "
-        "three iterations have left. It should be small.",
-    )
-}
-
-
 class DINOv2Objective(DINOObjective):
     """DINO's loss of [CLS], the loss of masked patches, and KoLeo."""
 
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar(
-            "Loss",
-            "Weighted sum of the losses below. It may rise while the features get better, as its "
-            "target moves: look at k-NN.",
-        ),
-        "cls_loss": Scalar("Loss of [CLS]", "Cross-entropy of teacher and student for [CLS]."),
-        "patch_loss": Scalar(
-            "Loss of masked patches",
-            "Cross-entropy of teacher and student for masked patches, averaged over all global "
-            "crops: those without masks, half of them, count as 0.",
-        ),
-        "koleo": Scalar("KoLeo", "Sum over both global crops. It falls as images move apart."),
-        "neighbour_distance": Scalar(
-            "Distance to the nearest neighbour",
-            "Of [CLS] on the unit sphere, in the batch. Near 0 the images are all the same to it.",
-        ),
-        "gram_loss": Scalar(
-            "Gram loss",
-            "Mean squared difference of patch similarities from the older teacher's. It is 0 until "
-            "the anchoring begins, then it falls and stays low.",
-        ),
-        **_OF_TARGETS,
-        **_patchwise(_OF_TARGETS),
-    }
     config: DINOv2Config
     head: nn.ModuleDict
 
@@ -333,8 +288,7 @@ class DINOv2(DINO):
     """The student predicts its average's output for other crops, and for patches hidden from it."""
 
     Config: ClassVar[type] = DINOv2Config
-    title: ClassVar[str] = "DINOv2"
-    explained: ClassVar[dict[str, Scalar]] = DINOv2Objective.explained
+    title, explained = TITLE, EXPLAINED
     objective_class: ClassVar[type[DINOv2Objective]] = DINOv2Objective
     progress: ClassVar[tuple[str, ...]] = ("kl", "patch_kl", "teacher_entropy_share")
     splits_with: ClassVar[dict[str, Any]] = {"targets": "centering", "koleo_weight": 0.0}

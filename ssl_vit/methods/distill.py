@@ -19,7 +19,7 @@ from ssl_vit.common.checks import (
 )
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check, said_of
-from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
@@ -32,7 +32,7 @@ from ssl_vit.objectives.frozen import Frozen
 from ssl_vit.objectives.gram import resized_patches
 from ssl_vit.objectives.masked_patches import without_data
 from ssl_vit.options.base import Defaults
-from ssl_vit.options.distill import DEFAULTS, DistillConfig, Loss
+from ssl_vit.options.distill import DEFAULTS, EXPLAINED, TITLE, DistillConfig, Loss
 from ssl_vit.weights.adapting import adapted
 from ssl_vit.weights.exchange import EncoderInfo, load_strictly
 from ssl_vit.weights.official import open_weights, weights_info
@@ -83,14 +83,6 @@ def feature_loss(
 class DistillObjective(Objective):
     """Distance of a student's features, through linear heads, from a frozen teacher's."""
 
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar("Loss", "Weighted sum of the losses of images and patches.", True),
-        "cls_loss": Scalar("Loss of images", "Of [CLS], or the mean patch.", True),
-        "patch_loss": Scalar("Loss of patches", "Mean over the patches.", True),
-        "cls_cosine": Scalar(
-            "Cosine with the teacher", "Of [CLS]; 1 is the teacher's direction.", False
-        ),
-    }
     scale: Tensor
     shift: Tensor
 
@@ -176,8 +168,7 @@ class Distill(Method):
     """A student learns a given encoder's features of images and patches."""
 
     Config: ClassVar[type] = DistillConfig
-    title: ClassVar[str] = "Distillation"
-    explained: ClassVar[dict[str, Scalar]] = DistillObjective.explained
+    title, explained = TITLE, EXPLAINED
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("cls_loss", "patch_loss", "cls_cosine")
     encoders: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -12,7 +12,7 @@ from ssl_vit.methods.dinov2 import DINOv2, DINOv2Objective
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.heads import last_layer
 from ssl_vit.options.base import Defaults
-from ssl_vit.options.ibot import DEFAULTS, IBOTConfig
+from ssl_vit.options.ibot import DEFAULTS, TITLE, IBOTConfig
 
 
 class IBOTObjective(DINOv2Objective):
@@ -59,6 +59,6 @@ class IBOT(DINOv2):
     """The student predicts its average's output for other crops, and for patches hidden from it."""
 
     Config: ClassVar[type] = IBOTConfig
-    title: ClassVar[str] = "iBOT"
+    title = TITLE
     objective_class: ClassVar[type[DINOv2Objective]] = IBOTObjective
     defaults: ClassVar[Defaults] = DEFAULTS

@@ -16,7 +16,7 @@ from ssl_vit.common.checks import flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import picture_rows, to_rgb
-from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
 from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
@@ -28,7 +28,7 @@ from ssl_vit.objectives.context_blocks import ContextBlocks
 from ssl_vit.objectives.ema import Teacher
 from ssl_vit.objectives.masked_patches import Decoder, without_data
 from ssl_vit.options.base import Defaults
-from ssl_vit.options.ijepa import DEFAULTS, IJEPAConfig
+from ssl_vit.options.ijepa import DEFAULTS, EXPLAINED, TITLE, IJEPAConfig
 
 # Targets whose deviation between images is below this, of 1, are alike; not checked on few images.
 _COLLAPSED, _ENOUGH_IMAGES = 0.05, 8
@@ -77,19 +77,6 @@ class IJEPAObjective(Objective):
     layer-normalised; the loss is the mean of these. In a batch with missing pixels patches without
     data are no targets.
     """
-
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar(
-            "Loss",
-            "Smooth L1 of predicted features. It may rise while the features get better, as its "
-            "target moves: look at k-NN.",
-        ),
-        "target_spread": Scalar(
-            "Spread of targets",
-            "Standard deviation of the targets over a batch's images, at the same place; near 0 is "
-            "a collapse, 1 the most.",
-        ),
-    }
 
     def __init__(self, config: IJEPAConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -224,8 +211,7 @@ class IJEPA(Method):
     """Predicts features of target blocks from a context block; the targets are the teacher's."""
 
     Config: ClassVar[type] = IJEPAConfig
-    title: ClassVar[str] = "I-JEPA"
-    explained: ClassVar[dict[str, Scalar]] = IJEPAObjective.explained
+    title, explained = TITLE, EXPLAINED
     progress: ClassVar[tuple[str, ...]] = ("target_spread",)
     defaults: ClassVar[Defaults] = DEFAULTS
 

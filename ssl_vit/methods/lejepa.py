@@ -14,7 +14,7 @@ from ssl_vit.common.checks import (
 )
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
-from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.levels import Levels
 from ssl_vit.data.photometric import Photometric
@@ -26,7 +26,7 @@ from ssl_vit.objectives.base import Objective, Setting
 from ssl_vit.objectives.heads import projector
 from ssl_vit.objectives.sigreg import invariance, random_directions, sigreg
 from ssl_vit.options.base import Defaults
-from ssl_vit.options.lejepa import DEFAULTS, LeJEPAConfig
+from ssl_vit.options.lejepa import DEFAULTS, EXPLAINED, TITLE, LeJEPAConfig
 
 # Projections of unit variance are the aim; below this share of its deviation they are all alike.
 _COLLAPSED = 0.05
@@ -34,20 +34,6 @@ _COLLAPSED = 0.05
 
 class LeJEPAObjective(Objective):
     """Disagreement of an image's views, and SIGReg of each view of a batch."""
-
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar("Loss", "Weighted mean of the two below.", True),
-        "invariance": Scalar(
-            "Disagreement of views", "Mean squared difference from the mean of global views."
-        ),
-        "sigreg": Scalar(
-            "SIGReg", "Distance of projections from an isotropic Gaussian. It falls and stays low."
-        ),
-        "sigreg_share": Scalar("SIGReg's share of the loss", "Near 1 the views agree already."),
-        "spread": Scalar(
-            "Spread of projections", "Standard deviation over a batch; 1 is the aim, 0 a collapse."
-        ),
-    }
 
     def __init__(self, config: LeJEPAConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -108,8 +94,7 @@ class LeJEPA(Method):
     """Views of an image agree; in every direction a batch is spread as a Gaussian is."""
 
     Config: ClassVar[type] = LeJEPAConfig
-    title: ClassVar[str] = "LeJEPA"
-    explained: ClassVar[dict[str, Scalar]] = LeJEPAObjective.explained
+    title, explained = TITLE, EXPLAINED
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("invariance", "sigreg", "spread")
     splits_with: ClassVar[dict[str, Any]] = {"sigreg_weight": 0.0, "head_norm": "layer"}

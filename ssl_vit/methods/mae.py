@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import uniform
-from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
 from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import set_norm_eps
@@ -30,7 +30,7 @@ from ssl_vit.objectives.masked_patches import (
     visible_first,
 )
 from ssl_vit.options.base import Defaults, Target
-from ssl_vit.options.mae import DEFAULTS, MAEConfig
+from ssl_vit.options.mae import DEFAULTS, EXPLAINED, TITLE, MAEConfig
 from ssl_vit.weights.decoders import read_decoder
 from ssl_vit.weights.exchange import load_strictly
 
@@ -42,10 +42,6 @@ class MAEObjective(Objective):
 
     ``target_known_from``: where it is stated whether the target is normalised; empty if nowhere.
     """
-
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar("Loss", "Mean squared error of the masked patches. It falls steadily.", True)
-    }
 
     def __init__(self, config: MAEConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -221,8 +217,7 @@ class MAE(Method):
     """Encodes the visible patches only and predicts the pixels of the masked ones."""
 
     Config: ClassVar[type] = MAEConfig
-    title: ClassVar[str] = "MAE"
-    explained: ClassVar[dict[str, Scalar]] = MAEObjective.explained
+    title, explained = TITLE, EXPLAINED
     reconstructs: ClassVar[bool] = True
     defaults: ClassVar[Defaults] = DEFAULTS
 

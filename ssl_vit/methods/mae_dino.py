@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.task import Scalar, Views
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize, ViewSpec
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, DINOObjective, attention
@@ -17,7 +17,7 @@ from ssl_vit.methods.mae import MAE, MAEObjective
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init, xavier_linears
 from ssl_vit.options.base import Defaults
-from ssl_vit.options.mae_dino import DEFAULTS, MAEDINOConfig
+from ssl_vit.options.mae_dino import DEFAULTS, EXPLAINED, TITLE, MAEDINOConfig
 
 _MAE, _DINO = "mae", "dino"
 
@@ -29,12 +29,7 @@ class MAEDINO(Method):
     """
 
     Config: ClassVar[type] = MAEDINOConfig
-    title: ClassVar[str] = "MAE + DINO"
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar("Loss", "Weighted sum of the two below."),
-        **{f"mae_{k}": s._replace(title=f"MAE: {s.title}") for k, s in MAE.explained.items()},
-        **{f"dino_{k}": s._replace(title=f"DINO: {s.title}") for k, s in DINO.explained.items()},
-    }
+    title, explained = TITLE, EXPLAINED
     pooling: ClassVar[str] = "cls"
     progress: ClassVar[tuple[str, ...]] = ("mae_loss", "dino_loss", "dino_kl")
     peak_in_warmup: ClassVar[bool] = DINO.peak_in_warmup

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
-from ssl_vit.common.task import Scalar, Views, at_least_fp32
+from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
 from ssl_vit.data.loader import draw_samples
 from ssl_vit.methods.base import Method
@@ -23,15 +23,11 @@ from ssl_vit.objectives.base import Objective, Reconstruction
 from ssl_vit.objectives.masked_patches import masked_pictures, mean_of_valid, without_data
 from ssl_vit.objectives.masks import random_units
 from ssl_vit.options.base import Defaults, Target
-from ssl_vit.options.simmim import DEFAULTS, SimMIMConfig
+from ssl_vit.options.simmim import DEFAULTS, EXPLAINED, TITLE, SimMIMConfig
 
 
 class SimMIMObjective(Objective):
     """Mean absolute error of the masked patches' pixels, of which the encoder sees mask tokens."""
-
-    explained: ClassVar[dict[str, Scalar]] = {
-        "loss": Scalar("Loss", "Mean absolute error of the masked pixels. It falls steadily.", True)
-    }
 
     def __init__(self, config: SimMIMConfig, encoder: Encoder) -> None:
         super().__init__()
@@ -102,8 +98,7 @@ class SimMIM(Method):
     """The encoder sees all patches, mask tokens among them; one linear layer predicts pixels."""
 
     Config: ClassVar[type] = SimMIMConfig
-    title: ClassVar[str] = "SimMIM"
-    explained: ClassVar[dict[str, Scalar]] = SimMIMObjective.explained
+    title, explained = TITLE, EXPLAINED
     reconstructs: ClassVar[bool] = True
     # The original's rate is 1e-4 for 512 images.
     defaults: ClassVar[Defaults] = DEFAULTS

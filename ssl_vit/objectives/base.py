@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ssl_vit.common.figures import picture_rows
-from ssl_vit.common.task import Scalar, Views
+from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.options.base import Target
@@ -48,13 +47,7 @@ class Reconstruction:
 
 
 class Objective(nn.Module):
-    """Loss that a method minimises, with the networks that it needs beside the encoder.
-
-    Attributes:
-        explained: meaning of its scalars, by name.
-    """
-
-    explained: ClassVar[dict[str, Scalar]] = {}
+    """Loss that a method minimises, with the networks that it needs beside the encoder."""
 
     def forward(self, encoder: Encoder, views: Views, step: int) -> dict[str, Tensor]:
         """Scalars on the device, among them ``loss``, which is minimised."""

@@ -20,9 +20,35 @@ from ssl_vit.common.checks import (
     whole_patches,
 )
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.common.schedules import Length
 from ssl_vit.options.base import Defaults, MethodConfig
 
+TITLE = "DINO"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar(
+        "Loss",
+        "Cross-entropy of teacher and student. It may rise while the features get better, as "
+        "its target moves: look at k-NN.",
+    ),
+    "teacher_entropy_share": Scalar(
+        "Teacher's entropy, share of the largest",
+        "1: the teacher's output is the same for every image; 0: it is certain. It should "
+        "settle between.",
+    ),
+    "teacher_entropy": Scalar(
+        "Teacher's entropy", "In nats; its largest value is ln of the prototypes."
+    ),
+    "kl": Scalar(
+        "KL(teacher || student)",
+        "What the student has yet to learn: the loss without the teacher's entropy. 0 for long "
+        "is a collapse.",
+    ),
+    "prototypes_used": Scalar(
+        "Prototypes in use", "How many prototypes a batch is spread over. 1 is a collapse."
+    ),
+    "center_norm": Scalar("Norm of the centre", "It grows, then settles."),
+}
 DEFAULTS: Defaults = {
     "encoder": {"drop_path": 0.1},
     "optim": {

@@ -14,9 +14,56 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, Kind
+from ssl_vit.options.dino import EXPLAINED as OF_DINO
 from ssl_vit.options.dino import DINOConfig
 
+
+def _patchwise(scalars: dict[str, Scalar]) -> dict[str, Scalar]:
+    """The same of masked patches."""
+    return {
+        f"patch_{k}": s._replace(title=f"Patches: {s.title[0].lower()}{s.title[1:]}")
+        for k, s in scalars.items()
+    }
+
+
+_OF_TARGETS = {
+    name: OF_DINO[name]
+    for name in ("teacher_entropy", "teacher_entropy_share", "kl", "prototypes_used", "center_norm")
+} | {
+    "unevenness": Scalar(
+        "Unevenness after Sinkhorn-Knopp",
+        "Share of the targets that would have to move for all prototypes to get as much: what "
+        "three iterations have left. It should be small.",
+    )
+}
+TITLE = "DINOv2"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar(
+        "Loss",
+        "Weighted sum of the losses below. It may rise while the features get better, as its "
+        "target moves: look at k-NN.",
+    ),
+    "cls_loss": Scalar("Loss of [CLS]", "Cross-entropy of teacher and student for [CLS]."),
+    "patch_loss": Scalar(
+        "Loss of masked patches",
+        "Cross-entropy of teacher and student for masked patches, averaged over all global "
+        "crops: those without masks, half of them, count as 0.",
+    ),
+    "koleo": Scalar("KoLeo", "Sum over both global crops. It falls as images move apart."),
+    "neighbour_distance": Scalar(
+        "Distance to the nearest neighbour",
+        "Of [CLS] on the unit sphere, in the batch. Near 0 the images are all the same to it.",
+    ),
+    "gram_loss": Scalar(
+        "Gram loss",
+        "Mean squared difference of patch similarities from the older teacher's. It is 0 until "
+        "the anchoring begins, then it falls and stays low.",
+    ),
+    **_OF_TARGETS,
+    **_patchwise(_OF_TARGETS),
+}
 DEFAULTS: Defaults = {
     "encoder": {"drop_path": 0.3, "layer_scale": 1e-5},
     "optim": {

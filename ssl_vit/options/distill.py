@@ -13,8 +13,18 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
+TITLE = "Distillation"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar("Loss", "Weighted sum of the losses of images and patches.", True),
+    "cls_loss": Scalar("Loss of images", "Of [CLS], or the mean patch.", True),
+    "patch_loss": Scalar("Loss of patches", "Mean over the patches.", True),
+    "cls_cosine": Scalar(
+        "Cosine with the teacher", "Of [CLS]; 1 is the teacher's direction.", False
+    ),
+}
 DEFAULTS: Defaults = {
     "optim": {"base_lr": 5e-4, "weight_decay": 0.05, "clip": 3.0},
 }

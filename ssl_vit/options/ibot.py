@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from ssl_vit.common.checks import check_positive, flag
 from ssl_vit.common.errors import check
 from ssl_vit.options.dino import DEFAULTS as DEFAULTS
+from ssl_vit.options.dinov2 import EXPLAINED as EXPLAINED
 from ssl_vit.options.dinov2 import DINOv2Config
+
+TITLE = "iBOT"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,22 @@ from dataclasses import dataclass
 
 from ssl_vit.common.checks import check_least, check_range, check_share, flag
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
+TITLE = "I-JEPA"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar(
+        "Loss",
+        "Smooth L1 of predicted features. It may rise while the features get better, as its "
+        "target moves: look at k-NN.",
+    ),
+    "target_spread": Scalar(
+        "Spread of targets",
+        "Standard deviation of the targets over a batch's images, at the same place; near 0 is "
+        "a collapse, 1 the most.",
+    ),
+}
 DEFAULTS: Defaults = {
     "encoder": {"positions": "sincos"},
     "optim": {

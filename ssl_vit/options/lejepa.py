@@ -16,8 +16,23 @@ from ssl_vit.common.checks import (
     whole_patches,
 )
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
+TITLE = "LeJEPA"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar("Loss", "Weighted mean of the two below.", True),
+    "invariance": Scalar(
+        "Disagreement of views", "Mean squared difference from the mean of global views."
+    ),
+    "sigreg": Scalar(
+        "SIGReg", "Distance of projections from an isotropic Gaussian. It falls and stays low."
+    ),
+    "sigreg_share": Scalar("SIGReg's share of the loss", "Near 1 the views agree already."),
+    "spread": Scalar(
+        "Spread of projections", "Standard deviation over a batch; 1 is the aim, 0 a collapse."
+    ),
+}
 DEFAULTS: Defaults = {
     "optim": {"base_lr": 5e-4, "weight_decay": 0.05, "clip": 3.0},
 }

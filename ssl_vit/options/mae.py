@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
+TITLE = "MAE"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar("Loss", "Mean squared error of the masked patches. It falls steadily.", True)
+}
 DEFAULTS: Defaults = {
     "encoder": {"positions": "sincos"},
     "optim": {"betas": (0.9, 0.95), "base_lr": 1.5e-4, "weight_decay": 0.05},

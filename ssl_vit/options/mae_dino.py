@@ -8,10 +8,19 @@ from typing import ClassVar
 
 from ssl_vit.common.checks import flag
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
+from ssl_vit.options import dino, mae
 from ssl_vit.options.base import MethodConfig
-from ssl_vit.options.dino import DEFAULTS as DEFAULTS
 from ssl_vit.options.dino import DINOConfig
 from ssl_vit.options.mae import MAEConfig
+
+TITLE = "MAE + DINO"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar("Loss", "Weighted sum of the two below."),
+    **{f"mae_{k}": s._replace(title=f"MAE: {s.title}") for k, s in mae.EXPLAINED.items()},
+    **{f"dino_{k}": s._replace(title=f"DINO: {s.title}") for k, s in dino.EXPLAINED.items()},
+}
+DEFAULTS = dino.DEFAULTS
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
 from ssl_vit.common.errors import check
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
+TITLE = "SimMIM"
+EXPLAINED: dict[str, Scalar] = {
+    "loss": Scalar("Loss", "Mean absolute error of the masked pixels. It falls steadily.", True)
+}
 DEFAULTS: Defaults = {
     "encoder": {"drop_path": 0.1},
     "optim": {"base_lr": 5e-5, "weight_decay": 0.05, "clip": 5.0},

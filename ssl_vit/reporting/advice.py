@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from ssl_vit.evaluators.score import GIVEN
 from ssl_vit.reporting.explained import evaluator, method_scalars
-from ssl_vit.reporting.story import GIVEN, Story
+from ssl_vit.reporting.story import Story
 
 # Thresholds; each is named in the line that it leads to.
 _WAITING, _SLOW = 0.2, 1.5

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.commands.beginning import BEST
 from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import as_written
+from ssl_vit.evaluators.score import BEST
 from ssl_vit.methods import find_options
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape

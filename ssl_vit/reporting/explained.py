@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ssl_vit.common.task import Scalar
-from ssl_vit.methods import method_names
-from ssl_vit.methods.base import find_method
+from ssl_vit.common.scalars import Scalar
+from ssl_vit.methods import find_options, method_names
 
 # Before what methods log of themselves, and after; order is that of the page.
 _FIRST = {
@@ -107,12 +106,12 @@ def evaluator(name: str) -> str:
 
 def method_title(name: str) -> str:
     """A method as people call it; its name in the file where it is not known here."""
-    return find_method(name).title if name in method_names() else name
+    return find_options(name).title if name in method_names() else name
 
 
 def method_scalars(name: str) -> dict[str, Scalar]:
     """Descriptions of a method's own scalars; empty for a method that is not known here."""
-    return find_method(name).explained if name in method_names() else {}
+    return find_options(name).explained if name in method_names() else {}
 
 
 class Glossary:

@@ -16,10 +16,11 @@ from markupsafe import Markup
 
 from ssl_vit import __version__
 from ssl_vit.common.duration import duration
+from ssl_vit.evaluators.score import GIVEN, PIXELS
 from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
 from ssl_vit.reporting.explained import Glossary, evaluator, neighbours_of
-from ssl_vit.reporting.story import GIVEN, KNN, PIXELS, Scored, Story, knn_names
+from ssl_vit.reporting.story import KNN, Scored, Story, knn_names
 
 _HERE = Path(__file__).parent
 _PLAIN = "#8a8f98"

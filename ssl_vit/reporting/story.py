@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import GIVEN, PIXELS, RANDOM, Score
 from ssl_vit.records.run_folder import PAUSES, Run, finite, read_run
 from ssl_vit.reporting.explained import feature
 from ssl_vit.training.panels import panels
@@ -19,9 +19,6 @@ from ssl_vit.training.panels import panels
 # What is no curve: seconds beside the training, lists, flags of single steps.
 _NO_CURVES = {"step", "warning", "process_s", "skipped", "spikes", "slowest_s", "median_s"}
 _NO_CURVES |= {"held_out_images", "knn_low", *PAUSES}
-# Entries of a run's own scores that are not what it has learnt.
-PIXELS, GIVEN = "raw pixels", "initial encoder"
-UNTRAINED = ("random encoder", GIVEN)
 TUNED = ("finetune", "detect")
 """Commands whose runs train an encoder on a task with labels, and score that."""
 KNN = re.compile(r"knn\d+_(.+)")
@@ -45,7 +42,7 @@ class Scored:
     @property
     def untrained(self) -> bool:
         """True for the encoder before the first step."""
-        return self.of in UNTRAINED
+        return self.of in (RANDOM, GIVEN)
 
     @property
     def first(self) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from ssl_vit.commands.cli import recipes
 from ssl_vit.common.layers import known_keys
-from ssl_vit.common.task import Scalar
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.methods import find_options
 from ssl_vit.objectives.base import Objective, Setting
 from ssl_vit.options.base import MethodConfig
@@ -38,7 +38,7 @@ def test_it_has_a_name_for_people_and_a_docstring(kind):
 
 
 def test_its_options_are_found_without_its_networks(name, kind):
-    assert find_options(name) == (kind.Config, kind.defaults)
+    assert find_options(name) == (kind.Config, kind.defaults, kind.title, kind.explained)
     assert kind.Config.__module__ == f"ssl_vit.options.{name}"
 
 

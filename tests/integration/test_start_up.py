@@ -5,7 +5,14 @@ import subprocess
 import sys
 
 from ssl_vit.methods import method_names
-from tests.unit.run_folders import make_run, train_row
+from tests.unit.run_folders import (
+    make_run,
+    score,
+    train_row,
+    write_panel,
+    write_projection,
+    write_results,
+)
 
 # Each takes longer to import than all that reading options needs.
 HEAVY = (
@@ -63,20 +70,49 @@ for door, *argv in calls:
 """
 
 
-def test_options_are_read_before_anything_heavy_is_imported(tmp_path):
-    """Of every door: its help, its mistakes, and the table of runs."""
-    make_run(tmp_path / "one", [train_row(10), train_row(20)])
+# What makes a run, and no report on it. Its charts and its map take altair and scikit-learn.
+TRAINING = (
+    *("torch", "timm", "torchvision", "tensorboard", "matplotlib", "einops", "datasets"),
+    *("transformers", "onnx", "ssl_vit.training.loop"),
+)
+
+
+def called(calls, heavy, folder):
+    """Each call with how it ended and what it has imported of ``heavy``, in one process."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([CALLS, HEAVY]),
+        input=json.dumps([calls, heavy]),
         capture_output=True,
         text=True,
         check=True,
-        cwd=tmp_path,
+        cwd=folder,
     )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_options_are_read_before_anything_heavy_is_imported(tmp_path):
+    """Of every door: its help, its mistakes, and the table of runs."""
+    make_run(tmp_path / "one", [train_row(10), train_row(20)])
     ends = [
         "returned" if c == ["runs", "."] else "SystemExit" if "--help" in c else "UserError"
         for c in CALLS
     ]
-    assert found == [[*call, end, []] for call, end in zip(CALLS, ends, strict=True)]
+    expected = [[*call, end, []] for call, end in zip(CALLS, ends, strict=True)]
+    assert called(CALLS, HEAVY, tmp_path) == expected
+
+
+def test_a_report_needs_nothing_that_trains(tmp_path):
+    """Of one run with all that there may be in it, of one of every method, and of a fine-tuning."""
+    rows = [train_row(10, knn20_mean=50.0), train_row(20, knn20_mean=60.0)]
+    whole = make_run(tmp_path / "whole", rows)
+    scores = {name: {"linear": score(50, 40, 60)} for name in ("raw pixels", "mae encoder")}
+    write_results(whole, scores)
+    write_panel(whole, "reconstruction", 10)
+    write_projection(whole, 20)
+    names = [*method_names(), "finetune"]
+    for name in names:
+        make_run(tmp_path / name, rows, {"name": name})
+    calls = [["report", "whole"], ["report", *names], ["report", "mae", "--out", "own.html"]]
+    expected = [[*call, "returned", []] for call in calls]
+    assert called(calls, TRAINING, tmp_path) == expected
+    assert "data:image/" in (tmp_path / "whole" / "report.html").read_text()

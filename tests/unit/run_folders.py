@@ -50,3 +50,12 @@ def write_panel(folder, kind, step, value=90):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((20, 30, 3), value, np.uint8)).save(path)
     return path
+
+
+def write_projection(folder, step):
+    """Features, classes and pictures of four images, for TensorBoard's projector."""
+    path = folder / "tensorboard" / f"{step:05d}" / "features"
+    path.mkdir(parents=True)
+    (path / "tensors.tsv").write_text("1\t0\n0\t1\n1\t1\n0\t2\n")
+    (path / "metadata.tsv").write_text("class\tnumber\na\t0\nb\t1\na\t2\nb\t3\n")
+    Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(path / "sprite.png")

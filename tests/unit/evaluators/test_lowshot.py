@@ -5,7 +5,7 @@ import torch
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators.lowshot import over_seeds, subsets
-from ssl_vit.evaluators.scores import Score
+from ssl_vit.evaluators.score import Score
 
 LABELS = torch.tensor([0] * 50 + [2] * 30 + [3] * 5)[torch.randperm(85)]
 

@@ -17,7 +17,8 @@ from sklearn.metrics import (
 from ssl_vit.common.errors import UserError
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import Ranking, accuracy_interval, mean_precision_interval
-from ssl_vit.evaluators.scores import Prediction, Score, accuracy, check_labels, score_predictions
+from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
 
 NAMES = tuple(f"class {i}" for i in range(8))
 

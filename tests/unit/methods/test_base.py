@@ -208,7 +208,8 @@ def test_imported_methods_do_not_count(written):
     assert "own_one" in method_names()
     found = find_method("own_one")
     assert (found.__name__, found.title) == ("Own", "Own")
-    assert find_options("own_one") == (found.Config, found.defaults)
+    said = (found.Config, found.defaults, found.title, found.explained)
+    assert find_options("own_one") == said
     assert find_method("mae").__name__ == "MAE"
 
 

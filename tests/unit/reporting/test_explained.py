@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_vit.common.task import Scalar
+from ssl_vit.common.scalars import Scalar
 from ssl_vit.methods import method_names
 from ssl_vit.methods.base import find_method
 from ssl_vit.reporting import explained

@@ -1,7 +1,8 @@
 """Self-supervised pretraining of Vision Transformers.
 
 Methods: MAE, DINO, SimMIM, and MAE with DINO on one shared encoder.
-``python -m ssl_vit.pretrain`` trains an encoder; ``ssl_vit.load_encoder(PATH)`` loads one.
+``python -m ssl_vit.pretrain`` trains an encoder; ``ssl_vit.load_encoder(PATH)`` loads one, and
+``ssl_vit.load_model(PATH)`` a classifier, segmenter, depth estimator or detector trained on one.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ set_waits()  # before anything here imports torch
 
 if TYPE_CHECKING:
     from ssl_vit.api import LoadedEncoder as LoadedEncoder
+    from ssl_vit.api import LoadedModel as LoadedModel
     from ssl_vit.api import load_encoder as load_encoder
+    from ssl_vit.api import load_model as load_model
 
 __version__ = "0.1.0"
-__all__ = ["LoadedEncoder", "load_encoder"]
+__all__ = ["LoadedEncoder", "LoadedModel", "load_encoder", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

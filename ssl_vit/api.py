@@ -1,10 +1,13 @@
-"""Python API for notebooks and scripts: an encoder with its image preprocessing, in one call."""
+"""Python API for notebooks and scripts: encoders, and networks trained on them, with their image
+preprocessing, each in one call."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from ssl_vit.data.missing import with_data
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.evaluators.features import ready
+from ssl_vit.evaluators.reopen import open_tuned
+from ssl_vit.evaluators.tuned import Tuned
 from ssl_vit.model.attention import cls_attention
 from ssl_vit.model.encoder import Encoder, Features
 from ssl_vit.training.parallel import resolve_device
@@ -88,16 +93,10 @@ class LoadedEncoder:
         return torch.cat([rows for rows, _ in made]).unflatten(-1, made[0][1])
 
     def _crop(self, image: ImageLike, number: int) -> Tensor:
-        what = image if isinstance(image, str | os.PathLike) else f"image {number}"
-        try:
+        with _named(image, number, self.name):
             pixels = decode(_raw(image), self.view.channels)
             view = center_view(pixels, self.view.size, self.view.crop_ratio)
             return with_data(view, "the central crop")
-        except OtherChannels as error:
-            takes = f"{self.name} takes images of {error.asked}"
-            raise UserError(f"{what}: has {error.has} channels; {takes}") from None
-        except (BadImage, OSError) as error:
-            raise UserError(f"{what}: {getattr(error, 'strerror', None) or error}") from None
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.view.size))
@@ -127,6 +126,87 @@ def load_encoder(
     check(isinstance(module, Encoder), f"{str(name)!r} is no plain ViT: it has no patch features")
     assert isinstance(module, Encoder)
     return LoadedEncoder(str(name), module, backbone.view, resolve_device(device))
+
+
+class LoadedModel:
+    """Loaded model: a network that ``evaluate finetune`` or ``detect`` trained, with its image
+    preprocessing. Images are those of :class:`LoadedEncoder`, of any sizes.
+
+    Attributes:
+        name: the name it was loaded by.
+        kind: what it predicts: ``classes``, ``segment``, ``depth`` or ``detect``.
+        classes: names of its classes, None where it has none.
+        module: the network in evaluation mode: timm's, torchvision's detector, or an encoder with a
+            head.
+        view: size, channels and statistics of the preprocessing.
+        device: the device of the network.
+    """
+
+    def __init__(self, name: str, tuned: Tuned, device: torch.device) -> None:
+        self.name, self.kind, self.classes = name, tuned.kind, tuned.names
+        self.module, self.view, self.device = tuned.network, tuned.view, device
+        self._tuned = tuned
+        tuned.ready(device)
+
+    @torch.inference_mode()
+    def predict(self, images: Images) -> Any:
+        """What the model says of images, on the CPU. By ``kind``:
+
+        - ``classes``: (B, classes) float32, probabilities; of several labels an image, of each.
+        - ``segment``: for each image (H, W) int64, the class of each pixel, in the image's size.
+        - ``depth``: for each image (H, W) float32, in the unit that ``--depth.scale`` led to.
+        - ``detect``: for each image a dictionary, objects in the order of their scores: ``boxes``
+          (k, 4) left, top, right, bottom in pixels of the image, ``labels`` (k,) int64, ``scores``
+          (k,) and, of a detector with masks, ``masks`` (k, H, W) bool. Labels count from 0, as
+          ``classes`` do: there is none for the background.
+
+        Raises:
+            UserError: an image cannot be read, is no image, has other channels, or holds no data.
+        """
+        every = _each(images)
+        check(bool(every), "no image is given")
+        made, at_once = [], self._tuned.at_once
+        for first in range(0, len(every), at_once):
+            some = every[first : first + at_once]
+            pixels = [self._decoded(image, first + i) for i, image in enumerate(some)]
+            made.append(self._tuned.predict(pixels))
+        return torch.cat(made) if self.kind == "classes" else [one for part in made for one in part]
+
+    def _decoded(self, image: ImageLike, number: int) -> Tensor:
+        with _named(image, number, self.name):
+            return self._tuned.prepared(decode(_raw(image), self.view.channels))
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.view.size))
+        classes = "" if self.classes is None else f"{len(self.classes)} classes, "
+        shape = f"{self.view.channels} channels of {size} pixels"
+        return f"LoadedModel({self.name!r}: {self.kind}, {classes}{shape})"
+
+
+def load_model(name: str | Path, device: str = "auto") -> LoadedModel:
+    """Network that ``evaluate finetune`` or ``evaluate detect`` trained.
+
+    Args:
+        name: its run folder, or its file: ``model.safetensors``, ``detector.safetensors``.
+        device: auto, cpu, cuda, cuda:1 or mps.
+
+    Raises:
+        UserError: there is none, it is of another version, or its tensors do not match.
+    """
+    return LoadedModel(str(name), open_tuned(name), resolve_device(device))
+
+
+@contextlib.contextmanager
+def _named(image: ImageLike, number: int, owner: str) -> Iterator[None]:
+    """Errors of an image, which name it."""
+    what = image if isinstance(image, str | os.PathLike) else f"image {number}"
+    try:
+        yield
+    except OtherChannels as error:
+        takes = f"{owner} takes images of {error.asked}"
+        raise UserError(f"{what}: has {error.has} channels; {takes}") from None
+    except (BadImage, OSError) as error:
+        raise UserError(f"{what}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _each(images: Images) -> Sequence[ImageLike]:

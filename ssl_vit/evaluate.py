@@ -70,10 +70,11 @@ def main(argv: list[str]) -> int:
 
         return compare(config)
     if name == "again":
-        check(len(argv) == 2, f"usage: {_PROG} again CARD.json")
+        usage = f"usage: {_PROG} again CARD.json [--data.val IMAGES] [--run.out FOLDER]"
+        check(len(argv) > 1 and not argv[1].startswith("-"), usage)
         from ssl_vit.commands.probing import again
 
-        return again(argv[1])
+        return again(argv[1], argv[2:])
     return probe(name, argv[1:])
 
 

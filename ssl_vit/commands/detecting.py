@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import functools
-import shlex
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from torchvision.models.detection import FasterRCNN
-
-from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.detect_options import PROG, DetectConfig, read_options
 from ssl_vit.commands.pretraining import carry_out
+from ssl_vit.commands.tuning import Tuning, show_results
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
-from ssl_vit.common.figures import save_png
 from ssl_vit.common.reading import beside
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Crop, ViewSpec
-from ssl_vit.data.base import Source, check_classes
 from ssl_vit.data.coco import coco_of, has_objects
 from ssl_vit.data.coco_images import JitteredObjects
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.jitter import Jitter
-from ssl_vit.data.view import View
-from ssl_vit.evaluators.cache import content_sha256
-from ssl_vit.evaluators.classifier import saved_step
-from ssl_vit.evaluators.detect import Detect, Detections, detect
-from ssl_vit.evaluators.detect_pictures import picture_of
-from ssl_vit.evaluators.detect_scores import score_detections
-from ssl_vit.evaluators.detector import HeadSizes, build_detector
-from ssl_vit.evaluators.features import Machine
-from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
-from ssl_vit.evaluators.pyramid import backbone_of
-from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.detect import Detect
 from ssl_vit.evaluators.start import Start, for_channels, open_start
-from ssl_vit.evaluators.watch import bounded
+from ssl_vit.evaluators.tuned_detector import TunedDetector, check_annotated, detector_of
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.session import Session, counted
-from ssl_vit.weights.exchange import contiguous_state, sha256, write_own
+from ssl_vit.training.session import counted
+from ssl_vit.weights.own_files import DETECTOR_FILE
 
-CARD_FILE, MODEL_FILE, PICTURE_FILE = "detect.json", "detector.safetensors", "detections.png"
-_AT_ONCE = 8  # images of a batch in evaluation
-_SHOWN = 4
+CARD_FILE = "detect.json"
 
 
 def parse_options(argv: list[str]) -> tuple[DetectConfig, Start]:
@@ -82,50 +62,34 @@ def annotated_images(config: DetectConfig, start: Start) -> Images:
     images = open_images(config.data, config.run.seed, own)
     check(images.held_out, "--data.val is missing, and --data.holdout holds no image out")
     train, val = images.train, images.val
-    for option, source in (("--data.train", train), ("--data.val", val)):
-        coco_of(source, option)  # of another kind it raises
-    check_classes(images.train, images.val)
-    names = images.train.classes or ()
-    more = len(images.val.classes or ()) - len(names)
-    check(more <= 0, f"--data.val has {more} classes more than --data.train has")
+    coco_of(train, "--data.train")  # of another kind it raises
+    check_annotated(train, val)
     check(has_objects(train), f"{train.spec} has no object to learn from")
-    said = f"the validation set, {len(val):,} images of {val.spec}, has no object to score"
-    check(has_objects(val), said)
     return images
 
 
-class Detection(Session):
+class Detection(Tuning):
     """Detection run: a detector trained on an encoder."""
 
     task: Detect
+    card_file, model_file = CARD_FILE, DETECTOR_FILE
 
     def __init__(self, config: DetectConfig, start: Start) -> None:
         images, options = annotated_images(config, start), config.detect
         self.start, self.classes = start, images.train.classes or ()
         self.masks = wants_masks(options.masks, images)
-        backbone = backbone_of(
-            start,
-            options.frame,
-            options.width,
-            options.windows,
-            options.global_blocks,
-            options.drop_path,
-            options.frozen,
-            config.run.seed,
-        )
-        heads = HeadSizes(proposals=options.proposals, detections=options.detections)
         seed = config.run.seed
-        network = build_detector(
-            backbone, len(self.classes), options.frame, self.masks, heads, seed
-        )
+        network = detector_of(start, options, len(self.classes), self.masks, seed)
         self.jitter = Jitter(options.frame, options.jitter, options.flip)
         views = ViewSpec((Crop(options.frame, flip=options.flip),))
         task = Detect(network, options.layer_decay)
         super().__init__("detect", config, task, views, images)
-        channels = config.data.channels
-        self.view = View(options.frame, channels, images.mean, images.std)
-        precision, workers = self.trainer.precision, config.data.workers
-        self.machine = Machine(self.parallel.device, precision, workers, _AT_ONCE)
+        self.evaluate_at(options.frame, TunedDetector.at_once)
+
+    def tuned(self, task: Detect) -> TunedDetector:
+        """The detector of a task."""
+        options = self.config.detect
+        return TunedDetector(task.network, self.view, self.classes, self.masks, options)
 
     def training_images(self) -> JitteredObjects:
         """Images with their objects, by large-scale jitter."""
@@ -149,88 +113,25 @@ class Detection(Session):
             "weights": self.start.weights,
         }
 
-    def export(self, whole: Task) -> Callable[[], object]:
-        """Snapshot of the detector; the returned function writes its file."""
-        assert isinstance(whole, Detect)
-        about = {
-            "mean": self.images.mean,
-            "std": self.images.std,
-            "classes": self.classes,
-            "masks": self.masks,
-            "options": asdict(self.config.detect),
-            "encoder": self.start.identity,
-            "step": self.trainer.step,
-        }
-        tensors, path = contiguous_state(whole.network), self.out / MODEL_FILE
-        return lambda: write_own(path, tensors, {"about": about})
-
-    def exported_step(self) -> int | None:
-        """Step of the detector's file; None: there is no file."""
-        return saved_step(self.out / MODEL_FILE)
-
     def probe(self, whole: Task, step: int, log: RunLog) -> None:
         """Evaluation during training, on a bounded number of held-out images."""
         assert isinstance(whole, Detect)
-        run = self.config.run
-        source = bounded(self.images.val, run.probe_images, run.seed)
-        found = self.find(whole.network, source)
+        judged = self.judge(whole, self.looked_at())
         numbers: dict[str, float] = {}
-        for score in self.scores(found, source):
+        for score in judged.scores:
             prefix = "val_" if score.features == "boxes" else "val_mask_"
             missing = score.details["without_objects"]  # of so few images perhaps all
             known = {n: value for n, value in score.metrics.items() if n not in missing}
             numbers |= {f"{prefix}{name}": value for name, value in known.items()}
         if numbers:
             log.write(step, numbers, "probe")
-        log.picture(step, "detections", self.picture(found, source))
-
-    def find(self, network: FasterRCNN, source: Source) -> Detections:
-        """Detections in all images of a source."""
-        return detect(network, source, self.view, self.machine)
-
-    def scores(self, found: Detections, source: Source) -> list[Score]:
-        """Score of the boxes and, with masks, of these."""
-        kinds = ["boxes", *["masks"] * self.masks]
-        seed, setting = self.config.run.seed, "last weights"
-        return [score_detections(found, source, kind, setting, seed) for kind in kinds]
-
-    def picture(self, found: Detections, source: Source) -> np.ndarray:
-        """Picture of the first images, annotated and as the detector sees them."""
-        return picture_of(found, source, self.view, _SHOWN, self.classes)
-
-    def card(self, found: Detections) -> dict[str, Any]:
-        """Protocol card of the score."""
-        train, val, path = self.images.train, self.images.val, self.out / MODEL_FILE
-        splits = {}
-        for name, source, other in (("train", train, None), ("val", val, train)):
-            own = split_card(source, None, content_sha256(source), other)
-            digest = coco_of(source, "")[0].annotations_sha256()
-            splits[name] = own | {"annotations_sha256": digest}
-        splits["val"] |= {"images": len(found.images), "unreadable": found.unreadable}
-        card = protocol_card(
-            "detect",
-            self.start.identity,
-            self.view,
-            splits,
-            options=asdict(self.config),
-            detector={
-                "kind": "Mask R-CNN" if self.masks else "Faster R-CNN",
-                "scores": "pycocotools, IoU 0.50 to 0.95, at most 100 detections an image",
-                "strides": self.task.backbone.strides,
-            },
-            model={"file": str(path), "sha256": sha256(path)},
-            step=self.trainer.step,
-            **self.machine.card(),
-        )
-        card["transform"]["crop_ratio"] = None
-        card["transform"]["placement"] = "whole, as large as fits, top left in the size"
-        card["versions"]["pycocotools"] = version("pycocotools")
-        return card
+        for name, picture in judged.pictures.items():
+            log.picture(step, name, picture)
 
     def about(self) -> list[tuple[str, str]]:
         """Plan rows on the detector."""
         options, backbone = self.config.detect, self.task.backbone
-        kind = "Mask R-CNN" if self.masks else "Faster R-CNN"
+        kind = self.tuned(self.task).title
         levels = ", ".join(f"{s:g}" for s in backbone.strides)
         windows = f", windows of {options.windows} patches" if options.windows else ""
         rates = f"layer decay {options.layer_decay:g}, drop path {options.drop_path:g}"
@@ -260,33 +161,6 @@ def wants_masks(option: str, images: Images) -> bool:
         if not there:
             return False
     return option != "no"
-
-
-def show_results(session: Detection) -> dict[str, float]:
-    """Print the scores of the final weights and the files of the run; returns the scores."""
-    val = session.images.val
-    found = session.find(session.task.network, val)
-    scores, card = session.scores(found, val), session.card(found)
-    session.guard()
-    write_card(session.out / CARD_FILE, card, scores)
-    save_png(session.out / PICTURE_FILE, session.picture(found, val))
-    title = f"detect: {session.config.encoder}, {len(found.images):,} evaluation and "
-    title += f"{len(session.images.train):,} training images, in %"
-    header = ("of", "AP", "95%", "AP50", "AP75", "small", "medium", "large")
-    show_table(title, [row_of(score) for score in scores], header=header)
-    print(f"detector: {session.out / MODEL_FILE}")
-    print(f"pictures: {session.out / PICTURE_FILE}")
-    print(f"protocol and scores: {session.out / CARD_FILE}")
-    print(f"curves:   tensorboard --logdir {shlex.quote(str(session.out))}")
-    return {f"final/{s.features}_{n}": v for s in scores for n, v in s.metrics.items()}
-
-
-def row_of(score: Score) -> tuple[str, ...]:
-    """Row of the table; a metric of no object is a dash."""
-    names = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    rest = [f"{score.metrics[n]:.2f}" if n in score.metrics else "-" for n in names]
-    low, high = score.interval
-    return (score.features, f"{score.value:.2f}", f"{low:.2f} to {high:.2f}", *rest)
 
 
 def main(argv: list[str]) -> int:

@@ -5,45 +5,30 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import shlex
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssl_vit.commands import dense_tuning as dense
-from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.evaluating import with_labels
 from ssl_vit.commands.finetune_options import PROG, first_options, read_options
 from ssl_vit.commands.pretraining import carry_out
+from ssl_vit.commands.tuning import Tuning, show_results
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task
-from ssl_vit.data.base import Numbered, Source
+from ssl_vit.data.base import Numbered
 from ssl_vit.data.groups import group_count
 from ssl_vit.data.images import Given, Images, open_images
-from ssl_vit.data.view import View
-from ssl_vit.evaluators.cache import content_sha256
-from ssl_vit.evaluators.classifier import (
-    MODEL_FILE,
-    Classifier,
-    classifier,
-    classifier_writer,
-    saved_step,
-)
-from ssl_vit.evaluators.features import FeatureSet, Machine, extract, ready
+from ssl_vit.evaluators.classifier import Classifier, classifier
 from ssl_vit.evaluators.finetune import FineTune, tuning_views
-from ssl_vit.evaluators.online import source_targets
 from ssl_vit.evaluators.options import FinetuneConfig, dense_recipe, recipe
-from ssl_vit.evaluators.protocol import protocol_card, split_card, write_card
-from ssl_vit.evaluators.scores import Prediction, accuracy, check_labels, score_predictions
-from ssl_vit.evaluators.selection import guesses_of, outputs_of, quality
+from ssl_vit.evaluators.scores import accuracy, check_labels
+from ssl_vit.evaluators.selection import outputs_of, quality
 from ssl_vit.evaluators.start import Start, for_channels, open_start
-from ssl_vit.evaluators.watch import bounded
+from ssl_vit.evaluators.tuned_classes import TunedClasses, labels_of
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.session import Session, counted
-from ssl_vit.weights.exchange import EncoderInfo, sha256
+from ssl_vit.training.session import counted
 
 CARD_FILE = dense.CARD_FILE
 
@@ -91,11 +76,6 @@ def count_classes(images: Images) -> int:
     return outputs_of(train.labels)
 
 
-def labels_of(source: Source) -> FeatureSet:
-    """Labels of all images, without reading an image."""
-    return FeatureSet({}, source_targets(source), 0, torch.arange(len(source)))
-
-
 def labelled_images(config: FinetuneConfig, given: Given | None) -> Images:
     """Images of a run, those with a label.
 
@@ -112,10 +92,11 @@ def labelled_images(config: FinetuneConfig, given: Given | None) -> Images:
     return replace(images, train=train if train.targets is None else Numbered(train), val=val)
 
 
-class Finetuning(Session):
+class Finetuning(Tuning):
     """Fine-tuning run: a classifier trained from an encoder's weights, or from scratch."""
 
     task: FineTune
+    card_file = CARD_FILE
 
     def __init__(self, config: FinetuneConfig, start: Start) -> None:
         own = Given(f"--encoder {config.encoder}", start.mean, start.std)
@@ -134,23 +115,14 @@ class Finetuning(Session):
             f"--optim.batch-size is {config.optim.batch_size}, in parts of {self.part_size}; mixup "
             "and cutmix need an even number",
         )
-        channels = config.data.channels
-        self.view = View(self.made.size, channels, images.mean, images.std)
-        precision, workers = self.trainer.precision, config.data.workers
-        self.machine = Machine(self.parallel.device, precision, workers)
+        self.evaluate_at(self.made.size, TunedClasses.at_once)
 
-    def about_model(self) -> dict[str, Any]:
-        """Metadata of the model file, besides timm's arguments."""
-        names, images = self.images.train.classes, self.images
-        return {
-            "mean": images.mean,
-            "std": images.std,
-            "size": self.made.size,
-            "crop_ratio": self.view.crop_ratio,
-            "classes": None if names is None else names[: self.classes],
-            "encoder": self.start.identity,
-            "step": self.trainer.step,
-        }
+    def tuned(self, task: FineTune) -> TunedClasses:
+        """The evaluated network of a task."""
+        made, train = self.made, self.images.train
+        setting = f"{'average' if self.config.tune.ema else 'last'} weights"
+        known = made.call, self.classes, train.targets is not None, setting, made.encoder
+        return TunedClasses(task.evaluated, self.view, train.classes, *known)
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -165,61 +137,16 @@ class Finetuning(Session):
             "weights": self.start.weights,
         }
 
-    def export(self, whole: Task) -> Callable[[], object]:
-        """Snapshot of the evaluated network; the returned function writes its file."""
-        assert isinstance(whole, FineTune)
-        path, call, config = self.out / MODEL_FILE, self.made.call, self.made.encoder
-        images, step = self.images, self.trainer.step
-        info = None
-        if config is not None:
-            channels = self.config.data.channels
-            info = EncoderInfo(config, channels, images.mean, images.std, self.name, step)
-        return classifier_writer(path, whole.evaluated, call, self.about_model(), info)
-
-    def exported_step(self) -> int | None:
-        """Step of the model file; None: there is no file."""
-        return saved_step(self.out / MODEL_FILE)
-
     def probe(self, whole: Task, step: int, log: RunLog) -> None:
         """Evaluation during training: accuracy on held-out images, or mean average precision."""
         assert isinstance(whole, FineTune)
-        run = self.config.run
-        guesses, found = self.guess(whole, bounded(self.images.val, run.probe_images, run.seed))
+        guesses, found = self.tuned(whole).guess(self.looked_at(), self.machine)
         if found.labels.ndim == 1:
             scores = {f"val_top{n}": accuracy(guesses, found.labels, top=n) for n in (1, 5)}
         else:
             precision = quality(guesses, found.labels)
             scores = {} if math.isnan(precision) else {"val_map": precision}
         log.write(step, scores, "probe")
-
-    def guess(self, task: FineTune, source: Source) -> tuple[Tensor, FeatureSet]:
-        """Predicted classes (n, at most 5), best first, or each label's probability (n, L); and
-        features, of the readable images."""
-        network = task.evaluated
-        ready(network, self.parallel.device)
-
-        def embed(images: Tensor) -> dict[str, Tensor]:
-            return {"logits": network(images)}
-
-        found = extract(embed, source, self.view, self.machine)
-        return guesses_of(found.parts["logits"], found.labels), found
-
-    def card(self, found: FeatureSet) -> dict[str, Any]:
-        """Protocol card of the score."""
-        train, val, path = self.images.train, self.images.val, self.out / MODEL_FILE
-        return protocol_card(
-            "finetune",
-            self.start.identity,
-            self.view,
-            {
-                "train": split_card(train, None, content_sha256(train)),
-                "val": split_card(val, found, content_sha256(val), train),
-            },
-            options=asdict(self.config),
-            model={"file": str(path), "sha256": sha256(path), "timm": asdict(self.made.call)},
-            step=self.trainer.step,
-            **self.machine.card(),
-        )
 
     def about(self) -> list[tuple[str, str]]:
         """Plan rows on the network and its recipe."""
@@ -241,35 +168,9 @@ class Finetuning(Session):
         ]
 
 
-def show_results(session: Finetuning) -> dict[str, float]:
-    """Print the score of the final weights and the files of the run; returns the score."""
-    guesses, found = session.guess(session.task, session.images.val)
-    weights = "average" if session.config.tune.ema else "last"
-    prediction = Prediction("logits", f"{weights} weights", guesses, {})
-    names, seed = session.images.train.classes, session.config.run.seed
-    score = score_predictions(prediction, found.labels, names, seed, found.groups)
-    card = session.card(found)
-    session.guard()
-    write_card(session.out / CARD_FILE, card, [score])
-    n, m = len(guesses), len(session.images.train)
-    title = f"finetune: {session.config.encoder}, {n:,} evaluation and {m:,} training images"
-    low, high = score.interval
-    first, second = (f"{value:.2f}" for value in score.metrics.values())
-    row = (score.setting, first, f"{low:.2f} to {high:.2f}", second)
-    kinds = ("accuracy", "top-1", "top-5") if "top1" in score.metrics else ("score", "mAP", "AUROC")
-    header = ("weights", kinds[1], "95%", kinds[2])
-    show_table(f"{title}, {kinds[0]} in %", [row], header=header)
-    print(f"model:    {session.out / MODEL_FILE}")
-    print(f"protocol and scores: {session.out / CARD_FILE}")
-    print(f"curves:   tensorboard --logdir {shlex.quote(str(session.out))}")
-    return {f"final/{name}": value for name, value in score.metrics.items()}
-
-
 def main(argv: list[str]) -> int:
     """Fine-tuning command; returns the exit status."""
     config, start = parse_options(argv)
-    if config.dense:
-        made = dense.DenseTuning(config, start)
-        return carry_out(made, made.about(), dense.show_results, PROG)
-    session = Finetuning(config, start)
+    kind = dense.DenseTuning if config.dense else Finetuning
+    session: Tuning = kind(config, start)
     return carry_out(session, session.about(), show_results, PROG)

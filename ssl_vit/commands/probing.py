@@ -14,6 +14,7 @@ from ssl_vit.commands.dense_probes import depth, segment
 from ssl_vit.commands.eval_options import EvalConfig
 from ssl_vit.commands.probe_options import PROBES
 from ssl_vit.commands.probes import Result, knn, linear
+from ssl_vit.commands.rescoring import TUNED, again_tuned
 from ssl_vit.commands.retrieval import retrieval
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check
@@ -67,15 +68,23 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
     show_table(title, rows, header=header)
 
 
-def again(path: str) -> int:
+def again(path: str, more: Sequence[str] = ()) -> int:
     """Reproduction: evaluate again as a result's card says and compare; 0 if the scores are equal.
+
+    Args:
+        more: options of the score of a network that was kept (``rescoring``).
 
     Raises:
         UserError: the card cannot be used.
     """
     card = read_card(path)
     name = card["evaluator"]
-    check(name in PROBES, f"{path} is a card of {name!r}; again supports {', '.join(PROBES)}")
+    if name in TUNED:
+        return again_tuned(path, card, more)
+    known = ", ".join((*PROBES, *TUNED))
+    check(name in PROBES, f"{path} is a card of {name!r}; again supports {known}")
+    kept = f"options are for cards of {' and '.join(TUNED)}, whose network is kept"
+    check(not more, f"{path} is a card of {name!r}; {kept}: run {_PROG} {name}")
     kind = PROBES[name]
     flags = tree_flags(card["options"], known_keys(kind()), path)
     config = parse(kind(), flags, path, f"{_PROG} {name}")

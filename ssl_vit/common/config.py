@@ -1,8 +1,9 @@
 """Shared options: their groups and defaults, each stated once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ssl_vit.common.checks import (
     check_below_one,
@@ -14,6 +15,8 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.errors import check
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -250,3 +253,8 @@ class OptimConfig:
     def held_back(self) -> tuple[str, str]:
         """Lengths for which the encoder is frozen, and in which it is then released."""
         return "0st", "0st"
+
+
+def from_json(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Options of a kind, from JSON, whose lists are tuples there."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

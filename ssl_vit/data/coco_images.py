@@ -18,7 +18,7 @@ from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source
 from ssl_vit.data.coco import coco_of
 from ssl_vit.data.decode import BadImage, decode
-from ssl_vit.data.jitter import Jitter, Placement, draw_placement, fitted, place, place_image
+from ssl_vit.data.jitter import Jitter, draw_placement, fitted, place, place_image
 from ssl_vit.data.loader import Batch, EvalImages, TrainImages, stack
 from ssl_vit.data.missing import with_data
 
@@ -161,23 +161,25 @@ class WholeImages(EvalImages):
         """Batch of these images; unreadable ones are skipped and reported."""
         bad: dict[int, str] = {}
         images, keys = [], []
-        places: list[Placement] = []
         for index in indices:
             try:
-                image = sized(self.source, index, self.channels)
+                images.append(sized(self.source, index, self.channels))
+                keys.append(index)
             except BadImage as error:
                 bad[index] = f"{self.source.name(index)}: {error}"
-                continue
-            places.append(fitted((image.shape[1], image.shape[2]), self.size))
-            images.append(place_image(image, places[-1]))
-            keys.append(index)
-        labels = torch.full((len(keys),), -1)
-        if not keys:
-            return Batch(Views([], torch.tensor(keys).long(), labels), bad)
-        made = stack(images)
-        drawn = {
-            "scaled": torch.tensor([p.scaled for p in places]),
-            "original": torch.tensor([p.image for p in places]),
-        }
-        missing = missing_of(made, [p.padding for p in places])
-        return Batch(Views([made], torch.tensor(keys), labels, drawn=drawn, missing=missing), bad)
+        return Batch(framed_whole(images, keys, self.size), bad)
+
+
+def framed_whole(images: Sequence[Tensor], keys: Sequence[int], size: tuple[int, int]) -> Views:
+    """Views of whole images (C, H, W), as :class:`WholeImages` has them; without crops of none."""
+    numbers, labels = torch.tensor(list(keys)).long(), torch.full((len(keys),), -1)
+    if not images:
+        return Views([], numbers, labels)
+    places = [fitted((image.shape[1], image.shape[2]), size) for image in images]
+    made = stack([place_image(image, at) for image, at in zip(images, places, strict=True)])
+    drawn = {
+        "scaled": torch.tensor([p.scaled for p in places]),
+        "original": torch.tensor([p.image for p in places]),
+    }
+    missing = missing_of(made, [p.padding for p in places])
+    return Views([made], numbers, labels, drawn=drawn, missing=missing)

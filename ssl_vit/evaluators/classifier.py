@@ -24,7 +24,6 @@ from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import HEAD, EncoderInfo, contiguous_state, load_strictly, write_own
 from ssl_vit.weights.own_files import own_metadata
 
-MODEL_FILE = "model.safetensors"
 _POOLS = {"mean": "avg", "cls": "token"}
 # Parameters without weight decay and with the lowest layer's rate, in any version of timm.
 _TOKENS = ("cls_token", "reg_token", "pos_embed")

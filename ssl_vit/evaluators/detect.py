@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler
 from torchvision.models.detection import FasterRCNN
@@ -127,31 +128,52 @@ def detect(network: FasterRCNN, source: Source, view: View, machine: Machine) ->
 
 def detect_batch(network: FasterRCNN, views: Views) -> list[Found]:
     """Detections in a batch of ``WholeImages``; ``network`` in evaluation mode."""
+    found = []
+    for key, size, one in zip(views.keys.tolist(), *_in_images(network, views), strict=True):
+        masks = None
+        if "masks" in one:
+            masks = [_run_lengths(mask) for mask in _pasted(one, size)]
+        boxes, scores, classes = (one[n].cpu() for n in ("boxes", "scores", "labels"))
+        found.append(Found(key, boxes, scores, classes, masks))
+    return found
+
+
+@torch.inference_mode()
+def detect_pixels(network: FasterRCNN, views: Views) -> list[Target]:
+    """Detections as :func:`detect_batch`, of each image ``boxes``, ``labels``, ``scores`` and, of a
+    detector with masks, ``masks``, bool (k, H, W); on the CPU."""
+    found = []
+    for size, one in zip(*_in_images(network, views), strict=True):
+        if "masks" in one:
+            masks = [mask.cpu() for mask in _pasted(one, size)]
+            one["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
+        found.append({name: value.cpu() for name, value in one.items()})
+    return found
+
+
+def _in_images(
+    network: FasterRCNN, views: Views
+) -> tuple[list[tuple[int, int]], list[dict[str, Tensor]]]:
+    """Height and width of each image, and detections in it: boxes in pixels of the image itself,
+    classes from 0, masks of their boxes (k, 1, m, m)."""
     scaled, original = (views.drawn[name].tolist() for name in ("scaled", "original"))
     inner = [image[:, :h, :w] for image, (h, w) in zip(views.crops[0], scaled, strict=True)]
-    results = network(inner)
-    sizes = zip(views.keys.tolist(), scaled, original, results, strict=True)
-    return [_in_image(key, *rest) for key, *rest in sizes]
+    found: list[dict[str, Tensor]] = network(inner)
+    for one, (height, width), (h, w) in zip(found, original, scaled, strict=True):
+        boxes = one["boxes"].float()
+        one["boxes"] = boxes * boxes.new_tensor([width / w, height / h, width / w, height / h])
+        one["scores"], one["labels"] = one["scores"].float(), one["labels"] - 1
+    return [(height, width) for height, width in original], found
 
 
-def _in_image(index: int, scaled: list[int], original: list[int], result: Target) -> Found:
-    """Detections in pixels of the image itself."""
-    (height, width), (h, w) = original, scaled
-    boxes = result["boxes"].float()
-    boxes = boxes * boxes.new_tensor([width / w, height / h, width / w, height / h])
-    masks = None
-    if "masks" in result:
-        masks = [
-            _run_lengths(m, b, height, width) for m, b in zip(result["masks"], boxes, strict=True)
-        ]
-    scores, classes = result["scores"].float().cpu(), result["labels"].cpu() - 1
-    return Found(index, boxes.cpu(), scores, classes, masks)
+def _pasted(one: dict[str, Tensor], size: tuple[int, int]) -> Iterator[Bool[Tensor, "h w"]]:
+    """Masks of the objects of an image in the whole of it; one at a time, as each is as large."""
+    for mask, box in zip(one["masks"], one["boxes"], strict=True):
+        yield paste_masks_in_image(mask[None].float(), box[None], size)[0, 0] >= _HALF
 
 
-def _run_lengths(mask: Tensor, box: Tensor, height: int, width: int) -> dict[str, Any]:
-    """Run lengths of a mask of its box (1, m, m), in the whole image; one at a time, as each is as
-    large as the image."""
+def _run_lengths(mask: Bool[Tensor, "h w"]) -> dict[str, Any]:
+    """Run lengths of a mask."""
     from pycocotools import mask as library
 
-    whole = paste_masks_in_image(mask[None].float(), box[None], (height, width))[0, 0] >= _HALF
-    return dict(library.encode(whole.cpu().numpy().astype("uint8", order="F")))
+    return dict(library.encode(mask.cpu().numpy().astype("uint8", order="F")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ _IDENTITIES = (
     ("val", "content_sha256"),
     ("val", "masks_sha256"),
     ("val", "depth_sha256"),
+    ("train", "annotations_sha256"),
+    ("val", "annotations_sha256"),
+    ("model", "sha256"),
     ("held_out", "content_sha256"),
 )
 _NUMBERS = ("metrics", "interval", "per_class")
@@ -68,16 +72,20 @@ def protocol_card(
         "crop_ratio": view.crop_ratio,
         "interpolation": "bicubic, antialiased",
     }
-    versions = {"ssl_vit": __version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in _PACKAGES}
     return {
         "evaluator": evaluator,
         "encoder": encoder,
         "transform": transform,
         **splits,
         **rest,
-        "versions": versions,
+        "versions": versions(),
     }
+
+
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of the libraries that scores depend on; ``more``: of these, too."""
+    own = {"ssl_vit": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in (*_PACKAGES, *more)}
 
 
 def write_card(path: Path, card: dict[str, Any], scores: list[Score]) -> None:
@@ -97,8 +105,10 @@ def read_card(path: str) -> dict[str, Any]:
     """
     try:
         card = json.loads(Path(path).expanduser().read_text())
-        card["options"].pop("config", None)
-        card["options"]["precision"] = {"bfloat16": "bf16", "float32": "fp32"}[card["precision"]]
+        options = card["options"]
+        options.pop("config", None)
+        group = options.get("run", options)  # of a training run they are in groups
+        group["precision"] = {"bfloat16": "bf16", "float32": "fp32"}[card["precision"]]
         whole = isinstance(card["scores"], list) and isinstance(card["evaluator"], str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False

@@ -17,7 +17,7 @@ from ssl_vit.evaluators.options import SegmentHeadOptions
 from ssl_vit.evaluators.overlap import Overlap, confusion_matrix, counts, iou
 from ssl_vit.evaluators.patch_heads import PatchHeads, upsampled
 from ssl_vit.evaluators.segment_heads import HeadModules
-from ssl_vit.evaluators.sliding import Sliding, scaled_size
+from ssl_vit.evaluators.sliding import Logits, Sliding, scaled_size
 from ssl_vit.evaluators.tokens import Material, TokenExtractor
 from ssl_vit.pictures.boundaries import Outlined, evenly
 
@@ -71,6 +71,32 @@ def known(mask: Int[Tensor, "*shape"], ignore: int) -> Int[Tensor, "*shape"]:
     return torch.where(mask == ignore, -1, mask)
 
 
+def scored_sizes(size: tuple[int, int], config: SegmentHeadOptions) -> list[tuple[int, int]]:
+    """Sizes that images are brought to; ``size``: that of the encoder."""
+    return [scaled_size(size, scale) for scale in config.scales]
+
+
+def guessed(
+    crops: Sequence[Float[Tensor, "b k _ _"]],
+    shapes: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    config: SegmentHeadOptions,
+    logits_of: Logits,
+) -> Iterator[Int64[Tensor, "h w"]]:
+    """Class of each pixel of a batch of images, which are given at each of ``scored_sizes``, at
+    ``shapes``: of the whole image or, of several scales or mirror images, averaged over windows."""
+    if config.scales == (1.0,) and not config.flip:
+        for own, shape in zip(logits_of(crops[0]), shapes, strict=True):
+            yield classify([own], shape)
+        return
+    sizes = scored_sizes(window, config)
+    slides = [Sliding(size, window, config.overlap, config.flip) for size in sizes]
+    made = [s.logits(crop, logits_of) for s, crop in zip(slides, crops, strict=True)]
+    for row, shape in enumerate(shapes):
+        each = [s.probabilities(logits[:, row]) for s, logits in zip(slides, made, strict=True)]
+        yield classify(each, shape)
+
+
 @dataclass
 class Guesses:
     """Classes of all masks' pixels by one head: iterates over (index, mask, guess), the guess of
@@ -83,38 +109,18 @@ class Guesses:
     bad: int = 0
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
-        plain = self.config.scales == (1.0,) and not self.config.flip
-        return self._whole() if plain else self._sliding()
-
-    def _whole(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
-        """Each image at once, at the encoder's size."""
-        for seen in self.extractor.batches(self.pairs):
-            self.bad += len(seen.bad)
-            if not seen.masks:
-                continue
-            logits = self.heads(seen.tokens)[:, 0]
-            for i, own, mask in zip(seen.keys.tolist(), logits, seen.masks, strict=True):
-                yield i, mask, classify([own], (mask.shape[0], mask.shape[1]))
-
-    def _sliding(self) -> Iterator[tuple[int, Tensor, Int64[Tensor, "h w"]]]:
-        """Averaged over windows, scales and mirror images."""
         config, window = self.config, self.extractor.view.size
-        sizes = [scaled_size(window, scale) for scale in config.scales]
-        slides = [Sliding(size, window, config.overlap, config.flip) for size in sizes]
 
         def logits_of(images: Tensor) -> Tensor:
             return self.heads(self.extractor.of(images, self.pairs))[:, 0]
 
-        for crops, batch in self.extractor.images(self.pairs, sizes):
+        for crops, batch in self.extractor.images(self.pairs, scored_sizes(window, config)):
             self.bad += len(batch.bad)
-            made = [s.logits(crop, logits_of) for s, crop in zip(slides, crops, strict=False)]
-            for row, (i, mask) in enumerate(
-                zip(batch.views.keys.tolist(), batch.masks, strict=True)
-            ):
-                each = [
-                    s.probabilities(logits[:, row]) for s, logits in zip(slides, made, strict=True)
-                ]
-                yield i, mask, classify(each, (mask.shape[0], mask.shape[1]))
+            if not batch.masks:
+                continue
+            shapes = [(mask.shape[0], mask.shape[1]) for mask in batch.masks]
+            guesses = guessed(crops, shapes, window, config, logits_of)
+            yield from zip(batch.views.keys.tolist(), batch.masks, guesses, strict=True)
 
 
 @dataclass

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.evaluators.backbone import open_backbone
+from ssl_vit.data.view import View
+from ssl_vit.evaluators.backbone import open_backbone, timm_model
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.run_files import slug
 from ssl_vit.weights.adapting import adapted
+from ssl_vit.weights.exchange import EncoderInfo, encoder_of, info_of
 from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
+# Arguments by which timm loads other files.
+_LOADS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,15 @@ class Start:
     def depth(self) -> int | None:
         """Number of transformer blocks of a plain ViT; None for other networks."""
         return len(self.module.vit.blocks) if isinstance(self.module, Encoder) else None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What :func:`rebuilt` needs besides weights, for JSON: of a plain ViT an ``EncoderInfo``,
+        of others timm's name and arguments."""
+        if isinstance(self.module, Encoder):
+            info = EncoderInfo(self.module.config, self.channels, self.mean, self.std)
+            return dataclasses.asdict(info)
+        return {"arch": self.arch, "options": self.identity.get("arch_options", {})}
 
 
 def open_start(
@@ -128,3 +142,32 @@ def for_channels(start: Start, channels: int, how: str) -> Start:
     return dataclasses.replace(
         start, module=new.eval(), channels=channels, mean=mean, std=std, identity=identity
     )
+
+
+def rebuilt(body: dict[str, Any], state: dict[str, Tensor], where: str, view: View) -> Start:
+    """Start of the architecture that ``body`` is of (``Start.body``), for images of ``view``.
+
+    A plain ViT has the weights ``state``; other networks have random ones. ``where``: the file.
+
+    Raises:
+        UserError: no such architecture, or weights that do not match it.
+    """
+    arch, module = str(body.get("arch", "")), None
+    if arch:
+        check_call(arch, body["options"], where)
+        module = timm_model(arch, "", True, 0, (), body["options"])
+    else:
+        module = encoder_of(info_of({"body": body}, "body", where), state, where)
+    shown = view.size, view.channels, view.mean, view.std
+    return Start(module, True, *shown, {"given": where}, arch)
+
+
+def check_call(arch: str, kwargs: dict[str, Any], where: str) -> None:
+    """Check that a call of timm that a file asks for builds a network and loads nothing.
+
+    Raises:
+        UserError: it does.
+    """
+    known = arch.partition(".")[0] in timm.list_models()
+    check(known, f"{where}: timm knows no network {arch!r}")
+    check(not _LOADS & kwargs.keys(), f"{where}: its metadata would make timm load other files")

@@ -13,12 +13,17 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import flatten
 from ssl_vit.records.status import STATUS_FILE
 from ssl_vit.training.run_files import CONFIG_FILE, METRICS_FILE, complete, read_row
-from ssl_vit.weights.own_files import ENCODER_FILE, own_metadata
+from ssl_vit.weights.own_files import (
+    DETECTOR_FILE,
+    ENCODER_FILE,
+    MODEL_FILE,
+    own_metadata,
+)
 
 # Detects a changed file: its size in bytes, and its modification time in nanoseconds.
 Stamp = tuple[int, int]
-# Exported weights: an encoder, or a fine-tuned classifier.
-_EXPORTED = (ENCODER_FILE, "model.safetensors")
+# Exported weights: an encoder, or a network trained on one.
+_EXPORTED = (ENCODER_FILE, MODEL_FILE, DETECTOR_FILE)
 # Sub-folders of a run that contain no other runs.
 _NO_RUNS = {"checkpoints", "tensorboard", "panels"}
 

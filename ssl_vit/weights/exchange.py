@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssl_vit.common.config import EncoderConfig
+from ssl_vit.common.config import EncoderConfig, from_json
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.files import write_atomically
 from ssl_vit.model.architecture import take_memory, timm_kwargs, without_memory
@@ -104,15 +104,21 @@ def read_info(path: Path) -> EncoderInfo:
     """
     metadata = own_metadata(path)
     check(bool(metadata), f"{path}: a safetensors file, but not an encoder written by ssl_vit")
+    return info_of(metadata, "info", str(path))
+
+
+def info_of(metadata: dict[str, Any], key: str, where: str) -> EncoderInfo:
+    """Encoder info in metadata, under ``key``.
+
+    Raises:
+        UserError: it is none of this version.
+    """
     try:
-        info = metadata["info"]
-        config: dict[str, Any] = info.pop("config")
-        # JSON has no tuples.
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
-        return EncoderInfo(config=EncoderConfig(**config), mean=mean, std=std, **info)
+        info = dict(metadata[key])
+        mean, std, config = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("config")
+        return EncoderInfo(from_json(EncoderConfig, config), mean=mean, std=std, **info)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: metadata of another version of ssl_vit: {error}") from None
+        raise UserError(f"{where}: metadata of another version of ssl_vit: {error}") from None
 
 
 def load_encoder(name: str | Path) -> tuple[Encoder, EncoderInfo]:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from ssl_vit.common.errors import UserError, check
 
 ENCODER_FILE, BEST_FILE = "encoder.safetensors", "encoder-best.safetensors"
+# Networks of finetune and of detect.
+MODEL_FILE, DETECTOR_FILE = "model.safetensors", "detector.safetensors"
 # Formats of exports.
 EXPORTS = ("timm", "huggingface", "onnx", "safetensors")
 # Key of our metadata.

@@ -20,7 +20,8 @@ from ssl_vit.data.description import described, far_from_black
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.evaluators.finetune import tuning_views
 from ssl_vit.evaluators.options import FinetuneConfig
-from ssl_vit.methods.base import find_method, method_names
+from ssl_vit.methods import method_names
+from ssl_vit.methods.base import find_method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options
 from tests.contract import tiny

@@ -97,7 +97,8 @@ def _evaluate(argv: list[str]) -> None:
     }
     name = subcommand(argv, "", "evaluator", [*PROBES, *others, "again"])
     if name == "again":
-        assert len(argv) == 2, argv
+        kind = DetectConfig() if Path(argv[1]).stem == "detect" else FinetuneConfig()
+        _parse(kind, argv[2:])
         return
     default = others[name] if name in others else PROBES[name]()
     _parse(default, evaluate.split_lists(argv[1:]))

@@ -130,8 +130,9 @@ def test_a_validation_file_may_lack_the_last_classes(place, tmp_path):
     boxes, scores = torch.tensor([[5.0, 5, 20, 30]]), torch.tensor([0.9])
     images = [Found(i, boxes, scores, torch.tensor([1])) for i in range(len(val))]
     found = Detections(images, 0)
-    assert made.picture(found, val).shape[2] == 3
-    (score,) = made.scores(found, val)
+    judged = made.tuned(made.task).scored(found, val, seed=0)
+    assert judged.pictures["detections"].shape[2] == 3
+    (score,) = judged.scores
     assert score.value == 0
     assert list(score.per_class) == ["square"]
 

@@ -31,7 +31,6 @@ from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop
 from ssl_vit.data.policy import Policy
 from ssl_vit.evaluators.classifier import (
-    MODEL_FILE,
     classifier,
     classifier_writer,
     layer_scales,
@@ -47,6 +46,7 @@ from ssl_vit.training.resume import check_same_images, check_same_run
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import check_ready
+from ssl_vit.weights.own_files import MODEL_FILE
 from tests.conftest import ROOT
 from tests.unit.data.test_augment import random_crop
 

@@ -96,8 +96,9 @@ def test_one_window_is_the_image_at_once(tmp_path):
     extractor = token_extractor(backbone(tmp_path), 1, Machine(CPU, torch.float32, 0, 5))
     material = gather_tokens(extractor, pairs, 1.0)
     head = fit_patch_heads(material, torch.arange(12), 3, (0.01,), 2, 255, 0)
-    guesses = Guesses(head, extractor, pairs, SegmentOptions())
-    for (i, mask, whole), (j, same, slid) in zip(guesses._whole(), guesses._sliding(), strict=True):
+    plain = Guesses(head, extractor, pairs, SegmentOptions())
+    windows = Guesses(head, extractor, pairs, SegmentOptions(scales=(1.0, 1.0)))
+    for (i, mask, whole), (j, same, slid) in zip(plain, windows, strict=True):
         assert i == j
         assert torch.equal(mask, same)
         assert torch.equal(whole, slid)

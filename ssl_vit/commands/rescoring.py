@@ -36,7 +36,8 @@ _SCORING = (
 
 
 def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
-    """Score the network of a card again; 0 if the scores are those of the card, or of other images.
+    """Score the network of a card again; 0 if the scores are those of the card, or of other images,
+    or by other options.
 
     Args:
         flags: options of the score, in place of those of the card. With ``--run.out`` the new card
@@ -68,13 +69,16 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
             save_pictures(folder, judged.pictures)
             write_card(folder / Path(path).name, now, judged.scores)
             print(f"protocol and scores: {folder / Path(path).name}")
-    key = "content_sha256"
-    others = bool(flags) and now["val"][key] != card["val"][key]
-    if not others:
+    same, key = f"the scores are the same as in {path}", "content_sha256"
+    asked = options_of(path, card, ())[0]
+    if now["val"][key] != card["val"][key] and flags:
+        same = f"of other images than in {path}"
+    elif replace(config, run=asked.run, data=asked.data) != asked:
+        same = f"scored by other options than in {path}"
+    else:
         check_same(path, card, now, judged.scores)
     if parallel.main:
-        same = f"the scores are the same as in {path}"
-        print(f"of other images than in {path}" if others else same)
+        print(same)
     return 0
 
 

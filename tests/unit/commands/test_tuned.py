@@ -132,6 +132,15 @@ def test_other_images_are_scored(place, kind, tmp_path, capsys):
     assert "the scores are the same" in capsys.readouterr().out
 
 
+def test_other_options_of_the_score_are_no_repetition(place, tmp_path, capsys):
+    path, out = place / "depth" / CARDS["depth"], tmp_path / "out"
+    assert (
+        evaluate.main(["again", str(path), "--depth.scale", "0.0008", "--run.out", str(out)]) == 0
+    )
+    assert "scored by other options than in" in capsys.readouterr().out
+    assert card_of(out, "depth")["scores"] != card_of(place / "depth", "depth")["scores"]
+
+
 def images_of(folder, kind):
     """Validation images, and paths of their files."""
     source = open_source(spec(folder, kind, "val"))

@@ -83,7 +83,8 @@ class ReadConfig:
     shard_cache_size: float = 100.0
     """Shards of the network that are kept there at most, in GB; those not used for longest go."""
     cache_reserve: float = 10.0
-    """Room that --data.cache and --data.shard-cache leave free on their disks, in GB."""
+    """Room that --data.cache and --data.shard-cache leave free on their disks, in GB. Of memory
+    (--data.cache ram), at most half of what is free at the start."""
 
     def __post_init__(self) -> None:
         check(
@@ -178,8 +179,9 @@ class DataConfig(ReadConfig):
     max_bad: float = 0.05
     """Stop when more than this share of the images is unreadable."""
     cache: str = ""
-    """Folder, best on a fast disk of this machine, in which decoded training images are kept when
-    first used, for later epochs and other runs. Crops are the same. Empty: none."""
+    """Where decoded training images are kept when first used, for later epochs and other runs.
+    Crops are the same. A folder, best on a fast disk of this machine; or ram: memory of this
+    machine, for all its processes, until the last run that uses it ends. Empty: nowhere."""
     shard_window: int = 0
     """Order of shards. 0: images are drawn from all shards at once. 8: shards in random order, and
     images shuffled within 8 of them at a time, for disks that read best in a row, and for shards of

@@ -1,4 +1,4 @@
-"""Image cache: decoded images on a disk, stored when first used and read from there afterwards.
+"""Image cache: decoded images on a disk or in memory, stored when first used, then read from there.
 
 Each is a file, named by a hash of its encoded bytes and of how they are decoded. So changed images
 are other ones; and any number of runs, processes and machines fill and read one folder, without a
@@ -20,17 +20,21 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.common.errors import UserError
+from ssl_vit.common.errors import UserError, check
+from ssl_vit.common.free_memory import free_memory_here
 from ssl_vit.common.reading import DataConfig
+from ssl_vit.data import passing_folder
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage, Decoded
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.raster import EmptyTile
+from ssl_vit.data.shared_memory import SHARED_MEMORY
 
 Raw = bytes | bytearray | np.ndarray
 
@@ -41,6 +45,8 @@ _MARK, _NUMBERS = b"SVI1", (np.dtype(np.uint8), np.dtype("<f4"))
 _PARTS = "parts of files (--data.slices all, --data.tile, --data.level) are not kept"
 _ABANDONED = 3600  # seconds; an image is written in one, at most
 _GB = 1e9
+RAM = "ram"
+"""The value of ``--data.cache`` for memory; a folder of that name is ``./ram``."""
 
 
 @dataclass
@@ -54,6 +60,7 @@ class ImageCache:
     reserve: float
     stores: bool = True
     stopped: str = ""
+    place: ClassVar[str] = "there"
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -90,10 +97,10 @@ class ImageCache:
         head = _HEAD.pack(_MARK, _NUMBERS.index(pixels.dtype), by_pixel, *image.shape)
         partial = self.folder / _PARTIAL / uuid.uuid4().hex
         try:
-            free = float(shutil.disk_usage(self.folder).free)
+            free = self.free()
             if free - len(head) - pixels.nbytes < self.reserve:
                 keep = f"--data.cache-reserve keeps {_size(self.reserve)}"
-                self._stop(f"{_size(free)} are free there, and {keep}")
+                self._stop(f"{_size(free)} are free {self.place}, and {keep}")
                 return
             try:
                 with partial.open("xb") as stream:
@@ -109,6 +116,16 @@ class ImageCache:
     def _stop(self, reason: str) -> None:
         rest = "images that are not in it are decoded each time"
         self.stopped = f"--data.cache {self.path} takes no more images ({reason}): {rest}"
+
+    def free(self) -> float:
+        """Bytes that are free where it is."""
+        return float(shutil.disk_usage(_existing(self.folder)).free)
+
+    def spare(self, count: float) -> None:
+        """Leave so many bytes of shared memory free, where it takes some: batches need them."""
+        with contextlib.suppress(OSError):
+            if os.stat(SHARED_MEMORY).st_dev == os.stat(self.folder).st_dev:
+                self.reserve = max(self.reserve, count)
 
     def prepare(self) -> None:
         """Make its folders, if it stores, and remove what killed processes left half written.
@@ -128,15 +145,68 @@ class ImageCache:
         except OSError as error:
             raise _refused(self.path, error.strerror or str(error)) from None
 
+    def release(self) -> None:
+        """What :meth:`prepare` has taken is not needed any more."""
+
     def read_only(self) -> ImageCache:
         """The same cache for who only reads from it."""
         return replace(self, stores=False)
 
     def about(self, images: int, size: float) -> str:
         """The cache in a line; ``size``: bytes of one of so many ``images``, on average."""
-        free = float(shutil.disk_usage(_existing(self.folder)).free)
-        need = f"{images:,} decoded images take about {_size(images * size)}"
-        return f"{self.path}: {need}; {_size(free)} are free there, {_size(self.reserve)} stay so"
+        free, need = self.free(), images * size
+        share = max(0.0, free - self.reserve) / max(need, 1.0)
+        said = f"{self.path}: {images:,} decoded images take about {_size(need)}; "
+        said += f"{_size(free)} are free {self.place}, {_size(self.reserve)} stay so"
+        return said if share >= 1 else f"{said}: room for {100 * share:.0f} % of them"
+
+
+class RamCache(ImageCache):
+    """Cache in memory that all processes of a user on this machine share; the last one to end, or
+    to :meth:`release` it, removes it."""
+
+    place: ClassVar[str] = "in memory"
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the images are: in a file system without a disk."""
+        return _ram_folder() / _FOLDER
+
+    def free(self) -> float:
+        """Bytes of memory that are free."""
+        return min(super().free(), free_memory_here())
+
+    def prepare(self) -> None:
+        """As of one on a disk; from now on this process uses it."""
+        if self.stores:
+            try:
+                passing_folder.join(_ram_folder())
+            except OSError as error:
+                raise _refused(self.path, error.strerror or str(error)) from None
+        super().prepare()
+
+    def release(self) -> None:
+        """This process uses it no longer."""
+        if self.stores:
+            passing_folder.leave(_ram_folder())
+
+
+def _ram_folder() -> Path:
+    """The folder in memory of this user."""
+    return Path(SHARED_MEMORY) / f"ssl_vit-{os.getuid()}"
+
+
+def _open_ram(reserve: float) -> RamCache:
+    """A cache in memory, of which half of what is free stays so, if that is less than ``reserve``;
+    what killed processes have left of one is removed.
+
+    Raises:
+        UserError: this system has no file system in memory.
+    """
+    there = Path(SHARED_MEMORY).is_dir()
+    check(there, f"--data.cache is {RAM!r}; this system has no {SHARED_MEMORY}: give a folder")
+    passing_folder.remove_abandoned(_ram_folder())
+    return RamCache(RAM, min(reserve, RamCache(RAM, 0.0).free() / 2))
 
 
 def open_cache(data: DataConfig) -> ImageCache | None:
@@ -147,7 +217,10 @@ def open_cache(data: DataConfig) -> ImageCache | None:
     """
     if not data.cache:
         return None
-    cache = ImageCache(data.cache, data.cache_reserve * _GB)
+    reserve = data.cache_reserve * _GB
+    if data.cache == RAM:
+        return _open_ram(reserve)
+    cache = ImageCache(data.cache, reserve)
     there = _existing(cache.folder)
     if not there.is_dir():
         raise _refused(data.cache, f"{there} is no folder")

@@ -303,21 +303,25 @@ def train_batches(
     Raises:
         UserError: the images' cache cannot be written to.
     """
-    if images.cache:
-        images.cache.prepare()
-    batches, held = _Positions(order, start, stop), order.accumulate + 1
-    loaded = load(images, batches, workers, pin, prefetch=4, held=held)
-    return _telling(loaded) if images.cache else loaded
+    batches, held, cache = _Positions(order, start, stop), order.accumulate + 1, images.cache
+    if cache is None:
+        return load(images, batches, workers, pin, prefetch=4, held=held)
+    cache.prepare()
+    loaded = load(images, batches, workers, pin, prefetch=4, held=held, claim=cache.spare)
+    return _telling(loaded, cache)
 
 
-def _telling(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; says once that a worker's cache takes no more images."""
+def _telling(batches: Iterator[Batch], cache: ImageCache) -> Iterator[Batch]:
+    """The same batches; says once that a worker's cache takes no more images, and releases it."""
     told = False
-    for batch in batches:
-        if batch.unkept and not told:
-            told = True
-            log.warning("%s", batch.unkept)
-        yield batch
+    try:
+        for batch in batches:
+            if batch.unkept and not told:
+                told = True
+                log.warning("%s", batch.unkept)
+            yield batch
+    finally:
+        cache.release()
 
 
 class EvalImages(Dataset):

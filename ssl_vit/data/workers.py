@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ssl_vit.common.errors import RunFailed, UserError
+from ssl_vit.common.waiting import local_processes
 from ssl_vit.data.shared_memory import SHARED_MEMORY, affordable, pinnable, remedy, room_now
 
 # Signs of a lack of memory or of file descriptors, in messages of torch and of Python.
@@ -40,6 +42,7 @@ def load(
     prefetch: int = 2,
     held: int = 2,
     collate: Callable[[Any], Any] | None = None,
+    claim: Callable[[float], None] | None = None,
 ) -> Iterator[Any]:
     """Batches of these indices, in order; the workers start now, and end with the last batch.
 
@@ -53,6 +56,8 @@ def load(
         prefetch: batches that each worker prepares ahead; fewer if shared memory is too small.
         held: batches that the caller holds at a time, with the next.
         collate: makes a batch of what ``images`` returns.
+        claim: is told, before the workers start, how many bytes of shared memory the batches of all
+            processes on this machine may take.
     """
     options: dict[str, Any] = {"batch_sampler": batches, "pin_memory": pin}
     collate = collate or _as_is
@@ -62,6 +67,8 @@ def load(
         size = _batch_bytes(images, batches)
         prefetch = pinnable(size, workers, prefetch) if pin else prefetch
         ahead = affordable(size, workers, prefetch, held)
+        if claim:
+            claim(float(local_processes(os.environ) * (workers * ahead + held) * size))
         loader = DataLoader(
             images,
             collate_fn=partial(_packed, collate),

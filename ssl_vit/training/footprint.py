@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.common.distributed import local
+from ssl_vit.common.free_memory import free_memory_here
 from ssl_vit.data.loader import Batch
 from ssl_vit.model.block import nothing_spared
 from ssl_vit.training.loop import Trainer
@@ -164,38 +162,7 @@ def free_memory(device: torch.device, processes: int) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
-    if device.type == "cpu" and sys.platform.startswith("linux"):
-        own = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
-        return min(_free_on_machine(), free_in_group(own[1] if own else "")) / processes
-    return float("inf")
-
-
-def _free_on_machine() -> float:
-    found = re.search(r"^MemAvailable: +(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
-    return float(found[1]) * 1024 if found else float("inf")
-
-
-def free_in_group(own: str, root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Free bytes in the limits of a Linux control group (``own``, below ``root``) and its parents.
-
-    Version 2, see cgroup-v2.rst of the kernel: schedulers and containers set such limits. Inactive
-    file cache counts as free, as the kernel reclaims it when needed.
-    """
-    group, free = root / own, float("inf")
-    for place in [group, *group.parents][: len(group.relative_to(root).parts) + 1]:
-        limit, used = _read(place / "memory.max").strip(), _read(place / "memory.current")
-        files = re.search(r"^inactive_file (\d+)", _read(place / "memory.stat"), re.MULTILINE)
-        if limit.isdigit() and used:
-            free = min(free, float(limit) - float(used) + (float(files[1]) if files else 0.0))
-    return free
-
-
-def _read(file: Path) -> str:
-    """Content of a small kernel file; empty where there is none."""
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
+    return free_memory_here() / processes if device.type == "cpu" else float("inf")
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -11,8 +11,9 @@ import torch
 from ssl_vit.benchmarks import trial
 from ssl_vit.commands.pretraining import build
 from ssl_vit.common.errors import RunFailed
+from ssl_vit.common.free_memory import free_in_group
 from ssl_vit.pretrain import parse_options
-from ssl_vit.training.footprint import free_in_group, free_memory
+from ssl_vit.training.footprint import free_memory
 from tests.integration.conftest import TINY
 
 

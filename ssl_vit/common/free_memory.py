@@ -1,0 +1,44 @@
+"""Free memory of the machine that a process may still use, by the files in which Linux says so."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+
+def free_memory_here() -> float:
+    """Bytes that are free on the machine and in the limits of this process's control group;
+    infinite where the system does not say."""
+    if not sys.platform.startswith("linux"):
+        return float("inf")
+    own = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
+    return min(_free_on_machine(), free_in_group(own[1] if own else ""))
+
+
+def _free_on_machine() -> float:
+    found = re.search(r"^MemAvailable: +(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
+    return float(found[1]) * 1024 if found else float("inf")
+
+
+def free_in_group(own: str, root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Free bytes in the limits of a Linux control group (``own``, below ``root``) and its parents.
+
+    Version 2, see cgroup-v2.rst of the kernel: schedulers and containers set such limits. Inactive
+    file cache counts as free, as the kernel reclaims it when needed.
+    """
+    group, free = root / own, float("inf")
+    for place in [group, *group.parents][: len(group.relative_to(root).parts) + 1]:
+        limit, used = _read(place / "memory.max").strip(), _read(place / "memory.current")
+        files = re.search(r"^inactive_file (\d+)", _read(place / "memory.stat"), re.MULTILINE)
+        if limit.isdigit() and used:
+            free = min(free, float(limit) - float(used) + (float(files[1]) if files else 0.0))
+    return free
+
+
+def _read(file: Path) -> str:
+    """Content of a small kernel file; empty where there is none."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

@@ -106,6 +106,11 @@ def compare(config: CompareConfig) -> int:
         assert first is not None
         finetune.parse_options(run_options(config, first, Path(config.out), "tune"))
     out.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
+    if "depth" in config.evaluators:
+        log.info(
+            "depth: maps are read by --scale 1, of which delta1, in the table, is independent; the "
+            "cards have the RMSE in the maps' own unit, as millimetres"
+        )
     table = fill(config)
     if rank_and_world()[0]:
         return 0

@@ -7,6 +7,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,15 +42,18 @@ _MANY = 0.2
 
 
 def copies(config: CopiesConfig) -> Result:
-    """Share of validation images that have a copy in training; the report is written beside it."""
-    by = Evaluation(config, plain=True, labelled=False)
-    train, val = by.sources["train"], by.sources["val"]
+    """Share of validation images that have a copy in training or, without any, of training images
+    that have one among the others; the report is written beside it."""
+    by = Evaluation(config, needs_val=False, plain=True, labelled=False)
+    train, one = by.sources["train"], "val" not in by.sources
+    val = train if one else by.sources["val"]
     bank, asked = _features(by)
     options = (by.names, by.backbone.view.size, config.least, config.candidates, by.device)
     pairs = find_copies((train, val), (bank, asked), *options)
-    any_copy, same = copied(pairs, asked)
+    any_copy, same = copied(pairs, asked, one)
     card, out = by.card("copies"), by.out("copies")
-    card["val"]["copies_in_training"] = int(any_copy.sum())
+    where = ("train", "copies_within") if one else ("val", "copies_in_training")
+    card[where[0]][where[1]] = int(any_copy.sum())
     if (likely := float((any_copy & ~same).mean())) > _MANY:
         log.warning(
             "warning: %.0f %% of the images have copies that are other files; if pairs of %s are "
@@ -75,16 +79,19 @@ def copies(config: CopiesConfig) -> Result:
 
 
 def _features(by: Evaluation) -> tuple[FeatureSet, FeatureSet]:
-    """Features and small pictures of training images, and of validation images in each
-    orientation."""
+    """Features and small pictures of training images, and of validation images, or else of the
+    training images, in each orientation."""
     parts, turns = parts_of(by.names), turns_of(by.backbone.view.size)
-    embed = by.backbone.embed(parts)
-    train, val = by.sources["train"], by.sources["val"]
-    bank = by.embedded(with_small(embed), (*parts, SMALL), train, by.content("train"))
+    embed, split = by.backbone.embed(parts), "val" if "val" in by.sources else "train"
     names = (*(f"{part}@{turn}" for part in parts for turn in turns), SMALL)
-    asked = by.embedded(in_all_turns(embed, turns), names, val, by.content("val"))
+    turning = in_all_turns(embed, turns)
+    asked = by.embedded(turning, names, by.sources[split], by.content(split))
+    by.read(split, asked)
+    if split == "train":
+        upright = {name: asked.parts[f"{name}@0"] for name in parts}
+        return replace(asked, parts=upright | {SMALL: asked.parts[SMALL]}), asked
+    bank = by.embedded(with_small(embed), (*parts, SMALL), by.sources["train"], by.content("train"))
     by.read("train", bank)
-    by.read("val", asked)
     return bank, asked
 
 
@@ -95,7 +102,8 @@ def write_report(
     other endings; returns the paths."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("val", "train", "identical", "correlation", "cosine", "orientation"))
+    ends = ("image", "copy") if train is val else ("val", "train")
+    rows.writerow((*ends, "identical", "correlation", "cosine", "orientation"))
     for pair in pairs:
         names, numbers = (
             (val.name(pair.val), train.name(pair.train)),
@@ -119,8 +127,10 @@ def _picture(pairs: Sequence[Pair], train: Source, val: Source, view: View) -> n
     ours = thumbnails(val, [pair.val for pair in some], view, _PIXELS)
     theirs = thumbnails(train, [pair.train for pair in some], view, _PIXELS)
     said = ["identical" if p.identical else f"{p.correlation:.3f} {p.turn}".strip() for p in some]
+    both = f"Both of each: of {train.spec}."
+    apart = f"Left of each: of {val.spec}; right: of {train.spec}."
     about = (
-        f"Left of each: of {val.spec}; right: of {train.spec}. {len(some)} of {len(pairs):,} "
+        f"{both if train is val else apart} {len(some)} of {len(pairs):,} "
         "pairs, evenly spread from the most to the least similar. Below: the correlation of "
         "their edges, and how the left one is turned to be the right one."
     )

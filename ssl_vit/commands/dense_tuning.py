@@ -139,4 +139,5 @@ def kind_of(config: FinetuneConfig, train: Source, val: Source) -> Kind:
     if config.dense == "pairs":
         return SegmentKind.of(config.segment, ours, theirs)
     assert isinstance(ours, DepthPairs)
-    return DepthKind.of(config.depth, ours)
+    assert isinstance(theirs, DepthPairs)
+    return DepthKind.of(config.depth, ours, theirs)

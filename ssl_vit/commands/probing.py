@@ -63,6 +63,8 @@ def show(name: str, config: EvalConfig, scores: Sequence[Score], card: dict[str,
         title += f"; {leaked:,} OF THE GROUPS ARE IN TRAINING, TOO"
     if copied := scored.get("copies_in_training"):
         title += f"; {copied:,} OF THE IMAGES HAVE COPIES IN TRAINING"
+    elif copied := scored.get("copies_within"):
+        title += f"; {copied:,} OF THE IMAGES HAVE COPIES AMONG THE OTHERS"
     elif same := scored.get("identical_in_training"):
         title += f"; {same:,} OF THE IMAGES ARE IN TRAINING, TOO"
     show_table(title, rows, header=header)

@@ -29,7 +29,8 @@ class RetrievalConfig(FeatureConfig):
 @dataclass(frozen=True)
 class CopiesConfig(FeatureConfig):
     """Copies: images of --data.val that are in --data.train, too, as the same file or as a
-    recompressed, resized, brighter, flipped or turned one. Labels are not needed."""
+    recompressed, resized, brighter, flipped or turned one; without --data.val, training images that
+    are there twice. Labels are not needed."""
 
     least: float = 0.8
     """Least correlation of the edges of two small pictures, in the best of eight orientations, that

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from jaxtyping import Float32, Int64
 
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.base import Item, Names, Source, Subset
+from ssl_vit.data.base import Names, Source, Subset
 from ssl_vit.data.coco_file import (
     AnnotationReader,
     Annotations,
@@ -24,6 +23,7 @@ from ssl_vit.data.coco_file import (
     read_content,
     read_images,
 )
+from ssl_vit.data.files import FileSource
 from ssl_vit.data.raster import BadImage
 
 ANNOTATIONS_FILE = "annotations.json"
@@ -44,43 +44,21 @@ class Objects(NamedTuple):
     rows: Int64[np.ndarray, " k"]
 
 
-class CocoSource(Source):
+class CocoSource(FileSource):
     """COCO source: image files below ``root``, ``sizes`` their heights and widths by the file."""
 
     def __init__(
         self,
         spec: str,
-        root: Path,
+        root: bytes,
         files: Names,
         sizes: Int64[np.ndarray, "n 2"],
         classes: tuple[str, ...],
         annotations: Annotations,
     ) -> None:
-        self.spec, self.root, self.files, self.sizes = spec, root, files, sizes
-        self.classes, self.annotations = classes, annotations
+        super().__init__(spec, root, files)
+        self.sizes, self.classes, self.annotations = sizes, classes, annotations
         self.labels_from = "objects have classes, images have none"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, i: int) -> Item:
-        try:
-            with open(self.name(i), "rb") as file:
-                return file.read(), None
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-    def stream(self, i: int) -> io.IOBase:
-        try:
-            return open(self.name(i), "rb")
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-    def name(self, i: int) -> str:
-        return str(self.root / self.inner_name(i))
-
-    def inner_name(self, i: int) -> str:
-        return os.fsdecode(self.files[i])
 
     def listing(self) -> Iterable[np.ndarray]:
         """Names of the files, and their sizes in pixels."""
@@ -192,7 +170,7 @@ def open_coco(spec: str, rest: str, reading: ReadConfig | None = None) -> CocoSo
     most = float(getattr(reading, "max_bad", 0.05))
     found = AnnotationReader(file, ids, sizes, numbers).read(content["annotations"], most)
     files = Names.of(os.fsencode(name) for name in names)
-    return CocoSource(spec, folder, files, sizes, classes, found)
+    return CocoSource(spec, os.fsencode(folder), files, sizes, classes, found)
 
 
 def _places(spec: str, rest: str) -> tuple[Path, Path]:

@@ -1,6 +1,5 @@
 """Folder source: images as files in folders."""
 
-import io
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,7 @@ import numpy as np
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.base import Item, Names, Source
+from ssl_vit.data.base import Names
 from ssl_vit.data.class_folders import (
     images_and_masks,
     refuse_masks,
@@ -20,7 +19,7 @@ from ssl_vit.data.class_folders import (
     splits_among,
     why_no_classes,
 )
-from ssl_vit.data.decode import BadImage
+from ssl_vit.data.files import FileSource
 from ssl_vit.data.fingerprint import sample
 from ssl_vit.data.formats import EXTENSIONS
 from ssl_vit.data.listing import Listing, identity
@@ -30,8 +29,8 @@ log = logging.getLogger("ssl_vit")
 _SIZES = 4096  # files whose sizes are in a fingerprint: all of a small folder
 
 
-class FolderSource(Source):
-    """Folder source: image files below `root`; `files` are their relative paths."""
+class FolderSource(FileSource):
+    """Folder source: image files below `root`, perhaps with a label each."""
 
     def __init__(
         self,
@@ -42,30 +41,8 @@ class FolderSource(Source):
         classes: tuple[str, ...] | None = None,
         labels_from: str = "",
     ):
-        self.spec, self.root, self.files = spec, root, files
+        super().__init__(spec, root, files)
         self.labels, self.classes, self.labels_from = labels, classes, labels_from
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, i: int) -> Item:
-        try:
-            with open(os.path.join(self.root, self.files[i]), "rb") as file:
-                return file.read(), self.label(i)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-    def stream(self, i: int) -> io.IOBase:
-        try:
-            return open(self.name(i), "rb")  # as text: readers look at its extension
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
-
-    def name(self, i: int) -> str:
-        return os.fsdecode(os.path.join(self.root, self.files[i]))
-
-    def inner_name(self, i: int) -> str:
-        return os.fsdecode(self.files[i])
 
     def listing(self) -> Iterable[np.ndarray]:
         """Names of the files within the folder, and the sizes of up to ``_SIZES`` of them.
@@ -79,7 +56,7 @@ class FolderSource(Source):
     def _size(self, i: int) -> int:
         """Bytes of a file; -1 if it is not there."""
         try:
-            return os.stat(os.path.join(self.root, self.files[i])).st_size
+            return os.stat(self.path(i)).st_size
         except OSError:
             return -1
 

@@ -1,4 +1,5 @@
-"""Copies: images of one set that are in another, found by features and confirmed by pixels."""
+"""Copies: images of one set that are in another, or in it twice, found by features and confirmed by
+pixels."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ TURNS = (*_QUARTERS, *(", ".join(filter(None, ("mirrored", turn))) for turn in _
 
 @dataclass(frozen=True)
 class Pair:
-    """Pair of images: ``val`` and ``train`` are their indices in their sources.
+    """Pair of images: ``val`` and ``train`` are their indices in their sources; within one set, the
+    lower and the higher one.
 
     ``identical``: the same file, or the same values. ``correlation``: of the edges of their small
     pictures, in the best orientation, ``turn``. ``cosine``: of their features, the highest over
@@ -108,8 +110,23 @@ def nearest_pairs(
             found, places = nearest_neighbours([train.parts[name]], asked, k)
             pairs.append(torch.stack([rows, places.flatten().cpu()], dim=1))
             cosines.append(found.flatten().cpu())
-    each, of = torch.cat(pairs).unique(dim=0, return_inverse=True)
-    best = torch.full((len(each),), -2.0).scatter_reduce(0, of, torch.cat(cosines), "amax")
+    return _once(torch.cat(pairs), torch.cat(cosines))
+
+
+def within(
+    pairs: Int64[Tensor, "c 2"], cosines: Float[Tensor, " c"]
+) -> tuple[Int64[Tensor, "d 2"], Float[Tensor, " d"]]:
+    """Pairs of rows of one set, the lower one first; each once, and none of a row with itself."""
+    others = pairs[:, 0] != pairs[:, 1]
+    return _once(pairs[others].sort(dim=1).values, cosines[others])
+
+
+def _once(
+    pairs: Int64[Tensor, "c 2"], cosines: Float[Tensor, " c"]
+) -> tuple[Int64[Tensor, "d 2"], Float[Tensor, " d"]]:
+    """Each pair once, with its highest cosine."""
+    each, of = pairs.unique(dim=0, return_inverse=True)
+    best = torch.full((len(each),), -2.0).scatter_reduce(0, of, cosines, "amax")
     return each, best
 
 
@@ -179,36 +196,49 @@ def find_copies(
     """Copies among training images of validation images; the most similar first.
 
     Args:
-        sources, sets: of training and validation; validation has features in all orientations.
+        sources, sets: of training and validation; validation has features in all orientations. Of
+            one source twice, copies within it.
         size: height and width that images were brought to.
         least: correlation from which on a pair is one of copies.
         candidates: as ``count`` of :func:`nearest_pairs`.
     """
-    (train, val), turns = sets, turns_of(size)
-    pairs, cosines = nearest_pairs(train, val, features, turns, candidates, device)
+    (train, val), turns, one = sets, turns_of(size), sources[0] is sources[1]
+    # Within a set each image is its own nearest one.
+    pairs, cosines = nearest_pairs(train, val, features, turns, candidates + one, device)
+    if one:
+        pairs, cosines = within(pairs, cosines)
     pictures = train.parts[SMALL], val.parts[SMALL]
     found, which = correlations(*pictures, pairs, small_size(size), turns)
-    theirs, ours = (
-        [content if readable else b"" for content, readable in contents(each, len(each))]
-        for each in sources
-    )
+    theirs = _readable(sources[0])
+    ours = theirs if one else _readable(sources[1])
     made = []
     for row in (found >= least).nonzero()[:, 0].tolist():
         v, t = int(val.index[pairs[row, 0]]), int(train.index[pairs[row, 1]])
         numbers = float(found[row]), float(cosines[row])
         made.append(Pair(v, t, ours[v] == theirs[t], *numbers, TURNS[int(which[row])]))
     # Plain images may have thousands of copies: the first of each is named.
-    known, first = {pair.val for pair in made if pair.identical}, first_places(theirs)
-    made += [
-        Pair(v, first[content], True, 1.0, float("nan"), "")
-        for v, content in enumerate(ours)
-        if content in first and v not in known
-    ]
+    known = {pair.train if one else pair.val for pair in made if pair.identical}
+    first = first_places(theirs)
+    for v, content in enumerate(ours):
+        if content in first and v not in known and not (one and first[content] == v):
+            ends = (first[content], v) if one else (v, first[content])
+            made.append(Pair(*ends, True, 1.0, float("nan"), ""))
     return sorted(made, key=lambda p: (not p.identical, -p.correlation, p.val, p.train))
 
 
-def copied(pairs: Sequence[Pair], val: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
-    """Which validation images have a copy, and which an identical one; bool (n,) each."""
-    index = val.index.numpy()
-    any_copy = np.isin(index, [pair.val for pair in pairs])
-    return any_copy, np.isin(index, [pair.val for pair in pairs if pair.identical])
+def _readable(source: Source) -> list[bytes]:
+    """Hash of the content of each image; empty of those that cannot be read."""
+    return [content if readable else b"" for content, readable in contents(source, len(source))]
+
+
+def copied(
+    pairs: Sequence[Pair], val: FeatureSet, one: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which validation images have a copy, and which an identical one; bool (n,) each. ``one``: of
+    pairs within one set."""
+
+    def among(some: Sequence[Pair]) -> np.ndarray:
+        first, second = [pair.val for pair in some], [pair.train for pair in some]
+        return np.isin(val.index.numpy(), first + second if one else first)
+
+    return among(pairs), among([pair for pair in pairs if pair.identical])

@@ -164,14 +164,15 @@ def depth_probe(
     return [score], card(config, material, most) | {"pairs": pairs | count}, picture
 
 
-def tell_units(train: DepthPairs, val: DepthPairs) -> None:
-    """Warn where depths of two sets are so far apart that their units may differ."""
+def tell_units(train: DepthPairs, val: DepthPairs, scale: str = "--scale") -> None:
+    """Warn where depths of two sets are so far apart that their units may differ. ``scale``: the
+    option that is for both."""
     ours, theirs = _typical(train), _typical(val)
     if min(ours, theirs) > 0 and not 1 / _APART < ours / theirs < _APART:
         log.warning(
-            "warning: depths of %s are around %.3g, of %s around %.3g: one --scale is for both, "
-            "which need one unit",
-            *(train.spec, ours, val.spec, theirs),
+            "warning: depths of %s are around %.3g, of %s around %.3g: one %s is for both, which "
+            "need one unit",
+            *(train.spec, ours, val.spec, theirs, scale),
         )
 
 

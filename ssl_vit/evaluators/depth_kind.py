@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from ssl_vit.common.checks import flag
 from ssl_vit.common.config import from_json
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import at_least_fp32
@@ -20,6 +21,7 @@ from ssl_vit.data.pairs import Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.dense_kinds import SETTING, Kind, Ready, Scored, of_all
 from ssl_vit.evaluators.dense_tune import DenseNetwork
+from ssl_vit.evaluators.depth import tell_units
 from ssl_vit.evaluators.depth_heads import HEADS, MAPS, DepthHead, depth_loss
 from ssl_vit.evaluators.depth_options import DepthHeadOptions
 from ssl_vit.evaluators.depth_scores import depth_score, draw, score_depths, valid_depth
@@ -40,9 +42,9 @@ class DepthKind(Kind):
         self.options, self.maps, self.most = options, MAPS[options.head], most
 
     @classmethod
-    def of(cls, options: DepthHeadOptions, train: DepthPairs) -> DepthKind:
+    def of(cls, options: DepthHeadOptions, train: DepthPairs, val: DepthPairs) -> DepthKind:
         """Find the greatest depth: as given, or that of all training maps, in which
-        ``options.scale`` is already.
+        ``options.scale`` is already. Units that seem to differ are told.
 
         Raises:
             UserError: no training map has a depth in the range.
@@ -51,6 +53,7 @@ class DepthKind(Kind):
         least = f"{options.min_depth:g}, in the unit of --depth.scale"
         deep = most > options.min_depth
         check(deep, f"{train.spec}: no pixel of its depth maps is deeper than {least}")
+        tell_units(train, val, flag(options, "scale"))
         return cls(options, most)
 
     @classmethod

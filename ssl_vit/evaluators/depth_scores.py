@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from ssl_vit.common.checks import flag
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.depths import DepthPairs, crop_mask, in_range
@@ -69,7 +70,8 @@ def score_depths(
             valid = valid.to(depth.device)
             found.append(image_metrics(depth[valid], truth.to(depth.device)[valid]))
             places.append(i)
-    within = f"a depth from {config.min_depth:g} to {most:g}, in the unit of --scale"
+    unit = f"in the unit of {flag(config, 'scale')}"
+    within = f"a depth from {config.min_depth:g} to {most:g}, {unit}"
     crop = "" if config.crop == "none" else f" in the crop {config.crop}"
     check(bool(found), f"{pairs.spec}: no pixel of its depth maps has {within}{crop}")
     return DepthErrors(torch.stack(found), units_of(pairs, torch.tensor(places))), count

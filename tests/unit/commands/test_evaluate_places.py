@@ -188,6 +188,29 @@ def test_copies_are_reported(run, sets, tmp_path, capsys):
     assert evaluate.main(["again", str(out)]) == 0
 
 
+def test_copies_within_a_set_are_reported(run, tmp_path, capsys):
+    """Without validation images; and again."""
+    random = np.random.RandomState(3)
+    for i in range(6):
+        picture = Image.fromarray(random.randint(0, 255, (16, 16, 3)).astype(np.uint8))
+        picture.save(tmp_path / f"{i}.png")
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "6.png")
+    out = tmp_path / "copies.json"
+    options = ["--data.train", f"flat:{tmp_path}", "--data.workers", "0", "--out", str(out)]
+    assert evaluate.main(["copies", "--encoder", str(run), *options]) == 0
+    made = json.loads(out.read_text())
+    assert made["scores"][0]["metrics"]["copied"] == pytest.approx(200 / 7)
+    assert made["train"]["copies_within"] == 2
+    assert "val" not in made
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 OF THE IMAGES HAVE COPIES AMONG THE OTHERS" in said
+    with open(tmp_path / "copies.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (Path(row["image"]).stem, Path(row["copy"]).stem) == ("5", "6")
+    (tmp_path / "copies.png").unlink()  # it would be one of the images
+    assert evaluate.main(["again", str(out)]) == 0
+
+
 def test_copies_of_too_many_images_are_doubted(run, sets, tmp_path, monkeypatch, caplog):
     ask("copies", run, sets, tmp_path / "copies.json")
     assert "too plain" not in caplog.text

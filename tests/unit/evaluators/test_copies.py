@@ -27,6 +27,7 @@ from ssl_vit.evaluators.copies import (
     turned,
     turns_of,
     with_small,
+    within,
 )
 from ssl_vit.evaluators.features import FeatureSet, Machine, extract, pixels
 from tests.unit.feature_sets import feature_set, normal
@@ -121,6 +122,38 @@ def test_identical_files_are_found_without_features(sets):
     assert pairs[0].identical
     assert Path(sources[0].name(pairs[0].train)).stem == "30"
     assert first_places([b"a", b"", b"b", b"a"]) == {b"a": 0, b"b": 2}
+
+
+def test_copies_within_a_set_are_found_once(sets):
+    """Each pair in the order of the images, whichever found the other; none is its own copy."""
+    source, made = sets[0][1], sets[1][1]
+    root = Path(source.name(0)).parent
+    (root / "zagain.png").write_bytes((root / "same.png").read_bytes())
+    scene(105).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / "a.png")
+    source = open_source(f"flat:{root}", ReadConfig(), 3)
+    view, machine = View(SIZE, 3, (0.5,) * 3, (0.25,) * 3), Machine(CPU, torch.float32, 0)
+    made = extract(in_all_turns(pixels, turns_of(SIZE)), source, view, machine)
+    bank = FeatureSet(
+        {"pixels": made.parts["pixels@0"], SMALL: made.parts[SMALL]},
+        *(made.labels, made.unreadable, made.index),
+    )
+    for least in (1, 15):
+        pairs = find_copies((source, source), (bank, made), ("pixels",), SIZE, 0.8, least, CPU)
+        names = [tuple(Path(source.name(i)).stem for i in (p.val, p.train)) for p in pairs]
+        assert names == [("same", "zagain"), ("a", "other05")]
+        assert (pairs[0].identical, pairs[1].turn) == (True, "mirrored")
+    assert [int(each.sum()) for each in copied(pairs, made, one=True)] == [4, 2]
+    blank = {name: torch.zeros_like(part) for name, part in made.parts.items()}
+    lost = FeatureSet(blank, made.labels, made.unreadable, made.index)
+    (only,) = find_copies((source, source), (bank, lost), ("pixels",), SIZE, 0.8, 5, CPU)
+    assert (only.val, only.train, only.identical) == (pairs[0].val, pairs[0].train, True)
+
+
+def test_pairs_within_a_set_are_of_two():
+    rows, cosines = torch.tensor([[0, 0], [2, 1], [1, 2], [1, 1]]), torch.tensor([1, 0.3, 0.5, 1])
+    pairs, best = within(rows, cosines)
+    assert pairs.tolist() == [[1, 2]]
+    assert best.tolist() == [0.5]
 
 
 def test_orientations_are_those_named():

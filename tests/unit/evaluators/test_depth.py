@@ -222,6 +222,17 @@ def test_units_that_differ_are_told(tmp_path, small, caplog):
     assert "one --scale is for both, which need one unit" in caplog.text
 
 
+def test_the_first_metric_is_that_of_any_unit(tmp_path, small):
+    """So that a comparison, which has no --scale, may have it in its table."""
+    metres, millimetres = (
+        run(vit(tmp_path), *small, seed=3, epochs=2, scale=scale)[0].metrics
+        for scale in (1e-3, 1.0)
+    )
+    for name in ("delta1", "delta2", "abs_rel"):
+        assert millimetres[name] == pytest.approx(metres[name], abs=0.2), name
+    assert millimetres["rmse"] == pytest.approx(1000 * metres["rmse"], rel=1e-2)
+
+
 def test_raw_pixels_have_no_maps(tmp_path, data):
     raw = dataclasses.replace(vit(tmp_path), module=None)
     with pytest.raises(UserError, match="raw pixels have no maps"):

@@ -547,7 +547,7 @@ def test_scores_are_those_of_pycocotools_alone(source, kind, theirs):
                 result["segmentation"] = mask
             results.append(result)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(source.root.parent / "annotations.json"))
+        truth = COCO(str(Path(source.name(0)).parents[1] / "annotations.json"))
         alone = COCOeval(truth, truth.loadRes(results), theirs)
         alone.evaluate()
         alone.accumulate()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.commands.detect_options import DetectConfig
-from ssl_vit.commands.evaluating import with_labels
+from ssl_vit.commands.evaluating import tell_same, with_labels
 from ssl_vit.commands.tuning import save_pictures, show_scores
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.layers import COMMAND_LINE, known_keys, parse, tree_flags
@@ -69,6 +69,7 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
             write_card(folder / Path(path).name, now, judged.scores)
             print(f"protocol and scores: {folder / Path(path).name}")
     key = "content_sha256"
+    tell_same(card["train"][key], now["val"][key])
     others = bool(flags) and now["val"][key] != card["val"][key]
     if not others:
         check_same(path, card, now, judged.scores)

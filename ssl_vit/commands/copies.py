@@ -116,8 +116,6 @@ def write_report(
     if pairs:
         paths.append(out.with_suffix(".png"))
         save_png(paths[1], _picture(pairs, train, val, view))
-    for path in paths:
-        log.info("copies: %s", path)
     return paths
 
 

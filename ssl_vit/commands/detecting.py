@@ -6,6 +6,8 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ssl_vit.commands.detect_options import PROG, DetectConfig, read_options
 from ssl_vit.commands.pretraining import carry_out
 from ssl_vit.commands.tuning import Tuning, show_results
@@ -14,6 +16,7 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.reading import beside
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.base import Source
 from ssl_vit.data.coco import coco_of, has_objects
 from ssl_vit.data.coco_images import JitteredObjects
 from ssl_vit.data.images import Given, Images, open_images
@@ -26,6 +29,7 @@ from ssl_vit.training.session import counted
 from ssl_vit.weights.own_files import DETECTOR_FILE
 
 CARD_FILE = "detect.json"
+_ENLARGED = 4.0  # from this factor on it is said
 
 
 def parse_options(argv: list[str]) -> tuple[DetectConfig, Start]:
@@ -65,7 +69,20 @@ def annotated_images(config: DetectConfig, start: Start) -> Images:
     coco_of(train, "--data.train")  # of another kind it raises
     check_annotated(train, val)
     check(has_objects(train), f"{train.spec} has no object to learn from")
+    images.warnings += enlarged(train, config.detect.frame)
     return images
+
+
+def enlarged(train: Source, frame: tuple[int, int]) -> tuple[str, ...]:
+    """Warning of images that are far smaller than the frame: they cost as much as large ones."""
+    coco, rows = coco_of(train, "--data.train")
+    sizes = coco.sizes[rows]
+    factor = float(np.median((np.array(frame) / sizes).min(1)))
+    if factor < _ENLARGED:
+        return ()
+    median, size = ("x".join(f"{n:.0f}" for n in side) for side in (np.median(sizes, 0), frame))
+    text = f"the images of {train.spec} are around {median} pixels, and are enlarged to {size}"
+    return (f"{text}, which costs time and shows no more: give a smaller --detect.image-size",)
 
 
 class Detection(Tuning):

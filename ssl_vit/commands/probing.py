@@ -14,7 +14,6 @@ from ssl_vit.commands.dense_probes import depth, segment
 from ssl_vit.commands.eval_options import EvalConfig
 from ssl_vit.commands.probe_options import PROBES
 from ssl_vit.commands.probes import Result, knn, linear
-from ssl_vit.commands.rescoring import TUNED, again_tuned
 from ssl_vit.commands.retrieval import retrieval
 from ssl_vit.common.distributed import rank_and_world
 from ssl_vit.common.errors import check
@@ -79,6 +78,8 @@ def again(path: str, more: Sequence[str] = ()) -> int:
     Raises:
         UserError: the card cannot be used.
     """
+    from ssl_vit.commands.rescoring import TUNED, again_tuned  # what trains, which others do not
+
     card = read_card(path)
     name = card["evaluator"]
     if name in TUNED:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.commands.detect_options import DetectConfig
-from ssl_vit.commands.evaluating import with_labels
+from ssl_vit.commands.evaluating import tell_same, with_labels
 from ssl_vit.commands.tuning import save_pictures, show_scores
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.layers import COMMAND_LINE, known_keys, parse, tree_flags
@@ -70,6 +70,7 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
             write_card(folder / Path(path).name, now, judged.scores)
             print(f"protocol and scores: {folder / Path(path).name}")
     same, key = f"the scores are the same as in {path}", "content_sha256"
+    tell_same(card["train"][key], now["val"][key])
     asked = options_of(path, card, ())[0]
     if now["val"][key] != card["val"][key] and flags:
         same = f"of other images than in {path}"

@@ -13,5 +13,5 @@ def make(config: ScenesConfig) -> int:
     out = Path(config.out).expanduser()
     studio = open_studio(config.objects, config.surfaces, config.size, config.most, config.seed)
     write_scenes(studio, config.count, out, class_names(studio))
-    print(f"{config.count:,} scenes: {out}; one step of a depth map is {DEPTH_SCALE:g}")
+    print(f"{config.count:,} scenes: {out}; its depth maps need --scale {DEPTH_SCALE:g}")
     return 0

@@ -44,6 +44,7 @@ class Tuned(ABC):
         at_once: images of a batch in evaluation.
         labelled: whether an image needs a class to be scored.
         packages: libraries that scores depend on, besides those of every evaluator.
+        transform: how images are prepared, where a card would say otherwise.
         names: of the classes; None where they have none.
         setting: which weights these are, in words.
         where: its file, for messages.

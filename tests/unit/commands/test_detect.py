@@ -166,6 +166,13 @@ def test_images_have_the_encoders_channels_unless_others_are_asked_for(place, tm
     assert len(colour.images.mean) == 3
 
 
+def test_images_that_are_enlarged_much_are_told(place):
+    """They cost as much as large ones, and 1,024 pixels are the default."""
+    (said,) = session(place[0], "--detect.image-size", "256").images.warnings
+    assert "train are around 48x64 pixels, and are enlarged to 256x256, which costs time" in said
+    assert session(place[0], "--detect.image-size", "248").images.warnings == ()
+
+
 def test_the_plan_names_detector_encoder_and_objects(place):
     windows = ("--detect.windows", "4", "--detect.global-blocks", "1")
     made = session(place[0], "--detect.frozen", "True", *windows)

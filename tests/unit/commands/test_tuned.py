@@ -141,6 +141,27 @@ def test_other_options_of_the_score_are_no_repetition(place, tmp_path, capsys):
     assert card_of(out, "depth")["scores"] != card_of(place / "depth", "depth")["scores"]
 
 
+def test_images_that_were_held_out_are_found_again(place, tmp_path, capsys):
+    """By the training images, which are then needed; and of a card of features no option is one."""
+    options = [*arguments(place, "segment"), *OPTIONS["segment"], "--data.val=", "--run.length=1st"]
+    options[options.index("--run.out") + 1] = str(tmp_path)
+    assert evaluate.main(["finetune", *options]) == 0
+    assert evaluate.main(["again", str(tmp_path / "finetune.json")]) == 0
+    assert "1 evaluation and 11 training" in capsys.readouterr().out.rpartition("finetune: ")[2]
+    knn, sets = str(tmp_path / "knn.json"), ("--data.train", spec(place, "classes", "train"))
+    encoder = ("--encoder", str(place / "encoder.safetensors"))
+    assert evaluate.main(["knn", *encoder, *sets, "--k", "1", "--out", knn]) == 0
+    with pytest.raises(UserError, match="options are for cards of finetune and detect"):
+        evaluate.main(["again", knn, "--data.val", "digits"])
+
+
+@pytest.mark.parametrize("kind", ["segment", "detect"])
+def test_the_training_images_are_no_test(place, kind, caplog):
+    path = place / kind / CARDS[kind]
+    assert evaluate.main(["again", str(path), "--data.val", spec(place, kind, "train")]) == 0
+    assert "--data.val and --data.train are the same images: the score is no test" in caplog.text
+
+
 def images_of(folder, kind):
     """Validation images, and paths of their files."""
     source = open_source(spec(folder, kind, "val"))

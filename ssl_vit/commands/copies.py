@@ -51,7 +51,7 @@ def copies(config: CopiesConfig) -> Result:
     options = (by.names, by.backbone.view.size, config.least, config.candidates, by.device)
     pairs = find_copies((train, val), (bank, asked), *options)
     any_copy, same = copied(pairs, asked, one)
-    card, out = by.card("copies"), by.out("copies")
+    card, out = by.card("copies"), by.out("copies-within" if one else "copies")
     where = ("train", "copies_within") if one else ("val", "copies_in_training")
     card[where[0]][where[1]] = int(any_copy.sum())
     if (likely := float((any_copy & ~same).mean())) > _MANY:

@@ -58,7 +58,8 @@ def parse_options(argv: list[str]) -> tuple[FinetuneConfig, Start]:
     if not data.mean and data.statistics == "default":
         config = replace(config, data=replace(data, mean=start.mean, std=start.std))
     if not config.run.out:
-        out = str(start.default_folder("finetune", data.train))
+        kind = f"finetune-{config.dense}" if config.dense else "finetune"
+        out = str(start.default_folder(kind, data.train))
         config = replace(config, run=replace(config.run, out=out))
     return config, start
 

@@ -15,6 +15,7 @@ from ssl_vit import evaluate
 from ssl_vit.benchmarks.scenes import open_studio, write_scenes
 from ssl_vit.commands.detecting import Detection
 from ssl_vit.commands.detecting import parse_options as detect_options
+from ssl_vit.commands.finetuning import parse_options as finetune_options
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data.base import known_labels
@@ -139,6 +140,17 @@ def test_other_options_of_the_score_are_no_repetition(place, tmp_path, capsys):
     )
     assert "scored by other options than in" in capsys.readouterr().out
     assert card_of(out, "depth")["scores"] != card_of(place / "depth", "depth")["scores"]
+
+
+def test_runs_of_each_kind_have_a_folder_of_their_own(place, tmp_path):
+    """So that one encoder may be tuned for all of them by default."""
+    shutil.copy(place / "encoder.safetensors", tmp_path)
+    found = []
+    for kind in ("classes", "segment", "depth"):
+        sets = ("--data.train", spec(place, kind, "train"), "--data.val", spec(place, kind, "val"))
+        config, _ = finetune_options(["--encoder", str(tmp_path), *sets])
+        found.append(config.run.out.rpartition("/")[2])
+    assert found == ["finetune", "finetune-pairs", "finetune-depth"]
 
 
 def test_images_that_were_held_out_are_found_again(place, tmp_path, capsys):

@@ -57,6 +57,18 @@ def uniform(keys: Int64[Tensor, " b"], n: int) -> Float[Tensor, "b n"]:
     return _shift(z ^ _shift(z, 31), 40).to(torch.float32) * 2.0**-24
 
 
+def seed_generators(key: int, device: torch.device) -> None:
+    """Seed torch's own generators: of the CPU, and of a device that is none.
+
+    ``torch.manual_seed`` seeds those of devices that are not used, too, and takes a hundred times
+    as long where there are none, as it keeps for each how it was called.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(key)
+    else:
+        torch.manual_seed(key)
+
+
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
     """Context manager: seed Python's and numpy's global generators by ``key``, then restore them.

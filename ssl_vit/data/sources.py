@@ -1,12 +1,13 @@
 """Source opening: one string names a source of any kind."""
 
-import importlib
+import importlib.util
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from ssl_vit.common.addresses import ADDRESS, check_no_secret
 from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
@@ -216,16 +217,24 @@ class DigitsSource(Source):
 
 def open_digits(spec: str, part: str, reading: ReadConfig | None = None) -> DigitsSource:
     """Open `digits`, or its fixed stratified part `train` (80 %) or `val` (20 %)."""
-    from sklearn.datasets import load_digits
-
     if part not in ("", "train", "val") or spec == "digits:":
         raise UserError(f"{spec!r}: allowed are digits, digits:train and digits:val")
-    images, labels = load_digits(return_X_y=True)
+    table = _digits()
+    images, labels = table[:, :-1], table[:, -1]
     numbers = np.arange(len(labels))
     if part:
         numbers = np.flatnonzero(_held_out(labels) == (part == "val"))
     pixels = np.rint(images.reshape(-1, 8, 8)[numbers] * (255 / 16)).astype(np.uint8)
     return DigitsSource(spec, pixels, labels[numbers].astype(np.int64), numbers)
+
+
+def _digits() -> Float[np.ndarray, "n 65"]:
+    """Digits as scikit-learn has them, 8 x 8 values from 0 to 16 and the class of each: read from
+    its file, as an import of it takes a second."""
+    found = importlib.util.find_spec("sklearn")
+    assert found is not None
+    assert found.origin is not None
+    return np.loadtxt(Path(found.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
 
 
 def _held_out(labels: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import RunFailed, UserError, check
-from ssl_vit.common.seeds import fold
+from ssl_vit.common.seeds import fold, seed_generators
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
@@ -120,7 +120,6 @@ class Trainer:
             watch.at(self.step, "saving or probing")
             self._call([hook for hook in hooks if hook.at_once], runlog, stop)
             while self.step < self.schedule.total:
-                self.task.train()
                 watch.at(self.step, "waiting for images")
                 parts, failure = self._next(batches, bad, stop)
                 watch.at(self.step, "synchronizing with the other processes")
@@ -136,7 +135,8 @@ class Trainer:
                 if means:
                     self._check(means, runlog, checkpoints)
                 watch.at(self.step, "saving or probing")
-                self._call(due, runlog, stop)
+                if due:
+                    self._call(due, runlog, stop)
             checkpoints.finish()
         return 0
 
@@ -182,7 +182,7 @@ class Trainer:
         rank, world = self.parallel.rank, self.parallel.world
         # Random numbers are seeded from the step, so no generator state needs saving.
         key = fold(self.run.seed, self.step)
-        torch.manual_seed(fold(key, rank))
+        seed_generators(fold(key, rank), self.parallel.device)
         for i, batch in enumerate(parts):
             views = self.normalize(batch.views.to(self.parallel.device))
             share = batch_share(i * world + rank, len(parts) * world, len(views.keys), key)
@@ -254,12 +254,14 @@ class Trainer:
         return stopped
 
     def _call(self, hooks: list[Hook], runlog: RunLog, stop: StopSignal) -> None:
+        """Call hooks, which may set the task to evaluation, and set it to training."""
         for hook in hooks:
             started = time.perf_counter()
             self.kept = self.step if hook.when_stopped else self.kept
             if (rest := hook.call(self.step)) and not stop.unless_stopped(rest):
                 log.warning("a signal was received: the probe of the encoder is interrupted")
             runlog.pause(hook.name, time.perf_counter() - started)
+        self.task.train()
 
     def _check(self, means: dict[str, float], runlog: RunLog, checkpoints: Checkpoints) -> None:
         """Health check on the means of the last steps: logs warnings, stops if not finite."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.common.seeds import fold, fold_keys, uniform
+from ssl_vit.common.seeds import fold, fold_keys, seed_generators, uniform
 from ssl_vit.data.order import Order, permute
 
 MASK = (1 << 64) - 1
@@ -32,6 +32,14 @@ def test_fold_is_splitmix64():
     for value in (7, 0, 123456789):
         key = splitmix((key + value + 1) * 0x9E3779B97F4A7C15)
     assert fold(7, 0, 123456789) == key >> 1
+
+
+def test_generators_are_seeded_as_torch_does():
+    for key in (0, 5, fold(7, 9)):
+        torch.manual_seed(key)
+        theirs = torch.randn(5), torch.rand(3)
+        seed_generators(key, torch.device("cpu"))
+        assert all(map(torch.equal, theirs, (torch.randn(5), torch.rand(3))))
 
 
 @pytest.mark.parametrize("value", [0, 1, 2, 99, 2**31, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1])

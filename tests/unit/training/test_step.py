@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.commands.pretraining import build
 from ssl_vit.data.loader import TrainImages
-from ssl_vit.pretrain import parse_options
+from ssl_vit.pretrain import main, parse_options
 from ssl_vit.training import loop
 from tests.integration.conftest import TINY, TINY_DINO
 
@@ -79,3 +79,20 @@ def test_checkpointed_weights_are_rounded_anew(tmp_path):
     name = "encoder.vit.blocks.0.mlp.fc1.weight"
     assert times[name] == 1
     assert again[name] == 2 * PARTS
+
+
+def test_training_goes_on_in_training_mode_after_a_look(tmp_path, monkeypatch):
+    """A look at the encoder sets it to evaluation; the mode is set when it may have changed."""
+    update, modes = loop.Trainer.update, []
+
+    def noted(self, parts):
+        modes.append({module.training for module in self.task.modules()})
+        return update(self, parts)
+
+    monkeypatch.setattr(loop.Trainer, "update", noted)
+    file = tmp_path / "mae.yaml"
+    file.write_text(TINY)
+    flags = ("--run.length", "4st", "--run.probe-every", "2st", "--run.device", "cpu")
+    assert main(["mae", "--config", str(file), "--run.out", str(tmp_path / "run"), *flags]) == 0
+    assert (tmp_path / "run" / "panels").is_dir()
+    assert modes == [{True}] * 4

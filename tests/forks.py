@@ -22,21 +22,16 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 from tests.conftest import ROOT
 
 DOORS = ("pretrain", "evaluate", "export", "visualize", "benchmark", "runs", "report", "embed")
-# Imported late: what doors do once their options are read, methods, which are found by name, and
-# the digits, which come with scikit-learn.
-_WORK = ("results", "preflight", "probing", "finetuning", "compare", "embedding", "exporting")
-_LATE = (
-    *(f"ssl_vit.commands.{work}" for work in (*_WORK, "drawing", "benchmarking", "quality")),
-    *("ssl_vit.methods.mae", "ssl_vit.methods.dino", "sklearn.datasets"),
-)
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    [*(f"ssl_vit.{door}" for door in DOORS), *_LATE, "tests.warm", __name__]
-)
+FORKS = multiprocessing.get_context("forkserver")
+# The package comes before the tests, which would have its shapes checked.
+FORKS.set_forkserver_preload(["tests.warm", __name__])
+# In the place of multiprocessing, for a module that would spawn a process.
+SPAWNS = SimpleNamespace(get_context=lambda _: FORKS, get_start_method=lambda: "fork")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -63,7 +58,7 @@ class Fork:
         self.args = list(arguments)
         self._said = TemporaryDirectory(prefix="fork-")
         given = (self.args, str(folder), dict(env), self._said.name)
-        self.process = _FORKS.Process(target=_live, args=given)
+        self.process = FORKS.Process(target=_live, args=given)
         # The first start brings up the server, which finds the package by this.
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = str(ROOT)

@@ -58,6 +58,7 @@ _NODATA = 42113  # GDAL_NODATA
 def read_tiff(raw: bytes | bytearray, channels: int, reading: ReadConfig) -> Raster:
     """Read one plane of a TIFF. Raises as ``Plane.of`` and ``Plane.read``."""
     with open_tiff(io.BytesIO(raw)) as file:
+        file.pages.cache = True  # each is asked for several times, and it is closed at once
         return Plane.of(file, channels, reading).read()
 
 

@@ -131,8 +131,16 @@ def stem_option(stem: str) -> dict[str, Any]:
     return {"embed_layer": ConvEmbed} if stem == "conv" else {}
 
 
-class _RealNumbers(TorchFunctionMode):
-    """Keeps ``linspace`` on the CPU, from which older timm reads the rates of stochastic depth."""
+# What initial values are made by: without memory, seconds for nothing.
+_FILLS = {"add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_"}
+_FILLS |= {"uniform_", "zero_"}
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Leaves out initial values, which tensors of the meta device have no place for.
+
+    Keeps ``linspace`` on the CPU, from which older timm reads the rates of stochastic depth.
+    """
 
     def __torch_function__(
         self,
@@ -144,13 +152,22 @@ class _RealNumbers(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.linspace:
             kwargs.setdefault("device", "cpu")
+        tensor = args[0] if args else kwargs.get("tensor")
+        if _initialises(func) and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            return tensor
         return func(*args, **kwargs)
+
+
+def _initialises(func: Any) -> bool:
+    if getattr(func, "__module__", "") == nn.init.__name__:
+        return True
+    return not torch.is_grad_enabled() and getattr(func, "__name__", "") in _FILLS
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
     """Inside, modules are built with shapes only, on the meta device; it takes no time."""
-    with torch.device("meta"), _RealNumbers():
+    with torch.device("meta"), _ShapesOnly():
         yield
 
 

@@ -22,17 +22,8 @@ from pathlib import Path
 
 from launch.here import free_port
 from tests.conftest import ROOT
-from tests.forks import DOORS, end_with_server
+from tests.forks import FORKS, end_with_server
 
-_FORKS = multiprocessing.get_context("forkserver")
-# One server for a process of tests, shared with tests.forks: all that module wants, and what a run
-# imports late. The package comes before the tests, which would have its shapes checked.
-_FORKS.set_forkserver_preload(
-    [
-        *(f"ssl_vit.{name}" for name in (*DOORS, "methods.mae", "methods.dino")),
-        *("sklearn.datasets", "tests.warm", "tests.forks", __name__),
-    ]
-)
 # Of whatever launched the tests, which must not reach a run within them.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 Prepare = Callable[[], object]
@@ -102,7 +93,7 @@ class Lives:
             said.append(self.said / f"{self.count:03d}-{rank}.txt")
             first = (prepare or {}).get(rank)
             given = (self.folder, said[-1], env, f"ssl_vit.{door}", arguments, first)
-            processes.append(_FORKS.Process(target=_live, args=given))
+            processes.append(FORKS.Process(target=_live, args=given))
         _start(processes)
         return Life(self.folder, processes, said)
 

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from ssl_vit.benchmark import main
+from ssl_vit.benchmarks import own_process
 from ssl_vit.benchmarks.peers import library
 from ssl_vit.common.errors import UserError
+from tests.forks import SPAWNS
 
 TINY = """
 encoder: {arch: vit_tiny_patch16_224, image_size: [16], patch_size: 4, width: 16, depth: 1,
@@ -30,8 +32,12 @@ CROPS = {
 
 @pytest.fixture
 def room(tmp_path, monkeypatch):
-    """Tiny recipes, three photographs and a torn one, a folder of the torn one alone."""
+    """Tiny recipes, three photographs and a torn one, a folder of the torn one alone.
+
+    What is measured has a process of its own, which starts at once; what it costs is not looked at.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(own_process, "multiprocessing", SPAWNS)
     for name, method in METHOD.items():
         (tmp_path / f"{name}.yaml").write_text(TINY + method)
     rng = np.random.default_rng(0)

@@ -62,7 +62,9 @@ def textures(root: Path, n: int, seed: int, channels: int = 3, sizes=((32, 48), 
         mask[row:], mask[row:, column:] = 1, 2
         image = colours[mask] + random.randn(height, width, channels) * 10
         image = np.clip(image, 0, 255).astype(np.uint8)
-        tifffile.imwrite(root / f"images/{i}.tif", image, photometric="minisblack")
+        planar = "contig" if channels > 1 else None  # else each row would be a page of the file
+        path = root / f"images/{i}.tif"
+        tifffile.imwrite(path, image, photometric="minisblack", planarconfig=planar)
         Image.fromarray(mask).save(root / f"masks/{i}.png")
     return f"pairs:{root}"
 

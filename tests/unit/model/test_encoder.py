@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.common.config import EncoderConfig
@@ -247,6 +248,27 @@ def test_plain_archs_build_with_timms_keys(arch):
     assert {k: v.shape for k, v in encoder.vit.state_dict().items()} == theirs
     assert parameter_count(encoder) == sum(p.numel() for p in vit.parameters())
     assert encoder.image_size == vit.patch_embed.img_size
+
+
+class Ran(TorchDispatchMode):
+    """Names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_without_memory_nothing_is_initialised(arch):
+    """Of a large network that takes seconds."""
+    with Ran() as ran, without_memory():
+        timm.create_model(arch, num_classes=0)
+    assert "empty" in ran.names
+    assert ran.names.isdisjoint({"uniform_", "normal_", "erfinv_", "clamp_", "fill_", "zero_"})
 
 
 def test_weights_load_into_timms_own_call():

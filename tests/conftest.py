@@ -9,6 +9,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Several test processes share the cores: threads of one would wait for those of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else each process that tests start would compile the package anew, for a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -20,17 +22,36 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("SSL_VIT_SHARED", ROOT.parent / "shared"))
-# Files that take minutes, the longest first: started last, one of them would run alone at the end.
+# Files that take longest, the longest first: started last, one of them would run alone at the end.
 LONG = (
     "slurm/test_slurm.py",
     "distributed/test_faults.py",
+    "contract/test_together.py",
+    "contract/test_cost.py",
     "integration/test_report.py",
-    "distributed/test_two_processes.py",
-    "integration/test_finetune.py",
-    "integration/test_launch.py",
-    "integration/test_runs.py",
+    "integration/test_journeys.py",
+    "integration/test_one_folder.py",
+    "integration/test_quality.py",
     "integration/test_resume.py",
+    "integration/test_finetune.py",
+    "distributed/test_two_processes.py",
+    "integration/test_launch.py",
     "integration/test_pretrain.py",
+    "unit/evaluators/test_online.py",
+    "integration/test_dino_run.py",
+    "unit/weights/test_outgoing.py",
+    "unit/evaluators/test_linear.py",
+    "integration/test_runs.py",
+    "unit/weights/test_weights_official.py",
+    "unit/weights/test_weights_timm.py",
+    "integration/test_visualize.py",
+    "integration/test_preflight.py",
+    "integration/test_benchmark.py",
+    "unit/evaluators/test_segment.py",
+    "unit/weights/test_weights_dinov3.py",
+    "unit/training/test_watchdog.py",
+    "unit/training/test_run_lock.py",
+    "unit/weights/test_weights_hugging_face.py",
 )
 
 

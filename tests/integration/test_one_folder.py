@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -171,11 +170,14 @@ def test_older_checkpoints_are_compared_by_what_they_have(run, shared_door):
 
 # The process leads a session on a terminal of its own, as in a window or under ssh.
 OWN_TERMINAL = """
-import fcntl, sys, termios
+import os, sys
 from ssl_vit import pretrain
 from ssl_vit.commands import cli
 
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.setsid()
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+for stream in range(3):
+    os.dup2(terminal, stream)
 cli.run_door(pretrain.main)
 """
 
@@ -184,25 +186,18 @@ def test_a_closed_terminal_saves_and_stops(door):
     ours, theirs = os.openpty()
     options = ("mae", "--config", "tiny.yaml", "--run.out", "run", "--run.length", "100000st")
     (door.folder / "own.py").write_text(OWN_TERMINAL)
-    process = subprocess.Popen(
-        [sys.executable, "own.py", *options, "--data.workers", "1"],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-        cwd=door.folder,
-        env=door.env,
-        start_new_session=True,
-    )
-    os.close(theirs)
+    script = ("own.py", os.ttyname(theirs), *options, "--data.workers", "1")
+    process = Fork(script, door.folder, door.env)
     os.set_blocking(ours, False)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not steps(door.folder / "run"):
         time.sleep(0.05)
         with contextlib.suppress(BlockingIOError):
             os.read(ours, 1 << 16)
+    os.close(theirs)
     os.close(ours)  # the kernel now sends SIGHUP, and writing to the terminal is an error
-    try:
-        assert process.wait(60) == 75
-    finally:
-        process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 75
     status = json.loads((door.folder / "run/status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", "received SIGHUP")
     (saved,) = (door.folder / "run/checkpoints").glob("step-*")

@@ -20,11 +20,32 @@ from tests.conftest import ROOT
 from tests.integration.conftest import TINY
 from tests.slurm.cluster import Cluster, wait_until
 
-# A step of some fiftieth of a second, with a loader worker, which gets every signal too.
-SLOW = TINY.replace("workers: 0", "workers: 1").replace(
-    "width: 32, depth: 1", "width: 192, depth: 4"
-)
-STEPS = 150
+# With a loader worker, which gets every signal too.
+SLOW = TINY.replace("workers: 0", "workers: 1")
+# Python's own hook for what is done at every start: a step waits, and leaves the cores to others,
+# for whom jobs that run until they are told to stop would otherwise compute for minutes.
+WAITING = """
+import importlib.abc, importlib.util, sys, time
+
+class Waiting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "ssl_vit.training.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def executed(module):
+            execute(module)
+            update = module.Trainer.update
+            module.Trainer.update = lambda *given: time.sleep(0.1) or update(*given)
+
+        spec.loader.exec_module = executed
+        return spec
+
+sys.meta_path.insert(0, Waiting())
+"""
+STEPS = 60
 FINITE = ["--run.length", f"{STEPS}st", "--run.save-every", "1000st"]
 ENDLESS = ["--run.length", "100000st", "--run.save-every", "100000st"]
 
@@ -95,10 +116,11 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("jobs")
     (folder / "slow.yaml").write_text(SLOW)
     (folder / "tiny.yaml").write_text(TINY)
+    (folder / "sitecustomize.py").write_text(WAITING)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("SLURM_CONF", str(cluster.config))
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("SSL_VIT_CACHE", str(folder / "cache"))
         jobs = Jobs(cluster, folder)

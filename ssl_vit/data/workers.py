@@ -31,8 +31,6 @@ from ssl_vit.data.shared_memory import SHARED_MEMORY, affordable, pinnable, reme
 # Signs of a lack of memory or of file descriptors, in messages of torch and of Python.
 _MEMORY = ("can't allocate memory", "Cannot allocate memory", "MemoryError")
 _DESCRIPTORS = ("Too many open files", "items of ancdata")
-# Bytes up to which a tensor is sent by value: to make and open a file takes longer.
-_SMALL = 1 << 20
 _DYING = 2.0  # seconds from a lost connection to the end of the worker
 
 
@@ -89,7 +87,7 @@ def load(
 
 @dataclass(frozen=True)
 class Packed:
-    """Batch on its way: ``data`` has handles of its large tensors, which are in shared memory."""
+    """Batch on its way: its tensors are in shared memory, of which ``data`` has the handles."""
 
     data: bytes
 
@@ -104,17 +102,7 @@ class Packed:
 
 def _packed(collate: Callable[[Any], Any], batch: Any) -> Packed:
     """Put a batch into shared memory, where it is not there yet."""
-    return Packed(bytes(_Pickler.dumps(collate(batch))))
-
-
-class _Pickler(ForkingPickler):
-    """Pickler that sends small tensors by value."""
-
-    def reducer_override(self, sent: Any) -> Any:
-        plain = type(sent) is torch.Tensor and sent.dtype != torch.bfloat16
-        if not plain or sent.nbytes > _SMALL or sent.requires_grad:
-            return NotImplemented
-        return torch.from_numpy, (sent.numpy(),)
+    return Packed(bytes(ForkingPickler.dumps(collate(batch))))
 
 
 def _as_is(batch: Any) -> Any:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -243,31 +242,3 @@ def test_single_images_are_collated(count):
     """As benchmarks do with the transforms of others."""
     found = load(Singles(), [[0, 1], [2, 3], [4]], count, pin=False, collate=torch.stack)
     assert [batch[:, 0].tolist() for batch in found] == [[0, 1], [2, 3], [4]]
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        torch.arange(12.0).view(3, 4),
-        torch.arange(12).view(3, 4).T,
-        torch.tensor([True, False]),
-        torch.tensor(7),
-        torch.zeros(0, 3, dtype=torch.uint8),
-        torch.ones(2, dtype=torch.bfloat16),
-        torch.arange(1 << 22, dtype=torch.uint8)[5:9],
-        torch.arange(1 << 21, dtype=torch.uint8),
-    ],
-    ids=lambda t: f"{t.dtype}{tuple(t.shape)}".removeprefix("torch."),
-)
-def test_tensors_arrive_as_they_were_sent(sent):
-    """Small ones by value, alone, without a file for each; and what arrives may be written to."""
-    by_file = sent.nbytes > 1 << 20 or sent.dtype == torch.bfloat16
-    packed = workers._packed(lambda batch: batch, {"crops": [sent]})
-    assert len(packed.data) < 1 << 12
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        (found,) = packed.open()["crops"]
-    assert found.is_shared() == by_file
-    assert found.dtype == sent.dtype
-    assert torch.equal(found, sent)
-    found.zero_()

@@ -33,6 +33,7 @@ _SCORING = (
     *("--run.out", "--run.device", "--run.precision", "--depth.scale", "--depth.crop"),
     *("--segment.scales", "--segment.overlap", "--segment.flip", "--segment.ignore"),
 )
+_OF_KINDS = ("--depth.", "--segment.")
 
 
 def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
@@ -50,6 +51,8 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
     config, folder = options_of(path, card, flags)
     file = model_of(path, card)
     tuned = open_tuned(file)
+    idle = [f for f in flags if f.startswith(_OF_KINDS) and not f.startswith(f"--{tuned.kind}.")]
+    check(not idle, f"{file} is a network of {tuned.kind}: {' '.join(idle)} has no effect")
     if isinstance(tuned, TunedPixels):
         tuned.of.options = getattr(config, tuned.kind)
     parallel = start_parallel(config.run.device)
@@ -72,7 +75,8 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
     same, key = f"the scores are the same as in {path}", "content_sha256"
     tell_same(card["train"][key], now["val"][key])
     asked = options_of(path, card, ())[0]
-    if now["val"][key] != card["val"][key] and flags:
+    hashes = [name for name in now["val"] if name.endswith("sha256")]
+    if flags and any(now["val"][name] != card["val"].get(name) for name in hashes):
         same = f"of other images than in {path}"
     elif replace(config, run=asked.run, data=asked.data) != asked:
         same = f"scored by other options than in {path}"
@@ -89,11 +93,7 @@ def options_of(path: str, card: dict[str, Any], flags: Sequence[str]) -> tuple[A
     Raises:
         UserError: a flag is no option of a score.
     """
-    names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
-    strange = [n for n in names if n not in _SCORING and not n.startswith("--data.")]
-    allowed = f"allowed are --data.val and its like, {', '.join(_SCORING)}"
-    check(not strange, f"again trains nothing: {' '.join(strange)} has no effect; {allowed}")
-    check(not flags or flags[0].startswith("--"), f"usage: {_PROG} CARD.json [options]")
+    names = check_flags(flags)
     kind = TUNED[card["evaluator"]]
     config = parse(kind(), tree_flags(card["options"], known_keys(kind()), path), path, _PROG)
     trained = Path(config.run.out).expanduser()
@@ -104,6 +104,20 @@ def options_of(path: str, card: dict[str, Any], flags: Sequence[str]) -> tuple[A
     own = (trained.resolve(), Path(path).expanduser().resolve().parent)
     check(folder.resolve() not in own, f"--run.out is {str(folder)!r}, the run's own: give another")
     return config, folder
+
+
+def check_flags(flags: Sequence[str]) -> list[str]:
+    """Names of the options given.
+
+    Raises:
+        UserError: one of them is no option of a score.
+    """
+    names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
+    strange = [n for n in names if n not in _SCORING and not n.startswith("--data.")]
+    allowed = f"allowed are --data.val and its like, {', '.join(_SCORING)}"
+    check(not strange, f"again trains nothing: {' '.join(strange)} has no effect; {allowed}")
+    check(not flags or flags[0].startswith("--"), f"usage: {_PROG} CARD.json [options]")
+    return names
 
 
 def model_of(path: str, card: dict[str, Any]) -> Path:

@@ -99,7 +99,7 @@ class ImageCache:
         try:
             free = self.free()
             if free - len(head) - pixels.nbytes < self.reserve:
-                keep = f"--data.cache-reserve keeps {_size(self.reserve)}"
+                keep = f"{_size(self.reserve)} stay so: --data.cache-reserve, or room for batches"
                 self._stop(f"{_size(free)} are free {self.place}, and {keep}")
                 return
             try:

@@ -78,8 +78,10 @@ def _remove_unused(folder: Path, lock: int) -> None:
     once, so that who looks for it now makes a new one."""
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        aside = folder.with_name(f"{folder.name.partition('.')[0]}.{uuid.uuid4().hex}")
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        # Else another process has removed it, and the folder of this name is a new one.
+        if os.path.samestat(os.fstat(lock), (folder / _LOCK).stat()):
+            aside = folder.with_name(f"{folder.name.partition('.')[0]}.{uuid.uuid4().hex}")
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
     # Not by closing alone: a forked process may have the descriptor, too.
     fcntl.flock(lock, fcntl.LOCK_UN)

@@ -37,8 +37,9 @@ def open_tuned(name: str | Path) -> Tuned:
     if not isinstance(about, dict):
         raise UserError(f"{path}: {rule}; an encoder opens by load_encoder")
     kind = about.get("kind", "classes" if "timm" in content else "detect")
-    check(kind in _OPENERS, f"{path}: {rule} in this version of ssl_vit: a network of {kind!r}")
-    needed = {"classes": "mean", "detect": "body"}.get(kind, "options")
+    known = isinstance(kind, str) and kind in _OPENERS
+    check(known, f"{path}: {rule} in this version of ssl_vit: a network of {kind!r}")
+    needed = {"classes": "several", "detect": "body"}.get(kind, "options")
     old = "it was left by an earlier version of ssl_vit, which did not say how it is built"
     check(needed in about, f"{path}: {old}; train it again")
     module, function = _OPENERS[kind]

@@ -42,18 +42,20 @@ class PrototypeLayer(nn.Module):
 class _Prototypes(torch.autograd.Function):
     """x v^T, each column times g / |v|; the large weights are passed over as seldom as can be.
 
-    The outputs are scaled, not the weights: no other tensor of the weights' size is made, but
-    their copy in the precision of ``x``. In backward the gradient that v has through its length
-    is a multiple of v itself, and is added to the one through the product, of some rows at a time.
+    The outputs are scaled, not the weights: of their size there is but a copy in the precision of
+    ``x``. In backward the gradient that v has through its length is a multiple of v itself, and is
+    added to the one through the product: on a CPU of some rows at a time.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Float[Tensor, "n d"], v: Float[Tensor, "k d"], g: Float[Tensor, "k 1"]
     ) -> Float[Tensor, "n k"]:
-        low, length = torch.empty_like(v, dtype=x.dtype), torch.empty_like(g)
+        low = v if v.dtype == x.dtype else torch.empty_like(v, dtype=x.dtype)
+        length = torch.empty_like(g)
         for block in row_blocks(v):
-            low[block] = v[block]
+            if low is not v:
+                low[block] = v[block]
             length[block] = v[block].norm(dim=1, keepdim=True)
         products = F.linear(x, low)
         ctx.save_for_backward(x, v, g, low, length, products)
@@ -79,7 +81,7 @@ class _Prototypes(torch.autograd.Function):
         if moves:
             of_v, multiple = torch.empty_like(v), -of_gain * g / length.square()
             for block in row_blocks(v):
-                through_product = (grad.T[block] @ x).to(v.dtype)
+                through_product = grad.T[block] @ x
                 torch.addcmul(through_product, v[block], multiple[block], out=of_v[block])
         return grad @ low, of_v, of_gain if stretches else None
 

@@ -15,7 +15,7 @@ import pytest
 from launch import slurm
 from launch.options import LaunchConfig, merge_lists
 from ssl_vit import benchmark, evaluate, pretrain, report
-from ssl_vit.commands import device_options, quality_options, scenes_options
+from ssl_vit.commands import device_options, quality_options, rescoring, scenes_options
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.detect_options import DetectConfig
@@ -23,6 +23,7 @@ from ssl_vit.commands.embed_options import EmbedConfig
 from ssl_vit.commands.export_options import ExportConfig
 from ssl_vit.commands.picture_options import PICTURES
 from ssl_vit.commands.probe_options import PROBES
+from ssl_vit.commands.rescoring import TUNED
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.evaluators.options import FinetuneConfig
@@ -97,8 +98,11 @@ def _evaluate(argv: list[str]) -> None:
     }
     name = subcommand(argv, "", "evaluator", [*PROBES, *others, "again"])
     if name == "again":
-        kind = DetectConfig() if Path(argv[1]).stem == "detect" else FinetuneConfig()
-        _parse(kind, argv[2:])
+        kind = Path(argv[1]).stem
+        assert kind in TUNED or not argv[2:]
+        if kind in TUNED:
+            rescoring.check_flags(argv[2:])
+            _parse(TUNED[kind](), argv[2:])
         return
     default = others[name] if name in others else PROBES[name]()
     _parse(default, evaluate.split_lists(argv[1:]))

@@ -139,6 +139,8 @@ def test_other_options_of_the_score_are_no_repetition(place, tmp_path, capsys):
         evaluate.main(["again", str(path), "--depth.scale", "0.0008", "--run.out", str(out)]) == 0
     )
     assert "scored by other options than in" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"a network of depth: --segment.flip has no effect"):
+        evaluate.main(["again", str(path), "--segment.flip", "True"])
     assert card_of(out, "depth")["scores"] != card_of(place / "depth", "depth")["scores"]
 
 
@@ -253,6 +255,8 @@ def test_what_cannot_be(place, tmp_path):
         with pytest.raises(UserError, match=r"model.safetensors was trained on (pairs|depth):"):
             evaluate.main(["again", path, "--data.val", spec(place, kind, "val")])
     path = str(place / "classes/finetune.json")
+    with pytest.raises(UserError, match=r"is a network of classes: --depth.scale has no effect"):
+        evaluate.main(["again", path, "--depth.scale", "2"])
     with pytest.raises(UserError, match="both must have the same classes"):
         evaluate.main(["again", path, "--data.val", "digits:val"])
     for name, said in (
@@ -297,8 +301,13 @@ def test_files_that_are_not_what_they_say(place, tmp_path):
     changed(model, target, lambda c: c["timm"].update(arch="hf-hub:someone/something"))
     with pytest.raises(UserError, match="timm knows no network"):
         open_tuned(target)
-    changed(model, target, lambda c: c["about"].pop("kind"))
-    assert open_tuned(target).kind == "classes"  # as earlier versions wrote it
+    for gone in (["kind", "several", "setting"], ["several"]):
+        changed(model, target, lambda c, gone=gone: [c["about"].pop(name) for name in gone])
+        with pytest.raises(UserError, match=r"an earlier version of ssl_vit.*; train it again"):
+            open_tuned(target)
+    changed(model, target, lambda c: c["about"].update(kind=["classes"]))
+    with pytest.raises(UserError, match="not what finetune or detect leave"):
+        open_tuned(target)
 
 
 def start_of(arch) -> Start:

@@ -277,7 +277,7 @@ def test_too_little_room_is_said_once_and_stops_nothing(tmp_path, caplog):
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == 1
     assert said[0].startswith(f"--data.cache {tmp_path / 'cache'} takes no more images (")
-    assert "--data.cache-reserve keeps 1,000,000,000 GB" in said[0]
+    assert "1,000,000,000 GB stay so: --data.cache-reserve" in said[0]
 
 
 def test_a_failing_write_leaves_nothing_and_stops_nothing(cache):

@@ -245,3 +245,16 @@ def test_a_folder_of_that_name_can_be_named(shm, tmp_path, monkeypatch):
     assert type(found) is ImageCache
     found.prepare()
     assert (tmp_path / "ram" / "decoded-images").is_dir()
+
+
+def test_a_folder_that_took_the_place_of_another_stays(tmp_path):
+    """Who still looks at the old one when its last process leaves does not remove the new one."""
+    folder = tmp_path / "images"
+    passing_folder.join(folder)
+    with passing_folder._opened(folder) as lock:
+        passing_folder.leave(folder)
+        passing_folder.join(folder)
+        passing_folder._remove_unused(folder, lock)
+    assert folder.is_dir()
+    passing_folder.leave(folder)
+    assert not list(tmp_path.iterdir())

@@ -575,3 +575,14 @@ def test_planes_of_a_file_are_not_parted(tmp_path):
 def test_a_part_of_nothing_is_refused(spec, said):
     with pytest.raises(UserError, match=said):
         open_source(spec)
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    values, classes = load_digits(return_X_y=True)
+    source = open_source("digits")
+    assert source.labels.tolist() == classes.tolist()
+    pixels = np.stack([source.read(i)[0] for i in range(0, len(source), 100)])
+    expected = values[::100].reshape(-1, 8, 8) * 255 / 16
+    assert np.abs(pixels.reshape(expected.shape) - expected).max() <= 1

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest

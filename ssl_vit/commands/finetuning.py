@@ -23,6 +23,7 @@ from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.evaluators.classifier import Classifier, classifier
 from ssl_vit.evaluators.finetune import FineTune, tuning_views
 from ssl_vit.evaluators.options import FinetuneConfig, dense_recipe, recipe
+from ssl_vit.evaluators.score import LAST
 from ssl_vit.evaluators.scores import accuracy, check_labels
 from ssl_vit.evaluators.selection import outputs_of, quality
 from ssl_vit.evaluators.start import Start, for_channels, open_start
@@ -121,7 +122,7 @@ class Finetuning(Tuning):
     def tuned(self, task: FineTune) -> TunedClasses:
         """The evaluated network of a task."""
         made, train = self.made, self.images.train
-        setting = f"{'average' if self.config.tune.ema else 'last'} weights"
+        setting = "average weights" if self.config.tune.ema else LAST
         known = made.call, self.classes, train.targets is not None, setting, made.encoder
         return TunedClasses(task.evaluated, self.view, train.classes, *known)
 

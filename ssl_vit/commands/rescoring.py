@@ -19,8 +19,8 @@ from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.options import FinetuneConfig
 from ssl_vit.evaluators.protocol import check_same, versions, write_card
 from ssl_vit.evaluators.reopen import open_tuned
+from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.tuned import Tuned, val_card
-from ssl_vit.evaluators.tuned_pixels import TunedPixels
 from ssl_vit.training.parallel import resolve_precision, start_parallel
 from ssl_vit.weights.exchange import sha256
 
@@ -53,8 +53,7 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
     tuned = open_tuned(file)
     idle = [f for f in flags if f.startswith(_OF_KINDS) and not f.startswith(f"--{tuned.kind}.")]
     check(not idle, f"{file} is a network of {tuned.kind}: {' '.join(idle)} has no effect")
-    if isinstance(tuned, TunedPixels):
-        tuned.of.options = getattr(config, tuned.kind)
+    tuned.score_by(config)
     parallel = start_parallel(config.run.device)
     if parallel.world > 1:
         log.warning("warning: again is for one process; all %d do the same", parallel.world)
@@ -72,19 +71,31 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
             save_pictures(folder, judged.pictures)
             write_card(folder / Path(path).name, now, judged.scores)
             print(f"protocol and scores: {folder / Path(path).name}")
-    same, key = f"the scores are the same as in {path}", "content_sha256"
-    tell_same(card["train"][key], now["val"][key])
-    asked = options_of(path, card, ())[0]
-    hashes = [name for name in now["val"] if name.endswith("sha256")]
-    if flags and any(now["val"][name] != card["val"].get(name) for name in hashes):
-        same = f"of other images than in {path}"
-    elif replace(config, run=asked.run, data=asked.data) != asked:
-        same = f"scored by other options than in {path}"
-    else:
-        check_same(path, card, now, judged.scores)
+    tell_same(card["train"]["content_sha256"], now["val"]["content_sha256"])
+    said = compared(path, card, now, judged.scores, config if flags else None)
     if parallel.main:
-        print(same)
+        print(said)
     return 0
+
+
+def compared(
+    path: str, card: dict[str, Any], now: dict[str, Any], scores: list[Score], config: Any
+) -> str:
+    """What these scores are beside those of a card, in words; ``config``: options that were given,
+    None if none were.
+
+    Raises:
+        RunFailed: they should be those of the card, and are not.
+    """
+    if config is not None:
+        asked = options_of(path, card, ())[0]
+        hashes = [name for name in now["val"] if name.endswith("sha256")]
+        if any(now["val"][name] != card["val"].get(name) for name in hashes):
+            return f"of other images than in {path}"
+        if replace(config, run=asked.run, data=asked.data) != asked:
+            return f"scored by other options than in {path}"
+    check_same(path, card, now, scores)
+    return f"the scores are the same as in {path}"
 
 
 def options_of(path: str, card: dict[str, Any], flags: Sequence[str]) -> tuple[Any, Path | None]:

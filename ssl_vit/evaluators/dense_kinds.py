@@ -22,7 +22,6 @@ from ssl_vit.evaluators.score import Score
 Ready = Callable[[Tensor], Tensor]
 Scored = tuple[Score, dict[str, int], dict[str, np.ndarray]]
 """Score, counts for the card, and pictures by name."""
-SETTING = "last weights"
 
 
 class Kind(ABC):

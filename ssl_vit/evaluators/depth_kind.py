@@ -19,7 +19,7 @@ from ssl_vit.data.map_values import nearest_mask
 from ssl_vit.data.missing import resized
 from ssl_vit.data.pairs import Pairs
 from ssl_vit.data.view import View
-from ssl_vit.evaluators.dense_kinds import SETTING, Kind, Ready, Scored, of_all
+from ssl_vit.evaluators.dense_kinds import Kind, Ready, Scored, of_all
 from ssl_vit.evaluators.dense_tune import DenseNetwork
 from ssl_vit.evaluators.depth import tell_units
 from ssl_vit.evaluators.depth_heads import HEADS, MAPS, DepthHead, depth_loss
@@ -29,6 +29,7 @@ from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.map_material import MapExtractor
 from ssl_vit.evaluators.options import DepthTuneConfig
 from ssl_vit.evaluators.patch_heads import upsampled
+from ssl_vit.evaluators.score import LAST
 
 
 class DepthKind(Kind):
@@ -94,7 +95,7 @@ class DepthKind(Kind):
         assert isinstance(head, DepthHead)
         assert isinstance(pairs, DepthPairs)
         errors, count = score_depths(head, extractor, pairs, self.options, self.most)
-        score = depth_score(errors, "pixels' depths", SETTING, seed, {})
+        score = depth_score(errors, "pixels' depths", LAST, seed, {})
         picture = draw(head, extractor, pairs, self.options, self.most)
         count = {"val": len(errors.images)} | count
         return score, count, {} if picture is None else {"depths": picture}

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.evaluators.tuned import Tuned, not_ours
+from ssl_vit.evaluators.tuned import Tuned
 from ssl_vit.weights.own_files import DETECTOR_FILE, MODEL_FILE, own_metadata
 
 # Opened on demand: of a detector that is not asked for, nothing is imported.
@@ -48,6 +48,7 @@ def open_tuned(name: str | Path) -> Tuned:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise not_ours(path, error) from None
+        other = "metadata of another version of ssl_vit"
+        raise UserError(f"{path}: {other}: {error!r:.100}") from None
     tuned.where = str(path)
     return tuned

@@ -10,6 +10,8 @@ PIXELS, RANDOM, GIVEN, BEST = "raw pixels", "random encoder", "initial encoder",
 """Rows of a run's own result beside its trained encoder: what an encoder must beat, itself before
 the first step (with random or given weights), and the best of a training on given ones, its step
 aside."""
+LAST = "last weights"
+"""Setting of a network as training left it, not averaged."""
 UNITS = {"rmse": "the unit of depth", "log10": "powers of ten"}
 """Metrics that are not in percent, and what they are in."""
 

@@ -18,11 +18,12 @@ from ssl_vit.data.loader import stack
 from ssl_vit.data.missing import resized
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.data.view import View
-from ssl_vit.evaluators.dense_kinds import SETTING, Kind, Ready, Scored, of_all
+from ssl_vit.evaluators.dense_kinds import Kind, Ready, Scored, of_all
 from ssl_vit.evaluators.dense_tune import DenseNetwork
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.options import SegmentHeadOptions, SegmentTuneConfig
 from ssl_vit.evaluators.patch_heads import upsampled
+from ssl_vit.evaluators.score import LAST
 from ssl_vit.evaluators.segment import count_mask_classes, segment_score
 from ssl_vit.evaluators.segment_heads import HeadModules, segmentation_head
 from ssl_vit.evaluators.segment_scores import guessed, known, score_masks, scored_sizes
@@ -118,7 +119,7 @@ class SegmentKind(Kind):
         extractor = TokenExtractor("", lambda images: joined(maps(images)), grid, view, machine)
         scored = score_masks(heads, extractor, pairs, self.options)
         overlap = scored.overlap
-        score = segment_score(overlap, self.names, "pixels' classes", SETTING, seed, {})
+        score = segment_score(overlap, self.names, "pixels' classes", LAST, seed, {})
         count = {"val": len(overlap.images), "val_unreadable": scored.bad}
         picture = boundaries_panel(pairs, view, scored.samples)
         return score, count, {"boundaries": picture}

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.common.errors import UserError
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Source
 from ssl_vit.data.missing import with_data
@@ -20,7 +19,7 @@ from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.features import Machine, ready
 from ssl_vit.evaluators.protocol import protocol_card, split_card, versions
-from ssl_vit.evaluators.score import Score
+from ssl_vit.evaluators.score import LAST, Score
 from ssl_vit.evaluators.start import Start
 
 Row = tuple[str, ...]
@@ -62,7 +61,7 @@ class Tuned(ABC):
         network: nn.Module,
         view: View,
         names: tuple[str, ...] | None,
-        setting: str = "last weights",
+        setting: str = LAST,
     ) -> None:
         self.network, self.view, self.names, self.setting = network, view, names, setting
 
@@ -103,6 +102,10 @@ class Tuned(ABC):
     def table(self, scores: Sequence[Score]) -> tuple[str, Row, list[Row]]:
         """Table of scores: their unit, header and rows."""
 
+    def score_by(self, config: Any) -> None:
+        """Take the options of the score from those of a run: here there are none."""
+        del config
+
     def model(self) -> dict[str, Any]:
         """What a card says of the model, besides its file."""
         return {}
@@ -115,10 +118,19 @@ class Tuned(ABC):
         """Prepare the network: on a device, in evaluation mode."""
         ready(self.network, device)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.network.parameters()).device
+
+    @property
+    def normalize(self) -> Normalize:
+        """Normalisation of its images, on its device."""
+        return Normalize(self.view.mean, self.view.std).to(self.device)
+
     def normalized(self, images: Tensor) -> Float[Tensor, "b c h w"]:
         """Images as the network takes them, on its device."""
-        device = next(self.network.parameters()).device
-        return Normalize(self.view.mean, self.view.std).to(device).images(images.to(device))
+        return self.normalize.images(images.to(self.device))
 
     def about(self, start: Start, step: int) -> dict[str, Any]:
         """Metadata of its file."""
@@ -200,8 +212,3 @@ def tuned_card(
     card["transform"] |= tuned.transform
     card["versions"] = versions(tuned.packages)
     return card
-
-
-def not_ours(path: Path, error: Exception) -> UserError:
-    """Error of a file whose metadata are not those of a tuned network."""
-    return UserError(f"{path}: metadata of another version of ssl_vit: {error!r:.100}")

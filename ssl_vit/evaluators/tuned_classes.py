@@ -49,7 +49,7 @@ class TunedClasses(Tuned):
         call: TimmCall,
         outputs: int,
         several: bool,
-        setting: str = "last weights",
+        setting: str,
         encoder: EncoderConfig | None = None,
     ) -> None:
         super().__init__(network, view, names, setting)

@@ -12,7 +12,6 @@ from torchvision.models.detection import FasterRCNN
 
 from ssl_vit.common.config import from_json
 from ssl_vit.common.errors import check
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Source, check_classes
 from ssl_vit.data.coco import coco_of, has_objects
 from ssl_vit.data.coco_images import framed_whole
@@ -117,10 +116,8 @@ class TunedDetector(Tuned):
     def predict(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Objects of each image, best first, as torchvision's detectors give them, but for classes
         that count from 0, as ``names`` do, and masks (k, H, W) that are bool."""
-        device = next(self.network.parameters()).device
         views = framed_whole(images, range(len(images)), self.view.size)
-        normalize = Normalize(self.view.mean, self.view.std).to(device)
-        return detect_pixels(self.network, normalize(views.to(device)))
+        return detect_pixels(self.network, self.normalize(views.to(self.device)))
 
     def table(self, scores: Sequence[Score]) -> tuple[str, Row, list[Row]]:
         header = ("of", "AP", "95%", "AP50", "AP75", "small", "medium", "large")

@@ -98,6 +98,9 @@ class TunedPixels(Tuned):
             check_classes(Remembered(self.where, self.names, len(self.names)), source)
         return source
 
+    def score_by(self, config: Any) -> None:
+        self.of.options = getattr(config, self.kind)
+
     def digest(self, source: Source) -> dict[str, str]:
         name = f"{self.of.pairs.beside.folder}_sha256"
         return {name: content_sha256(pairs_of(source).masks)}

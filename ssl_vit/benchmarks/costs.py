@@ -22,6 +22,7 @@ from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.loader import draw_all, whole_boxes
 from ssl_vit.model.execution import checkpoint_activations, choose_attention
 from ssl_vit.training.footprint import KeptBytes, flop_counter
+from ssl_vit.training.muon import block_matrices
 from ssl_vit.training.parallel import autocast
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
@@ -53,8 +54,9 @@ class StepCost:
 class StateBytes:
     """Training state in bytes, per process and independent of the batch size.
 
-    ``weights``: parameters and buffers, trained or not. ``gradients`` and AdamW's ``moments``: of
-    the trained parameters. ``gathered``: sharded parameters that stay gathered for the whole step.
+    ``weights``: parameters and buffers, trained or not. ``gradients`` and the optimizer's
+    ``moments``: of the trained parameters, two of AdamW, one of Muon. ``gathered``: sharded
+    parameters that stay gathered for the whole step.
     """
 
     weights: int
@@ -165,14 +167,22 @@ class _BlockBytes(KeptBytes):
         return sum(held.storage.nbytes() for held in self._held.values())
 
 
-def state_of(task: Task) -> StateBytes:
-    """Training state of a task that is not sharded, on any device."""
+def state_of(task: Task, muon: bool = False) -> StateBytes:
+    """Training state of a task that is not sharded, on any device.
+
+    Args:
+        muon: whether Muon trains the matrices of blocks.
+    """
     parameters = list(task.parameters())
-    trained = _bytes(p for p in parameters if p.requires_grad)
-    return StateBytes(_bytes(parameters) + _bytes(task.buffers()), trained, 2 * trained)
+    trained = [p for p in parameters if p.requires_grad]
+    return StateBytes(
+        weights=_bytes(parameters) + _bytes(task.buffers()),
+        gradients=_bytes(trained),
+        moments=_moments(task, trained, muon),
+    )
 
 
-def sharded_state(task: Task, processes: int) -> StateBytes:
+def sharded_state(task: Task, processes: int, muon: bool = False) -> StateBytes:
     """Training state of a task sharded over ``processes`` (FSDP2), in the process with the most.
 
     Each parameter is divided by rows, rounded up; buffers are whole. Gathered for the whole step,
@@ -182,16 +192,21 @@ def sharded_state(task: Task, processes: int) -> StateBytes:
     """
     parameters = list(task.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    own = _bytes(trained, processes)
     gathered = _gathered(task)
     moving = [p for p in gathered if p.requires_grad]
     halves = _bytes(p for p in moving if p.ndim > 1) // 2
     return StateBytes(
         weights=_bytes(parameters, processes) + _bytes(task.buffers()),
-        gradients=own,
-        moments=2 * own,
+        gradients=_bytes(trained, processes),
+        moments=_moments(task, trained, muon, processes),
         gathered=_bytes(gathered) + _bytes(moving) + halves,
     )
+
+
+def _moments(task: Task, trained: list[nn.Parameter], muon: bool, processes: int = 1) -> int:
+    alone = block_matrices(task) if muon else set()
+    two = [p for p in trained if p not in alone]
+    return _bytes(trained, processes) + _bytes(two, processes)
 
 
 def _gathered(task: Task) -> list[nn.Parameter]:

@@ -82,7 +82,8 @@ def _row(kind: type[Method], config: ScaleConfig[Any], label: str) -> dict[str, 
     """Row of one encoder and image size; ``hours`` by number of devices."""
     encoder = replace(config.encoder, drop_path=0.0)
     channels, devices = config.data.channels, config.devices
-    row = _count(kind, config.method, encoder, channels, devices, config.memory)  # type: ignore[arg-type]
+    muon = config.optim.name == "muon"
+    row = _count(kind, config.method, encoder, channels, devices, config.memory, muon)  # type: ignore[arg-type]
     span = Length.parse(config.run.length, "--run.length")
     seen = span.amount * (config.count if span.unit == "ep" else config.optim.batch_size)
     flops = seen * row["flop_per_image"]
@@ -99,6 +100,7 @@ def _count(
     channels: int,
     devices: tuple[int, ...],
     memory: float,
+    muon: bool,
 ) -> dict[str, Any]:
     """Row entries that do not depend on the length; in bytes, while ``memory`` is in GiB."""
     log.info("counting %s", encoder.arch)
@@ -106,7 +108,8 @@ def _count(
         task = kind(method, encoder, channels)
     spec = kind.view_spec(method, task.encoder)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    states = {"1": state_of(task)} | {f"fsdp {n}": sharded_state(task, n) for n in devices}
+    states = {"1": state_of(task, muon)}
+    states |= {f"fsdp {n}": sharded_state(task, n, muon) for n in devices}
     room, cost = _USED * memory * 2**30, count_step(task, spec, channels)
     kept = {"kept": cost.kept, "recomputed": cost.recomputed}
     return {

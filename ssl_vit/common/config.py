@@ -191,10 +191,13 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedules."""
+    """Optimizer and its schedules."""
 
     prefix: ClassVar[str] = "optim"
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the weight matrices of transformer blocks, at AdamW's learning rate and weight
+    decay, and AdamW for all else: more is learnt of each image, with costlier steps."""
     batch_size: int = 256
     """Images of one optimizer step, over all processes and accumulated parts (effective batch)."""
     accumulate: int = 1

@@ -19,7 +19,7 @@ SPARING_ADAPTERS = {name: SPARING[name] for name in ("freeze_encoder", "release"
 
 @dataclass(frozen=True)
 class PretrainOptim(OptimConfig):
-    """AdamW and its schedules, and how an encoder with given weights is spared."""
+    """Optimizer and its schedules, and how an encoder with given weights is spared."""
 
     freeze_encoder: str = "0st"
     """First part of the training, in which the encoder does not move, so that new heads learn to

@@ -81,7 +81,7 @@ class Trainer:
         task.set_length(schedule.total, schedule.steps_per_epoch)
         self.blank = blank_copy(task) if parallel.sharded else task
         parallel.shard(task, precision)
-        self.optimizer = make_optimizer(task, optim)
+        self.optimizer = make_optimizer(task, optim, precision)
         groups = self.optimizer.param_groups
         self.trained = [p for group in groups for p in group["params"]]
         self.encoder = [p for group in groups if group["encoder"] for p in group["params"]]

@@ -1,10 +1,12 @@
-"""Optimizer: AdamW with a task's decay and learning-rate rules; non-finite updates are skipped."""
+"""Optimizer: AdamW or Muon with a task's decay and learning-rate rules; non-finite updates are
+skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import compress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,31 +17,49 @@ from torch.optim import AdamW
 
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.distributed import all_reduce_mean, local, rank_and_world
+from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Task
+from ssl_vit.training.muon import Muon, block_matrices
 
 
-def make_optimizer(task: Task, config: OptimConfig) -> AdamW:
+def make_optimizer(
+    task: Task, config: OptimConfig, precision: torch.dtype = torch.float32
+) -> AdamW:
     """Fused AdamW over the trained parameters, one group per (decays, lr scale, whether it is the
-    encoder's), largest first."""
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    encoder's, whether Muon trains it), largest first.
+
+    Raises:
+        UserError: Muon is asked for, and nothing that is trained is a matrix of a block.
+    """
+    groups: dict[tuple[bool, float, bool, bool], list[nn.Parameter]] = {}
+    muons = block_matrices(task) if config.name == "muon" else set()
     for name, parameter in task.named_parameters():
         if task.trains(name, parameter):
             place = task.place_of(name)
             scale = task.lr_scale(name) * config.scale_of(*place)
-            kind = task.decays(name, parameter), scale, place.encoder
+            kind = task.decays(name, parameter), scale, place.encoder, parameter in muons
             groups.setdefault(kind, []).append(parameter)
     made = [
         {
-            "params": groups[decays, scale, encoder],
+            "params": groups[decays, scale, encoder, muon],
             "weight_decay": config.weight_decay if decays else 0.0,
             "decays": decays,
             "lr_scale": scale,
             "encoder": encoder,
+            "muon": muon,
         }
-        for decays, scale, encoder in sorted(groups, reverse=True)
+        for decays, scale, encoder, muon in sorted(groups, reverse=True)
     ]
-    return AdamW(made, lr=config.peak_lr, betas=config.betas, fused=True)
+    options: dict[str, Any] = {"lr": config.peak_lr, "betas": config.betas, "fused": True}
+    if config.name == "adamw":
+        return AdamW(made, **options)
+    check(
+        any(group["muon"] for group in made),
+        "--optim.name is 'muon', which trains weight matrices of transformer blocks, and none are "
+        "trained here; give adamw",
+    )
+    return Muon(made, half=precision == torch.bfloat16, **options)
 
 
 def set_rates(optimizer: AdamW, lr: float, weight_decay: float, encoder: float = 1.0) -> None:

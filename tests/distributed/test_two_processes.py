@@ -17,6 +17,7 @@ COMMON += ("--run.keep", "1", "--run.keep-every", "8st")
 MAE = ("mae", "--config", "tiny.yaml", "--optim.clip", "0.5")
 # A low rate: AdamW's first steps turn rounding errors of tiny gradients into whole steps.
 DINO = ("dino", "--config", "tiny_dino.yaml", "--optim.lr", "1e-4", "--encoder.drop-path", "0.3")
+DINO += ("--optim.name", "muon")
 FSDP = ("--run.parallel", "fsdp")
 RUNS = {
     "mae-one": (1, *MAE),

@@ -1,0 +1,145 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the weight matrices of
+transformer blocks, with AdamW for all other parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from ssl_vit.common.distributed import local
+
+MUONS_MOMENT = "momentum_buffer"
+"""Name of what Muon keeps of a matrix, where AdamW keeps two moments."""
+
+_MOMENTUM = 0.95
+# The quintic of which five iterations bring singular values from 0.003 to 1 close to 1.
+_QUINTIC, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+# Updates have about this root mean square, as AdamW's have: Muon takes its learning rate and weight
+# decay (Liu et al. 2025, arXiv 2502.16982).
+_RMS = 0.2
+_AT_ONCE = 2**24  # numbers in matrices that are orthogonalized together
+
+
+def block_matrices(module: nn.Module) -> set[nn.Parameter]:
+    """Weight matrices within transformer blocks: those that Muon trains."""
+    blocks = [m for m in module.modules() if isinstance(m, Block | EvaBlock)]
+    return {p for block in blocks for p in block.parameters() if p.ndim == 2}
+
+
+class Muon(AdamW):
+    """AdamW, but for the groups that have ``muon`` set: these move by their momentum, brought close
+    to the nearest orthogonal matrix.
+
+    It has the flag ``found_inf`` of fused AdamW, read on the device: where it is not 0, nothing
+    changes. Of sharded matrices each process keeps its rows, and orthogonalizes the whole ones.
+
+    Args:
+        groups: as for AdamW, each with ``muon``, a bool.
+        half: orthogonalize in bfloat16, else in the precision of the weights.
+        options: of AdamW.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], half: bool, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.half = half
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of all groups."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [g for g in groups if not g["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._step(group)
+
+    def _step(self, group: dict[str, Any]) -> None:
+        found = getattr(self, "found_inf", None)
+        for several in _alike(group["params"]):
+            takes = (torch.zeros((), device=several[0].device) if found is None else found) == 0
+            directions = [self._direction(parameter, takes) for parameter in several]
+            moves = orthogonalized(torch.stack(directions).to(self._kind(several[0])))
+            rate = takes * group["lr"]
+            size = _RMS * max(several[0].shape) ** 0.5
+            for parameter, move in zip(several, moves, strict=True):
+                own = local(parameter)
+                own.mul_(1 - rate * group["weight_decay"])
+                own.sub_(_own_rows(move, parameter) * (size * rate))
+
+    def _kind(self, parameter: Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.half else parameter.dtype
+
+    def _direction(self, parameter: nn.Parameter, takes: Tensor) -> Tensor:
+        """Nesterov's momentum of a whole matrix, which takes in the gradient."""
+        state = self.state[parameter]
+        if not state:
+            state[MUONS_MOMENT] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        gradient, momentum = local(parameter.grad), local(state[MUONS_MOMENT])
+        gradient = gradient.where(takes, 0)  # not a number times 0 is none
+        momentum.lerp_(gradient, ((1 - _MOMENTUM) * takes).to(momentum.dtype))
+        return _whole(gradient.lerp(momentum, _MOMENTUM), parameter)
+
+
+def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Those that have gradients, some of one shape at a time."""
+    shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            shapes[parameter.shape].append(parameter)
+    for shape, same in shapes.items():
+        count = max(1, _AT_ONCE // shape.numel())
+        yield from (same[i : i + count] for i in range(0, len(same), count))
+
+
+def _whole(rows: Tensor, parameter: nn.Parameter) -> Tensor:
+    """All rows of a matrix, of which a sharded ``parameter`` has those given."""
+    if not isinstance(parameter, DTensor):
+        return rows
+    sharded = DTensor.from_local(
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return sharded.full_tensor()
+
+
+def _own_rows(matrix: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The rows of a matrix that this process has of a sharded ``parameter``; else all."""
+    if not isinstance(parameter, DTensor):
+        return matrix
+    mesh = parameter.device_mesh
+    parts = matrix.chunk(mesh.size())
+    rank = mesh.get_local_rank()
+    return parts[rank] if rank < len(parts) else matrix[:0]
+
+
+def orthogonalized(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
+    """About U V^T of each matrix U S V^T: singular values come to lie between 0.7 and 1.2.
+
+    By Newton and Schulz' iteration with a quintic, on the smaller side of the matrices.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    first, third, fifth = _QUINTIC
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+        x = torch.baddbmm(x, gram, x, beta=first)
+    return x.mT if tall else x

@@ -19,6 +19,7 @@ from ssl_vit.common.free_memory import free_memory_here
 from ssl_vit.data.loader import Batch
 from ssl_vit.model.block import nothing_spared
 from ssl_vit.training.loop import Trainer
+from ssl_vit.training.muon import by_muon
 
 # Fused kernels of attention, of CPUs and of CUDA.
 _FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -139,11 +140,12 @@ def memory_of(trainer: Trainer, activations: float) -> Memory:
     Where a parameter has none yet (DINO's last layer is frozen at first), those it will have.
     """
     gradients = [p if p.grad is None else p.grad for p in trainer.trained]
-    moments = 0
+    moments, one = 0, by_muon(trainer.optimizer)
     for parameter in trainer.trained:
         state = trainer.optimizer.state.get(parameter, {}).values()
         tensors = [t for t in state if isinstance(t, Tensor)]
-        moments += nbytes(tensors) if tensors else 2 * nbytes([parameter])
+        expected = (1 if parameter in one else 2) * nbytes([parameter])
+        moments += nbytes(tensors) if tensors else expected
     weights = nbytes(_tensors(trainer.task))
     return Memory(float(weights), float(nbytes(gradients)), float(moments), activations)
 

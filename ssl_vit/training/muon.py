@@ -13,7 +13,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from ssl_vit.common.distributed import local
 
@@ -33,6 +33,12 @@ def block_matrices(module: nn.Module) -> set[nn.Parameter]:
     """Weight matrices within transformer blocks: those that Muon trains."""
     blocks = [m for m in module.modules() if isinstance(m, Block | EvaBlock)]
     return {p for block in blocks for p in block.parameters() if p.ndim == 2}
+
+
+def by_muon(optimizer: Optimizer) -> set[nn.Parameter]:
+    """The parameters that an optimizer trains by Muon."""
+    groups = (group for group in optimizer.param_groups if group.get("muon"))
+    return {parameter for group in groups for parameter in group["params"]}
 
 
 class Muon(AdamW):

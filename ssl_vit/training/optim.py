@@ -20,7 +20,7 @@ from ssl_vit.common.distributed import all_reduce_mean, local, rank_and_world
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Task
-from ssl_vit.training.muon import Muon, block_matrices
+from ssl_vit.training.muon import Muon, block_matrices, by_muon
 
 
 def make_optimizer(
@@ -135,6 +135,17 @@ def encoder_rates(schedule: Schedule, optim: OptimConfig) -> list[tuple[str, str
     }
     said += [f"{name}x {factor:g}" for name, factor in factors.items() if factor != 1]
     return [("encoder's rate", "; ".join(said))] if said else []
+
+
+def optimizer_parts(optimizer: AdamW) -> list[tuple[str, str]]:
+    """A row on what Muon trains, where it does."""
+    muons = by_muon(optimizer)
+    if not muons:
+        return []
+    count = sum(p.numel() for p in muons)
+    share = count / sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    what = f"{len(muons)} matrices of blocks, {share:.0%} of the trained parameters"
+    return [("optimizer", f"Muon for {what}; AdamW for all else")]
 
 
 def clip_gradients(

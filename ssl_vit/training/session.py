@@ -34,7 +34,7 @@ from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer
 from ssl_vit.training.metrics import RunLog
-from ssl_vit.training.optim import Schedule, encoder_rates
+from ssl_vit.training.optim import Schedule, encoder_rates, optimizer_parts
 from ssl_vit.training.parallel import Parallel, loader_workers, resolve_precision, start_parallel
 from ssl_vit.training.prefetch import on_device
 from ssl_vit.training.resume import check_same, load_into, move_aside, starting_point
@@ -175,6 +175,7 @@ class Session:
             ("steps", f"{schedule.total:,} = {epochs}"),
             ("warm-up", warmup),
             *encoder_rates(schedule, optim),
+            *optimizer_parts(trainer.optimizer),
         ]
 
     def describe_views(self) -> str:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ssl_vit.common.distributed import local
 from ssl_vit.common.errors import check
-from ssl_vit.training.muon import MUONS_MOMENT
+from ssl_vit.training.muon import MUONS_MOMENT, by_muon
 from ssl_vit.weights.exchange import check_names_and_shapes
 from ssl_vit.weights.own_files import read_metadata
 
@@ -148,7 +148,7 @@ def load_moments(task: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
     strange = sorted({owner for owner, _, _ in labels} - parameters.keys())
     problem = f"{len(strange)} parameters do not match ({', '.join(strange[:3])})"
     check(not strange, f"{parts.where}: {problem}")
-    muons = {p for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
+    muons = by_muon(optimizer)
     for owner, _, key in labels:
         other = (key == MUONS_MOMENT) != (parameters[owner] in muons)
         check(not other, f"{parts.where}: {owner} was trained by another --optim.name")

@@ -10,7 +10,8 @@ from ssl_vit.common.config import EncoderConfig, OptimConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Task
 from ssl_vit.methods.mae import MAE
-from ssl_vit.training.muon import _AT_ONCE, Muon, orthogonalized
+from ssl_vit.training.footprint import memory_of
+from ssl_vit.training.muon import _AT_ONCE, Muon, block_matrices, orthogonalized
 from ssl_vit.training.optim import guarded_step, make_optimizer, set_rates
 from tests.contract.tiny import session
 
@@ -163,7 +164,17 @@ class Layers(Task):
 
 
 def test_the_option_reaches_the_trainer():
-    made = session("mae", "--optim.name", "muon").trainer.optimizer
-    assert isinstance(made, Muon)
-    assert not made.half
-    assert not isinstance(session("mae").trainer.optimizer, Muon)
+    """And is said; an encoder that is frozen at first has its momentum counted as it will be."""
+    frozen = ("--optim.freeze-encoder", "2st")
+    made, plain = (session("mae", "--optim.name", n, *frozen) for n in ("muon", "adamw"))
+    optimizer = made.trainer.optimizer
+    assert isinstance(optimizer, Muon)
+    assert not optimizer.half
+    assert not isinstance(plain.trainer.optimizer, Muon)
+    count = sum(p.numel() for p in block_matrices(made.task))
+    every = sum(p.numel() for p in made.trainer.trained)
+    said = dict(made.plan([]))["optimizer"]
+    assert f"{len(block_matrices(made.task))} matrices of blocks, {count / every:.0%} of" in said
+    assert "optimizer" not in dict(plain.plan([]))
+    less = memory_of(plain.trainer, 0.0).moments - memory_of(made.trainer, 0.0).moments
+    assert less == 4 * count

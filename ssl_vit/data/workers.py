@@ -13,19 +13,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.waiting import local_processes
+from ssl_vit.data.packing import Packed, packed
 from ssl_vit.data.shared_memory import SHARED_MEMORY, affordable, pinnable, remedy, room_now
 
 # Signs of a lack of memory or of file descriptors, in messages of torch and of Python.
@@ -71,7 +69,7 @@ def load(
             claim(float(local_processes(os.environ) * (workers * ahead + held) * size))
         loader = DataLoader(
             images,
-            collate_fn=partial(_packed, collate),
+            collate_fn=partial(packed, collate),
             num_workers=workers,
             worker_init_fn=_quiet,
             prefetch_factor=ahead,
@@ -83,26 +81,6 @@ def load(
 
 
 # --- in a worker --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Batch on its way: its tensors are in shared memory, of which ``data`` has the handles."""
-
-    data: bytes
-
-    def open(self) -> Any:
-        """The batch, in the main process."""
-        return ForkingPickler.loads(self.data)
-
-    def pin_memory(self) -> Any:
-        """Hook of torch's loader: the batch in pinned memory."""
-        return pin_memory(self.open())
-
-
-def _packed(collate: Callable[[Any], Any], batch: Any) -> Packed:
-    """Put a batch into shared memory, where it is not there yet."""
-    return Packed(bytes(ForkingPickler.dumps(collate(batch))))
 
 
 def _as_is(batch: Any) -> Any:

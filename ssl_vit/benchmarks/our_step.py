@@ -21,7 +21,7 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
 from ssl_vit.model.block import recomputing_nothing
 from ssl_vit.model.encoder import parameter_count
-from ssl_vit.training.footprint import measure_step
+from ssl_vit.training.footprint import measure_step, optimizer_flops
 
 _COUNTED = 3  # steps to average FLOPs over; stochastic depth drops other samples in each
 
@@ -67,11 +67,12 @@ class OurStep(Side):
 
     def flops(self) -> float:
         """FLOPs of a step: the mean of some steps, as stochastic depth drops some of the work;
-        recomputation by activation checkpointing is not counted."""
+        recomputation by activation checkpointing and the optimizer are not counted."""
         with recomputing_nothing(self.trainer.task):
             if self.trainer.run.compile:  # compiled blocks drop no work
                 return float(measure_step(self.trainer, [self.batch])[0])
-            return mean(super(OurStep, self).flops() for _ in range(_COUNTED))
+            steps = (super(OurStep, self).flops() for _ in range(_COUNTED))
+            return mean(steps) - optimizer_flops(self.trainer)
 
     def products(self) -> Counter[Shape]:
         """Matrix products of a step without stochastic depth: the number of each shape."""

@@ -24,6 +24,7 @@ from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.commands.scale import scale_report, show_scale
+from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.reading import DataConfig
 from ssl_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
@@ -45,6 +46,7 @@ def loader_report(name: str, kind: type[Method], config: LoaderConfig[Any]) -> R
 
 def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> Report:
     """Step report, without its head."""
+    _check_optimizer(config)
     make = partial(initial_method, kind, config)
     comparison = StepComparison(name, workload(kind, config), make, config)
     if not config.baseline:
@@ -58,8 +60,16 @@ def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> Repor
 
 def end_to_end_report(name: str, kind: type[Method], config: EndToEndConfig[Any]) -> Report:
     """End-to-end report, without its head."""
+    _check_optimizer(config)
     make = partial(initial_method, kind, config)
     return measure_training(EndToEndComparison(name, workload(kind, config), make, config))
+
+
+def _check_optimizer(config: StepConfig[Any] | EndToEndConfig[Any]) -> None:
+    check(
+        config.against == "none" or config.optim.name == "adamw",
+        f"--optim.name is {config.optim.name!r}, and peers (--against) train by AdamW; give adamw",
+    )
 
 
 def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:

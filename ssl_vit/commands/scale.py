@@ -20,6 +20,7 @@ from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder, parameter_count
+from ssl_vit.training.muon import block_matrices, orthogonalizing
 
 log = logging.getLogger("ssl_vit")
 # The share of a device's memory that is given out; the rest is for temporary buffers.
@@ -83,12 +84,14 @@ def _row(kind: type[Method], config: ScaleConfig[Any], label: str) -> dict[str, 
     encoder = replace(config.encoder, drop_path=0.0)
     channels, devices = config.data.channels, config.devices
     muon = config.optim.name == "muon"
-    row = _count(kind, config.method, encoder, channels, devices, config.memory, muon)  # type: ignore[arg-type]
+    row = {**_count(kind, config.method, encoder, channels, devices, config.memory, muon)}  # type: ignore[arg-type]
     span = Length.parse(config.run.length, "--run.length")
     seen = span.amount * (config.count if span.unit == "ep" else config.optim.batch_size)
     flops = seen * row["flop_per_image"]
     rate = config.peak * 1e12 * config.share
-    hours = {str(n): flops / (n * rate) / 3600 for n in devices}
+    steps = seen / config.optim.batch_size  # of which every device does all that the optimizer does
+    optimizer = steps * row.pop("optimizer_flop")
+    hours = {str(n): (flops / n + optimizer) / rate / 3600 for n in devices}
     return {"name": label, "length": config.run.length, **row, "flop_in_all": flops, "hours": hours}
 
 
@@ -110,12 +113,15 @@ def _count(
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     states = {"1": state_of(task, muon)}
     states |= {f"fsdp {n}": sharded_state(task, n, muon) for n in devices}
+    muons = [p for p in block_matrices(task) if p.requires_grad] if muon else []
+    optimizer = orthogonalizing(muons)
     room, cost = _USED * memory * 2**30, count_step(task, spec, channels)
     kept = {"kept": cost.kept, "recomputed": cost.recomputed}
     return {
         "crops": describe(spec),
         "parameters": {"trained": trained, "all": parameter_count(task)},
         "flop_per_image": cost.flops,
+        "optimizer_flop": optimizer,
         "state": {n: asdict(s) | {"total": s.total} for n, s in states.items()},
         "activations": {how: asdict(k) for how, k in kept.items()},
         "largest_batch": {

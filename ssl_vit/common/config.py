@@ -215,7 +215,7 @@ class OptimConfig:
     warmup: str = "10ep"
     """Linear warm-up from 0, as 10ep or 500st."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging factors."""
+    """AdamW's averaging factors; Muon's is 0.95."""
     weight_decay: float = 0.05
     """Decoupled weight decay, on weight matrices only (not on biases and other vectors)."""
     weight_decay_end: float | None = None

@@ -19,7 +19,7 @@ from ssl_vit.common.free_memory import free_memory_here
 from ssl_vit.data.loader import Batch
 from ssl_vit.model.block import nothing_spared
 from ssl_vit.training.loop import Trainer
-from ssl_vit.training.muon import by_muon
+from ssl_vit.training.muon import by_muon, orthogonalizing
 
 # Fused kernels of attention, of CPUs and of CUDA.
 _FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -98,14 +98,19 @@ def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:
     """Measure an uncompiled optimizer step of this process: (FLOPs, bytes saved for backward).
 
     A multiplication and an addition are two FLOPs; matrix products, convolutions and attention are
-    counted, forward and backward. With stochastic depth, which skips some of both, the result is
-    the maximum: nothing is skipped.
+    counted, forward and backward; not those of the optimizer. With stochastic depth, which skips
+    some of both, the result is the maximum: nothing is skipped.
     """
     kept = KeptBytes(trainer.task)
     trainer.task.train()
     with _eager(trainer), nothing_spared(trainer.task), flop_counter() as flops, kept.watch():
         trainer.update(parts)
-    return flops.get_total_flops(), kept.most
+    return flops.get_total_flops() - optimizer_flops(trainer), kept.most
+
+
+def optimizer_flops(trainer: Trainer) -> int:
+    """FLOPs of the optimizer in the last step, which do not depend on the batch."""
+    return orthogonalizing(p for p in by_muon(trainer.optimizer) if p.grad is not None)
 
 
 def flop_counter() -> FlopCounterMode:

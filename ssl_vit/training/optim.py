@@ -56,8 +56,8 @@ def make_optimizer(
         return AdamW(made, **options)
     check(
         any(group["muon"] for group in made),
-        "--optim.name is 'muon', which trains weight matrices of transformer blocks, and none are "
-        "trained here; give adamw",
+        "--optim.name is 'muon', which trains weight matrices of a plain ViT's blocks, and none "
+        "are trained here; give adamw",
     )
     return Muon(made, half=precision == torch.bfloat16, **options)
 

@@ -220,6 +220,10 @@ def test_a_peers_library_that_is_missing_is_one_line():
         ),
         (["loader", "mae", "--coutn", "3"], ["--coutn", "--count"]),
         (["step", "mae", "--against", "original,lihgtly"], ["'lihgtly'", "huggingface, "]),
+        (
+            ["step", "mae", "--against", "original", "--optim.name", "muon"],
+            ["--optim.name is 'muon'", "adamw"],
+        ),
         (["step", "dino", "--against", "moco"], ["'moco'", "original, timm, huggingface"]),
         (["step", "mae", "--dry-run"], ["--dry-run"]),
         (["loader", "mae", "--data", "flat:photos"], ["unknown option '--data'"]),

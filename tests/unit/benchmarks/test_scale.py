@@ -28,6 +28,7 @@ from ssl_vit.commands.pretrain_options import default_options
 from ssl_vit.commands.scale import scale_report, show_scale
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
+from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.task import Task, Views
 from ssl_vit.data.augment import Crop, Normalize, ViewSpec
 from ssl_vit.data.loader import Batch
@@ -40,6 +41,7 @@ from ssl_vit.options.dino import DINOConfig
 from ssl_vit.options.mae import MAEConfig
 from ssl_vit.training.footprint import KeptBytes, measure_step, memory_of
 from ssl_vit.training.loop import Trainer
+from ssl_vit.training.muon import block_matrices, orthogonalizing
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, autocast
 
@@ -305,6 +307,26 @@ def test_report_of_work_time_and_memory(tmp_path, monkeypatch, capsys):
     assert max(map(len, shown.splitlines())) <= 100
     assert "prediction for 20ep: 25% of 100 TFLOP/s a device" in shown
     assert f"{larger['flop_per_image'] / 1e9:.1f}" in shown
+
+
+def test_hours_and_memory_with_muon(monkeypatch):
+    """Every device orthogonalizes all matrices of blocks in each step; it keeps one moment."""
+    monkeypatch.setattr(scale, "recipes", dict)
+    run = {"run": RunConfig(length="300st"), "peak": 100.0, "share": 0.25}
+    plain, muon = (
+        scale_report("mae", find_method("mae"), options(optim=PretrainOptim(name=name), **run))
+        for name in ("adamw", "muon")
+    )
+    before, after = plain["sizes"][0], muon["sizes"][0]
+    assert after["flop_per_image"] == before["flop_per_image"]
+    work = 3600 * 25e12 * (after["hours"]["3"] - before["hours"]["3"]) / 300
+    saved = before["state"]["1"]["moments"] - after["state"]["1"]["moments"]
+    encoder = replace(options().encoder, arch="test_vit")
+    with without_memory():
+        task = find_method("mae")(MAEConfig(), encoder, 3)
+    matrices = block_matrices(task)
+    assert work == pytest.approx(orthogonalizing(matrices), rel=1e-6)
+    assert saved == 4 * sum(p.numel() for p in matrices)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def test_flops_of_mae_by_hand(make):
     session = make("mae")
     assert measure_step(session.trainer, [first_images(session, 7)])[0] == 7 * expected
     assert try_out(session).flops == expected
+    # What Muon multiplies is of the step, not of its images.
+    session = make("mae", "--optim.name", "muon")
+    assert measure_step(session.trainer, [first_images(session, 7)])[0] == 7 * expected
+    assert try_out(session).flops == expected
 
 
 def test_flops_of_dino_are_of_student_and_teacher(make):

@@ -5,15 +5,25 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_vit import pretrain
 from ssl_vit.common.config import EncoderConfig, OptimConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Task
 from ssl_vit.methods.mae import MAE
 from ssl_vit.training.footprint import memory_of
-from ssl_vit.training.muon import _AT_ONCE, Muon, block_matrices, orthogonalized
+from ssl_vit.training.muon import (
+    _AT_ONCE,
+    Muon,
+    block_matrices,
+    orthogonalized,
+    orthogonalizing,
+)
 from ssl_vit.training.optim import guarded_step, make_optimizer, set_rates
-from tests.contract.tiny import session
+from ssl_vit.training.run_files import complete
+from tests.contract.test_training import from_the_first_step, outcome
+from tests.contract.tiny import arguments, session
 
 SMALL = EncoderConfig("vit_tiny_patch16_224", (16,), patch_size=4, width=32, depth=2, heads=2)
 CONFIG = OptimConfig(name="muon", lr=0.01, weight_decay=0.1)
@@ -49,6 +59,14 @@ def test_singular_values_come_close_to_one(shape):
     assert float(diagonal.min()) > 0.6
     assert float(diagonal.max()) < 1.25
     assert torch.isfinite(orthogonalized(torch.zeros(1, *shape))).all()
+
+
+def test_its_flops_are_counted():
+    matrices = block_matrices(small_mae())
+    with FlopCounterMode(display=False) as counter:
+        for matrix in matrices:
+            orthogonalized(matrix.detach()[None])
+    assert counter.get_total_flops() == orthogonalizing(matrices) > 0
 
 
 def test_it_trains_the_matrices_of_blocks():
@@ -178,3 +196,11 @@ def test_the_option_reaches_the_trainer():
     assert "optimizer" not in dict(plain.plan([]))
     less = memory_of(plain.trainer, 0.0).moments - memory_of(made.trainer, 0.0).moments
     assert less == 4 * count
+
+
+def test_a_run_goes_on_to_the_bit(tmp_path):
+    one, two = from_the_first_step("mae", tmp_path, "--optim.name", "muon")
+    assert outcome(one) == outcome(two)
+    other = ("--run.resume", str(complete(one / "checkpoints")[0]), "--run.out", f"{tmp_path}/3")
+    with pytest.raises(UserError, match=r"was trained by another --optim\.name"):
+        pretrain.main(arguments("mae", *other))

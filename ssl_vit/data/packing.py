@@ -8,7 +8,6 @@ batch of small images there would be a dozen.
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,8 +21,6 @@ from torch.utils.data._utils.pin_memory import pin_memory
 _SMALL = 2**20  # bytes of a tensor that goes with others: to copy it costs less than a file
 _TINY = 2**16  # bytes of a tensor that is taken out of the file again
 _ALIGNED = 64  # bytes
-# Of a tensor: type, shape, strides.
-_Form = tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,7 @@ class Packed:
 
     def open(self) -> Any:
         """The batch, in the main process."""
-        small, forms, rest = ForkingPickler.loads(self.data)
-        sizes = [_padded(form) for form in forms]
-        parts = [] if small is None else small.split(sizes)
-        tensors = [_own(_as(part, form)) for part, form in zip(parts, forms, strict=True)]
-        return _Unpickler(io.BytesIO(rest), tensors).load()
+        return ForkingPickler.loads(self.data)
 
     def pin_memory(self) -> Any:
         """Hook of torch's loader: the batch in pinned memory."""
@@ -47,71 +40,67 @@ class Packed:
 
 def packed(collate: Callable[[Any], Any], batch: Any) -> Packed:
     """Put what ``collate`` makes of a batch into shared memory."""
-    rest = io.BytesIO()
-    pickler = _Pickler(rest)
-    pickler.dump(collate(batch))
-    small = pickler.small
-    forms = [(t.dtype, t.shape, t.stride()) for t in small]
-    together = _together(small, [_padded(form) for form in forms]) if small else None
-    return Packed(bytes(ForkingPickler.dumps((together, forms, rest.getvalue()))))
+    made, data = collate(batch), io.BytesIO()
+    finder = _Finder(io.BytesIO())
+    finder.dump(made)
+    _Sender(data, finder.small).dump(made)
+    return Packed(data.getvalue())
 
 
-class _Pickler(ForkingPickler):
-    """Leaves out small tensors, and keeps them."""
+class _Finder(ForkingPickler):
+    """Sends nothing, but finds the small tensors."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        super().__init__(file)
         self.small: list[Tensor] = []
 
-    def persistent_id(self, item: Any) -> int | None:
-        if type(item) is not Tensor or item.device.type != "cpu" or item.requires_grad:
-            return None
-        if not _dense(item) or item.nbytes > _SMALL:
-            return None
-        self.small.append(item)
-        return len(self.small) - 1
+    def reducer_override(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return NotImplemented
+        if _is_small(item):
+            self.small.append(item)
+        return int, ()
 
 
-class _Unpickler(pickle.Unpickler):
-    """Puts them back."""
+class _Sender(ForkingPickler):
+    """Sends these tensors as parts of one, all others as they are."""
 
     def __init__(self, file: io.BytesIO, small: list[Tensor]) -> None:
         super().__init__(file)
-        self.small = small
+        sizes = [-(-t.nbytes // _ALIGNED) * _ALIGNED for t in small]
+        starts = list(accumulate(sizes, initial=0))
+        self.whole = torch.empty(starts[-1], dtype=torch.uint8)
+        self.starts = dict(zip(map(id, small), starts, strict=False))
+        for tensor in small:
+            start, flat = self.starts[id(tensor)], tensor.as_strided((tensor.numel(),), (1,))
+            self.whole[start : start + tensor.nbytes] = flat.view(torch.uint8)
 
-    def persistent_load(self, index: int) -> Tensor:
-        return self.small[index]
+    def reducer_override(self, item: Any) -> Any:
+        start = self.starts.get(id(item)) if isinstance(item, Tensor) else None
+        if start is None:
+            return NotImplemented
+        return _part, (self.whole, start, item.dtype, tuple(item.shape), item.stride())
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether its memory is its numbers, in some order, without gaps."""
-    if tensor.layout != torch.strided:
+def _is_small(tensor: Tensor) -> bool:
+    """Whether it is plain and small, and its memory is its numbers, in some order, without gaps."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.requires_grad:
+        return False
+    if tensor.layout != torch.strided or tensor.nbytes > _SMALL:
         return False
     by_pixel = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return by_pixel or tensor.is_contiguous()
 
 
-def _padded(form: _Form) -> int:
-    size = form[0].itemsize * form[1].numel()
-    return -(-size // _ALIGNED) * _ALIGNED
-
-
-def _together(tensors: list[Tensor], sizes: list[int]) -> Tensor:
-    """Their memory, one after the other."""
-    whole = torch.empty(sum(sizes), dtype=torch.uint8)
-    for tensor, start in zip(tensors, accumulate(sizes, initial=0), strict=False):
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-        whole[start : start + tensor.nbytes] = flat.view(torch.uint8)
-    return whole
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy, where that is small: who keeps the labels of all batches keeps no batch."""
-    return tensor.clone() if tensor.nbytes <= _TINY else tensor
-
-
-def _as(memory: Tensor, form: _Form) -> Tensor:
-    """A tensor of this form, which begins at the beginning of this memory."""
-    kind, shape, strides = form
-    flat = memory[: kind.itemsize * shape.numel()].view(kind)
-    return flat.as_strided(shape, strides)
+def _part(
+    whole: Tensor,
+    start: int,
+    kind: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> Tensor:
+    """The tensor that begins there; where it is tiny a copy, as who keeps the labels of all batches
+    must not keep the batches."""
+    size = kind.itemsize * torch.Size(shape).numel()
+    part = whole[start : start + size].view(kind).as_strided(shape, strides)
+    return part.clone() if size <= _TINY else part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,6 @@ from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.loader import draw_all, whole_boxes
 from ssl_vit.model.execution import checkpoint_activations, choose_attention
 from ssl_vit.training.footprint import KeptBytes, flop_counter
-from ssl_vit.training.muon import block_matrices
 from ssl_vit.training.parallel import autocast
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
@@ -167,22 +166,22 @@ class _BlockBytes(KeptBytes):
         return sum(held.storage.nbytes() for held in self._held.values())
 
 
-def state_of(task: Task, muon: bool = False) -> StateBytes:
+def state_of(task: Task, muons: Collection[nn.Parameter] = ()) -> StateBytes:
     """Training state of a task that is not sharded, on any device.
 
     Args:
-        muon: whether Muon trains the matrices of blocks.
+        muons: the parameters that Muon trains.
     """
     parameters = list(task.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return StateBytes(
         weights=_bytes(parameters) + _bytes(task.buffers()),
         gradients=_bytes(trained),
-        moments=_moments(task, trained, muon),
+        moments=_moments(trained, muons),
     )
 
 
-def sharded_state(task: Task, processes: int, muon: bool = False) -> StateBytes:
+def sharded_state(task: Task, processes: int, muons: Collection[nn.Parameter] = ()) -> StateBytes:
     """Training state of a task sharded over ``processes`` (FSDP2), in the process with the most.
 
     Each parameter is divided by rows, rounded up; buffers are whole. Gathered for the whole step,
@@ -198,14 +197,15 @@ def sharded_state(task: Task, processes: int, muon: bool = False) -> StateBytes:
     return StateBytes(
         weights=_bytes(parameters, processes) + _bytes(task.buffers()),
         gradients=_bytes(trained, processes),
-        moments=_moments(task, trained, muon, processes),
+        moments=_moments(trained, muons, processes),
         gathered=_bytes(gathered) + _bytes(moving) + halves,
     )
 
 
-def _moments(task: Task, trained: list[nn.Parameter], muon: bool, processes: int = 1) -> int:
-    alone = block_matrices(task) if muon else set()
-    two = [p for p in trained if p not in alone]
+def _moments(
+    trained: list[nn.Parameter], muons: Collection[nn.Parameter], processes: int = 1
+) -> int:
+    two = [p for p in trained if p not in muons]
     return _bytes(trained, processes) + _bytes(two, processes)
 
 

@@ -46,7 +46,6 @@ def loader_report(name: str, kind: type[Method], config: LoaderConfig[Any]) -> R
 
 def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> Report:
     """Step report, without its head."""
-    _check_optimizer(config)
     make = partial(initial_method, kind, config)
     comparison = StepComparison(name, workload(kind, config), make, config)
     if not config.baseline:
@@ -60,16 +59,8 @@ def step_report(name: str, kind: type[Method], config: StepConfig[Any]) -> Repor
 
 def end_to_end_report(name: str, kind: type[Method], config: EndToEndConfig[Any]) -> Report:
     """End-to-end report, without its head."""
-    _check_optimizer(config)
     make = partial(initial_method, kind, config)
     return measure_training(EndToEndComparison(name, workload(kind, config), make, config))
-
-
-def _check_optimizer(config: StepConfig[Any] | EndToEndConfig[Any]) -> None:
-    check(
-        config.against == "none" or config.optim.name == "adamw",
-        f"--optim.name is {config.optim.name!r}, and peers (--against) train by AdamW; give adamw",
-    )
 
 
 def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
@@ -80,7 +71,15 @@ def crops_of(kind: type[Method], config: PretrainConfig[Any]) -> ViewSpec:
 
 
 def workload(kind: type[Method], config: Any) -> Workload:
-    """Workload that all sides of a comparison share."""
+    """Workload that all sides of a comparison share.
+
+    Raises:
+        UserError: peers are asked for, and an optimizer that they do not have.
+    """
+    check(
+        config.against == "none" or config.optim.name == "adamw",
+        f"--optim.name is {config.optim.name!r}, and peers (--against) train by AdamW; give adamw",
+    )
     device = resolve_device(config.run.device)
     return Workload(
         encoder=config.encoder,

@@ -111,9 +111,9 @@ def _count(
         task = kind(method, encoder, channels)
     spec = kind.view_spec(method, task.encoder)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    states = {"1": state_of(task, muon)}
-    states |= {f"fsdp {n}": sharded_state(task, n, muon) for n in devices}
-    muons = [p for p in block_matrices(task) if p.requires_grad] if muon else []
+    muons = {p for p in block_matrices(task) if p.requires_grad} if muon else set()
+    states = {"1": state_of(task, muons)}
+    states |= {f"fsdp {n}": sharded_state(task, n, muons) for n in devices}
     optimizer = orthogonalizing(muons)
     room, cost = _USED * memory * 2**30, count_step(task, spec, channels)
     kept = {"kept": cost.kept, "recomputed": cost.recomputed}

@@ -17,6 +17,40 @@ def local(tensor: Tensor) -> Tensor:
     return held.to_local() if isinstance(held, DTensor) else held
 
 
+def rows_of(n: int, rank: int, world: int) -> slice:
+    """Rows of process ``rank`` among ``n``; empty for the last processes if rows are few."""
+    size = -(-n // world)
+    return slice(min(n, rank * size), min(n, (rank + 1) * size))
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Rows of a tensor that this process holds: its part of a sharded one (FSDP2), else all."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    mesh = tensor.device_mesh
+    return rows_of(len(tensor), mesh.get_local_rank(), mesh.size())
+
+
+def sharded_like(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Tensor of which this process holds these rows, sharded as ``tensor``; where that is not
+    sharded, the rows themselves. No process asks another."""
+    if not isinstance(tensor, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor; of a sharded one all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def rank_and_world() -> tuple[int, int]:
     """Rank of this process and world size; (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):

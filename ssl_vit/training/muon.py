@@ -12,10 +12,9 @@ from jaxtyping import Float
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from ssl_vit.common.distributed import local
+from ssl_vit.common.distributed import local, own_rows, sharded_like, whole
 
 MUONS_MOMENT = "momentum_buffer"
 """Name of what Muon keeps of a matrix, where AdamW keeps two moments."""
@@ -82,17 +81,17 @@ class Muon(AdamW):
                 self._step(group)
 
     def _step(self, group: dict[str, Any]) -> None:
-        found = getattr(self, "found_inf", None)
+        device = group["params"][0].device
+        takes = getattr(self, "found_inf", torch.zeros((), device=device)) == 0
+        rate = takes * group["lr"]
         for several in _alike(group["params"]):
-            takes = (torch.zeros((), device=several[0].device) if found is None else found) == 0
             directions = [self._direction(parameter, takes) for parameter in several]
             moves = orthogonalized(torch.stack(directions).to(self._kind(several[0])))
-            rate = takes * group["lr"]
             size = _RMS * max(several[0].shape) ** 0.5
             for parameter, move in zip(several, moves, strict=True):
                 own = local(parameter)
                 own.mul_(1 - rate * group["weight_decay"])
-                own.addcmul_(_own_rows(move, parameter).to(own.dtype), -size * rate)
+                own.addcmul_(move[own_rows(parameter)].to(own.dtype), -size * rate)
 
     def _kind(self, parameter: Tensor) -> torch.dtype:
         return torch.bfloat16 if self.half else parameter.dtype
@@ -106,7 +105,7 @@ class Muon(AdamW):
         gradient, momentum = local(parameter.grad), local(state[MUONS_MOMENT])
         gradient = gradient.where(takes, 0)  # not a number times 0 is none
         momentum.lerp_(gradient, ((1 - _MOMENTUM) * takes).to(momentum.dtype))
-        return _whole(gradient.lerp(momentum, _MOMENTUM), parameter)
+        return whole(sharded_like(parameter, gradient.lerp(momentum, _MOMENTUM)))
 
 
 def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -118,31 +117,6 @@ def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     for shape, same in shapes.items():
         count = max(1, _AT_ONCE // shape.numel())
         yield from (same[i : i + count] for i in range(0, len(same), count))
-
-
-def _whole(rows: Tensor, parameter: nn.Parameter) -> Tensor:
-    """All rows of a matrix, of which a sharded ``parameter`` has those given."""
-    if not isinstance(parameter, DTensor):
-        return rows
-    sharded = DTensor.from_local(
-        rows,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    return sharded.full_tensor()
-
-
-def _own_rows(matrix: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The rows of a matrix that this process has of a sharded ``parameter``; else all."""
-    if not isinstance(parameter, DTensor):
-        return matrix
-    mesh = parameter.device_mesh
-    parts = matrix.chunk(mesh.size())
-    rank = mesh.get_local_rank()
-    return parts[rank] if rank < len(parts) else matrix[:0]
 
 
 def orthogonalized(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:

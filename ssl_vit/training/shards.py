@@ -18,19 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ssl_vit.common.distributed import local
+from ssl_vit.common.distributed import local, own_rows, rows_of, sharded_like, whole
 from ssl_vit.common.errors import check
 from ssl_vit.training.muon import MUONS_MOMENT, by_muon
 from ssl_vit.weights.exchange import check_names_and_shapes
 from ssl_vit.weights.own_files import read_metadata
 
 T = TypeVar("T", bound=nn.Module)
-
-
-def rows_of(n: int, rank: int, world: int) -> slice:
-    """Rows of process ``rank`` among ``n``; empty for the last processes if rows are few."""
-    size = -(-n // world)
-    return slice(min(n, rank * size), min(n, (rank + 1) * size))
 
 
 def own_part(
@@ -107,17 +101,7 @@ class Parts:
         """Read a tensor onto the device of ``tensor``, sharded like it."""
         if not isinstance(tensor, DTensor) or not self.shape(name):
             return self.read(name).to(tensor.device)
-        mesh = tensor.device_mesh
-        rows = rows_of(len(tensor), mesh.get_local_rank(), mesh.size())
-        part = self.read(name, rows).to(tensor.device)
-        return DTensor.from_local(
-            part,
-            mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
+        return sharded_like(tensor, self.read(name, own_rows(tensor)).to(tensor.device))
 
 
 @torch.no_grad()
@@ -176,7 +160,7 @@ def put_together(blank: T, sharded: nn.Module, main: bool, device: torch.device)
     """
     state = {}
     for name, value in sharded.state_dict().items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
+        full = whole(value)
         if main:
             state[name] = full.detach().to(device, copy=True)
     if not main:
@@ -188,6 +172,6 @@ def put_together(blank: T, sharded: nn.Module, main: bool, device: torch.device)
         )
         for name, p in blank.named_parameters()
     }
-    whole = copy.deepcopy(blank, filled).to(device)
-    whole.load_state_dict(state, strict=True)
-    return whole
+    made = copy.deepcopy(blank, filled).to(device)
+    made.load_state_dict(state, strict=True)
+    return made

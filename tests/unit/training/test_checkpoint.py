@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
 
+from ssl_vit.common.distributed import rows_of
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.training import checkpoint
 from ssl_vit.training.checkpoint import Checkpoints, clean, load_checkpoint
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.run_files import complete
-from ssl_vit.training.shards import Parts, blank_copy, own_part, rows_of
+from ssl_vit.training.shards import Parts, blank_copy, own_part
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 

@@ -24,6 +24,7 @@ from ssl_vit.training.optim import guarded_step, make_optimizer, set_rates
 from ssl_vit.training.run_files import complete
 from tests.contract.test_training import from_the_first_step, outcome
 from tests.contract.tiny import arguments, session
+from tests.unit.common.test_schedules_optim import give_gradients, state_of
 
 SMALL = EncoderConfig("vit_tiny_patch16_224", (16,), patch_size=4, width=32, depth=2, heads=2)
 CONFIG = OptimConfig(name="muon", lr=0.01, weight_decay=0.1)
@@ -32,13 +33,6 @@ CONFIG = OptimConfig(name="muon", lr=0.01, weight_decay=0.1)
 def small_mae() -> MAE:
     torch.manual_seed(0)
     return MAE(MAE.Config(decoder_depth=1, decoder_width=24, decoder_heads=2), SMALL, 3)
-
-
-def give_gradients(task: nn.Module, seed: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in task.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
 
 
 def muon_names(task: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
@@ -144,27 +138,20 @@ def test_rates_and_decay_are_the_groups():
 @pytest.mark.parametrize("bad_step", [0, 2])
 def test_a_step_that_is_not_finite_changes_nothing(bad_step):
     """Neither weights nor momentum, at first and later."""
-
-    def state(task, optimizer):
-        found = [p.detach().clone() for p in task.parameters()]
-        return found + [
-            v.clone() for p in task.parameters() for v in optimizer.state.get(p, {}).values()
-        ]
-
     task, reference = small_mae(), small_mae()
     optimizer, plain = make_optimizer(task, CONFIG), make_optimizer(reference, CONFIG)
     for step in range(4):
         if step == bad_step:
-            before = state(task, optimizer)
+            before = state_of(task, optimizer)
             give_gradients(task, 99, scale=math.nan)
             guarded_step(optimizer, torch.tensor(False))
-            after = state(task, optimizer)
+            after = state_of(task, optimizer)
             before += [torch.zeros_like(v) for v in after[len(before) :]]
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         for model, made in ((task, optimizer), (reference, plain)):
             give_gradients(model, step)
             guarded_step(made, torch.tensor(True))
-    for a, b in zip(state(task, optimizer), state(reference, plain), strict=True):
+    for a, b in zip(state_of(task, optimizer), state_of(reference, plain), strict=True):
         assert torch.equal(a, b)
 
 

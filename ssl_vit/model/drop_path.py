@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from timm import layers
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.transfer import without_wait
+
+# oneDNN makes kernels for each number of rows, some twenty for a block, and keeps them: on a CPU
+# with AMX in 3 ms and half a MB each. Memory, too, is cut anew for each. So there are few numbers.
+_NUMBERS = 4
 
 
 class _Share(NamedTuple):
@@ -68,6 +73,33 @@ def redraw() -> tuple[AbstractContextManager[None], AbstractContextManager[None]
     return nullcontext(), _Within(_current.get())
 
 
+class _AddRows(torch.autograd.Function):
+    """``to.index_add(0, rows, found[: len(rows)], alpha=scale)``, which would keep ``found``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        to: Float[Tensor, "n ..."],
+        rows: Int64[Tensor, " k"],
+        found: Float[Tensor, "m ..."],
+        scale: float,
+    ) -> Float[Tensor, "n ..."]:
+        ctx.save_for_backward(rows)
+        ctx.scale, ctx.found = scale, (len(found), found.dtype)
+        return to.index_add(0, rows, found[: len(rows)].to(to.dtype), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Float[Tensor, "n ..."]
+    ) -> tuple[Tensor, None, Float[Tensor, "m ..."], None]:
+        (rows,) = ctx.saved_tensors
+        count, kind = ctx.found
+        of_found = grad.new_zeros((count, *grad.shape[1:]), dtype=kind)
+        of_found[: len(rows)] = grad.index_select(0, rows).mul_(ctx.scale)
+        return grad, None, of_found, None
+
+
 class DropPath(layers.DropPath):
     """Stochastic depth (Huang et al. 2016) of a residual branch, one decision for each row.
 
@@ -81,7 +113,12 @@ class DropPath(layers.DropPath):
         """Each row times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
         if not self.training or self.drop_prob == 0:
             return x
-        factors = self.draw(len(x)).to(x.dtype) * self._scale
+        return self._dropped(x, self.draw(len(x)))
+
+    def _dropped(
+        self, x: Float[Tensor, "n ..."], keeps: Bool[Tensor, " n"]
+    ) -> Float[Tensor, "n ..."]:
+        factors = keeps.to(x.dtype) * self._scale
         return x * without_wait(factors, x.device).view(-1, *[1] * (x.ndim - 1))
 
     def add(
@@ -90,19 +127,27 @@ class DropPath(layers.DropPath):
         x: Float[Tensor, "n ..."],
         branch: Callable[[Tensor, Tensor | None], Tensor],
     ) -> Float[Tensor, "n ..."]:
-        """``to + self(branch(x))``, where the branch is computed of the rows that are kept only.
+        """``to + self(branch(x))``, where the branch is computed of the rows that are kept, filled
+        up to whole quarters of all.
 
         The branch must treat rows apart, and is told which of them it gets (None: all); it is
         called even if none is kept.
         """
         if not self.training or self.drop_prob == 0:
             return to + branch(x, None)
-        kept = self.draw(len(x)).nonzero().flatten()
-        if len(kept) == len(x):
+        keeps = self.draw(len(x))
+        kept, part = int(keeps.sum()), max(1, len(x) // _NUMBERS)
+        computed = -(-kept // part) * part
+        if kept == len(x):
             return torch.add(to, branch(x, None), alpha=self._scale)
-        kept = without_wait(kept, x.device)
-        found = branch(x.index_select(0, kept), kept).to(to.dtype)
-        return to.index_add(0, kept, found, alpha=self._scale)
+        if computed >= len(x):
+            return to + self._dropped(branch(x, None), keeps)
+        # Those that are kept come first, in order.
+        rows = keeps.int().argsort(descending=True, stable=True)[:computed]
+        rows = without_wait(rows, x.device)
+        found = branch(x.index_select(0, rows), rows)
+        added: Tensor = _AddRows.apply(to, rows[:kept], found, self._scale)
+        return added
 
     def draw(self, rows: int) -> Bool[Tensor, " n"]:
         """Rows that are kept of so many; on the CPU."""

@@ -106,6 +106,52 @@ def test_elsewhere_it_is_timms():
     assert torch.equal(DropPath(0.4).train()(x), outputs[0])
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3, 4, 5, 8, 9, 11, 12])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_rows_computed_for_nothing_change_nothing(kept, kind, monkeypatch):
+    """Sum and gradients are those of the branch of all rows, multiplied; the numbers of rows that
+    the branch gets are few."""
+    module = DropPath(0.4).train()
+    keeps = torch.arange(IMAGES).mul(5).remainder(IMAGES) < kept
+    monkeypatch.setattr(module, "draw", lambda rows: keeps)
+    seen, found = [], []
+    weight = torch.eye(5) / 2
+    for add in (True, False):
+        to = torch.ones(IMAGES, 3, 5, requires_grad=True)
+        x = torch.linspace(-1, 1, IMAGES * 15).view(IMAGES, 3, 5).requires_grad_()
+        own = weight.clone().requires_grad_()
+
+        def branch(some, rows, own=own):
+            seen.append(len(some))
+            assert rows is None or len(rows) == len(some)
+            return (some @ own).to(kind)
+
+        out = module.add(to, x, branch) if add else to + module(branch(x, None))
+        out.cos().sum().backward()
+        found.append([out.detach(), to.grad, x.grad, own.grad])
+    exact = 1e-6 if kind == torch.float32 else 5e-2
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=exact, atol=exact)
+    assert seen[0] == {0: 0, 1: 3, 3: 3, 4: 6, 5: 6, 8: 9, 9: 9, 11: 12, 12: 12}[kept]
+    assert torch.equal(found[0][0][~keeps], torch.ones(IMAGES - kept, 3, 5))
+
+
+def test_nothing_of_a_branch_is_kept_for_its_sum():
+    """What stochastic depth itself keeps for backward is which rows it was."""
+    kept: list[int] = []
+    module, to = DropPath(0.5).train(), torch.zeros(64, 100, requires_grad=True)
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        kept.append(value.numel())
+        return value
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        module.add(to, to.detach(), lambda some, _: some.requires_grad_())
+    assert sum(kept) <= 64
+
+
 def test_rows_that_are_no_whole_views_are_an_error():
     with batch_share(0, 2, 8, KEY), pytest.raises(AssertionError, match=r"12 rows .* 8 images"):
         DropPath(0.4).train()(torch.zeros(IMAGES, 4))

@@ -17,6 +17,7 @@ from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.data.augment import Normalize
 from ssl_vit.model.architecture import timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.objectives.base import Objective
 from ssl_vit.training.parallel import autocast
 
 NONE = "none"
@@ -51,8 +52,8 @@ def peer_names(against: str, allowed: Collection[str], where: str) -> list[str]:
 class Peer(Side):
     """Peer: a training step of another implementation's unmodified modules.
 
-    The optimizer is fused AdamW with the same options for all weights. A subclass builds its
-    networks in ``__init__``, calls ``begin`` at the end, and defines ``loss``.
+    The optimizer is fused AdamW, without weight decay for biases and other vectors. A subclass
+    builds its networks in ``__init__``, calls ``begin`` at the end, and defines ``loss``.
     """
 
     networks: Any
@@ -63,8 +64,18 @@ class Peer(Side):
         work = self.work
         self.networks = networks.to(work.device).train()
         self.trained = [p for p in self.networks.parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for p in self.trained if (p.ndim > 1) == decays],
+                "weight_decay": work.optim.weight_decay if decays else 0.0,
+                "decays": decays,
+                "lr_scale": 1.0,
+                "encoder": False,
+            }
+            for decays in (True, False)
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=work.optim.peak_lr, betas=work.optim.betas, fused=True
+            groups, lr=work.optim.peak_lr, betas=work.optim.betas, fused=True
         )
         batch = random_batch(work.spec, work.batch_size, work.channels, work.seed)
         self.views = single_views(batch, work.spec, Normalize(*work.statistics).to(work.device))
@@ -72,6 +83,13 @@ class Peer(Side):
     def loss(self, views: list[Tensor]) -> Tensor:
         """Loss of normalised views (B, C, h, w), crops of the first kind first."""
         raise NotImplementedError
+
+    def vits(self) -> list[Any]:
+        """Its encoders that are timm's ViTs, the one that is judged last; none: it has no such."""
+        return []
+
+    def at(self, objective: Objective, step: int) -> None:
+        """What is not constant in its method, but learning rate and weight decay, at a step."""
 
     def clip(self) -> None:
         """Gradient clipping, after the backward pass."""

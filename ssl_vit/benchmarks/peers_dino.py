@@ -30,6 +30,26 @@ _PARTS = ("models.modules", "models.utils", "loss")
 class _TeacherAndStudent(Peer):
     """Teacher and student: each a ViT for any image size, with a head on [CLS]."""
 
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        self.momentum, self.teacher_temp = work.method.momentum, work.method.teacher_temp
+        self.holds_last = False
+
+    def last_layer(self) -> nn.Module:
+        """The student's prototypes."""
+        raise NotImplementedError
+
+    def at(self, objective: Any, step: int) -> None:
+        """Momentum and temperature of the teacher; the last layer, which does not move at first."""
+        self.momentum = objective.teacher_momentum(step)
+        self.teacher_temp = objective.teacher_temp(step)
+        self.holds_last = step < objective.freeze_steps
+
+    def clip(self) -> None:
+        """No gradients of a last layer that does not move."""
+        for parameter in self.last_layer().parameters() if self.holds_last else ():
+            parameter.grad = None
+
     def begin_both(self, networks: list[nn.Module]) -> None:
         """Setup of student and teacher; the teacher starts as a copy and is not trained."""
         student, teacher = networks
@@ -72,11 +92,23 @@ class OriginalDINO(_TeacherAndStudent):
         widths = [width, *[method.head_width] * (method.head_depth - 1), method.bottleneck]
         layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(widths)]
         layers[-1].pop(-1)
+        for linear in (part for layer in layers for part in layer if isinstance(part, nn.Linear)):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         last = weight_norm(nn.Linear(method.bottleneck, method.prototypes, bias=False))
         gain: Any = last.parametrizations.weight
         gain.original0.data.fill_(1)
         gain.original0.requires_grad_(not method.norm_last_layer)
         return nn.ModuleDict({"vit": vit, "mlp": nn.Sequential(*layers), "last": last})
+
+    def vits(self) -> list[Any]:
+        """Those of student and teacher."""
+        return [self.networks.student["vit"], self.networks.teacher["vit"]]
+
+    def last_layer(self) -> nn.Module:
+        """The weight-normalised layer."""
+        last: nn.Module = self.networks.student["last"]
+        return last
 
     @staticmethod
     def _logits(network: Any, kinds: list[Tensor]) -> Tensor:
@@ -92,7 +124,7 @@ class OriginalDINO(_TeacherAndStudent):
         student = (self._logits(self.networks.student, kinds) / method.student_temp).chunk(
             len(views)
         )
-        targets = ((teacher - self.center) / method.teacher_temp).softmax(-1).chunk(2)
+        targets = ((teacher - self.center) / self.teacher_temp).softmax(-1).chunk(2)
         total, pairs = torch.zeros((), device=teacher.device), 0
         for i, target in enumerate(targets):
             for v, logits in enumerate(student):
@@ -112,11 +144,12 @@ class OriginalDINO(_TeacherAndStudent):
                 factor = limit / (parameter.grad.norm() + 1e-6)
                 if factor < 1:
                     parameter.grad.mul_(factor)
+        super().clip()
 
     @torch.no_grad()
     def move_teacher(self) -> None:
         """EMA update, one parameter after another."""
-        keep, net = self.work.method.momentum, self.networks
+        keep, net = self.momentum, self.networks
         for old, new in zip(net.teacher.parameters(), net.student.parameters(), strict=True):
             old.mul_(keep).add_((1 - keep) * new)
 
@@ -143,6 +176,8 @@ class TimmDINO(OriginalDINO):
 
 class HuggingFaceDINO(OriginalDINO):
     """Original DINO step on transformers' own DINOv3, with plain attention."""
+
+    vits = Peer.vits  # it has none
 
     @staticmethod
     def load() -> None:
@@ -246,6 +281,15 @@ class LightlyDINO(_TeacherAndStudent):
         )
         return nn.Sequential(backbone, head)
 
+    def vits(self) -> list[Any]:
+        """Those of student and teacher."""
+        return [self.networks.student[0].vit, self.networks.teacher[0].vit]
+
+    def last_layer(self) -> nn.Module:
+        """The head's last layer."""
+        last: nn.Module = self.networks.student[1].last_layer
+        return last
+
     def loss(self, views: list[Tensor]) -> Tensor:
         """lightly's DINO loss: the teacher sees the two global crops, the student all crops."""
         student, teacher = self.networks.student, self.networks.teacher
@@ -258,18 +302,19 @@ class LightlyDINO(_TeacherAndStudent):
             with torch.no_grad():
                 targets = [teacher(view) for view in views[:2]]
             logits = [student(view) for view in views]
-        loss: Tensor = self.criterion(targets, logits, teacher_temp=self.work.method.teacher_temp)
+        loss: Tensor = self.criterion(targets, logits, teacher_temp=self.teacher_temp)
         return loss
 
     def clip(self) -> None:
         """Gradient clipping by the global norm."""
         if self.work.optim.clip > 0:
             torch.nn.utils.clip_grad_norm_(self.trained, self.work.optim.clip)
+        super().clip()
 
     def move_teacher(self) -> None:
         """EMA update by lightly's own function."""
         net = self.networks
-        self.utils.update_momentum(net.student, net.teacher, m=self.work.method.momentum)
+        self.utils.update_momentum(net.student, net.teacher, m=self.momentum)
 
 
 class LightlyGroupedDINO(LightlyDINO):

@@ -21,6 +21,7 @@ from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.errors import check
 from ssl_vit.model.encoder import sincos_positions, take
+from ssl_vit.model.init import xavier_linears
 
 
 class OriginalMAE(Peer):
@@ -56,10 +57,15 @@ class OriginalMAE(Peer):
         }
         for block in [*vit.blocks, *parts["blocks"]]:
             block.attn.fused_attn = False
+        xavier_linears(*parts.values())
         networks: Any = nn.ModuleDict(parts)
-        networks.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        networks.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         networks.register_buffer("positions", positions[None], persistent=False)
         self.begin(networks)
+
+    def vits(self) -> list[Any]:
+        """The encoder."""
+        return [self.networks.vit]
 
     def loss(self, views: list[Tensor]) -> Tensor:
         """MAE loss; each image is masked anew."""
@@ -180,6 +186,10 @@ class LightlyMAE(Peer):
         )
         self.patch = encoder.patch_size
         self.begin(nn.ModuleDict({"backbone": backbone, "decoder": decoder}))
+
+    def vits(self) -> list[Any]:
+        """The encoder."""
+        return [self.networks.backbone.vit]
 
     def loss(self, views: list[Tensor]) -> Tensor:
         """MAE loss; each image is masked anew."""

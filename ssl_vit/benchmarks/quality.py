@@ -14,6 +14,9 @@ from ssl_vit.benchmarks.speed_tables import markdown_rows
 Row = dict[str, Any]
 # Evaluators that judge, and their headings in the table.
 JUDGES = {"knn": "k-NN k=20", "linear": "linear"}
+# Measurement of a rate: steps that do not count; its share of the budget, and the bounds of that in
+# seconds.
+WARM_UP, _SHARE, _LEAST, _MOST = 20, 0.05, 2.0, 60.0
 HEADER = ("method", "recipe", "images/s", "images seen", "minutes", *JUDGES.values())
 _NOTES = """
 Judged is the exported encoder, with all images of `{train}` for training and `{val}` for the score;
@@ -44,6 +47,11 @@ def rate_after(rows: list[Row], batch_size: int, warm_up: int) -> tuple[float, f
     spans = [span for span in intervals(rows, batch_size) if span[0] >= warm_up]
     steps, seconds = (sum(last - first for first, last, _ in spans), sum(s for *_, s in spans))
     return (steps * batch_size / seconds, seconds) if spans else None
+
+
+def seconds_of_rate(minutes: float) -> float:
+    """How long a rate is measured for a training of so many minutes."""
+    return min(_MOST, max(_LEAST, 60 * _SHARE * minutes))
 
 
 def fitted_steps(images_per_second: float, batch_size: int, minutes: float) -> int:

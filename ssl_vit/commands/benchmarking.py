@@ -15,7 +15,7 @@ import torch
 from ssl_vit.benchmarks.baseline import changes, check_alike, read_baseline
 from ssl_vit.benchmarks.comparison import measure_training, setting
 from ssl_vit.benchmarks.end_to_end import EndToEndComparison
-from ssl_vit.benchmarks.loader import measure_loader
+from ssl_vit.benchmarks.loader import Statistics, measure_loader
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_tables, step_tables
 from ssl_vit.benchmarks.step import StepComparison
@@ -24,6 +24,7 @@ from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.commands.scale import scale_report, show_scale
+from ssl_vit.common.config import OptimConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.reading import DataConfig
@@ -76,10 +77,15 @@ def workload(kind: type[Method], config: Any) -> Workload:
     Raises:
         UserError: peers are asked for, and an optimizer that they do not have.
     """
-    check(
-        config.against == "none" or config.optim.name == "adamw",
-        f"--optim.name is {config.optim.name!r}, and peers (--against) train by AdamW; give adamw",
-    )
+    if config.against != "none":
+        check_adamw(config.optim)
+    return workload_of(kind, config, config.batch_size, statistics(config.data))
+
+
+def workload_of(
+    kind: type[Method], config: PretrainConfig[Any], batch_size: int, known: Statistics
+) -> Workload:
+    """Workload of a method's options; ``known``: mean and standard deviation of each channel."""
     device = resolve_device(config.run.device)
     return Workload(
         encoder=config.encoder,
@@ -87,15 +93,27 @@ def workload(kind: type[Method], config: Any) -> Workload:
         method=config.method,
         optim=config.optim,
         spec=crops_of(kind, config),
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         seed=config.run.seed,
-        statistics=statistics(config.data),
+        statistics=known,
         device=device,
         precision=resolve_precision(config.run.precision, device),
     )
 
 
-def statistics(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def check_adamw(optim: OptimConfig) -> None:
+    """Check that peers can train as ours does.
+
+    Raises:
+        UserError: with an optimizer that they do not have.
+    """
+    check(
+        optim.name == "adamw",
+        f"--optim.name is {optim.name!r}, and peers (--against) train by AdamW; give adamw",
+    )
+
+
+def statistics(data: DataConfig) -> Statistics:
     """Mean and standard deviation of each channel; not estimated, as no speed depends on them."""
     if data.mean:
         return data.mean, data.std

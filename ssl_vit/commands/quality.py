@@ -22,12 +22,14 @@ from ssl_vit.benchmarks.measured import machine, machine_card
 from ssl_vit.benchmarks.quality import (
     HEADER,
     JUDGES,
+    WARM_UP,
     by_recipe,
     curve,
     fitted_steps,
     markdown,
     minutes_at,
     rate_after,
+    seconds_of_rate,
     table,
 )
 from ssl_vit.commands.cli import RESUMABLE, show_table
@@ -35,6 +37,7 @@ from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.comparing import measure
 from ssl_vit.commands.evaluating import open_sources
 from ssl_vit.commands.quality_options import Entry, Plan
+from ssl_vit.commands.quality_peers import PeerRun, peers_of_entries
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import write_atomically, write_text_atomically
@@ -48,9 +51,7 @@ from ssl_vit.weights.exchange import read_info
 from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
-# Measurement of a rate: steps that do not count; its share of the budget, and the bounds of that in
-# seconds; and the step after which it ends by itself.
-_WARM_UP, _SHARE, _LEAST, _MOST, _LAST = 20, 0.05, 2.0, 60.0, 20_000
+_LAST = 20_000  # step after which a measurement of a rate ends by itself
 # Share by which a run may miss its minutes without a warning.
 _TOLERANCE = 0.05
 
@@ -90,46 +91,68 @@ def leaving_on_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def measured_rate(entry: Entry, flags: list[str], minutes: float) -> float:
-    """Images per second of pretraining with its loader: the first steps of a run that is not kept.
+class OurRun:
+    """Our run of a recipe: ``pretrain`` by its own door."""
 
-    Raises:
-        UserError, RunFailed: it cannot be trained.
-    """
-    batch, wanted = entry.options.optim.batch_size, min(_MOST, max(_LEAST, 60 * _SHARE * minutes))
-    with tempfile.TemporaryDirectory(prefix="ssl_vit-") as scratch:
-        out, told, last = Path(scratch) / "run", Path(scratch) / "told", f"{_LAST}st"
-        own = ["--run.out", str(out), "--run.log-every", "5"]
-        for option in ("length", "probe-every", "save-every"):
-            own += [f"--run.{option}", last]
-        with Process(entry, [*flags, *own], told) as run:
-            found, ended = None, None
-            while ended is None and (found is None or found[1] < wanted):
-                time.sleep(0.2)
-                ended = run.child.poll()
-                found = rate_after(read_rows(out / METRICS_FILE), batch, _WARM_UP)
-        if found is not None:
-            return found[0]
-        said = told.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
-        reason = re.sub("^(error|stopped): ", "", said[-1])
-        raise (UserError if ended == 2 else RunFailed)(f"{entry.name}: {reason}")
+    def __init__(self, plan: Plan, entry: Entry, seed: int) -> None:
+        self.plan, self.entry, self.seed = plan, entry, seed
+        self.label = f"{entry.name}-seed{seed}"
+        self.out = plan.out / "runs" / self.label
+        self.encoder = str(self.out)
+        self.flags = [*plan.flags, "--run.seed", str(seed)]
 
+    def about(self) -> dict[str, Any]:
+        """Its entries in the report, before it begins."""
+        return {"recipe": self.entry.name, "method": self.entry.method, "seed": self.seed}
 
-def train(entry: Entry, flags: list[str], out: Path, steps: int, looks: int) -> None:
-    """Pretraining of so many steps, from where it was.
+    def rate(self) -> float:
+        """Images per second with its loader: the first steps of a run that is not kept.
 
-    Raises:
-        SystemExit: it was stopped by a signal, and has saved.
-        RunFailed: it failed.
-    """
-    every = -(-steps // looks)
-    own = ["--run.length", f"{steps}st", "--run.probe-every", f"{every}st", "--run.out", str(out)]
-    with Process(entry, [*flags, *own]) as run:
-        status = run.child.wait()
-    if status in (RESUMABLE, 130):
-        raise SystemExit(status)
-    if status:
-        raise RunFailed(f"{entry.name}: pretraining ended with status {status}; see above")
+        Raises:
+            UserError, RunFailed: it cannot be trained.
+        """
+        wanted, entry = seconds_of_rate(self.plan.config.minutes), self.entry
+        with tempfile.TemporaryDirectory(prefix="ssl_vit-") as scratch:
+            out, told, last = Path(scratch) / "run", Path(scratch) / "told", f"{_LAST}st"
+            own = ["--run.out", str(out), "--run.log-every", "5"]
+            for option in ("length", "probe-every", "save-every"):
+                own += [f"--run.{option}", last]
+            with Process(entry, [*self.flags, *own], told) as run:
+                found, ended = None, None
+                while ended is None and (found is None or found[1] < wanted):
+                    time.sleep(0.2)
+                    ended = run.child.poll()
+                    rows = read_rows(out / METRICS_FILE)
+                    found = rate_after(rows, entry.options.optim.batch_size, WARM_UP)
+            if found is not None:
+                return found[0]
+            said = told.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+            reason = re.sub("^(error|stopped): ", "", said[-1])
+            raise (UserError if ended == 2 else RunFailed)(f"{entry.name}: {reason}")
+
+    def train(self, steps: int) -> float:
+        """Pretraining of so many steps, from where it was; returns the minutes that it took.
+
+        Raises:
+            SystemExit: it was stopped by a signal, and has saved.
+            RunFailed: it failed.
+        """
+        every = -(-steps // self.plan.config.looks)
+        own = ["--run.length", f"{steps}st", "--run.probe-every", f"{every}st"]
+        with Process(self.entry, [*self.flags, *own, "--run.out", str(self.out)]) as run:
+            status = run.child.wait()
+        if status in (RESUMABLE, 130):
+            raise SystemExit(status)
+        if status:
+            reason = f"pretraining ended with status {status}; see above"
+            raise RunFailed(f"{self.entry.name}: {reason}")
+        self.rows = read_run(self.out).rows
+        self.minutes = minutes_at(self.rows, self.entry.options.optim.batch_size)
+        return self.minutes[-1][1]
+
+    def curve(self, feature: str) -> list[tuple[float, float]]:
+        """(minutes, k-NN in percent) of each probe while training."""
+        return curve(self.rows, feature, self.minutes)
 
 
 def judge(plan: Plan, encoder: str, label: str) -> dict[str, Any]:
@@ -189,34 +212,30 @@ class Results:
         write_atomically(path, lambda temporary: curves(temporary, drawn, *axes))
 
 
-def run_one(plan: Plan, entry: Entry, seed: int, results: Results) -> None:
+def run_one(plan: Plan, side: OurRun | PeerRun, results: Results) -> None:
     """One run: its rate, its training and its scores; what is done is not done again."""
-    label, asked, batch = f"{entry.name}-seed{seed}", plan.config, entry.options.optim.batch_size
-    out, flags = plan.out / "runs" / label, [*plan.flags, "--run.seed", str(seed)]
-    run = results.report["runs"].setdefault(label, {"recipe": entry.name, "method": entry.method})
+    label, asked, batch = side.label, plan.config, side.entry.options.optim.batch_size
+    run = results.report["runs"].setdefault(label, side.about())
     if "scores" in run:
         log.info("%s is done", label)
         return
     if "planned" not in run:
-        rate = measured_rate(entry, flags, asked.minutes)
+        rate = side.rate()
         steps = fitted_steps(rate, batch, asked.minutes)
-        run |= {"seed": seed, "config": f"runs/{label}/{CONFIG_FILE}"}
+        run |= {"config": f"runs/{side.entry.name}-seed{side.seed}/{CONFIG_FILE}"}
         run["planned"] = {"minutes": asked.minutes, "images_per_second": rate, "steps": steps}
         results.write()
     steps = run["planned"]["steps"]
     text = "%s: %d steps of %d images in %g minutes"
     log.info(text, label, steps, batch, asked.minutes)
-    train(entry, flags, out, steps, asked.looks)
-    record = read_run(out)
-    minutes = minutes_at(record.rows, batch)
-    used = minutes[-1][1]
+    used = side.train(steps)
     if abs(used / asked.minutes - 1) > _TOLERANCE:
         text = "warning: %s took %.3g minutes instead of %g: the machine's speed has changed"
         log.warning(text, label, used, asked.minutes)
     run |= {"minutes": used, "images_seen": steps * batch}
     run["images_per_second"] = steps * batch / (60 * used)
-    scores = judge(plan, str(out), label)
-    run["curve"] = curve(record.rows, scores["knn"]["features"], minutes)
+    scores = judge(plan, side.encoder, label)
+    run["curve"] = side.curve(scores["knn"]["features"])
     run["scores"] = scores
     results.write()
 
@@ -246,13 +265,16 @@ def compare(plan: Plan) -> int:
     options = plan.entries[0].options
     open_sources(plan.data, options.data.channels)
     check(not plan.out.is_file(), f"--out is {str(plan.out)!r}, a file; give a folder")
+    peers = peers_of_entries(plan)
     results = Results(plan)
     (plan.out / "scores").mkdir(parents=True, exist_ok=True)
     first = options.run.seed
     with leaving_on_signal():
         for seed in range(first, first + plan.config.seeds):
             for entry in plan.entries:
-                run_one(plan, entry, seed, results)
+                run_one(plan, OurRun(plan, entry, seed), results)
+                for name in peers[entry.name]:
+                    run_one(plan, PeerRun(plan, entry, seed, name), results)
         baselines(plan, first, results)
     title = f"{plan.config.minutes:g} minutes each; {plan.data.val}, in %, ± half of the interval"
     show_table(title, list(table(results.report)), header=HEADER)

@@ -45,6 +45,10 @@ class QualityConfig:
     split: Literal["test", "search"] = "test"
     """test: train on --data.train, score on --data.val. search: for choosing methods and options;
     train on four fifths of --data.train and score on the other fifth."""
+    against: str = "none"
+    """Other implementations that train each recipe of a method that they have for the same time,
+    from the same first encoder, with their own step and loader; separated by commas: original,
+    lightly. A name that no method has is refused with those it has."""
     out: str = "quality"
     """Folder for the table (quality.md), the report (quality.json), the figure (quality.png) and
     the runs."""

@@ -11,6 +11,7 @@ import pytest
 from ssl_vit.benchmark import main
 from ssl_vit.commands import quality
 from ssl_vit.common.errors import UserError
+from ssl_vit.weights.exchange import read_info
 from tests.forks import Fork
 from tests.integration.conftest import TINY, TINY_DINO
 
@@ -51,13 +52,14 @@ def test_a_half_finished_comparison_is_finished(tmp_path, monkeypatch, capsys, c
     checkpoints = [p.stat().st_mtime_ns for p in (tmp_path / "q/runs").rglob("state.json")]
     path.write_text(json.dumps(half | {"runs": half["runs"] | {"dino_tiny-seed0": planned()}}))
 
-    assert main([*COMMAND, BOTH]) == 0
+    assert main([*COMMAND, BOTH, "--against", "original"]) == 0
     report = json.loads(path.read_text())
     assert "mae_tiny-seed0 is done" in caplog.text
     assert report["runs"]["mae_tiny-seed0"] == half["runs"]["mae_tiny-seed0"]
     now = [p.stat().st_mtime_ns for p in (tmp_path / "q/runs/mae_tiny-seed0").rglob("state.json")]
     assert now == checkpoints
     assert report["runs"]["dino_tiny-seed0"]["images_seen"] == STEPS * 120
+    check_peers(report)
     check_report(report, tmp_path / "q")
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("mae_tiny", "dino_tiny", "raw pixels", "quality.png"))
@@ -69,6 +71,22 @@ def planned() -> dict:
     config = "runs/dino_tiny-seed0/config.yaml"
     about = {"recipe": "dino_tiny", "method": "dino", "seed": 0, "config": config}
     return about | {"planned": numbers}
+
+
+def check_peers(report: dict) -> None:
+    """The original's modules and augmentations, after ours and judged alike; then they are gone."""
+    for name in ("mae_tiny", "dino_tiny"):
+        run = report["runs"].pop(f"{name}-original-seed0")
+        assert run["recipe"] == f"{name}, original"
+        assert (run["images_seen"], run["curve"]) == (run["planned"]["steps"] * 120, [])
+        folders = (f"{name}-seed0", f"{name}-original-seed0")
+        infos = [read_info(Path("q/runs") / folder / "encoder.safetensors") for folder in folders]
+        assert (infos[0].mean, infos[0].config) == (infos[1].mean, infos[1].config)
+        value = run["scores"]["knn"]["value"]
+        line = f"| {name}, original | {run['images_per_second']:,.0f} |"
+        text = Path("q/quality.md").read_text()
+        assert line in text
+        assert f"| {value:.1f} ±" in text[text.index(line) :]
 
 
 def check_report(report: dict, out: Path) -> None:
@@ -98,6 +116,26 @@ def check_report(report: dict, out: Path) -> None:
     assert list(report["baselines"]) == names
     assert all(f"| {name} |" in text for name in names)
     assert (out / "quality.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (
+            ("--against", "orignal"),
+            r"--against is 'orignal'; allowed for quality of dino: original",
+        ),
+        (("--against", "original", "--optim.name", "muon"), r"peers \(--against\) train by AdamW"),
+        (("--against", "original", "--data.preset", "gray"), "give --data.preset natural"),
+        (("--against", "original", "--encoder.stem", "conv"), "has a convolutional stem"),
+    ],
+)
+def test_what_a_peer_cannot_train_is_refused_first(more, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dino_tiny.yaml").write_text(TINY_DINO)
+    with pytest.raises(UserError, match=reason):
+        main([*COMMAND, "dino_tiny.yaml", *more])
+    assert not Path("q").exists()
 
 
 def test_a_run_that_cannot_be_trained_is_refused_by_its_reason(tmp_path, monkeypatch):

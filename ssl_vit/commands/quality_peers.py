@@ -1,0 +1,118 @@
+"""Peers in the benchmark of quality per minute: trained for the same time as ours, and judged."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ssl_vit.benchmarks.own_process import OwnProcess
+from ssl_vit.benchmarks.peer_training import PeerTraining, asked_peers, chain_of, training_peers
+from ssl_vit.benchmarks.quality import WARM_UP, seconds_of_rate
+from ssl_vit.commands.benchmarking import check_adamw, statistics, workload_of
+from ssl_vit.commands.pretraining import initial_method
+from ssl_vit.commands.quality_options import Entry, Plan
+from ssl_vit.common.errors import RunFailed, check
+from ssl_vit.data.sources import open_source
+from ssl_vit.methods.base import find_method
+from ssl_vit.training.parallel import loader_workers
+from ssl_vit.weights.exchange import read_info
+from ssl_vit.weights.own_files import ENCODER_FILE
+
+log = logging.getLogger("ssl_vit")
+_LINES = 20  # lines that a training says
+
+
+def peers_of_entries(plan: Plan) -> dict[str, list[str]]:
+    """Peers that are asked for, for each recipe by its name, checked to be able to train it.
+
+    Raises:
+        UserError: a name that no method has, or a recipe that a peer cannot train.
+    """
+    names = asked_peers(plan.config.against, [entry.method for entry in plan.entries])
+    found = {}
+    for entry in plan.entries:
+        known = training_peers(entry.method)
+        found[entry.name] = [name for name in names if name in known]
+        if names and not found[entry.name]:
+            log.info("%s: %s has no such peer", entry.name, entry.method)
+        for name in found[entry.name]:
+            _check_trainable(entry, name)
+    return found
+
+
+def _check_trainable(entry: Entry, name: str) -> None:
+    options = entry.options
+    check_adamw(options.optim)
+    for option in ("lora", "keep_near"):
+        given = getattr(options.init, option)
+        rule = f"--init.{option.replace('_', '-')} is {given}; peers (--against) have no such thing"
+        check(not given, rule)
+    kind = find_method(entry.method)
+    work = workload_of(kind, options, options.optim.batch_size, statistics(options.data))
+    chain_of(entry.method, name, work)
+    training_peers(entry.method)[name].build(work)
+
+
+class PeerRun:
+    """A peer's run of one of our recipes, in a process of its own, after ours of that seed."""
+
+    def __init__(self, plan: Plan, entry: Entry, seed: int, name: str) -> None:
+        self.plan, self.entry, self.seed, self.name = plan, entry, seed, name
+        self.label = f"{entry.name}-{name}-seed{seed}"
+        self.file = plan.out / "runs" / self.label / ENCODER_FILE
+        self.encoder = str(self.file)
+
+    def about(self) -> dict[str, Any]:
+        """Its entries in the report, before it begins."""
+        recipe = f"{self.entry.name}, {self.name}"
+        return {"recipe": recipe, "method": self.entry.method, "seed": self.seed}
+
+    def _process(self) -> OwnProcess:
+        """Its training, with the image statistics of our run."""
+        entry, options = self.entry, self.entry.options
+        options = replace(options, run=replace(options.run, seed=self.seed))
+        ours = self.plan.out / "runs" / f"{entry.name}-seed{self.seed}" / ENCODER_FILE
+        info, kind = read_info(ours), find_method(entry.method)
+        known = info.mean, info.std
+        work = workload_of(kind, options, options.optim.batch_size, known)
+        peer = training_peers(entry.method)[self.name]
+        chain = chain_of(entry.method, self.name, work)
+        source = open_source(options.data.train, options.data, weighted=True)
+        workers = loader_workers(options.data.workers, work.device)
+        make = partial(initial_method, kind, options)
+        return OwnProcess(PeerTraining, work, peer, chain, source, workers, make, options.run)
+
+    def rate(self) -> float:
+        """Images per second with its loader: the first steps of a training that is not kept."""
+        with self._process() as side:
+            seconds = seconds_of_rate(self.plan.config.minutes)
+            rate: float = side.ask("rate", seconds, WARM_UP)
+        return rate
+
+    def train(self, steps: int) -> float:
+        """Training of so many steps, from the beginning; returns the minutes that it took.
+
+        Raises:
+            RunFailed: a loss is not finite, or the process ended.
+        """
+        done, total, batch = 0, 0.0, self.entry.options.optim.batch_size
+        with self._process() as side:
+            side.ask("plan", steps)
+            while done < steps:
+                now = min(-(-steps // _LINES), steps - done)
+                seconds, _, loss = side.ask("timed", now)
+                done, total = done + now, total + seconds
+                if not math.isfinite(loss):
+                    raise RunFailed(f"{self.label}: the loss is {loss} at step {done}")
+                text = "%s: step %d/%d  loss %.4g  %.0f img/s"
+                log.info(text, self.label, done, steps, loss, now * batch / seconds)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            side.ask("export", self.file, self.entry.method)
+        return total / 60
+
+    def curve(self, feature: str) -> list[tuple[float, float]]:
+        """No points: only its end is judged."""
+        return []

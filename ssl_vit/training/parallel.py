@@ -284,5 +284,7 @@ def reuse_memory(device: torch.device) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    # Older releases of glibc refuse more than 32 MiB. With the second call alone all tensors
+    # from 128 KiB on would be mapped anew each time: worse than the default, which adapts.
+    if any(mallopt(_M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25)):
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,10 +1,13 @@
 """What a process sets up for a CUDA device, in which order; no device is there."""
 
+import ctypes
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from ssl_vit.training.parallel import Parallel, start_parallel
+from ssl_vit.training.parallel import Parallel, reuse_memory, start_parallel
 
 WORLD = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -42,3 +45,29 @@ def test_a_cpu_has_none_of_it(calls):
     assert calls == [("group", "gloo")]
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert not Parallel(0, 1, parallel.device).watchdog(1.0).ends
+
+
+class OldLibrary:
+    """glibc before it allowed more than 32 MiB: it can hardly be had where torch runs in tests."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest, self.set = largest, dict[int, int]()
+
+    def mallopt(self, name: int, value: int) -> int:
+        if name == -3 and value > self.largest:
+            return 0
+        self.set[name] = value
+        return 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+@pytest.mark.parametrize(("largest", "mapped"), [(1 << 40, 1 << 30), (1 << 25, 1 << 25), (0, None)])
+def test_memory_is_reused_as_far_as_the_c_library_allows(largest, mapped, monkeypatch):
+    """What is not allowed leaves all as it is: the second setting alone ends the default of both."""
+    library = OldLibrary(largest)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    reuse_memory(torch.device("cpu"))
+    assert library.set == ({-3: mapped, -1: (1 << 31) - 1} if mapped else {})
+    library.set.clear()
+    reuse_memory(torch.device("cuda", 0))
+    assert not library.set

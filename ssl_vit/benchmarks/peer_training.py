@@ -44,7 +44,7 @@ class PeerTraining(PeerPipeline):
         make: Callable[[], Method],
         run: RunConfig,
     ) -> None:
-        super().__init__(work, peer, chain, source, workers)
+        super().__init__(work, peer, chain, source, workers, skips=True)
         self.ours, self.run = make(), run
         for vit in self.side.vits():
             vit.load_state_dict(self.ours.encoder.vit.state_dict())

@@ -150,6 +150,7 @@ def check_plain(work: Workload, who: str, square: bool = True) -> Encoder:
         "rotary positions": encoder.rotary,
         "a convolutional stem": work.encoder.stem == "conv",
         "no [CLS], or registers": vit.cls_token is None or vit.num_prefix_tokens != 1,
+        "another epsilon in its norms": work.encoder.norm_eps != 0,
         "a norm after the pooling": work.encoder.norm == "pooled",
         "images that are not square": square and len(set(encoder.image_size)) > 1,
     }

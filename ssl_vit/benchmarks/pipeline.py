@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source, epoch_length
 from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.data.order import Order
+from ssl_vit.data.raster import BadImage
 from ssl_vit.data.workers import load
 from ssl_vit.training.prefetch import on_device
 
@@ -112,10 +114,16 @@ class PeerPipeline(Pipeline):
     """Peer pipeline: its step, and its augmentation chain in torch's loader, as many workers."""
 
     def __init__(
-        self, work: Workload, peer: type[Peer], chain: OriginalChain, source: Source, workers: int
+        self,
+        work: Workload,
+        peer: type[Peer],
+        chain: OriginalChain,
+        source: Source,
+        workers: int,
+        skips: bool = False,
     ) -> None:
         self.side = peer.build(work)
-        self.images = ChainImages(source, chain)
+        self.images = ChainImages(source, chain, skips)
         super().__init__(work, workers)
 
     def load(self) -> Iterator[Any]:
@@ -132,12 +140,18 @@ class PeerPipeline(Pipeline):
 
 
 class ChainImages(Dataset):
-    """Map-style dataset of a source's images after a peer's chain."""
+    """Map-style dataset of a source's images after a peer's chain.
 
-    def __init__(self, source: Source, chain: OriginalChain) -> None:
-        self.source, self.chain = source, chain
+    ``skips``: one that cannot be read is replaced by the next that can.
+    """
+
+    def __init__(self, source: Source, chain: OriginalChain, skips: bool = False) -> None:
+        self.source, self.chain, self.skips = source, chain, skips
 
     def __getitem__(self, i: int) -> list[Tensor]:
+        for more in range(len(self.source) if self.skips else 0):
+            with suppress(BadImage, OSError):
+                return self.chain(self.source.read((i + more) % len(self.source))[0])
         return self.chain(self.source.read(i)[0])
 
 

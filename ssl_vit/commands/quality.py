@@ -105,6 +105,10 @@ class OurRun:
         """Its entries in the report, before it begins."""
         return {"recipe": self.entry.name, "method": self.entry.method, "seed": self.seed}
 
+    def is_trained(self) -> bool:
+        """False: its own door knows what is done, and its curve is read after that."""
+        return False
+
     def rate(self) -> float:
         """Images per second with its loader: the first steps of a run that is not kept.
 
@@ -228,12 +232,13 @@ def run_one(plan: Plan, side: OurRun | PeerRun, results: Results) -> None:
     steps = run["planned"]["steps"]
     text = "%s: %d steps of %d images in %g minutes"
     log.info(text, label, steps, batch, asked.minutes)
-    used = side.train(steps)
+    used = run["minutes"] if "minutes" in run and side.is_trained() else side.train(steps)
     if abs(used / asked.minutes - 1) > _TOLERANCE:
         text = "warning: %s took %.3g minutes instead of %g: the machine's speed has changed"
         log.warning(text, label, used, asked.minutes)
     run |= {"minutes": used, "images_seen": steps * batch}
     run["images_per_second"] = steps * batch / (60 * used)
+    results.write()
     scores = judge(plan, side.encoder, label)
     run["curve"] = side.curve(scores["knn"]["features"])
     run["scores"] = scores
@@ -274,7 +279,10 @@ def compare(plan: Plan) -> int:
             for entry in plan.entries:
                 run_one(plan, OurRun(plan, entry, seed), results)
                 for name in peers[entry.name]:
-                    run_one(plan, PeerRun(plan, entry, seed, name), results)
+                    try:
+                        run_one(plan, PeerRun(plan, entry, seed, name), results)
+                    except RunFailed as error:
+                        log.warning("warning: %s is left out: %s", name, error)
         baselines(plan, first, results)
     title = f"{plan.config.minutes:g} minutes each; {plan.data.val}, in %, ± half of the interval"
     show_table(title, list(table(results.report)), header=HEADER)

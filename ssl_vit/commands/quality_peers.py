@@ -8,12 +8,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from ssl_vit.benchmarks.loader import is_deep
 from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peer_training import PeerTraining, asked_peers, chain_of, training_peers
+from ssl_vit.benchmarks.peers import Peer
 from ssl_vit.benchmarks.quality import WARM_UP, seconds_of_rate
 from ssl_vit.commands.benchmarking import check_adamw, statistics, workload_of
 from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.commands.quality_options import Entry, Plan
+from ssl_vit.common.checks import flag
 from ssl_vit.common.errors import RunFailed, check
 from ssl_vit.data.sources import open_source
 from ssl_vit.methods.base import find_method
@@ -23,6 +28,11 @@ from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
 _LINES = 20  # lines that a training says
+# Options by group that peers do not have.
+_OURS_ALONE = {
+    "init": ("encoder", "lora", "keep_near"),
+    "optim": ("freeze_encoder", "release", "encoder_lr", "layer_decay", "patch_lr", "spike"),
+}
 
 
 def peers_of_entries(plan: Plan) -> dict[str, list[str]]:
@@ -44,16 +54,35 @@ def peers_of_entries(plan: Plan) -> dict[str, list[str]]:
 
 
 def _check_trainable(entry: Entry, name: str) -> None:
-    options = entry.options
+    """Check that a peer can do with a recipe what ours does; its networks are built, and dropped.
+
+    Raises:
+        UserError: an option that it does not have, or images that it would not read as ours does.
+    """
+    options, kind = entry.options, find_method(entry.method)
     check_adamw(options.optim)
-    for option in ("lora", "keep_near"):
-        given = getattr(options.init, option)
-        rule = f"--init.{option.replace('_', '-')} is {given}; peers (--against) have no such thing"
-        check(not given, rule)
-    kind = find_method(entry.method)
-    work = workload_of(kind, options, options.optim.batch_size, statistics(options.data))
+    peer = training_peers(entry.method)[name]
+    for group, names in _OURS_ALONE.items():
+        given = getattr(options, group)
+        for option in names:
+            _check_default(given, option, name)
+    if peer.clip is Peer.clip:
+        _check_default(options.optim, "clip", name)
+    # Not on the device, whose memory is for training.
+    run = replace(options.run, device="cpu")
+    work = workload_of(kind, replace(options, run=run), 1, statistics(options.data))
     chain_of(entry.method, name, work)
-    training_peers(entry.method)[name].build(work)
+    with torch.random.fork_rng(devices=[]):
+        peer.build(work)
+    source = open_source(options.data.train, options.data, weighted=True)
+    depth = is_deep(source, options)
+    check(not depth, f"--against {name} reads 8-bit images; those of {source.spec} are deeper")
+
+
+def _check_default(given: Any, option: str, name: str) -> None:
+    value, default = getattr(given, option), getattr(type(given)(), option)
+    rule = f"--against {name} has no such option; leave it at {default}"
+    check(value == default, f"{flag(given, option)} is {value}; {rule}")
 
 
 class PeerRun:
@@ -84,6 +113,10 @@ class PeerRun:
         workers = loader_workers(options.data.workers, work.device)
         make = partial(initial_method, kind, options)
         return OwnProcess(PeerTraining, work, peer, chain, source, workers, make, options.run)
+
+    def is_trained(self) -> bool:
+        """True once its encoder is written: a training that was stopped begins anew."""
+        return self.file.is_file()
 
     def rate(self) -> float:
         """Images per second with its loader: the first steps of a training that is not kept."""

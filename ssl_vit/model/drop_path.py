@@ -113,13 +113,13 @@ class DropPath(layers.DropPath):
         """Each row times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
         if not self.training or self.drop_prob == 0:
             return x
-        return self._dropped(x, self.draw(len(x)))
+        return x * (self._factors(self.draw(len(x)), x) * self._scale)
 
-    def _dropped(
-        self, x: Float[Tensor, "n ..."], keeps: Bool[Tensor, " n"]
-    ) -> Float[Tensor, "n ..."]:
-        factors = keeps.to(x.dtype) * self._scale
-        return x * without_wait(factors, x.device).view(-1, *[1] * (x.ndim - 1))
+    @staticmethod
+    def _factors(keeps: Bool[Tensor, " n"], like: Tensor) -> Tensor:
+        """0 or 1 for each row."""
+        factors = keeps.to(like.dtype)
+        return without_wait(factors, like.device).view(-1, *[1] * (like.ndim - 1))
 
     def add(
         self,
@@ -136,12 +136,13 @@ class DropPath(layers.DropPath):
         if not self.training or self.drop_prob == 0:
             return to + branch(x, None)
         keeps = self.draw(len(x))
-        kept, part = int(keeps.sum()), max(1, len(x) // _NUMBERS)
+        kept, part = int(keeps.sum()), -(-len(x) // _NUMBERS)
         computed = -(-kept // part) * part
         if kept == len(x):
             return torch.add(to, branch(x, None), alpha=self._scale)
         if computed >= len(x):
-            return to + self._dropped(branch(x, None), keeps)
+            found = branch(x, None)
+            return torch.add(to, found * self._factors(keeps, found), alpha=self._scale)
         # Those that are kept come first, in order.
         rows = keeps.int().argsort(descending=True, stable=True)[:computed]
         rows = without_wait(rows, x.device)

@@ -128,6 +128,12 @@ def check_report(report: dict, out: Path) -> None:
         (("--against", "original", "--optim.name", "muon"), r"peers \(--against\) train by AdamW"),
         (("--against", "original", "--data.preset", "gray"), "give --data.preset natural"),
         (("--against", "original", "--encoder.stem", "conv"), "has a convolutional stem"),
+        (("--against", "original", "--encoder.norm-eps", "1e-5"), "epsilon in its norms"),
+        (
+            ("--against", "original", "--init.encoder", "x"),
+            "--init.encoder is x; --against or",
+        ),
+        (("--against", "original", "--optim.encoder-lr", "0.5"), "--optim.encoder-lr is 0.5; "),
     ],
 )
 def test_what_a_peer_cannot_train_is_refused_first(more, reason, tmp_path, monkeypatch):

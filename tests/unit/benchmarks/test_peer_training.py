@@ -12,6 +12,7 @@ from ssl_vit.benchmarks.peer_training import (
     chain_of,
     training_peers,
 )
+from ssl_vit.benchmarks.pipeline import ChainImages
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.reading import DataConfig
@@ -20,7 +21,15 @@ from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.mae import MAE
 from ssl_vit.training.optim import Schedule
 from ssl_vit.weights.exchange import load_encoder
-from tests.unit.benchmarks.test_peers import SINCOS, SMALL_DINO, SMALL_MAE, TINY, work
+from tests.unit.benchmarks.test_peers import (
+    SINCOS,
+    SMALL_DINO,
+    SMALL_MAE,
+    TINY,
+    Arrays,
+    image,
+    work,
+)
 
 STEPS = 6
 OPTIM = OptimConfig(
@@ -99,6 +108,18 @@ def test_a_rate_is_that_of_training():
     side = training("mae", "original")
     assert side.rate(0.2, 1) > 0
     assert side.step == 0
+
+
+def test_an_image_that_cannot_be_read_is_replaced_by_the_next():
+    """As our loader goes on, too; in measurements of speed it is an error, found beforehand."""
+    source = Arrays([image(), b"", b"broken"])
+    chain = chain_of("mae", "original", work(SMALL_MAE, SINCOS))
+    images = ChainImages(source, chain, skips=True)
+    assert all(images[i][0].shape == (3, 16, 16) for i in range(3))
+    with pytest.raises(OSError, match="cannot identify"):
+        ChainImages(source, chain)[1]
+    with pytest.raises(OSError, match="cannot identify"):
+        ChainImages(Arrays([b""] * 3), chain, skips=True)[1]
 
 
 def test_weights_that_are_not_finite_are_not_judged(tmp_path):

@@ -12,8 +12,10 @@ from ssl_vit.benchmarks.quality import (
     minutes_at,
     rate_after,
 )
+from ssl_vit.commands import quality
 from ssl_vit.commands.quality import Results
 from ssl_vit.commands.quality_options import last_value, parse_options, split_flags
+from ssl_vit.commands.quality_peers import PeerRun
 from ssl_vit.common.errors import UserError
 
 # Batches of 64: ten slow steps in 20 s, then ten a second; a probe between them, and a warning.
@@ -25,6 +27,7 @@ ROWS = [
     {"step": 25, "knn20_cls": 40.0, "knn20_mean": 41.0},
     {"step": 40, "images_per_s": 640.0, "looking_s": 100.0},
 ]
+SCORE = {"value": 50.0, "interval": [45.0, 55.0], "features": "mean", "setting": "k=20"}
 DATA = ("--data.train", "digits:train", "--data.val", "digits:val")
 
 
@@ -177,3 +180,21 @@ def test_results_of_other_minutes_are_not_mixed(tmp_path):
     Results(parse_options([*out, "--minutes", "3", "--seeds", "2"]))
     with pytest.raises(UserError, match=r"its results are of minutes 3.0, not 4.0; give another"):
         Results(parse_options([*out, "--minutes", "4"]))
+
+
+def test_what_is_trained_is_only_judged(tmp_path, monkeypatch):
+    """Its minutes are in the report, which is written before it is judged."""
+    monkeypatch.setattr(quality, "judge", lambda *_: {"knn": SCORE, "linear": SCORE})
+    plan = parse_options([*DATA, "--methods", "mae_digits", "--out", str(tmp_path / "q")])
+    side = PeerRun(plan, plan.entries[0], 0, "original")
+    side.file.parent.mkdir(parents=True)
+    side.file.touch()
+    monkeypatch.delattr(PeerRun, "train")
+    results = Results(plan)
+    run = {"planned": {"minutes": 1.0, "images_per_second": 64.0, "steps": 3}, "minutes": 0.5}
+    results.report["runs"][side.label] = side.about() | run
+    quality.run_one(plan, side, results)
+    found = results.report["runs"][side.label]
+    batch = plan.entries[0].options.optim.batch_size
+    assert found["images_per_second"] == pytest.approx(3 * batch / 30)
+    assert found["scores"]["knn"] == SCORE

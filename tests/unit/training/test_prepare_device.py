@@ -63,7 +63,7 @@ class OldLibrary:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
 @pytest.mark.parametrize(("largest", "mapped"), [(1 << 40, 1 << 30), (1 << 25, 1 << 25), (0, None)])
 def test_memory_is_reused_as_far_as_the_c_library_allows(largest, mapped, monkeypatch):
-    """What is not allowed leaves all as it is: the second setting alone ends the default of both."""
+    """What is not allowed leaves all as it is: the second setting alone ends its default."""
     library = OldLibrary(largest)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
     reuse_memory(torch.device("cpu"))

@@ -44,17 +44,26 @@ def some_images(
     data = config.data
     check(bool(data.train), "--data.train is missing; it names images, as folder:PATH")
     source = open_source(data.train, data, weighted=True)
-    deep = bool(names) and is_deep(source, config)
-    check(
-        not deep,
-        f"--against {','.join(names)} reads 8-bit images; those of {data.train} are deeper",
-    )
+    if names:
+        check_shallow(source, config, names)
     known = peers_of(method, "CHAINS")
     chains = {n: known[n](spec, data.channels, *statistics) for n in names}
     opens: list[Callable[[Any], object]] = [lambda raw: decode(raw, data.channels, data)]
     opens += [chain.open for chain in chains.values()]
     chosen, bad = readable(bounded(source, config.count, config.run.seed), opens)
     return chosen, bad, chains
+
+
+def check_shallow(source: Source, config: Any, names: list[str]) -> None:
+    """Check that peers can read a source's images.
+
+    Raises:
+        UserError: they have more than 8 bits, or none is readable.
+    """
+    check(
+        not is_deep(source, config),
+        f"--against {','.join(names)} reads 8-bit images; those of {config.data.train} are deeper",
+    )
 
 
 def is_deep(source: Source, config: Any) -> bool:

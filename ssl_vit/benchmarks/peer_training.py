@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +33,8 @@ class PeerTraining(PeerPipeline):
         UserError: the peer does not support these sizes.
     """
 
+    skips = True
+
     def __init__(
         self,
         work: Workload,
@@ -44,7 +45,7 @@ class PeerTraining(PeerPipeline):
         make: Callable[[], Method],
         run: RunConfig,
     ) -> None:
-        super().__init__(work, peer, chain, source, workers, skips=True)
+        super().__init__(work, peer, chain, source, workers)
         self.ours, self.run = make(), run
         for vit in self.side.vits():
             vit.load_state_dict(self.ours.encoder.vit.state_dict())
@@ -87,8 +88,7 @@ class PeerTraining(PeerPipeline):
         """
         encoder, work = self.ours.exported_encoder(), self.work
         encoder.vit.load_state_dict(self.side.vits()[-1].state_dict())
-        finite = all(math.isfinite(float(p.sum())) for p in encoder.parameters())
-        if not finite:
+        if not all(p.isfinite().all() for p in encoder.parameters()):
             raise RunFailed("its weights are not finite")
         info = EncoderInfo(encoder.config, work.channels, *work.statistics, method, self.step)
         save_encoder(path, encoder, info)

@@ -23,6 +23,7 @@ from ssl_vit.common.errors import check
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.init import truncated_linears
 
 _PARTS = ("models.modules", "models.utils", "loss")
 
@@ -92,9 +93,7 @@ class OriginalDINO(_TeacherAndStudent):
         widths = [width, *[method.head_width] * (method.head_depth - 1), method.bottleneck]
         layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(widths)]
         layers[-1].pop(-1)
-        for linear in (part for layer in layers for part in layer if isinstance(part, nn.Linear)):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        truncated_linears(*layers)
         last = weight_norm(nn.Linear(method.bottleneck, method.prototypes, bias=False))
         gain: Any = last.parametrizations.weight
         gain.original0.data.fill_(1)

@@ -111,19 +111,18 @@ class OurPipeline(Pipeline):
 
 
 class PeerPipeline(Pipeline):
-    """Peer pipeline: its step, and its augmentation chain in torch's loader, as many workers."""
+    """Peer pipeline: its step, and its augmentation chain in torch's loader, as many workers.
+
+    ``skips``: as of :class:`ChainImages`.
+    """
+
+    skips = False
 
     def __init__(
-        self,
-        work: Workload,
-        peer: type[Peer],
-        chain: OriginalChain,
-        source: Source,
-        workers: int,
-        skips: bool = False,
+        self, work: Workload, peer: type[Peer], chain: OriginalChain, source: Source, workers: int
     ) -> None:
         self.side = peer.build(work)
-        self.images = ChainImages(source, chain, skips)
+        self.images = ChainImages(source, chain, self.skips)
         super().__init__(work, workers)
 
     def load(self) -> Iterator[Any]:

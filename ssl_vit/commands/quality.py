@@ -96,8 +96,8 @@ class OurRun:
 
     def __init__(self, plan: Plan, entry: Entry, seed: int) -> None:
         self.plan, self.entry, self.seed = plan, entry, seed
-        self.label = f"{entry.name}-seed{seed}"
-        self.out = plan.out / "runs" / self.label
+        self.out = plan.our_run(entry.name, seed)
+        self.label = self.out.name
         self.encoder = str(self.out)
         self.flags = [*plan.flags, "--run.seed", str(seed)]
 
@@ -226,7 +226,8 @@ def run_one(plan: Plan, side: OurRun | PeerRun, results: Results) -> None:
     if "planned" not in run:
         rate = side.rate()
         steps = fitted_steps(rate, batch, asked.minutes)
-        run |= {"config": f"runs/{side.entry.name}-seed{side.seed}/{CONFIG_FILE}"}
+        config = plan.our_run(side.entry.name, side.seed) / CONFIG_FILE
+        run["config"] = str(config.relative_to(plan.out))
         run["planned"] = {"minutes": asked.minutes, "images_per_second": rate, "steps": steps}
         results.write()
     steps = run["planned"]["steps"]
@@ -251,7 +252,7 @@ def baselines(plan: Plan, first: int, results: Results) -> None:
     ``first``: the first seed.
     """
     known, networks = results.report["baselines"], set()
-    folders = {entry.name: plan.out / f"runs/{entry.name}-seed{first}" for entry in plan.entries}
+    folders = {entry.name: plan.our_run(entry.name, first) for entry in plan.entries}
     wanted = {PIXELS: f"pixels:{folders[plan.entries[0].name]}"}
     for name, folder in folders.items():
         network = str(asdict(read_info(folder / ENCODER_FILE).config))

@@ -80,6 +80,10 @@ class Plan:
         """Folder of the results."""
         return Path(self.config.out).expanduser()
 
+    def our_run(self, recipe: str, seed: int) -> Path:
+        """Folder of our run of a recipe."""
+        return self.out / "runs" / f"{recipe}-seed{seed}"
+
     @property
     def data(self) -> EvalData:
         """Images of the judging."""

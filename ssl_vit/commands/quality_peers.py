@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssl_vit.benchmarks.loader import is_deep
+from ssl_vit.benchmarks.loader import check_shallow
 from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peer_training import PeerTraining, asked_peers, chain_of, training_peers
 from ssl_vit.benchmarks.peers import Peer
@@ -74,9 +74,7 @@ def _check_trainable(entry: Entry, name: str) -> None:
     chain_of(entry.method, name, work)
     with torch.random.fork_rng(devices=[]):
         peer.build(work)
-    source = open_source(options.data.train, options.data, weighted=True)
-    depth = is_deep(source, options)
-    check(not depth, f"--against {name} reads 8-bit images; those of {source.spec} are deeper")
+    check_shallow(open_source(options.data.train, options.data, weighted=True), options, [name])
 
 
 def _check_default(given: Any, option: str, name: str) -> None:
@@ -103,8 +101,8 @@ class PeerRun:
         """Its training, with the image statistics of our run."""
         entry, options = self.entry, self.entry.options
         options = replace(options, run=replace(options.run, seed=self.seed))
-        ours = self.plan.out / "runs" / f"{entry.name}-seed{self.seed}" / ENCODER_FILE
-        info, kind = read_info(ours), find_method(entry.method)
+        ours, kind = self.plan.our_run(entry.name, self.seed), find_method(entry.method)
+        info = read_info(ours / ENCODER_FILE)
         known = info.mean, info.std
         work = workload_of(kind, options, options.optim.batch_size, known)
         peer = training_peers(entry.method)[self.name]

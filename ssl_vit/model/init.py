@@ -32,14 +32,19 @@ def xavier_linears(*networks: nn.Module) -> None:
 def truncated_init(encoder: Encoder, *others: nn.Module) -> None:
     """DINO's: linear maps, tokens and trained positions truncated normal with σ = .02, zero biases
     (Caron et al. 2021, after Touvron et al. 2021)."""
-    for module in (m for part in (encoder, *others) for m in part.modules()):
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    truncated_linears(encoder, *others)
     vit = encoder.vit
     for token in (vit.cls_token, vit.reg_token):
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02)
     if vit.pos_embed is not None and vit.pos_embed.requires_grad:
         nn.init.trunc_normal_(vit.pos_embed, std=0.02)
+
+
+def truncated_linears(*networks: nn.Module) -> None:
+    """Linear maps truncated normal with σ = .02, zero biases."""
+    for module in (m for network in networks for m in network.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

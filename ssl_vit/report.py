@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from ssl_vit.commands.cli import run_door
+from ssl_vit.common.checks import check_file
 from ssl_vit.common.errors import check
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.layers import COMMAND_LINE, parse
@@ -34,13 +35,7 @@ class ReportConfig:
     """Seed of the projections of images."""
 
     def __post_init__(self) -> None:
-        out = Path(self.out).expanduser()
-        right = out.suffix.lower() in (".html", ".htm") and not out.is_dir()
-        check(
-            not self.out or right,
-            f"--out is {self.out!r}; the report is one HTML file, its name must end in .html",
-        )
-        check(out.parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(out.parent)!r}")
+        check_file(self.out, "the report is one HTML file", ".html", ".htm")
 
 
 def find_folders(given: tuple[str, ...]) -> list[Path]:

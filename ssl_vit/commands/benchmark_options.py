@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tyro.conf import Fixed, Suppress
 
 from ssl_vit.commands.pretrain_options import PretrainConfig
-from ssl_vit.common.checks import check_least, check_portion, check_positive
+from ssl_vit.common.checks import check_file, check_least, check_portion, check_positive
 from ssl_vit.common.errors import check
 
 M = TypeVar("M")
@@ -103,12 +102,7 @@ def check_out(out: str) -> None:
     Raises:
         UserError: no report can be written there.
     """
-    path = Path(out).expanduser()
-    check(
-        not out or (path.suffix == ".json" and not path.is_dir()),
-        f"--out is {out!r}; the report is a JSON file, its name must end in .json",
-    )
-    check(path.parent.is_dir(), f"--out is {out!r}; there is no folder {str(path.parent)!r}")
+    check_file(out, "the report is a JSON file", ".json")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ssl_vit.common.checks import check_least, check_size
+from ssl_vit.common.checks import check_features, check_file, check_least, check_size
 from ssl_vit.common.errors import check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.options import FEATURES, PATCHES, check_format
@@ -63,8 +63,7 @@ class EmbedConfig:
         check_least(self, 1, "batch_size")
         check_size(self, "size")
         allowed = ["cls", "mean", PATCHES, *(n for n in FEATURES if n not in ("cls", "mean"))]
-        strange = [name for name in self.features if name not in allowed]
-        check(not strange, f"--features has {strange}; allowed: {', '.join(allowed)}")
+        check_features(self.features, allowed)
         if self.out:
             check_format(self.out)
 
@@ -77,6 +76,6 @@ def check_place(out: Path) -> None:
     """
     folder = out.absolute().parent
     check(not out.is_dir(), f"--out is {str(out)!r}, a folder; name a file")
-    check(folder.is_dir(), f"--out is {str(out)!r}; there is no folder {str(folder)!r}")
+    check_file(str(out))
     usable = os.access(folder, os.W_OK)
     check(usable, f"--out is {str(out)!r}; nothing can be written to {str(folder)!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ssl_vit.common.checks import check_given, check_least, check_portion
+from ssl_vit.common.checks import check_features, check_given, check_least, check_portion
 from ssl_vit.common.errors import check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.options import FEATURES, KS, SegmentOptions
@@ -76,8 +76,7 @@ class FeatureConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        strange = [name for name in self.features if name not in FEATURES]
-        check(not strange, f"--features has {strange}; allowed: {', '.join(FEATURES)}")
+        check_features(self.features, FEATURES)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from ssl_vit.common.checks import check_size
+from ssl_vit.common.checks import check_file, check_size
 from ssl_vit.common.errors import check, did_you_mean
 from ssl_vit.weights.own_files import EXPORTS
 
@@ -37,5 +36,4 @@ class ExportConfig:
             self.to in ("", *EXPORTS),
             f"--to is {self.to!r}; it must be one of {names}{did_you_mean(self.to, EXPORTS)}",
         )
-        parent = Path(self.out).expanduser().absolute().parent
-        check(parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(parent)!r}")
+        check_file(self.out)

@@ -35,9 +35,9 @@ def neighbours(config: NeighboursConfig) -> Drawn:
             _open_gallery(config.data, scene.view.channels), config.gallery, config.seed
         )
     k = _enough(config.k, len(gallery), itself)
-    feature = config.pooling or _default_feature(scene.backbone)
+    feature = config.features or _default_feature(scene.backbone)
     allowed = scene.backbone.features
-    check(feature in allowed, f"--pooling is {feature!r}; of this encoder: {', '.join(allowed)}")
+    check(feature in allowed, f"--features is {feature!r}; of this encoder: {', '.join(allowed)}")
     look_at(gallery, scene.backbone, config.seed)
     if isinstance(scene.source, Files):
         read_images(scene.source, scene.view)  # raises for a file that cannot be read

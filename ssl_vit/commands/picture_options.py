@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from ssl_vit.common.checks import check_least, check_portion, check_size
+from ssl_vit.common.checks import check_file, check_least, check_portion, check_size
 from ssl_vit.common.errors import check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.options.base import Target
@@ -40,12 +39,7 @@ class PictureConfig:
     def __post_init__(self) -> None:
         check_least(self, 1, "count")
         check_size(self, "size")
-        out = Path(self.out).expanduser()
-        check(
-            not self.out or (out.suffix.lower() == ".png" and not out.is_dir()),
-            f"--out is {self.out!r}; the picture is a PNG file, its name must end in .png",
-        )
-        check(out.parent.is_dir(), f"--out is {self.out!r}; there is no folder {str(out.parent)!r}")
+        check_file(self.out, "the picture is a PNG file", ".png")
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,8 @@ class NeighboursConfig(PictureConfig):
     data: GalleryData = field(default_factory=GalleryData)
     k: int = 0
     """Neighbours shown for each image. 0: seven, or as many as there are."""
-    pooling: str = ""
-    """Feature: cls, mean, ... as --features of evaluate. Empty: the feature by which pretraining
+    features: str = ""
+    """Feature: cls, mean, ... as in evaluate. Empty: the feature by which pretraining
     monitors the method; for other encoders cls if they have it."""
     gallery: int = 10000
     """At most this many images of --data.train are searched, a seeded choice."""

@@ -7,7 +7,8 @@ and are named as they are. A tuple is checked value by value; None (not given) p
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from ssl_vit.common.errors import check
@@ -78,6 +79,28 @@ def check_range(config: Any, *options: str, most: float = 1.0) -> None:
         allowed = "0 < least <= most" + (f" <= {most:g}" if most < math.inf else "")
         fits = 0 < low <= high <= most and high < math.inf
         check(fits, f"{flag(config, option)} is {low:g} {high:g}; it must be {allowed}")
+
+
+def check_heads(config: Any, option: str, width: str, heads: int) -> None:
+    """Attention heads, which divide the width that another option gives."""
+    wide = getattr(config, width)
+    rule = f"it must divide {flag(config, width)}, {wide}"
+    check(wide % heads == 0, f"{flag(config, option)} is {heads}; {rule}")
+
+
+def check_file(out: str, what: str = "", *suffixes: str) -> None:
+    """Files to write, by ``--out``: in a folder that is there; where ``what`` it is has suffixes,
+    with one of them. Empty passes."""
+    path = Path(out).expanduser()
+    fits = not (out and suffixes) or (path.suffix.lower() in suffixes and not path.is_dir())
+    check(fits, f"--out is {out!r}; {what}, its name must end in {''.join(suffixes[:1])}")
+    check(path.parent.is_dir(), f"--out is {out!r}; there is no folder {str(path.parent)!r}")
+
+
+def check_features(features: Sequence[str], allowed: Collection[str]) -> None:
+    """Features of an encoder, by ``--features``: of those ``allowed``."""
+    strange = [name for name in features if name not in allowed]
+    check(not strange, f"--features has {strange}; allowed: {', '.join(allowed)}")
 
 
 def is_number(text: str) -> bool:

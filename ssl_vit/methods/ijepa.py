@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.common.checks import flag
+from ssl_vit.common.checks import check_heads, flag
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.figures import picture_rows, to_rgb
@@ -61,11 +61,7 @@ def heads(config: IJEPAConfig, encoder: Encoder) -> int:
         UserError: they do not divide its width.
     """
     heads = config.predictor_heads or encoder.vit.blocks[0].attn.num_heads
-    check(
-        config.predictor_width % heads == 0,
-        f"{flag(config, 'predictor_heads')} is {heads}; "
-        f"it must divide {flag(config, 'predictor_width')}, {config.predictor_width}",
-    )
+    check_heads(config, "predictor_heads", "predictor_width", heads)
     return int(heads)
 
 

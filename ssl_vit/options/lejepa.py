@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssl_vit.common.checks import (
+    check_below_one,
     check_divides,
     check_least,
     check_not_negative,
@@ -93,10 +94,7 @@ class LeJEPAConfig(MethodConfig):
     """Gaussian noise: its largest standard deviation, in those of the data set."""
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.sigreg_weight < 1,
-            f"{flag(self, 'sigreg_weight')} is {self.sigreg_weight:g}; it must lie in [0, 1)",
-        )
+        check_below_one(self, "sigreg_weight")
         check_least(self, 1, "directions", "head_depth", "head_width", "outputs", "global_crops")
         check_least(self, 0, "local_crops")
         check(

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssl_vit.common.checks import check_inside, check_least, check_range, check_share, flag
+from ssl_vit.common.checks import (
+    check_heads,
+    check_inside,
+    check_least,
+    check_range,
+    check_share,
+    flag,
+)
 from ssl_vit.common.errors import check
 from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
@@ -45,11 +52,7 @@ class MAEConfig(MethodConfig):
     def __post_init__(self) -> None:
         check_inside(self, "mask_ratio")
         check_least(self, 1, "decoder_width", "decoder_depth", "decoder_heads")
-        check(
-            self.decoder_width % self.decoder_heads == 0,
-            f"{flag(self, 'decoder_heads')} is {self.decoder_heads}; "
-            f"it must divide {flag(self, 'decoder_width')}, {self.decoder_width}",
-        )
+        check_heads(self, "decoder_heads", "decoder_width", self.decoder_heads)
         check_range(self, "crop_scale")
         check_share(self, "flip", "vertical_flip", "quarter_turns")
 

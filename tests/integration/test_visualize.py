@@ -240,7 +240,7 @@ def test_neighbours_among_others_and_among_themselves(room, monkeypatch, capsys)
     """As the encoder's features say; of digits the first numbers of each class are known."""
     monkeypatch.chdir(room.folder)
     base = ["neighbours", "--encoder", "gray", "--k", "4", "--count", "3", "--size", "16"]
-    base += ["--pooling", "mean"]
+    base += ["--features", "mean"]
     workers, real = [], neighbours.extract
     monkeypatch.setattr(
         neighbours, "extract", lambda *given: workers.append(given[3].workers) or real(*given)
@@ -474,7 +474,7 @@ SMALL_DINOV2 = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 0}
         ("neighbours", ("--gallery", "0"), ("--gallery is 0; it must be 1 or more",)),
         ("neighbours", ("--data.train", "nowhere"), ("--data.train", "'nowhere'")),
         ("neighbours", ("--k", "3", "--data.train", "flat:photos"), ("--k is 3", "are 2")),
-        ("neighbours", ("--pooling", "max"), ("--pooling is 'max'", "cls, mean")),
+        ("neighbours", ("--features", "max"), ("--features is 'max'", "cls, mean")),
         ("neighbours", ("--images", "photos/a.png", "torn.jpg"), ("torn.jpg", "truncated")),
         ("neighbours", ("--images", "none.png"), ("'none.png'",)),
         ("neighbours", ("--images", "photos/a.png"), ("--k is 1", "are 0 besides")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,12 +58,25 @@ def drawn(image: UInt8[np.ndarray, "h w 3"], what: Drawing) -> UInt8[np.ndarray,
 def _label(picture: Image.Image, text: str, left: int, top: int, background: str) -> None:
     """Write a text on a filled background, above the corner of its box where there is room."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=_TEXT)
+    text = _fitting(text, lambda some: draw.textlength(some, font) <= picture.width - 2 * _MARGIN)
     width, height = (int(v) + 2 * _MARGIN for v in draw.textbbox((0, 0), text, font=font)[2:])
     left = max(0, min(left, picture.width - width))
     top = top - height if top >= height else max(0, top)
     draw.rectangle((left, top, left + width - 1, top + height - 1), fill=background)
     ink = "black" if _luminance(background) > _EVEN else "white"
     draw.text((left + _MARGIN, top + _MARGIN), text, fill=ink, font=font)
+
+
+def _fitting(text: str, fits: Callable[[str], bool]) -> str:
+    """A label as it is or, where it does not fit, its name cut short: the score at its end stays."""
+    name, space, last = text.rpartition(" ")
+    if not last.isdecimal():
+        name, space, last = text, "", ""
+    shown = text
+    while name and not fits(shown):
+        name = name[:-1]
+        shown = f"{name.rstrip()}…{space}{last}"
+    return shown
 
 
 def _luminance(colour: str) -> float:

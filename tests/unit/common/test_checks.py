@@ -8,7 +8,10 @@ from typing import ClassVar
 import pytest
 
 from ssl_vit.common.checks import (
+    check_features,
+    check_file,
     check_given,
+    check_heads,
     check_least,
     check_length,
     check_not_negative,
@@ -116,6 +119,30 @@ def test_what_is_refused(check, value, said):
 def test_a_length_that_is_none(value):
     with pytest.raises(UserError, match=r"--method\.one-value is '"):
         check_length(Options(value), "one_value")
+
+
+def test_files_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    picture = "the picture is a PNG file", ".png"
+    for out in ("", "a.png", "A.PNG", f"{tmp_path}/a.png"):
+        check_file(out, *picture)
+    check_file("of_any_kind")
+    for out in ("a.jpg", "a", "folder.png"):
+        with pytest.raises(UserError, match="is a PNG file, its name must end in .png"):
+            check_file(out, *picture)
+    with pytest.raises(UserError, match=r"^--out is 'b/a.png'; there is no folder 'b'$"):
+        check_file("b/a.png", *picture)
+
+
+def test_features_and_heads():
+    check_features(("cls", "mean"), {"cls": 1, "mean": 2, "pixels": 3})
+    with pytest.raises(UserError, match=r"^--features has \['max'\]; allowed: cls, mean$"):
+        check_features(("cls", "max"), ("cls", "mean"))
+    made = dataclasses.make_dataclass("Wide", [("head_width", int)])
+    check_heads(made(96), "heads", "head_width", 3)
+    with pytest.raises(UserError, match=r"^--heads is 5; it must divide --head-width, 96$"):
+        check_heads(made(96), "heads", "head_width", 5)
 
 
 def test_every_option_is_checked():

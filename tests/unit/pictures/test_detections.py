@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from ssl_vit.pictures.detections import Drawing, drawn
+from ssl_vit.pictures.detections import Drawing, _fitting, drawn
 
 GRAY = np.full((200, 300, 3), 120, np.uint8)
 
@@ -39,6 +39,31 @@ def test_labels_stay_in_the_picture():
     assert columns.min() < 240
     assert rows.min() == 2
     assert (0, 0, 0) in colours(made[2:22, 215:])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("adenocarcinoma of the lung 93", "adenocarcin… 93"),
+        ("adenocarcinoma of the lung", "adenocarcinoma…"),
+        ("adenocarcinoma of 93", "adenocarcin… 93"),
+        ("a dog 93", "a dog 93"),
+        ("2024 9", "2024 9"),
+    ],
+)
+def test_a_long_name_is_cut_and_its_score_stays(text, shown):
+    assert _fitting(text, lambda some: len(some) <= 15) == shown
+
+
+def test_a_long_label_is_as_wide_as_a_small_picture():
+    """The score, at its end, is in it: the same pixels as of the label that is cut already."""
+    small = np.full((64, 100, 3), 120, np.uint8)
+    made = [
+        drawn(small, Drawing(boxes([5, 40, 60, 60]), [0], [f"{name} 93"]))
+        for name in ("adenocarcinoma of the lung", "adenocarcinoma of the liver")
+    ]
+    assert (made[0] == made[1]).all()
+    assert (made[0][20:40, 60:] == 255).all(-1).any()
 
 
 def test_the_first_label_is_uppermost():

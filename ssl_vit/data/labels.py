@@ -108,23 +108,17 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     if not wanted:
         source.groups = _groups(source, table, found, group)
         return source
-    several = len(wanted) > 1
     for name in wanted:
         allowed = ", ".join([name for name in table.header if name != image][:20])
         check(name in table.header, f"{path} has no column {name!r}; allowed: {allowed}")
-    if several:
-        values, named = _outcomes(table, wanted), tuple(wanted)
-        values = np.concatenate([values, np.full((1, len(wanted)), np.nan, dtype=np.float32)])
-    else:
-        numbers, named = _numbers(table, wanted[0])
-        values = np.append(numbers, -1)
+    values, named = _values(table, wanted)
     missing = np.flatnonzero(found < 0)
     if len(missing):
         text = "warning: %s has no line for %s of %s images, which have no label; the first: %s"
         first = source.name(int(missing[0]))
         log.warning(text, path, f"{len(missing):,}", f"{len(source):,}", first)
     shown = ", ".join(wanted[:4]) + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
-    origin = f"{'columns' if several else 'column'} {shown} of {path.name}"
+    origin = f"{'columns' if len(wanted) > 1 else 'column'} {shown} of {path.name}"
     taken = (image, group, *wanted)
     unused = ", ".join(name for name in table.header if name and name not in taken)
     text = "%s, for %s: labels from %s, images by column %s%s"
@@ -133,6 +127,15 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     if group:
         made.groups = _groups(source, table, found, group)
     return made
+
+
+def _values(table: Table, columns: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels of each line, and of none in a last row; names of the classes."""
+    if len(columns) > 1:
+        unknown = np.full((1, len(columns)), np.nan, dtype=np.float32)
+        return np.concatenate([_outcomes(table, columns), unknown]), tuple(columns)
+    numbers, named = _numbers(table, columns[0])
+    return np.append(numbers, -1), named
 
 
 def _groups(source: Source, table: Table, rows: np.ndarray, column: str) -> np.ndarray:
@@ -240,7 +243,7 @@ def _numbers(table: Table, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([number[cell] for cell in cells], dtype=np.int64), classes
 
 
-def _outcomes(table: Table, columns: list[str]) -> np.ndarray:
+def _outcomes(table: Table, columns: Sequence[str]) -> np.ndarray:
     """Outcomes of independent labels, float32 (n, L): 1, 0, or NaN for unknown."""
     made = []
     for name in columns:

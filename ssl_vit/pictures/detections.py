@@ -68,7 +68,7 @@ def _label(picture: Image.Image, text: str, left: int, top: int, background: str
 
 
 def _fitting(text: str, fits: Callable[[str], bool]) -> str:
-    """A label as it is or, where it does not fit, its name cut short: the score at its end stays."""
+    """A label as it is or, where that does not fit, its name cut short; its score stays."""
     name, space, last = text.rpartition(" ")
     if not last.isdecimal():
         name, space, last = text, "", ""

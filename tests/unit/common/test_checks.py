@@ -129,7 +129,7 @@ def test_files_to_write(tmp_path, monkeypatch):
         check_file(out, *picture)
     check_file("of_any_kind")
     for out in ("a.jpg", "a", "folder.png"):
-        with pytest.raises(UserError, match="is a PNG file, its name must end in .png"):
+        with pytest.raises(UserError, match=r"is a PNG file, its name must end in \.png$"):
             check_file(out, *picture)
     with pytest.raises(UserError, match=r"^--out is 'b/a.png'; there is no folder 'b'$"):
         check_file("b/a.png", *picture)

@@ -1,10 +1,10 @@
 """OpenMP's waits: whether threads that wait for others spin or sleep, chosen before torch loads.
 
 By default they spin, which is fastest on cores of one's own. Where another process has one of them,
-the thread that is behind gets no core while those that wait for it hold theirs: on 2 cores the MAE
-of the digits fell from 3,550 images/s to 1,000, at times to 200. With threads that sleep it keeps
-2,600 there, and has 1,800 when nothing else runs. No spin count between the two does for both, so
-the cores are measured. The choice changes no number that is computed.
+the thread that is behind gets no core while those that wait for it hold theirs: a training falls to
+less than a third, where one with threads that sleep keeps three quarters (docs/measured.md). No
+spin count between the two does for both, so the cores are measured. The choice changes no number
+that is computed.
 
 Of the standard library alone: OpenMP reads its environment when torch is imported.
 """

@@ -1,5 +1,5 @@
 """Benchmark command: ``python -m ssl_vit.benchmark step|loader|end-to-end|scale METHOD``,
-``quality``, ``device`` or ``scenes``.
+``detection``, ``quality``, ``device`` or ``scenes``.
 
 Options are read before torch is imported: what measures is imported late.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ssl_vit.commands import device_options, quality_options, scenes_options
+from ssl_vit.commands import detection_options, device_options, quality_options, scenes_options
 from ssl_vit.commands.benchmark_options import BENCHMARKS, check_out
 from ssl_vit.commands.cli import find_recipe, layered, run_door, split_config, subcommand
 from ssl_vit.commands.pretrain_options import default_options
@@ -20,7 +20,8 @@ _PROG = "python -m ssl_vit.benchmark"
 
 def parse_options(argv: Sequence[str]) -> tuple[str, str, Any]:
     """Benchmark, method name, and the options: method < YAML < command line."""
-    what = subcommand(argv, _PROG, "benchmark", [*BENCHMARKS, "quality", "device", "scenes"])
+    others = ["detection", "quality", "device", "scenes"]
+    what = subcommand(argv, _PROG, "benchmark", [*BENCHMARKS, *others])
     name = subcommand(argv[1:], f"{_PROG} {what}", "method", method_names())
     configs, flags = split_config(argv[2:])
     own, options = find_options(name), BENCHMARKS[what]
@@ -33,6 +34,11 @@ def parse_options(argv: Sequence[str]) -> tuple[str, str, Any]:
 
 def main(argv: list[str]) -> int:
     """Benchmark command; returns the exit status."""
+    if argv[:1] == ["detection"]:
+        given = detection_options.parse_options(argv[1:])
+        from ssl_vit.commands import detection
+
+        return detection.measure(given)
     if argv[:1] == ["quality"]:
         plan = quality_options.parse_options(argv[1:])
         from ssl_vit.commands import quality

@@ -66,6 +66,18 @@ def end_to_end_tables(report: dict[str, Any]) -> Iterator[TableOf]:
     yield _parts(report["breakdown"], "breakdown of our step")
 
 
+def detection_tables(report: dict[str, Any]) -> Iterator[TableOf]:
+    """Detection table: speed and memory of each network's step at each image size."""
+    rows: list[tuple[str, ...]] = []
+    for found in report["results"]:
+        name, memory = f"{found['size']} px, {found['network']}", found["peak_memory_bytes"]
+        rows.append((name, *_rate(found), gigabytes(memory)))
+    options, where = report["options"], machine(report["hardware"])
+    title = f"detection: images with {options['objects']} objects and masks, batches of "
+    title += f"{options['batch_size']}\n{report['precision']}, {where}"
+    yield TableOf(title, ("", "images/s", "range", "memory"), rows)
+
+
 def _changes(report: dict[str, Any]) -> TableOf:
     """Table of what has changed since an earlier report, and what else differs."""
     before, rows = report["baseline"], list[tuple[str, ...]]()

@@ -151,8 +151,13 @@ def measure(what: str, name: str, config: Any) -> None:
     benchmark = _BENCHMARKS[what]
     found = benchmark.report(name, find_method(name), config)
     report = {"benchmark": what, "method": name, **found, "options": asdict(config)}
-    benchmark.show(report)
-    if config.out:
-        out = Path(config.out).expanduser()
+    deliver(report, benchmark.show, config.out)
+
+
+def deliver(report: Report, show: Callable[[Report], None], file: str) -> None:
+    """Print a report, and write it to a file, if one is named."""
+    show(report)
+    if file:
+        out = Path(file).expanduser()
         write_text_atomically(out, json.dumps(report, indent=1) + "\n")
         print(f"report: {out}")

@@ -31,7 +31,8 @@ class DetectOptions:
     """Window attention of a plain ViT: side of a window in patches, as 14 or 16. 0: all blocks are
     global."""
     global_blocks: int = 4
-    """With windows: blocks that stay global, evenly spread, the last one among them."""
+    """With windows: blocks that stay global, evenly spread, the last one among them. In training
+    they are computed again in backward, to keep less."""
     masks: Literal["auto", "yes", "no"] = "auto"
     """Mask R-CNN, which finds masks too, or Faster R-CNN. auto: masks if all objects have one."""
     jitter: tuple[float, float] = (0.1, 2.0)

@@ -149,7 +149,8 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, fused: bool, dropout: float) -> T
 def use_windows(encoder: Encoder, grid: tuple[int, int], side: int, global_blocks: int) -> None:
     """Make an encoder attend within windows of ``side`` x ``side`` patches, in place, but for
     ``global_blocks`` evenly spread blocks, the last of which is the encoder's last; names and
-    values of its weights stay. Its images must have this grid from now on.
+    values of its weights stay. Its images must have this grid from now on. In training, global
+    blocks keep their input alone: their attention's weights are most of what a step would hold.
 
     Raises:
         UserError: there are not so many blocks, or their attention is of another kind.
@@ -164,6 +165,7 @@ def use_windows(encoder: Encoder, grid: tuple[int, int], side: int, global_block
     windows = Windows.of(grid, side)
     for number, block in enumerate(blocks):
         if number in ends:
+            block.recomputes = True
             continue
         kind = type(block.attn)
         check(kind in _WINDOWED, f"--detect.windows is for plain ViTs, not for {kind.__name__}")

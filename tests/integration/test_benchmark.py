@@ -195,6 +195,51 @@ def test_end_to_end(room, capsys):
     assert "bound by" in capsys.readouterr().out
 
 
+def test_detection(room, capsys):
+    """One table of all networks at each size; each is timed as often as asked for."""
+    network = ("--encoder.image-size", "32", "--encoder.width", "16", "--encoder.heads", "2")
+    blocks = ("--encoder.depth", "2", "--detect.global-blocks", "1", "--detect.windows", "2")
+    heads = ("--detect.width", "8", "--detect.proposals", "8", "--objects", "2")
+    counts = ("--sizes", "32", "64", "--batch-size", "2", "--repeats", "2", "--warm-up", "0")
+    options = (*network, *blocks, *heads, *counts, "--run.device", "cpu", "--out", "report.json")
+    assert main(["detection", *options]) == 0
+    report = json.loads((room / "report.json").read_text())
+    assert report["benchmark"] == "detection"
+    assert report["versions"]["torchvision"]
+    vit = "vit_small_patch16_224"
+    networks = ["maskrcnn_resnet50_fpn", f"{vit}, all blocks global", f"{vit}, windows of 2"]
+    rows = [(size, name) for size in (32, 64) for name in networks]
+    assert [(r["size"], r["network"]) for r in report["results"]] == rows
+    for result in report["results"]:
+        seconds = result["seconds_of_repeats"]
+        assert len(seconds) == 2
+        rate = 2 / statistics.median(seconds)
+        assert result["images_per_second"] == pytest.approx(rate, rel=1e-2)
+        assert np.isfinite(result["last_loss"])
+        assert result["peak_memory_bytes"] is None or result["peak_memory_bytes"] > 0
+    said = capsys.readouterr().out
+    assert "2 objects and masks, batches of 2" in said
+    assert all(f"{size} px, {name}" in said for size, name in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--sizes", "48", "60"), "--sizes is 60; it must be divisible by the patch size, 16"),
+        (("--sizes", "16"), "--sizes is 16; it must be 32 or more"),
+        (("--objects", "0"), "--objects is 0; it must be 1 or more"),
+        (("--detect.windows", "0"), "--detect.windows is 0; it must be 1 or more"),
+        (("--out", "report.txt"), "its name must end in .json"),
+        (("--sizes", "64", "--detect.global-blocks", "13"), "the encoder has 12 blocks"),
+    ],
+)
+def test_a_mistake_in_detection_is_one_line(room, flags, said):
+    with pytest.raises(UserError) as caught:
+        main(["detection", *flags])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_peers_library_that_is_missing_is_one_line():
     with pytest.raises(UserError, match=r"--against lightly needs nowhere.*'ssl_vit\[bench\]'"):
         library("lightly", "nowhere", "loss")

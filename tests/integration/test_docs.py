@@ -15,7 +15,13 @@ import pytest
 from launch import slurm
 from launch.options import LaunchConfig, merge_lists
 from ssl_vit import benchmark, evaluate, pretrain, report
-from ssl_vit.commands import device_options, quality_options, rescoring, scenes_options
+from ssl_vit.commands import (
+    detection_options,
+    device_options,
+    quality_options,
+    rescoring,
+    scenes_options,
+)
 from ssl_vit.commands.cli import layered, recipes, split_config, subcommand
 from ssl_vit.commands.compare_options import CompareConfig
 from ssl_vit.commands.detect_options import DetectConfig
@@ -114,7 +120,12 @@ def _visualize(argv: list[str]) -> None:
 
 
 def _benchmark(argv: list[str]) -> None:
-    others = {"quality": quality_options, "device": device_options, "scenes": scenes_options}
+    others = {
+        "detection": detection_options,
+        "quality": quality_options,
+        "device": device_options,
+        "scenes": scenes_options,
+    }
     if argv[0] in others:
         others[argv[0]].parse_options(argv[1:])
     else:

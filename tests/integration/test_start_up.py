@@ -48,6 +48,8 @@ CALLS = [
     ["visualize", "pca", "--count", "0"],
     *(["benchmark", name, "dino", "--help"] for name in ("step", "loader", "end-to-end", "scale")),
     ["benchmark", "step", "mae", "--repeats", "0"],
+    ["benchmark", "detection", "--help"],
+    ["benchmark", "detection", "--sizes", "8"],
     ["benchmark", "quality", "--help"],
     ["benchmark", "quality", "--minutes", "0"],
     ["benchmark", "device", "--help"],

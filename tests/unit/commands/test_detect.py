@@ -7,18 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ssl_vit import evaluate
 from ssl_vit.commands.detecting import Detection, parse_options
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Subset
 from ssl_vit.evaluators.detect import Detections, Found
+from ssl_vit.evaluators.start import open_start
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.run_files import read_rows
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.unit.coco_files import coco_at, content_of, written
+from tests.unit.weights import test_sam as sam
 
 TINY = EncoderConfig(
     arch="vit_tiny_patch16_224", image_size=(32,), patch_size=8, width=32, depth=2, heads=2
@@ -164,6 +168,36 @@ def test_images_have_the_encoders_channels_unless_others_are_asked_for(place, tm
     colour = session(folder, *gray, "--data.channels", "3")
     assert colour.task.backbone.body.network.channels == 3
     assert len(colour.images.mean) == 3
+
+
+OTHERS = {
+    "resnet18": ("random:timm:resnet18", "conv1"),
+    "swin": ("random:timm:swin_tiny_patch4_window7_224", "patch_embed.proj"),
+    "sam": ("random:sam.pth", "patch_embed.proj"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_networks_are_trained_and_scored(place, tmp_path, monkeypatch, kind):
+    """With stages, and SAM's encoder, of one stride: from the first weights on, but BatchNorm."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(sam.official(sam.network().state_dict()), "sam.pth")
+    encoder, first = OTHERS[kind]
+    options = ("--encoder", encoder, "--run.out", "out", "--run.length", "2st")
+    heads = ("--detect.proposals", "8", "--detect.detections", "5")
+    quick = ("--optim.warmup", "1st", "--data.workers", "0", *heads)
+    assert evaluate.main(["detect", *arguments(place[0]), *options, *quick]) == 0
+    card = json.loads((tmp_path / "out/detect.json").read_text())
+    assert card["step"] == 2
+    assert [score["features"] for score in card["scores"]] == ["boxes", "masks"]
+    assert all(0 <= score["metrics"]["ap"] <= 100 for score in card["scores"])
+    assert card["detector"]["strides"] == [4, 8, 16, 32, 64]
+    before = open_start(encoder, EncoderConfig(), 3, 0).module.state_dict()
+    after = load_file(tmp_path / "out/detector.safetensors")
+    own = "backbone.body.network."
+    moved = {n for n, v in before.items() if not torch.equal(v, after[f"{own}{n}"])}
+    assert f"{first}.weight" in moved
+    assert not any("bn" in name for name in moved)
 
 
 def test_images_that_are_enlarged_much_are_told(place):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,11 @@ from ssl_vit.evaluators.detector import HeadSizes, KeyedSampler, build_detector
 from ssl_vit.evaluators.pyramid import SimplePyramid, backbone_of, set_image_size
 from ssl_vit.evaluators.start import Start
 from ssl_vit.model.architecture import without_memory
+from ssl_vit.model.block import recomputing_nothing
+from ssl_vit.model.drop_path import batch_share
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.windows import Windows, use_windows
+from ssl_vit.training.parallel import autocast, casts_kept
 from tests.unit.coco_files import coco_at, content_of, written
 
 TINY = EncoderConfig(
@@ -218,11 +222,12 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def kept_for_backward(windows: int) -> int:
-    """Bytes that live after a forward pass of a ViT-B on an image of 1,024 pixels: what backward
-    needs, where attention keeps its weights. On the meta device, where nothing is computed."""
+def bytes_of_a_step(windows: int, arch: str = "vit_base_patch16_224") -> tuple[int, int]:
+    """Most bytes that live in a forward and backward pass of an encoder on an image of 1,024
+    pixels, weights' gradients included, and those that live between the two; where attention keeps
+    its weights. On the meta device, where nothing is computed."""
     with without_memory():
-        encoder = Encoder(EncoderConfig(arch="vit_base_patch16_224"), 3).train()
+        encoder = Encoder(EncoderConfig(arch=arch), 3).train()
         images = torch.zeros(1, 3, 1024, 1024)
     for block in encoder.vit.blocks:
         block.attn.fused_attn = False
@@ -232,15 +237,60 @@ def kept_for_backward(windows: int) -> int:
         patches = encoder(images).patches
         kept = live.now
         patches.sum().backward()
-    print(f"windows {windows}: kept {kept / 1e9:.2f} GB, peak {live.peak / 1e9:.2f} GB")
+    print(f"{arch}, windows {windows}: peak {live.peak / 1e9:.2f} GB, kept {kept / 1e9:.2f} GB")
     assert encoder.vit.patch_embed.proj.weight.grad is not None
-    return kept
+    return live.peak, kept
 
 
 def test_windows_need_at_most_half_the_memory_at_1024_pixels():
-    everywhere, within = kept_for_backward(0), kept_for_backward(16)
-    assert everywhere > 12 * 12 * 4096**2 * 4  # the weights alone
-    assert within < everywhere / 2, (within, everywhere)
+    everywhere, within = bytes_of_a_step(0), bytes_of_a_step(16)
+    assert everywhere[1] > 12 * 12 * 4096**2 * 4  # the weights alone
+    assert within[0] < everywhere[0] / 2, (within, everywhere)
+    assert within[1] < everywhere[1] / 2, (within, everywhere)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_global_blocks_beside_windows_are_computed_again_in_backward(precision):
+    """With the same gradients to the bit as without: also of several parts of a step, which share
+    rounded weights, and with stochastic depth."""
+    torch.manual_seed(0)
+    encoder = Encoder(replace(TINY, drop_path=0.3), 3).train()
+    encoder = encoder.double() if precision == torch.float64 else encoder
+    use_windows(encoder, (4, 6), 3, 2)
+    calls = [0] * 4
+    for number, block in enumerate(encoder.vit.blocks):
+        block.norm1.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
+    images = torch.rand(2, 4, 3, 32, 48, dtype=encoder.vit.pos_embed.dtype)
+
+    def gradients() -> list[torch.Tensor]:
+        encoder.zero_grad()
+        with casts_kept(images.device):
+            for part in images:
+                with batch_share(0, 1, 4, key=7), autocast(images.device, precision):
+                    loss = encoder(part).patches.square().mean()
+                loss.backward()
+        return [p.grad for p in encoder.parameters()]
+
+    again = gradients()
+    assert calls == [2, 4, 2, 4]
+    with recomputing_nothing(encoder):
+        expected = gradients()
+    assert calls == [4, 6, 4, 6]
+    assert all(torch.equal(one, two) for one, two in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize(("frozen", "windows"), [(False, 2), (True, 2), (False, 0)])
+def test_blocks_are_computed_again_only_for_windows_and_training(frozen, windows):
+    options = {"frozen": frozen, "windows": windows, "global_blocks": 4}
+    backbone = backbone_of(start_of(replace(TINY, depth=5)), FRAME, 16, **options)
+    blocks, calls = backbone.body.network.vit.blocks, []
+    for block in blocks:
+        block.norm1.register_forward_hook(lambda *_: calls.append(1))
+    sum(level.sum() for level in backbone.train()(torch.rand(1, 3, *FRAME)).values()).backward()
+    assert len(calls) == (9 if windows and not frozen else 5)
+    assert (blocks[0].norm1.weight.grad is None) == frozen
+    backbone.eval()(torch.rand(1, 3, *FRAME))
+    assert len(calls) == (14 if windows and not frozen else 10)
 
 
 def test_sampling_is_a_function_of_the_image_alone():

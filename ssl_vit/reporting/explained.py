@@ -124,6 +124,8 @@ _PICTURES = {
     "segment-boundaries": "Boundaries between classes of pixels by the segmentation probe on the "
     "encoder.",
     "maps": "True and predicted depths by the depth probe on the encoder.",
+    "nearest": "Queries, and the images that retrieval ranks first: right ones and others.",
+    "query": "Where the attentive probe's query attends in validation images.",
     "copies": "Images that are on both sides of the split, from the most to the least similar.",
     "within": "Images of which the set has another copy, from the most to the least similar.",
 }

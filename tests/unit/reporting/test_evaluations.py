@@ -22,6 +22,8 @@ DOORS = {
     "segment": ("pairs", "--epochs", "1"),
     "depth": ("depth", "--epochs", "1", "--scale", "0.001"),
     "copies": ("flat",),
+    "retrieval": ("flat", "--data.labels", "labels.csv"),
+    "attentive": ("flat", "--data.labels", "labels.csv", "--epochs", "1"),
     "finetune-pairs": ("pairs", *TUNE),
     "finetune-depth": ("depth", *TUNE, "--depth.scale", "0.001"),
     "detect": ("coco", *TUNE, *DETECT),
@@ -32,6 +34,8 @@ DOORS = {
 def run(tmp_path_factory):
     """A run's folder after every door that leaves pictures, each with its default names."""
     folder = tmp_path_factory.mktemp("evaluated")
+    lines = [f"{i:06d}.png,{'even' if i % 2 == 0 else 'odd'}" for i in range(10)]
+    (folder / "labels.csv").write_text("\n".join(["name,class", *lines]))
     for part, count in (("train", 10), ("val", 4)):
         studio = open_studio("digits:val", "", 48, 3, 0)  # the first scenes are in both parts
         write_scenes(studio, count, folder / part, [str(n) for n in range(10)])
@@ -49,6 +53,7 @@ def run(tmp_path_factory):
             for text in (f"--data.{part}", f"{kind}:{folder / place.format(part)}")
         ]
         name = door.partition("-")[0]
+        options = [str(folder / o) if o.endswith(".csv") else o for o in options]
         sets += ["--data.workers", "0", "--encoder", str(run), *options]
         assert evaluate.main([name, *sets]) == 0
     return run
@@ -58,9 +63,11 @@ def test_every_score_and_every_picture_is_found(run):
     story = read_story(run)
     files = {str(scored.file.relative_to(run)) for scored in story.scores}
     tuned = ("finetune-pairs/finetune.json", "finetune-depth/finetune.json", "detect/detect.json")
-    assert files == {"segment.json", "depth.json", "copies.json", *tuned}
+    frozen = {f"{name}.json" for name in ("segment", "depth", "copies", "retrieval", "attentive")}
+    assert files == {*frozen, *tuned}
     assert story.pictures.keys() == {
         *("pca", "segment-boundaries", "depth-maps", "copies"),
+        *("retrieval-nearest", "attentive-query"),
         *("finetune-pairs/boundaries", "finetune-depth/depths", "detect/detections"),
     }
     assert story.pictures["pca"][10].parent.name == "pca", "the panel, not its copy"

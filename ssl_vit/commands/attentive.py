@@ -1,4 +1,4 @@
-"""Attentive probe command: from options to scores and card."""
+"""Attentive probe command: from options to scores, card and picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.commands.probes import Result, scores_of
 from ssl_vit.common.errors import check
 from ssl_vit.evaluators.attentive import AttentiveProtocol, attentive_probe
+from ssl_vit.evaluators.attentive_picture import query_picture
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.online import source_targets
 from ssl_vit.evaluators.scores import check_labels
@@ -22,7 +23,7 @@ log = logging.getLogger("ssl_vit")
 
 
 def attentive(config: AttentiveConfig) -> Result:
-    """Attentive probe score."""
+    """Attentive probe score, and where its query attends."""
     check(
         not config.encoder.startswith("pixels:"),
         f"--encoder is {config.encoder!r}; raw pixels have no tokens to attend to",
@@ -46,10 +47,11 @@ def attentive(config: AttentiveConfig) -> Result:
         made = read_tokens(reader, by.sources["held_out"], config.cache_gb)
         by.read("held_out", made.rows)
         held_out = replace(made, mean=tokens.mean, std=tokens.std)
-    found, val = attentive_probe(tokens, by.sources["val"], protocol, held_out)
+    found, val, head = attentive_probe(tokens, by.sources["val"], protocol, held_out)
     by.read("val", val)
     card = by.card("attentive", protocol={"name": protocol.name, **asdict(protocol)})
-    return scores_of([found], val, by), card, by.out("attentive")
+    picture = query_picture(head, tokens, by.sources["val"], val.index)
+    return scores_of([found], val, by), card, by.out("attentive"), {"query": picture}
 
 
 def protocol_of(config: AttentiveConfig) -> AttentiveProtocol:

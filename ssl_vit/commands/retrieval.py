@@ -1,12 +1,14 @@
-"""Retrieval command: from options to scores and card."""
+"""Retrieval command: from options to scores, card and picture."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ssl_vit.commands.evaluating import Evaluation
@@ -18,14 +20,40 @@ from ssl_vit.evaluators.cache import labels_sha256
 from ssl_vit.evaluators.features import FeatureSet
 from ssl_vit.evaluators.intervals import mean_interval
 from ssl_vit.evaluators.options import FEATURES
-from ssl_vit.evaluators.ranking import Ranked, Relevant, by_labels, by_pairs, itself, rank_queries
+from ssl_vit.evaluators.ranking import (
+    Ranked,
+    Relevant,
+    by_labels,
+    by_pairs,
+    first_ranked,
+    itself,
+    rank_queries,
+)
 from ssl_vit.evaluators.score import Score
 from ssl_vit.evaluators.scores import class_name, labelled
 from ssl_vit.evaluators.whitening import Whitening
+from ssl_vit.pictures.boundaries import evenly
+from ssl_vit.pictures.neighbours import neighbours_panel
+from ssl_vit.pictures.thumbnails import thumbnails
+
+_SHOWN, _FIRST, _PIXELS = 8, 5, 112
+
+
+@dataclass(frozen=True)
+class Search:
+    """Search: what is asked, and what of the gallery is right, and not ranked, for each query."""
+
+    by: Evaluation
+    queries: FeatureSet
+    gallery: FeatureSet
+    relevant: Relevant
+    excluded: Relevant | None
+    right: str
+    """What a right answer is, in words."""
 
 
 def retrieval(config: RetrievalConfig) -> Result:
-    """Retrieval scores for every feature."""
+    """Retrieval scores for every feature, and a picture of the best one's first answers."""
     by = Evaluation(config, needs_val=False, plain=True, labelled=not config.positives)
     gallery = by.features("train")
     queries = by.features("val") if "val" in by.sources else gallery
@@ -36,15 +64,20 @@ def retrieval(config: RetrievalConfig) -> Result:
         # Queries without a positive are not ranked.
         asked, numbers = pairs[0].unique(return_inverse=True)
         relevant = by_pairs(numbers, pairs[1], len(gallery.index))
-        rows = queries.take(asked)
+        rows, right = queries.take(asked), "a positive of the query"
     else:
         relevant, rows = _same_label(queries, gallery), queries
         asked = torch.arange(len(queries.index))
+        right = "of the query's class" if rows.labels.ndim == 1 else "with a label of the query's"
     excluded = _excluded(queries, gallery, asked, grouped=not config.positives)
-    scores = [_score(name, by, rows, gallery, relevant, excluded) for name in by.names]
+    search = Search(by, rows, gallery, relevant, excluded, right)
+    made = {name: _score(name, search) for name in by.names}
+    best = max(made, key=lambda name: made[name][0].value)
     how = "validation set against training set" if "val" in by.sources else "leave-one-out"
     about = {"judged_on": how, "whitening": config.whitening, "positives": told or "labels"}
-    return scores, by.card("retrieval", **about), by.out("retrieval")
+    card, scores = by.card("retrieval", **about), [score for score, _ in made.values()]
+    picture = _picture(best, search, made[best][1])
+    return scores, card, by.out("retrieval"), {"nearest": picture}
 
 
 def _same_label(queries: FeatureSet, gallery: FeatureSet) -> Relevant:
@@ -86,25 +119,26 @@ def _excluded(
     return lambda rows: own(asked[rows])
 
 
-def _score(
-    name: str,
-    by: Evaluation,
-    queries: FeatureSet,
-    gallery: FeatureSet,
-    relevant: Relevant,
-    excluded: Relevant | None,
-) -> Score:
-    """Score of one feature."""
+def _parts(name: str, search: Search) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """A feature of the gallery and of the queries, whitened if asked for; and what to say of it."""
+    config = search.by.config
+    assert isinstance(config, RetrievalConfig)
+    bank, asked = (
+        [found.parts[part] for part in FEATURES[name]] for found in (search.gallery, search.queries)
+    )
+    if not config.whitening:
+        return bank, asked, {}
+    flat = Whitening.of(bank)
+    return [flat(bank)], [flat(asked)], {"shrinkage": flat.shrinkage}
+
+
+def _score(name: str, search: Search) -> tuple[Score, Int64[Tensor, " u"]]:
+    """Score of one feature, and the queries that have a positive."""
+    by, queries, gallery = search.by, search.queries, search.gallery
     config = by.config
     assert isinstance(config, RetrievalConfig)
-    bank = [gallery.parts[part] for part in FEATURES[name]]
-    asked = [queries.parts[part] for part in FEATURES[name]]
-    details: dict[str, Any] = {}
-    if config.whitening:
-        flat = Whitening.of(bank)
-        bank, asked = [flat(bank)], [flat(asked)]
-        details["shrinkage"] = flat.shrinkage
-    ranked = rank_queries(bank, asked, relevant, by.device, excluded)
+    bank, asked, details = _parts(name, search)
+    ranked = rank_queries(bank, asked, search.relevant, by.device, search.excluded)
     usable = ranked.positives > 0
     check(bool(usable.any()), "no query has a positive among the images that are searched")
     details |= {"queries": int(usable.sum()), "gallery": len(gallery.index)}
@@ -115,7 +149,27 @@ def _score(
     interval = mean_interval(100 * ranked.precision[usable].numpy(), config.seed, groups)
     setting = "whitened cosine" if config.whitening else "cosine"
     by_class = {} if config.positives else _per_class(ranked, queries.labels, by.classes)
-    return Score(name, setting, ranked.metrics(), interval, by_class, None, details)
+    score = Score(name, setting, ranked.metrics(), interval, by_class, None, details)
+    return score, usable.nonzero()[:, 0]
+
+
+def _picture(
+    name: str, search: Search, usable: Int64[Tensor, " u"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Neighbours panel of some queries, evenly spread: what is ranked first by a feature."""
+    by, queries, gallery = search.by, search.queries, search.gallery
+    bank, asked, _ = _parts(name, search)
+    rows = usable[evenly(len(usable), _SHOWN)]
+    places, cosines = first_ranked(bank, asked, rows, _FIRST, by.device, search.excluded)
+    right = search.relevant(rows).cpu().gather(1, places)
+    train = by.sources["train"]
+    val = by.sources.get("val", train)
+    images = thumbnails(val, queries.index[rows].tolist(), by.backbone.view, _PIXELS)
+    found = gallery.index[places.flatten()].tolist()
+    shown = thumbnails(train, found, by.backbone.view, _PIXELS)
+    about = f"Queries, and the images ranked first of {len(gallery.index):,} by {name} features."
+    shown = shown.reshape(*places.shape, *shown.shape[1:])
+    return neighbours_panel(images, shown, cosines, right, about, search.right)
 
 
 def _per_class(ranked: Ranked, labels: Tensor, classes: tuple[str, ...] | None) -> dict[str, float]:

@@ -173,11 +173,12 @@ def attentive_probe(
     val: Source,
     protocol: AttentiveProtocol,
     held_out: TokenSet | None = None,
-) -> tuple[Prediction, FeatureSet]:
+) -> tuple[Prediction, FeatureSet, AttentiveHead]:
     """Attentive probe: predict ``val`` with the head selected from the grid, without its labels.
 
-    The selected head is retrained on all training images. Returns the prediction, and the readable
-    images of ``val`` with their labels. ``held_out`` must be standardised as ``tokens`` is.
+    The selected head is retrained on all training images. Returns the prediction, the readable
+    images of ``val`` with their labels, and the head. ``held_out`` must be standardised as
+    ``tokens`` is.
 
     Raises:
         UserError: fewer than two images, or heads that do not divide the width.
@@ -198,7 +199,7 @@ def attentive_probe(
     setting = f"{asked}, {heads}, lr={rate:g}"
     details = _details(protocol, found, tokens, head)
     details |= {} if chosen is not None else {"selection": NOT_CHOSEN}
-    return Prediction("patches", setting, guesses, details), rows
+    return Prediction("patches", setting, guesses, details), rows, head
 
 
 def _details(

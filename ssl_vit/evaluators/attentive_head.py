@@ -62,15 +62,22 @@ class AttentiveHead(nn.Module):
         which are few, instead of to each token.
         """
         tokens = self.blocks(tokens)
-        query, key, value = (
+        value = self.value.unflatten(0, (self.heads, -1))
+        sums = (self._weights(tokens) @ tokens).unflatten(1, (self.heads, -1))
+        return torch.einsum("bhqd,hed->bqhe", sums, value).flatten(2)
+
+    def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b h q n"]:
+        """Attention of each query in each head, which sums to one over the tokens."""
+        return self._weights(self.blocks(tokens)).unflatten(1, (self.heads, -1))
+
+    def _weights(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b hq n"]:
+        """Attention to tokens that have been through the blocks, head by head."""
+        query, key = (
             self.query.unflatten(1, (self.heads, -1)),
             self.key.unflatten(0, (self.heads, -1)),
-            self.value.unflatten(0, (self.heads, -1)),
         )
         asked = torch.einsum("qhe,hed->hqd", query, key) * key.shape[1] ** -0.5
-        weights = (asked.flatten(0, 1) @ tokens.mT).softmax(2)
-        sums = (weights @ tokens).unflatten(1, (self.heads, -1))
-        return torch.einsum("bhqd,hed->bqhe", sums, value).flatten(2)
+        return (asked.flatten(0, 1) @ tokens.mT).softmax(2)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b c"]:
         """Logits of all outputs."""

@@ -66,20 +66,45 @@ def rank_queries(
     step = max(1, _CELLS // n)
     for start in range(own.start, max(own.stop, own.start + 1), step):
         rows = torch.arange(start, min(start + step, own.stop))
-        asked = unit([part[rows] for part in queries], 0, len(rows), device)
-        chunks = [
-            asked @ unit(gallery, at, at + _BANK_ROWS, device).T for at in range(0, n, _BANK_ROWS)
-        ]
-        cosines, positive = torch.cat(chunks, dim=1), relevant(rows).to(device)
-        if excluded is not None:
-            out = excluded(rows).to(device)
-            cosines.masked_fill_(out, -torch.inf)
-            positive &= ~out
-        found.append(_judged(cosines, positive))
+        cosines = _cosines(gallery, queries, rows, device, excluded)
+        found.append(_judged(cosines, relevant(rows).to(device) & cosines.isfinite()))
     precision, first, positives = (
         gather_rows(torch.cat(parts)) for parts in zip(*found, strict=True)
     )
     return Ranked(precision, first, positives)
+
+
+def first_ranked(
+    gallery: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    rows: Int64[Tensor, " b"],
+    k: int,
+    device: torch.device,
+    excluded: Relevant | None = None,
+) -> tuple[Int64[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """What :func:`rank_queries` ranks first for a few queries (rows): rows of the gallery, and
+    cosines, on the CPU; fewer than ``k`` where fewer are ranked."""
+    cosines = _cosines(gallery, queries, rows, device, excluded)
+    k = min(k, int(cosines.isfinite().sum(1).min()))
+    cosines, order = cosines.sort(dim=1, descending=True, stable=True)
+    return order[:, :k].cpu(), cosines[:, :k].cpu()
+
+
+def _cosines(
+    gallery: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    rows: Int64[Tensor, " b"],
+    device: torch.device,
+    excluded: Relevant | None,
+) -> Float[Tensor, "b n"]:
+    """Cosines of some queries with the whole gallery; minus infinity where it is excluded."""
+    asked = unit([part[rows] for part in queries], 0, len(rows), device)
+    starts = range(0, len(gallery[0]), _BANK_ROWS)
+    found = [asked @ unit(gallery, at, at + _BANK_ROWS, device).T for at in starts]
+    cosines = torch.cat(found, dim=1)
+    if excluded is not None:
+        cosines.masked_fill_(excluded(rows).to(device), -torch.inf)
+    return cosines
 
 
 def _judged(

@@ -26,13 +26,20 @@ log = logging.getLogger("ssl_vit")
 
 @dataclass(frozen=True)
 class TokenReader:
-    """Token reader: ``tokens`` maps normalised images to (b, n, D), D being ``width``; in half
-    precision throughout, so that the score is the same whether tokens are kept or recomputed."""
+    """Token reader: the places of the last of ``maps`` are an image's tokens, ``width`` wide; in
+    half precision throughout, so that the score is the same whether tokens are kept or recomputed.
+    """
 
-    tokens: Callable[[Tensor], Tensor]
+    maps: Callable[[Tensor], list[Tensor]]
     width: int
     view: View
     machine: Machine
+
+    def map(self, images: Float[Tensor, "b c h w"]) -> Float16[Tensor, "b d r s"]:
+        """Tokens of normalised images, on the device, where they are in the image."""
+        # Not inference mode, whose tensors could not be trained on.
+        with torch.no_grad(), autocast(self.machine.device, self.machine.precision):
+            return self.maps(images)[-1].half()
 
     def batches(self, source: Source, size: int = 0) -> Iterator[tuple[Tensor, Batch]]:
         """Tokens (b, n, D) of every readable image in order, on the device, with their batch;
@@ -49,9 +56,7 @@ class TokenReader:
         for batch in eval_batches(images, size, workers, device.type == "cuda"):
             made = torch.empty(0)
             if batch.views.crops:
-                # Not inference mode, whose tensors could not be trained on.
-                with torch.no_grad(), autocast(device, self.machine.precision):
-                    made = self.tokens(normalize(batch.views.to(device)).crops[0]).half()
+                made = self.map(normalize(batch.views.to(device)).crops[0]).flatten(2).mT
                 finite = bool(made.isfinite().all())
                 check(finite, f"the encoder's tokens of {source.spec} are not finite in 16 bits")
             yield made, batch
@@ -65,11 +70,7 @@ def token_reader(backbone: Backbone, machine: Machine) -> TokenReader:
         UserError: raw pixels, or a network without feature maps.
     """
     maps = maps_of(backbone)
-
-    def tokens(images: Tensor) -> Tensor:
-        return maps(images)[-1].flatten(2).mT
-
-    return TokenReader(tokens, maps.widths[-1], backbone.view, machine)
+    return TokenReader(maps, maps.widths[-1], backbone.view, machine)
 
 
 @dataclass(frozen=True)

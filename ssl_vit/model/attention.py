@@ -101,12 +101,14 @@ def attention_panel(
     attention: Float[Tensor, "b heads n"],
     grid: tuple[int, int],
     mass: float = 0.6,
+    whose: str = "[CLS] in the last block",
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Attention maps as one picture: for each image the image itself and what its heads look at.
 
     Cells: the image; the mean over heads as a heat map upon it; the image where the mean holds
     ``mass`` of its attention, dimmed elsewhere; the patches that hold ``mass`` of each head's,
     in the colour of the head that looks there most; then a heat map a head, framed in its colour.
+    ``whose``: attention, for the caption.
     """
     shown = enlarged(images)
     size = (shown.shape[1], shown.shape[2])
@@ -126,7 +128,7 @@ def attention_panel(
     for head in range(heads):
         columns[f"head {head + 1}"] = _framed(maps[:, head], colours[head])
     caption = (
-        "Attention of [CLS] to the patches in the last block. Maps run from each one's own least "
+        f"Attention of {whose} to the patches. Maps run from each one's own least "
         f"(dark) to its most (light). {share}: the fewest patches that hold this much of the "
         "attention to patches; of heads, in the colour of the head that looks there most."
     )

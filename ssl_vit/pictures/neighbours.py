@@ -21,13 +21,14 @@ def neighbours_panel(
     similarity: Float[np.ndarray, "q k"] | Float[Tensor, "q k"],
     same: Bool[np.ndarray, "q k"] | Bool[Tensor, "q k"] | None,
     about: str = "",
+    right: str = "of the query's class",
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Nearest-neighbour panel: a row per query, then its neighbours, each with its cosine below.
 
     Args:
-        same: whether a neighbour has the query's class, shown by the colour of its frame and a mark
+        same: whether a neighbour is what it should be, shown by the colour of its frame and a mark
             in its corner; None: unknown, nothing is framed.
-        about: beginning of the caption.
+        about: beginning of the caption; ``right``: what a neighbour should be, in words.
     """
     cosines = np.asarray(similarity)
     width = max(_LEAST, _WIDTH // (cosines.shape[1] + 1) - 4)
@@ -46,8 +47,7 @@ def neighbours_panel(
     if same is not None:
         hits, count = int(np.asarray(same).sum()), np.asarray(same).size
         caption += (
-            "Blue, with a tick: of the query's class; orange, with a cross: of another. "
-            f"{hits} of {count} are of the query's class."
+            f"Blue, with a tick: {right}; orange, with a cross: not. {hits} of {count} are {right}."
         )
     return picture_rows(columns, caption, wrap=max(4, _WIDTH // (columns["query"].shape[2] + 4)))
 

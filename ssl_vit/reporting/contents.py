@@ -11,7 +11,7 @@ from typing import Any
 from ssl_vit.commands.pretrain_options import PretrainConfig, default_options
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import as_written
-from ssl_vit.evaluators.score import BEST
+from ssl_vit.evaluators.score import BEST, UNITS
 from ssl_vit.methods import find_options
 from ssl_vit.reporting.advice import advise
 from ssl_vit.reporting.charts import confusion, landscape
@@ -41,7 +41,7 @@ def part_of(story: Story, colour: str, seed: int) -> dict[str, Any]:
         "stages": shown,
         "map": made_map,
         "scores": [score_row(scored, story.run.folder) for scored in story.scores],
-        "cards": cards(story.scores),
+        "cards": cards(story.scores, story.run.folder),
         "confusion": _confusion(story),
         "options": options(story),
         "versions": _versions(story),
@@ -79,9 +79,9 @@ def score_row(scored: Scored, folder: Path) -> dict[str, str]:
         "metric": first,
         "value": f"{scored.first:.2f}",
         "interval": f"{low:.1f} to {high:.1f}",
-        "more": ", ".join(f"{name} {score.metrics[name]:.1f}" for name in rest),
+        "more": ", ".join(f"{n} {score.metrics[n]:.{4 if n in UNITS else 1}f}" for n in rest),
         "step": f"{step:,}" if isinstance(step, int) else "",
-        "file": scored.file.name,
+        "file": scored.file.relative_to(folder).as_posix(),
     }
 
 
@@ -94,11 +94,11 @@ def _step(scored: Scored, folder: Path) -> Any:
     return encoder.get("step") if isinstance(encoder, dict) and last else None
 
 
-def cards(scores: list[Scored]) -> list[dict[str, str]]:
-    """The protocol of each result file, as JSON for people."""
+def cards(scores: list[Scored], folder: Path) -> list[dict[str, str]]:
+    """The protocol of each result file of a run's folder, as JSON for people."""
     by_file = {scored.file: scored for scored in scores}
     return [
-        {"file": file.name, "text": json.dumps(scored.card, indent=1)}
+        {"file": file.relative_to(folder).as_posix(), "text": json.dumps(scored.card, indent=1)}
         for file, scored in by_file.items()
     ]
 

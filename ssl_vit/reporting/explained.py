@@ -57,6 +57,28 @@ _LAST = {
         "Average precision over IoU 0.50 to 0.95 and classes, by pycocotools; it should rise.",
     ),
     "val_mask_ap": Scalar("AP of masks on held-out images, %", "As that of boxes."),
+    "pixel_accuracy": Scalar(
+        "Pixels of the right class, share", "Of the crops that are trained on; it should rise."
+    ),
+    "val_miou": Scalar(
+        "Mean IoU on held-out images, %",
+        "Overlap of true and predicted pixels of a class, mean over classes; it should rise.",
+    ),
+    "val_dice": Scalar("Dice on held-out images, %", "Mean over classes; it rises with mean IoU."),
+    "val_pixel_accuracy": Scalar("Pixels of the right class on held-out images, %"),
+    "val_class_accuracy": Scalar("The same, as the mean over classes, %"),
+    "abs_rel": Scalar(
+        "Error of depths, share", "Of the depth, on the crops that are trained on.", falls=True
+    ),
+    "val_delta1": Scalar(
+        "Delta1 on held-out images, %",
+        "Share of pixels whose depth is right within a factor of 1.25; it should rise.",
+    ),
+    "val_delta2": Scalar("Delta2 on held-out images, %", "The same, within 1.25 squared."),
+    "val_delta3": Scalar("Delta3 on held-out images, %", "The same, within 1.25 cubed."),
+    "val_abs_rel": Scalar("Error of depths on held-out images, % of the depth", "", falls=True),
+    "val_rmse": Scalar("RMSE on held-out images, in the unit of depth", "", falls=True),
+    "val_log10": Scalar("Error of the logarithm of depths on held-out images", "", falls=True),
     "grad_norm": Scalar(
         "Gradient norm",
         "Before clipping. Single peaks are normal; a steady climb asks for a lower rate.",
@@ -85,12 +107,46 @@ _EVALUATORS = {
     "attentive": "attentive probe",
     "finetune": "fine-tuning",
     "detect": "detection",
+    "segment": "segmentation probe",
+    "depth": "depth probe",
+}
+# By a picture's name, or by what stands behind its last hyphen.
+_PICTURES = {
+    "reconstruction": "The same images, masked alike, at every look: what is hidden, and what is "
+    "made of it.",
+    "attention": "Where [CLS] looks in the last block.",
+    "pca": "The first three principal components of all patches as red, green and blue: parts that "
+    "the encoder takes for alike get the same colour.",
+    "neighbours": "Held-out images, and those whose features are nearest.",
+    "detections": "Annotated objects, and what the detector finds.",
+    "boundaries": "Boundaries between classes of pixels: the true ones, and the predicted ones.",
+    "depths": "True and predicted depths, and how far they are apart.",
+    "segment-boundaries": "Boundaries between classes of pixels by the segmentation probe on the "
+    "encoder.",
+    "maps": "True and predicted depths by the depth probe on the encoder.",
+    "nearest": "Queries, and the images that retrieval ranks first: right ones and others.",
+    "query": "Where the attentive probe's query attends in validation images.",
+    "copies": "Images that are on both sides of the split, from the most to the least similar.",
+    "within": "Images of which the set has another copy, from the most to the least similar.",
 }
 
 
 def feature(name: str) -> str:
     """A feature as people call it."""
     return _FEATURES.get(name, name)
+
+
+def picture_title(name: str) -> str:
+    """A picture as people call it; ``name`` is its path in the run's folder, without its ending."""
+    folder, _, last = name.rpartition("/")
+    title = "PCA of patch features" if last == "pca" else last.capitalize().replace("-", " ")
+    return f"{title}, {folder}" if folder else title
+
+
+def picture_meaning(name: str) -> str:
+    """Meaning of a picture; empty for one not known here."""
+    last = name.rpartition("/")[2]
+    return _PICTURES.get(last, _PICTURES.get(last.rpartition("-")[2], ""))
 
 
 def neighbours_of(name: str) -> str:

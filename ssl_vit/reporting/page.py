@@ -19,7 +19,13 @@ from ssl_vit.common.duration import duration
 from ssl_vit.evaluators.score import GIVEN, PIXELS
 from ssl_vit.reporting.charts import COLOURS, MOST_POINTS, Points, curves, intervals
 from ssl_vit.reporting.contents import part_of
-from ssl_vit.reporting.explained import Glossary, evaluator, neighbours_of
+from ssl_vit.reporting.explained import (
+    Glossary,
+    evaluator,
+    neighbours_of,
+    picture_meaning,
+    picture_title,
+)
 from ssl_vit.reporting.story import KNN, Scored, Story, knn_names
 
 _HERE = Path(__file__).parent
@@ -43,6 +49,7 @@ def render(stories: Sequence[Story], seed: int) -> str:
         {"name": n, "title": glossary.title(n), "meaning": glossary.meaning(n)}
         for n in _curves(stories, charts, glossary)
     ]
+    kinds = dict.fromkeys(kind for part in parts for kind in part["stages"])
     scores = _score_chart(stories)
     if scores:
         charts["scores"] = scores
@@ -53,7 +60,10 @@ def render(stories: Sequence[Story], seed: int) -> str:
         runs=parts,
         names=" and ".join(part["name"] for part in parts),
         curves=shown,
-        kinds=list(dict.fromkeys(kind for part in parts for kind in part["stages"])),
+        kinds=[
+            {"name": kind, "title": picture_title(kind), "meaning": picture_meaning(kind)}
+            for kind in kinds
+        ],
         has_scores=bool(scores),
         equal=equal_images(stories),
         sized=_sized(stories),

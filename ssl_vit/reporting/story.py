@@ -113,10 +113,23 @@ def read_story(folder: Path, name: str = "") -> Story:
         for kind, by_step in panels(folder).items()
     }
     scores = read_scores(folder, problems)
-    for file in dict.fromkeys(scored.file for scored in scores):
-        for picture in sorted(file.parent.glob(f"{file.stem}-*.png")):
-            pictures[picture.stem] = {run.step: picture}
+    for name_of, picture in pictures_beside(folder, scores).items():
+        pictures.setdefault(name_of, {run.step: picture})  # a panel's newest is there already
     return Story(run, name or folder.name, steps, seconds, scores, pictures, problems)
+
+
+def pictures_beside(folder: Path, scores: list[Scored]) -> dict[str, Path]:
+    """Pictures beside the result files of a run's folder: by their path in it without its ending.
+
+    A frozen probe's bear the name of its result; in the folder of a tuned network all are its.
+    """
+    found: dict[str, Path] = {}
+    for file, evaluator in dict.fromkeys((s.file, s.evaluator) for s in scores if not s.of):
+        for picture in sorted(file.parent.glob("*.png")):
+            own = picture.stem == file.stem or picture.stem.startswith(f"{file.stem}-")
+            if own or evaluator in TUNED:
+                found[picture.relative_to(folder).with_suffix("").as_posix()] = picture
+    return found
 
 
 def knn_names(story: Story) -> dict[str, str]:
@@ -145,14 +158,17 @@ def clock(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_scores(folder: Path, problems: list[str]) -> list[Scored]:
-    """The scores of every result file of a run, the run's own first."""
+    """The scores of every result file of a run, the run's own first.
+
+    They lie in its folder and, of networks that were tuned from its encoder, in folders within.
+    """
     own = folder / "results.json"
     files = [
         own,
         *sorted(f for f in folder.glob("*.json") if f not in (own, folder / "status.json")),
     ]
     for kind in TUNED:
-        files += sorted(folder.glob(f"*{kind}/{kind}.json"))
+        files += sorted(folder.glob(f"*/{kind}.json"))  # whatever --run.out was
     found: list[Scored] = []
     for file in files:
         if not file.is_file():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ssl_vit.benchmarks.scenes import open_studio, write_scenes
 from tests.distributed.together import together
 from tests.integration.conftest import Door
 from tests.unit.evaluators.test_segment import textures
@@ -20,15 +21,18 @@ def door(tmp_path_factory):
     return door
 
 
+# Rounding may differ with the size of a batch, and with it a vote or two.
 @pytest.mark.parametrize(
-    "evaluator",
+    ("evaluator", "apart"),
     [
-        ("knn", "--k", "5", "20"),
-        ("linear", "--protocol", "mae", "--epochs", "1"),
+        (("knn", "--k", "5", "20"), 0.6),
+        (("linear", "--protocol", "mae", "--epochs", "1"), 0.6),
+        (("retrieval",), 0.02),
+        (("attentive", "--epochs", "1"), 0.0),
     ],
-    ids=lambda e: e[0],
+    ids=lambda e: e[0] if isinstance(e, tuple) else "",
 )
-def test_two_processes_give_the_numbers_of_one(door, evaluator):
+def test_two_processes_give_the_numbers_of_one(door, evaluator, apart):
     common = (*SETS, "--encoder", "run", "--precision", "fp32")
     made = []
     for world in (1, 2):
@@ -43,18 +47,32 @@ def test_two_processes_give_the_numbers_of_one(door, evaluator):
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["scores"]) == len(two["scores"])
     for a, b in zip(one["scores"], two["scores"], strict=True):
-        # Rounding may differ with the size of a batch, and with it a vote or two.
-        assert b["metrics"]["top1"] == pytest.approx(a["metrics"]["top1"], abs=0.6)
+        name = next(iter(a["metrics"]))
+        assert b["metrics"][name] == pytest.approx(a["metrics"][name], abs=apart, rel=0)
         assert (a["features"], a["setting"]) == (b["features"], b["setting"])
     assert one["val"] == two["val"]
 
 
-def test_segmentation_is_scored_once(door):
+@pytest.mark.parametrize("evaluator", ["segment", "depth"])
+def test_pixels_are_scored_once(door, evaluator):
     """Each process does the same, on its own device; one says so, and writes the card."""
-    made = [textures(door.folder / name, 12, seed, channels=1) for seed, name in enumerate("ab")]
-    options = ("--encoder", "pixels:run", "--epochs", "1", "--data.workers", "0")
-    argv = ("segment", "--data.train", made[0], "--data.val", made[1], *options)
-    done = together(door, 2, "-m", "ssl_vit.evaluate", *argv, "--out", "segment.json")
-    assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
-    assert "".join(d.stdout for d in done).count("protocol and scores") == 1
-    assert "".join(d.stderr for d in done).count("segment is for one process; all 2 do") == 1
+    made = []
+    for seed, part in enumerate(("a", "b")):
+        folder = door.folder / f"{evaluator}-{part}"
+        if evaluator == "segment":
+            made.append(textures(folder, 12, seed, channels=1))
+        else:
+            write_scenes(open_studio("digits:val", "", 32, 2, seed), 12, folder, list("0123456789"))
+            made.append(f"depth:{folder}")
+    options = ("--encoder", "run", "--epochs", "1", "--data.workers", "0")
+    argv = (evaluator, "--data.train", made[0], "--data.val", made[1], *options)
+    scores = []
+    for world in (1, 2):
+        out = f"{evaluator}-{world}.json"
+        done = together(door, world, "-m", "ssl_vit.evaluate", *argv, "--out", out)
+        assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
+        assert "".join(d.stdout for d in done).count("protocol and scores") == 1
+        warned = "".join(d.stderr for d in done).count(f"{evaluator} is for one process; all 2 do")
+        assert warned == world - 1
+        scores.append(json.loads((door.folder / out).read_text())["scores"])
+    assert scores[0] == scores[1]

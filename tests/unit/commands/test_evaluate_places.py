@@ -92,6 +92,14 @@ def test_attentive_writes_its_protocol_and_repeats(run, sets, tmp_path, capsys):
     assert made["train"]["labels_sha256"] != made["val"]["labels_sha256"]
     assert evaluate.main(["again", str(out)]) == 0
     assert "the scores are the same" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "attentive-query.png"))
+    assert sheet.shape[1] == 6 * 100 + 4  # an image, three overlays and two heads
+    names = [p for kind in ("blue", "red") for p in sorted((sets[1] / kind).iterdir())]
+    for row, place in enumerate((0, 1, 3, 5, 6, 8)):  # six of ten
+        shown = [sheet[16 + 100 * row :, 4 + 100 * x :][:96:6, :96:6] for x in (0, 4)]
+        assert (shown[0] == np.asarray(Image.open(names[place]))).all()
+        maps = {tuple(shown[1][y, x]) for y in (4, 12) for x in (4, 12)}
+        assert {(6, 7, 12), (255, 248, 197)} <= maps  # the least and the most of four patches
     recomputed = ask(
         *("attentive", run, sets, tmp_path / "b.json", "--epochs", "40", "--heads", "2"),
         *("--queries", "class", "--cache-gb", "0"),
@@ -147,6 +155,14 @@ def test_retrieval_by_positives_needs_no_labels(run, sets, tmp_path):
     score = made["scores"][0]
     assert (score["details"]["queries"], score["per_class"]) == (2, {})
     assert score["metrics"]["recall@1"] >= 50  # a copy is the nearest of all
+    sheet = np.asarray(Image.open(tmp_path / "pairs-nearest.png"))
+    assert sheet.shape[1] == 6 * 100 + 4  # a query and five answers, of 96 pixels each
+    cells = [[sheet[16 + 115 * y :, 4 + 100 * x :][:96, :96] for x in range(6)] for y in range(2)]
+    right, wrong = (0, 114, 178), (230, 120, 0)
+    query, first, *others = next(row for row in cells if (row[0] == row[1])[24:-4, 4:-24].all())
+    assert (query[::6, ::6] == np.asarray(Image.open(sets[1] / "red" / "again.png"))).all()
+    assert tuple(first[50, 0]) == right
+    assert {tuple(cell[50, 0]) for cell in others} == {wrong}
 
 
 def test_positives_are_found_by_name(sets, tmp_path, caplog):

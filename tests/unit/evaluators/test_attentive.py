@@ -24,10 +24,11 @@ from ssl_vit.evaluators.attentive import (
     grid_quality,
 )
 from ssl_vit.evaluators.attentive_head import AttentiveHead, heads_for
+from ssl_vit.evaluators.attentive_picture import query_picture
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.selection import NOT_CHOSEN
-from ssl_vit.evaluators.token_sets import TokenSet, read_tokens, token_reader
+from ssl_vit.evaluators.token_sets import TokenReader, TokenSet, read_tokens, token_reader
 from ssl_vit.model.encoder import Encoder
 from tests.unit.feature_sets import feature_set, normal, tagged
 
@@ -239,10 +240,40 @@ def test_tokens_kept_and_recomputed_are_the_same(folder):
     torch.testing.assert_close(every.std(0), torch.ones(32), atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_picture_is_of_the_query_that_is_asked(tmp_path, per_class):
+    """One query looks at the reddest patch; of several that of the class found, at the bluest."""
+    corners = {"red": (0, 8), "blue": (8, 0)}
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    for channel, (y, x) in zip((0, 2), corners.values(), strict=True):
+        pixels[y : y + 8, x : x + 8, channel] = 200
+    for i in range(3):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "a" / f"{i}.png")
+    view = View((16, 16), 3, (0.0,) * 3, (1.0,) * 3)
+    means = torch.nn.AvgPool2d(8)
+    reader = TokenReader(lambda images: [means(images)], 3, view, MACHINE)
+    source = opened(tmp_path)
+    tokens = read_tokens(reader, source, 1.0)
+    plain = replace(tokens, mean=torch.zeros(3), std=torch.ones(3))
+    head = AttentiveHead(3, 2, 1, 1, per_class, 0)
+    head.key.data = torch.eye(3)
+    head.query.data = torch.tensor([[20.0, 0, 0], [0, 0, 20]])[: len(head.query)]
+    head.bias.data = torch.tensor([0.0, 100.0])
+    sheet = query_picture(head, plain, source, torch.tensor([0, 2]))
+    assert sheet.shape[1] == 5 * 100 + 4  # an image, three overlays and one head
+    for row in range(2):
+        image, seen = (sheet[16 + 100 * row :, 4 + 100 * x :][:96:6, :96:6] for x in (0, 4))
+        assert (image == pixels).all()
+        y, x = corners["blue" if per_class else "red"]
+        assert tuple(seen[y + 4, x + 4]) == (255, 248, 197)
+        assert tuple(seen[12 - y, 12 - x]) == (6, 7, 12)
+
+
 def test_the_probe_predicts_every_readable_image(folder):
     source = opened(folder)
     tokens = read_tokens(token_reader(backbone(), MACHINE), source, 1.0)
-    found, rows = attentive_probe(tokens, source, replace(QUICK, queries="class"))
+    found, rows, _ = attentive_probe(tokens, source, replace(QUICK, queries="class"))
     assert found.guesses.shape == (40, 2)
     assert len(rows.index) == 40
     assert float((found.guesses[:, 0] == rows.labels).double().mean()) > 0.9
@@ -250,7 +281,7 @@ def test_the_probe_predicts_every_readable_image(folder):
     assert "not [CLS]" in found.details["attends"]
     tiny = read_tokens(token_reader(backbone(), MACHINE), opened(folder), 1.0)
     rows_of_8 = tiny.rows.take(torch.arange(16, 24))
-    few, _ = attentive_probe(replace(tiny, rows=rows_of_8, kept=tiny.kept[16:24]), source, QUICK)
+    few, *_ = attentive_probe(replace(tiny, rows=rows_of_8, kept=tiny.kept[16:24]), source, QUICK)
     assert few.details["selection"] == NOT_CHOSEN
 
 

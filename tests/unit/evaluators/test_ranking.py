@@ -14,6 +14,7 @@ from ssl_vit.evaluators.ranking import (
     Ranked,
     by_labels,
     by_pairs,
+    first_ranked,
     itself,
     last_of_equals,
     rank_queries,
@@ -84,6 +85,23 @@ def test_leave_one_out_leaves_out_the_image_or_its_group(grouped):
     # Without it each image is its own first neighbour, and recall is perfect.
     whole = rank_queries([points], [points], by_labels(labels, labels), CPU)
     assert whole.metrics()["recall@1"] == 100 > found.metrics()["recall@1"]
+
+
+def test_the_first_of_some_queries_are_those_of_the_ranking():
+    """Without what is left out, and no more than there are."""
+    gallery, groups = normal(12, 6), torch.arange(12) // 4
+    rows, excluded = torch.tensor([5, 0, 11]), itself(groups, 12)
+    cosines = (
+        torch.nn.functional.normalize(gallery)[rows] @ torch.nn.functional.normalize(gallery).T
+    )
+    for k in (3, 20):
+        places, found = first_ranked([gallery], [gallery], rows, k, CPU, excluded)
+        assert places.shape == (3, min(k, 8))
+        for row, answer in enumerate(places.tolist()):
+            others = [i for i in range(12) if groups[i] != groups[rows[row]]]
+            expected = sorted(others, key=lambda i: -float(cosines[row, i]))
+            assert answer == expected[:k]
+        torch.testing.assert_close(found, cosines.gather(1, places))
 
 
 def test_of_equal_cosines_the_order_of_images_does_not_matter():

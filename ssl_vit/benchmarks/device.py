@@ -53,7 +53,7 @@ class Part:
 
     @property
     def missing(self) -> str:
-        """What it lacks here; empty: nothing."""
+        """Requirements that are not met here; empty if all are."""
         lacks = [f"{name} is not installed" for name in self.needs if find_spec(name) is None]
         lacks += [f"{path.name} is only in a checkout" for path in self.files if not path.exists()]
         return ", ".join(lacks)
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part.
+    """Outcome of a part.
 
     Attributes:
         state: ``passed``, ``failed``, ``out of time``, ``not begun`` or ``left out``.
@@ -127,7 +127,7 @@ def _surroundings(device: str) -> dict[str, str]:
 
 
 def _read(outcome: Outcome, out: Path, lines: list[str]) -> None:
-    """What a part has found, from its report and from what it said."""
+    """Fill in a part's outcome from its report and its output."""
     text = out.read_text() if out.exists() else ""
     if text.startswith("<"):
         cases = list(ElementTree.fromstring(text).iter("testcase"))

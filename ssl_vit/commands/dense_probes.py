@@ -94,7 +94,7 @@ def _opened(spec: str, config: EvalConfig, scheme: str, whole: Callable[[str, Ev
 
 
 def _some(kind: type[T], config: Any) -> T:
-    """Those options of a command that are a probe's."""
+    """Options of a probe, taken from those of a command."""
     return kind(**{f.name: getattr(config, f.name) for f in fields(kind)})  # type: ignore[arg-type]
 
 

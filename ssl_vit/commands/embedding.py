@@ -166,7 +166,7 @@ class Embedding:
         return there
 
     def _say_size(self, there: list[int]) -> None:
-        """Say what will be computed, and warn where the disk has no room for it."""
+        """Log the size of what will be computed, and warn where the disk has no room for it."""
         layout, out = self.parts.layout, self.out
         shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in layout.shapes.items())
         if done := min(len(there) * layout.part_size, layout.images):
@@ -254,8 +254,8 @@ def megabytes(count: int) -> str:
 
 
 def difference(found: dict[str, Any], card: dict[str, Any]) -> str:
-    """How features that were found differ from those of ``card``, and what to do about it; empty if
-    they are the same."""
+    """Difference between the features found and those of ``card``, and the remedy; empty if they
+    are the same."""
     for group, now in card.items():
         before = found.get(group)
         if before == now:

@@ -131,8 +131,8 @@ class Evaluation:
     def embedded(
         self, embed: Embed, parts: tuple[str, ...], source: Source, content: str = ""
     ) -> FeatureSet:
-        """What ``embed`` makes of the images of a source, from the cache or now; ``parts``: names
-        that tell it from all else that is made of them."""
+        """Outputs of ``embed`` for the images of a source, from the cache or computed now;
+        ``parts``: names that identify them in the cache."""
         backbone = self.backbone
 
         def make() -> FeatureSet:
@@ -204,8 +204,7 @@ class Evaluation:
 
 
 def tell_same(train: str, val: str) -> bool:
-    """Whether training and validation images, by their content hashes, are the same, which is
-    said."""
+    """True if training and validation images are the same, by their content hashes; warns of it."""
     if train == val:
         log.warning(
             "warning: --data.val and --data.train are the same images: the score is no test"

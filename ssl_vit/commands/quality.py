@@ -102,7 +102,7 @@ class OurRun:
         self.flags = [*plan.flags, "--run.seed", str(seed)]
 
     def about(self) -> dict[str, Any]:
-        """Its entries in the report, before it begins."""
+        """Entries of the run in the report, before it begins."""
         return {"recipe": self.entry.name, "method": self.entry.method, "seed": self.seed}
 
     def is_trained(self) -> bool:

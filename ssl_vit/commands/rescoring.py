@@ -81,7 +81,7 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
 def compared(
     path: str, card: dict[str, Any], now: dict[str, Any], scores: list[Score], config: Any
 ) -> str:
-    """What these scores are beside those of a card, in words; ``config``: options that were given,
+    """Comparison of scores with those of a card, in words; ``config``: options that were given,
     None if none were.
 
     Raises:

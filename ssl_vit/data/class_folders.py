@@ -57,7 +57,7 @@ def refuse_splits(spec: str, path: str, splits: Sequence[str]) -> None:
 
 
 def say_odd_classes(spec: str, folders: Sequence[str], inside: Mapping[str, Sequence[str]]) -> None:
-    """Say which classes are named like a split, and which hold splits: ``inside``, by class."""
+    """Warn of classes that are named like a split, or hold splits: ``inside``, by class."""
     for name in folders:
         if _SPLIT.fullmatch(name.lower()):
             log.warning("warning: %s: folder %r is taken for a class, not a split", spec, name)
@@ -107,7 +107,7 @@ def refuse_masks(spec: str, path: str, both: tuple[str, str], files: Names) -> N
 
 
 def say_masks(spec: str, files: Names) -> None:
-    """Say where many of the files are named as masks that lie beside their images."""
+    """Warn where many of the files are named as masks that lie beside their images."""
     tried = np.unique(np.linspace(0, len(files) - 1, _TRIED).round().astype(int))
     names = [os.path.basename(os.fsdecode(files[int(i)])) for i in tried]
     masks = [name for name in names if _MASK_NAME.search(os.path.splitext(name)[0].lower())]

@@ -184,7 +184,7 @@ class AnnotationReader:
         return place, own, self.numbers[category], box, area, bool(one.get("iscrowd", 0)), shape
 
     def _usable(self, name: str, box: Sequence[float], height: int, width: int) -> bool:
-        """Whether something of a box lies within its image; otherwise it is noted."""
+        """True if some of a box lies within its image; otherwise it is noted."""
         left, top, wide, high = box
         said = f"{name}, bbox {' '.join(f'{v:g}' for v in box)}"
         if wide <= 0 or high <= 0:
@@ -221,7 +221,7 @@ class AnnotationReader:
         return json.dumps(shape, separators=(",", ":")).encode()
 
     def _tell(self, count: int, max_bad: float) -> None:
-        """Say what is left out or cut."""
+        """Warn of annotations that are left out or cut."""
         if self.over:
             n, first = len(self.over), self.over[0]
             text = "warning: %s: %s of %s boxes reach over the edge and end there; the first: %s%s"

@@ -83,7 +83,7 @@ def _why_no_image(dataset: Any, column: str) -> str:
 
 
 def _some(dataset: Any, column: str) -> list[Any]:
-    """Some values of a column that are not None."""
+    """Values of a column that are not None, some of them."""
     head = dataset.select_columns([column])[:_TRIED][column]
     return [value for value in head if value is not None]
 
@@ -180,7 +180,7 @@ def _of_column(dataset: Any, name: str, asked: bool) -> Labels:
 
 
 def _distinct(column: Any, name: str) -> tuple[np.ndarray, list[Any]]:
-    """For each row the index of its value, -1 for null; and the distinct values."""
+    """Index of each row's value among the distinct ones, -1 for null; and these."""
     try:
         coded = column.combine_chunks().dictionary_encode()
     except Exception as error:  # pyarrow's own, for nested types

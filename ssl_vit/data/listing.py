@@ -107,13 +107,13 @@ class Listing:
         return sorted(images), sorted(folders)
 
     def _lacks(self, extension: bytes) -> bool:
-        """Whether an image by its name needs a library that is absent; counts it if so."""
+        """True if an image, by its name, needs a library that is absent; it is counted then."""
         kinds = [kind for kind, own in self._absent.items() if extension in own]
         self.lacking.update((kind, extension) for kind in kinds)
         return bool(kinds)
 
     def _is_image(self, entry: "os.DirEntry[bytes]") -> bool:
-        """Whether a file with none of the extensions is an image; counts it if it is not."""
+        """True if a file with none of the extensions is an image; it is counted if it is not."""
         extension = _extension(entry.name)
         opened = is_unclear(extension) and entry.is_file()
         kind = self._look(extension, entry) if opened else ""
@@ -155,7 +155,7 @@ class Listing:
             yield from self.walk(root, os.path.join(inside, sub_folder), (*above, here))
 
     def left_out(self) -> str:
-        """What was left out, in words; empty if nothing was."""
+        """Files left out, in words; empty if there are none."""
         parts = []
         if self.passed:
             count = self.passed.total()
@@ -171,7 +171,7 @@ class Listing:
         return "; ".join(parts)
 
     def tell(self) -> None:
-        """Say once what was left out: a warning where it is more than one file in a hundred."""
+        """Log once what was left out: a warning where it is more than one file in a hundred."""
         if text := self.left_out():
             count = self.passed.total() + self.lacking.total()
             grave = count > 1 and (self.lacking or 100 * count > self.images)

@@ -144,8 +144,8 @@ class TrainImages(Dataset):
     def replaced(
         self, index: int, make: Callable[[int], T], bad: dict[int, str], empty: set[int]
     ) -> T:
-        """What ``make`` makes of the image at ``index`` or, if that is bad, of the one that always
-        replaces it; ``bad`` and ``empty`` take in those that were replaced."""
+        """Result of ``make`` for the image at ``index`` or, if that is bad, for its fixed
+        replacement; ``bad`` and ``empty`` take in those that were replaced."""
         failed = 0
         for attempt in range(_EMPTY_ATTEMPTS):
             try:
@@ -273,7 +273,7 @@ class Part(list[tuple[int, int]]):
         return Part, (list(self), self.places, self.step, self.soon)
 
     def spec(self, whole: ViewSpec, images: int) -> ViewSpec:
-        """What is wanted at this step of a training set of so many images."""
+        """Views at this step of a training set of so many images."""
         return whole.at(self.step, images // self.places.batch)
 
 

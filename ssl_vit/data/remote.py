@@ -124,12 +124,12 @@ class RemoteFile:
             raise
 
     def chunks(self, start: int, pause: Pause = time.sleep) -> Iterator[bytes]:
-        """Its bytes from ``start`` on, by ranges. Raises as ``read``."""
+        """Bytes from ``start`` on, by ranges. Raises as ``read``."""
         for at in range(start, self.size, CHUNK):
             yield self.read(at, min(at + CHUNK, self.size), pause)
 
     def stream(self) -> Iterator[bytes]:
-        """Its bytes by one request, without trying again."""
+        """Bytes by one request, without trying again."""
         with _system(self.url).open(self.url, block_size=0, size=self.size) as file:
             while data := file.read(CHUNK):
                 yield data
@@ -177,7 +177,7 @@ def patiently(
     pauses: tuple[float, ...] | None = None,
     pause: Pause = time.sleep,
 ) -> _T:
-    """What ``action`` returns; it is tried again, after growing pauses, where the network fails.
+    """Result of ``action``, which is tried again, after growing pauses, where the network fails.
 
     Raises:
         UserError: the server refuses it.
@@ -213,7 +213,7 @@ def _inner(error: Exception) -> BaseException:
 
 
 def _refused(error: BaseException, url: str) -> str:
-    """Why it is of no use to try again, as a line with a remedy; empty where it may be."""
+    """Reason why another try is of no use, as a line with a remedy; empty where it may help."""
     name, status = type(error).__name__, _status(error)
     keys = _KEYS[url.partition("://")[0].replace("https", "http")]
     if isinstance(error, FileNotFoundError) or status in (404, 410):

@@ -53,7 +53,7 @@ def scaled(raster: Raster, metadata: str, bands: Sequence[int]) -> Raster:
 
 
 def tell_scales(source: Source) -> None:
-    """Say which scales the files of a source declare, and warn where they differ; of some files."""
+    """Log the scales that some files of a source declare, and warn where they differ."""
     count = len(source)
     looked = np.unique(np.linspace(0, max(count - 1, 0), min(count, _LOOKED)).astype(np.int64))
     seen: Counter[str] = Counter()

@@ -76,7 +76,7 @@ class Planes(FileParts):
         return name if count == 1 else f"{name}[{plane}]"
 
     def listing(self) -> Iterable[np.ndarray]:
-        """That of the files, and where their planes begin."""
+        """Listing of the files, and where their planes begin."""
         return (*self.whole.listing(), self.firsts)
 
     def _place(self, i: int) -> tuple[int, int, int]:
@@ -127,7 +127,7 @@ def with_planes(source: Source, channels: int) -> Source:
 
 
 def is_array(source: Source) -> bool:
-    """Whether the images of a source are no files: they have no planes."""
+    """True if the images of a source are no files: they have no planes."""
     try:
         source.stream(0).close()  # of a large file not even the first one is read
         return False
@@ -140,7 +140,7 @@ def is_array(source: Source) -> bool:
 
 
 def tell_planes(source: Source, channels: int) -> None:
-    """Say which plane is read, where one of the first files has several."""
+    """Log the plane that is read, where one of the first files has several."""
     first = range(min(_FIRST, len(source)))
     counted = list(_counted(source, first, channels))
     if found := [file for file in counted if file.planes > 1]:
@@ -165,7 +165,7 @@ def tell_planes(source: Source, channels: int) -> None:
 
 
 class Counted(NamedTuple):
-    """What a file holds: planes, letters of its axes (none: of an animation), files of its set."""
+    """Counts of a file: planes, letters of their axes (none: an animation), files of its set."""
 
     planes: int = 1
     axes: str = ""

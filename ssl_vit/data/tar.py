@@ -109,7 +109,7 @@ class OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def exists(self) -> bool:
-        """Whether the file still has a name, and was not removed."""
+        """True if the file still has a name, and was not removed."""
         return os.fstat(self.descriptor).st_nlink > 0
 
     def __del__(self) -> None:

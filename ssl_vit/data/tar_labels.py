@@ -113,7 +113,7 @@ def _joined(indexes: Sequence[ShardIndex], rows: Rows, name: str) -> tuple[np.nd
 def _say_missing(
     spec: str, shards: Sequence[str], rows: Rows, labels: np.ndarray, name: str
 ) -> None:
-    """Say which samples have no label, where others have."""
+    """Warn of samples without a label, where others have one."""
     missing = int((labels < 0).sum())
     if not missing:
         return

@@ -70,7 +70,7 @@ def _samples(index: ShardIndex, full: bool = False) -> Samples:
 
 
 def names_have_dots(shards: Iterable[Samples]) -> bool:
-    """Whether dots belong to the names, as samples of several images by the first dot show.
+    """True if dots belong to the names, as samples of several images by the first dot show.
 
     WebDataset's extensions are the few parts of a sample: ``rgb.png``, ``depth.png``. So they are
     names where most such samples have two that differ only in digits (``slice001.png``,

@@ -85,12 +85,12 @@ class Tiles(FileParts):
         return f"{name}#r{place.row}c{place.column}" if self._per_plane(place.file) > 1 else name
 
     def listing(self) -> Iterable[np.ndarray]:
-        """That of the files, how large their images are, and where their tiles begin."""
+        """Listing of the files, how large their images are, and where their tiles begin."""
         sizes = self.heights, self.widths, np.array([*self.tile, self.reading.level])
         return (*self.whole.listing(), *sizes, self.firsts)
 
     def place(self, i: int) -> Place:
-        """Where an image is from."""
+        """Origin of an image: its file, plane and tile."""
         i = range(len(self))[i]
         file = int(self.file_of[i])
         plane, tile = divmod(i - int(self.firsts[file]), self._per_plane(file))
@@ -154,7 +154,7 @@ def tell_unreadable(made: Tiles) -> None:
 
 
 def _why(made: Tiles, file: int) -> str:
-    """Why a file cannot be read."""
+    """Reason why a file cannot be read."""
     try:
         with made.whole.stream(file) as stream:
             extent_of(stream, made.channels, made.reading)
@@ -174,7 +174,7 @@ def extents(source: Source, channels: int) -> Iterator[Extent]:
 
 
 class _Seen:
-    """What is to be said of the files that are cut."""
+    """Summary of the files that are cut."""
 
     def __init__(self, spec: str, tile: tuple[int, int]) -> None:
         self.spec, self.tile = spec, tile
@@ -189,7 +189,7 @@ class _Seen:
                 self.levels[round(extent.full / extent.height, 1)] += 1
 
     def tell(self, made: Tiles) -> None:
-        """Say how many tiles there are, and what looks wrong."""
+        """Log the number of tiles, and warn of what looks wrong."""
         reading = made.reading
         if reading.level and self.levels:
             by = sorted(self.levels)

@@ -237,5 +237,5 @@ def _in_main_thread() -> bool:
 
 
 def _end_all() -> None:
-    """Before Python ends them by SIGTERM and waits: after an error it would do so for ever."""
+    """End all workers first: Python would send SIGTERM and wait, after an error for ever."""
     end([c for c in multiprocessing.active_children() if c.daemon])

@@ -1,4 +1,4 @@
-"""What is frozen of many images: its statistics, room to keep it, and batches to train heads on."""
+"""Frozen features of many images: statistics, room to keep them, and batches to train heads on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tell_unreadable(bad: dict[int, str], what: str) -> None:
 
 @runtime_checkable
 class Batched(Protocol[M_co]):
-    """What gives batches of some of its images: what heads take of them, and targets."""
+    """Material that gives batches of some of its images: inputs of heads, and targets."""
 
     def batches(self, rows: Int64[Tensor, " k"], size: int) -> Iterator[tuple[M_co, Tensor]]:
         """Batches of ``size`` of these images."""

@@ -165,7 +165,7 @@ class _Found:
 def answers(
     reader: TokenReader, source: Source, read: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, FeatureSet]:
-    """What ``read`` makes of the tokens of every readable image, on the CPU; and these images.
+    """Outputs of ``read`` for the tokens of every readable image, on the CPU; and these images.
 
     Raises:
         UserError: no image can be read.

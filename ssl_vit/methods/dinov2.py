@@ -69,7 +69,7 @@ class DINOv2Objective(DINOObjective):
         self.patch_targets = Targets(outputs, c.targets, c.center_momentum)
 
     def patch_head(self, encoder: Encoder) -> nn.Module:
-        """What the patches have of their own."""
+        """Projection head of the patches."""
         c = self.config
         return self._head(encoder, c.patch_prototypes, c.patch_bottleneck or c.bottleneck)
 
@@ -332,7 +332,7 @@ class DINOv2(DINO):
         return name.removeprefix(start).split(".")[0] if name.startswith(start) else "encoder"
 
     def place_of(self, name: str) -> Place:
-        """As of any method; the mask token stands before the first block."""
+        """Place of a parameter, as of any method; the mask token stands before the first block."""
         if name.endswith("mask_token"):
             return Place(above=len(self.encoder.vit.blocks) + 1)
         return super().place_of(name)

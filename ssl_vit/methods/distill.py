@@ -41,7 +41,7 @@ log = logging.getLogger("ssl_vit")
 
 
 def teacher_info(config: DistillConfig) -> EncoderInfo:
-    """What the teacher is, without its weights.
+    """Description of the teacher, without its weights.
 
     Raises:
         UserError: none is given, or it cannot be opened.

@@ -85,6 +85,6 @@ def memory_of_a_step(run: RunConfig, optim: OptimConfig, step: int) -> Iterator[
 
 
 def _memory(error: BaseException) -> str:
-    """What was lacking."""
+    """Memory that was lacking, in words."""
     asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     return "out of memory" + (f" ({asked[1]} more were wanted)" if asked else "")

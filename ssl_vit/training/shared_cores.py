@@ -64,16 +64,16 @@ class SharedCores:
 
     @property
     def described(self) -> str:
-        """How many cores there are, and how many of them others have had."""
+        """Cores taken by others, and how many there are."""
         return f"{self.others:.1f} of {len(usable_cores())} cores"
 
     @property
     def spinning(self) -> bool:
-        """Whether threads of this process wait for each other, and spin meanwhile."""
+        """True if threads of this process wait for each other, and spin meanwhile."""
         return torch.get_num_threads() > 1 and not waits_sleep()
 
     def news(self, step: int) -> list[str]:
-        """What is worth saying, once each: waits that do not suit the cores, and the remedy."""
+        """Warnings, each once: waits that do not suit the cores, and the remedy."""
         lines, again = [], "stop with Ctrl-C and give the same command again: the run goes on where"
         if self.shared_for >= _LASTS and self.spinning and "shared" not in self.told:
             self.told.add("shared")

@@ -116,7 +116,7 @@ def from_hugging_face(state: State, where: str) -> tuple[State, Counter[str]]:
 
 
 def _no_place(where: str, name: str) -> str:
-    """Why a file is refused whose keys have a bias."""
+    """Reason why a file whose keys have a bias is refused."""
     return f"{where}: {name} is not zero for keys, for which timm's network has no place"
 
 

@@ -130,13 +130,13 @@ def _sincos_grid(table: Float[Tensor, "n d"]) -> tuple[int, int] | None:
 
 
 def _assumption(side: int, patch: int) -> str:
-    """That a square is assumed, and how to say another: half as high, twice as wide."""
+    """Assumption of a square grid, and the options for another: half as high, twice as wide."""
     other = f"{side * patch // 2} {side * patch * 2}" if side % 2 == 0 else "HEIGHT WIDTH"
     return f"a square grid of {side}x{side} patches is assumed; {_options(other)} for another"
 
 
 def _how_to_say(n: int, patch: int) -> str:
-    """What can be done about positions that are no square."""
+    """Remedy for positions that form no square."""
     rows = max(r for r in range(1, math.isqrt(max(n, 1)) + 1) if n % r == 0)
     size = f"{rows * patch} {n // rows * patch}"
     return (

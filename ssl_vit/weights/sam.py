@@ -50,7 +50,7 @@ class Sam:
 
     @property
     def published(self) -> bool:
-        """Whether it is one of the three architectures that were published."""
+        """True if it is one of the three published architectures."""
         width, depth = self.options["embed_dim"], self.options["depth"]
         return (width, depth) in _PUBLISHED and self.options["img_size"] == (1024, 1024)
 

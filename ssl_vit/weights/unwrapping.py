@@ -122,7 +122,7 @@ def _is_state(content: Any) -> bool:
 
 
 def _contents(content: Any) -> str:
-    """What a file holds that has no weights."""
+    """Contents of a file that has no weights."""
     text = "not a dictionary of named tensors"
     if not isinstance(content, dict) or not content:
         return text

@@ -137,7 +137,7 @@ def _picture(pairs: Sequence[Pair], train: Source, val: Source, view: View) -> n
 
 def spread(pairs: Sequence[Pair]) -> list[Pair]:
     """Sample of at most 24 pairs, evenly spread over all of them, the last included: where copies
-    end, a look tells best whether the threshold is right."""
+    end, one sees best whether the threshold is right."""
     n = len(pairs)
     if n <= _SHOWN:
         return list(pairs)

@@ -29,7 +29,7 @@ from ssl_vit.training.session import counted
 from ssl_vit.weights.own_files import DETECTOR_FILE
 
 CARD_FILE = "detect.json"
-_ENLARGED = 4.0  # from this factor on it is said
+_ENLARGED = 4.0  # from this factor on a warning says so
 
 
 def parse_options(argv: list[str]) -> tuple[DetectConfig, Start]:

@@ -154,7 +154,7 @@ class Embedding:
             if not other:
                 self.parts.clear()
                 return None
-            # Parts of these features are of a call that was told to replace the file.
+            # Parts of these features are of a call with the option to replace the file.
             check(before == card, f"{self.out} {other}")
         if before and self.parts.begun:
             other = difference(before, card)
@@ -162,10 +162,10 @@ class Embedding:
         else:
             self.parts.begin(card)
         there = self.parts.there()
-        self._say_size(there)
+        self._log_size(there)
         return there
 
-    def _say_size(self, there: list[int]) -> None:
+    def _log_size(self, there: list[int]) -> None:
         """Log the size of what will be computed, and warn where the disk has no room for it."""
         layout, out = self.parts.layout, self.out
         shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in layout.shapes.items())

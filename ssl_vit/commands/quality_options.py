@@ -192,7 +192,7 @@ def _entry(name: str, file: Path, flags: list[str]) -> Entry:
 
 
 def _try_out(entry: Entry) -> None:
-    """Build the network without memory, so that what a recipe lacks is said at once.
+    """Build the network without memory, so that what a recipe lacks is reported at once.
 
     Raises:
         UserError: it cannot be built, as where it needs weights that are not there.

@@ -27,7 +27,7 @@ from ssl_vit.weights.exchange import read_info
 from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
-_LINES = 20  # lines that a training says
+_LINES = 20  # of a training's output
 # Options by group that peers do not have.
 _OURS_ALONE = {
     "init": ("encoder", "lora", "keep_near"),

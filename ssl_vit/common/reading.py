@@ -48,13 +48,13 @@ class ReadConfig:
     last one (full), for names with dots of their own. auto: full where that is certain."""
     image: str = ""
     """Shards: extension of the member that is the image (rgb.png), where a sample has several.
-    Hugging Face: the column. Empty: chosen by the names, and said."""
+    Hugging Face: the column. Empty: chosen by the names, and reported."""
     labels: str = ""
     """CSV file of labels for any images: a column with the image's name, and one with its class or
     several of 1 and 0 for labels that do not exclude each other (blank: unknown)."""
     label_column: tuple[str, ...] = ()
     """Columns of labels in the CSV, in a Hugging Face data set, or in the .json files of shards (or
-    txt: their whole text); of several each holds 1 or 0. Empty: told by their names, and said."""
+    txt: their whole text); of several each holds 1 or 0. Empty: chosen by name, and reported."""
     bands: tuple[int, ...] = ()
     """Bands of each file that are read, in this order, counted from 1 as by GDAL: 4 3 2. Images
     then have these alone, and --data.channels follows. Empty: all."""

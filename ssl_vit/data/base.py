@@ -104,8 +104,8 @@ class Source:
         return self.name(i)
 
     def listing(self) -> Iterable[np.ndarray]:
-        """Arrays that tell the images from others, in their order, known without reading one: names
-        within the source, sizes. None of them tells where the source is."""
+        """Arrays that identify the images, in their order, known without reading one: names within
+        the source, sizes. None of them depends on where the source is."""
         return ()
 
     def label(self, i: int) -> int | None:

@@ -1,6 +1,6 @@
 """Groups: images of one patient, scene or slide, which lie together on one side of every split.
 
-``--data.group`` tells them. The number of a group is a hash of its name: the same group has the
+``--data.group`` defines them. The number of a group is a hash of its name: the same group has the
 same one in every source, wherever it lies, and names (of patients) are kept nowhere.
 """
 
@@ -45,8 +45,8 @@ def group_column(table: Table, grouping: tuple[str, str]) -> str:
 
 
 def groups_of(source: Source) -> np.ndarray:
-    """Group of each image as ``reading.group`` of its source says, int64 (n,): by its name, or by
-    the header of its DICOM file. A plain name is a DICOM keyword here.
+    """Group of each image as ``reading.group`` of its source defines it, int64 (n,): by its name,
+    or by the header of its DICOM file. A plain name is a DICOM keyword here.
 
     Raises:
         UserError: no image has one, or there is no such keyword.

@@ -126,7 +126,7 @@ def read_labels(spec: str, dataset: Any, image: str, asked: tuple[str, ...]) -> 
             check(not asked, f"--data.label-column is {name!r}, which {error}")
             refused.append(f"column {name!r} {error}")
             continue
-        _say(spec, made, name, [other for other in columns if other != name])
+        _log_choice(spec, made, name, [other for other in columns if other != name])
         return made
     rest = ", ".join(name for name in dataset.features if name != image)
     others = f"no column is named 'label' or the like ({rest}); --data.label-column names one"
@@ -152,7 +152,7 @@ def _inner(feature: Any) -> Any:
     return getattr(feature, "feature", None)
 
 
-def _say(spec: str, made: Labels, name: str, others: list[str]) -> None:
+def _log_choice(spec: str, made: Labels, name: str, others: list[str]) -> None:
     if others:
         text = "%s: labels of column %r are taken, not of %s; --data.label-column chooses"
         log.info(text, spec, name, ", ".join(others))

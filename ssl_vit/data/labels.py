@@ -87,7 +87,7 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     independent labels. Blank, NaN or negative is unknown. Classes are those in the whole file,
     numbers sorted numerically, names alphabetically.
 
-    A column that ``reading.group`` of the source names tells the groups of images. Where there is
+    A column that ``reading.group`` of the source names defines the groups of images. Where there is
     no other, the source keeps its own labels.
 
     Args:
@@ -185,7 +185,7 @@ def label_columns(table: Table, image: str, group: str = "") -> list[str]:
     That of groups is none. Indices and columns on splits are left aside.
 
     Raises:
-        UserError: none of this tells.
+        UserError: none of this decides.
     """
     rest = [name for name in table.header if name not in (image, group)]
     if len(rest) == 1 or not rest:

@@ -1,7 +1,7 @@
-"""Folder listing: which files are images, and what is said of the others.
+"""Folder listing: which files are images, and a report of the others.
 
 A file with an image's extension is taken by its name, and one of text, tables, archives and the
-like is not. Of any other file the first bytes tell, which costs opening it: some 20 us on a local
+like is not. Of any other file the first bytes decide, which costs opening it: some 20 us on a local
 disk, a round trip on a network one. Where the first ``_LOOKS`` files of an extension are no images,
 the rest of that extension is not opened.
 """
@@ -49,7 +49,7 @@ def is_junk(name: bytes) -> bool:
 
 
 def is_unclear(extension: bytes) -> bool:
-    """True for an extension, in lower case, of which the content tells whether it is an image."""
+    """True for an extension, in lower case, of which the content decides whether it is an image."""
     return extension not in _TAKEN and extension not in _OTHER and extension not in _NOT_TAKEN
 
 
@@ -170,7 +170,7 @@ class Listing:
                 parts.append(f"{count:,} {need} {install} and were left out: {named}")
         return "; ".join(parts)
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Log once what was left out: a warning where it is more than one file in a hundred."""
         if text := self.left_out():
             count = self.passed.total() + self.lacking.total()

@@ -1,4 +1,4 @@
-"""Positives: pairs of images that belong together, as a CSV file tells them."""
+"""Positives: pairs of images that belong together, from a CSV file."""
 
 from __future__ import annotations
 

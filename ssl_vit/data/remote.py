@@ -1,7 +1,7 @@
 """Files on servers (S3, Google Cloud Storage, HTTP): their versions, and ranges of their bytes.
 
 fsspec reads them, with the credentials that the tools of each service find. A lost connection is
-tried again for some minutes; what trying again does not mend is a user's error, and said at once.
+tried again for some minutes; what trying again does not mend is a user's error, and raised at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PAUSES = (
     60.0,
 )  # seconds between tries: four minutes in all
 _FIRST = 3  # pauses where a server has not answered yet: its name may be misspelt
-_QUIET = 4.0  # seconds: shorter pauses are not told
+_QUIET = 4.0  # seconds: shorter pauses are not logged
 _LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"}
 _CREDENTIALS = {
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
@@ -74,7 +74,7 @@ class RemoteFile:
 
     Attributes:
         size: in bytes.
-        version: its ETag, or else when it was changed; empty where the server tells neither.
+        version: its ETag, or else when it was changed; empty where the server states neither.
         ranges: False where the server says that it sends whole files only.
     """
 
@@ -159,7 +159,7 @@ def describe(url: str, pauses: tuple[float, ...] = ()) -> RemoteFile:
     if info.get("type") == "directory":
         raise UserError(_missing(url))
     if info.get("size") is None:
-        raise UserError(f"{url}: the server does not tell its size; copy it, and give the path")
+        raise UserError(f"{url}: the server does not state its size; copy it, and give the path")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return RemoteFile(url, int(info["size"]), version, info.get("partial", True))
 

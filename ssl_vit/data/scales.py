@@ -52,7 +52,7 @@ def scaled(raster: Raster, metadata: str, bands: Sequence[int]) -> Raster:
     return Raster(raster.pixels * pairs[:, 0] + pairs[:, 1], raster.missing)
 
 
-def tell_scales(source: Source) -> None:
+def log_scales(source: Source) -> None:
     """Log the scales that some files of a source declare, and warn where they differ."""
     count = len(source)
     looked = np.unique(np.linspace(0, max(count - 1, 0), min(count, _LOOKED)).astype(np.int64))

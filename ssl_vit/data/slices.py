@@ -1,6 +1,6 @@
 """Files with several planes: z-stacks, time series, pages, frames.
 
-By default one plane of a file is read, and it is said once how many there are. With
+By default one plane of a file is read, and their number is logged once. With
 ``--data.slices all`` every plane is an image of its own. Planes are counted from the headers of
 the files, by threads: some 1,000 TIFF files and 30,000 others in a second, on local disks.
 """
@@ -113,7 +113,7 @@ def with_planes(source: Source, channels: int) -> Source:
     if not len(source) or slices.isdecimal() or is_array(source):
         return source
     if slices == "middle":
-        tell_planes(source, channels)
+        log_planes(source, channels)
         return source
     found = _counted(source, range(len(source)), channels)
     counts = np.fromiter((file.planes for file in found), dtype=np.int64, count=len(source))
@@ -139,7 +139,7 @@ def is_array(source: Source) -> bool:
         return False
 
 
-def tell_planes(source: Source, channels: int) -> None:
+def log_planes(source: Source, channels: int) -> None:
     """Log the plane that is read, where one of the first files has several."""
     first = range(min(_FIRST, len(source)))
     counted = list(_counted(source, first, channels))

@@ -50,16 +50,16 @@ def read_table(path: Path) -> Table:
     """
     text = _read_text(path)
     first, *rest = re.split(r"\r\n|\r|\n", text, maxsplit=1)
-    told = found[1] if (found := _SEPARATOR.fullmatch(first.strip())) else ""
-    text = "".join(rest) if told else text
-    delimiter = told or max(_DELIMITERS, key=first.count)
+    declared = found[1] if (found := _SEPARATOR.fullmatch(first.strip())) else ""
+    text = "".join(rest) if declared else text
+    delimiter = declared or max(_DELIMITERS, key=first.count)
     rows, lines = [], []
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for row in reader:
             if any(cell.strip() for cell in row):
                 rows.append(row)
-                lines.append(reader.line_num + bool(told))
+                lines.append(reader.line_num + bool(declared))
     except csv.Error as error:
         raise UserError(f"the labels {path} are no CSV file: {error}") from None
     check(len(rows) > 1, f"{path} holds no labels: a header and a line for each image are needed")

@@ -136,7 +136,7 @@ def samples_of(
     reading: ReadConfig,
     kind: type[Tar],
 ) -> Tar:
-    """The source of the samples of these shards, with their labels; what is left out is said.
+    """The source of the samples of these shards, with their labels; what is left out is reported.
 
     Raises:
         UserError: there are no images, or not the labels that were asked for.

@@ -53,7 +53,7 @@ def read_labels(
         except NoClasses as error:
             refused.append(f"{_place(name)} {error}")
             continue
-        _say_missing(spec, shards, rows, labels, name)
+        _warn_missing(spec, shards, rows, labels, name)
         return Labels(labels, None, classes, _place(name), _member(name))
     keys = next((", ".join(index.keys) for index in indexes if index.keys), "")
     named = f" ({keys}); --data.label-column names one" if keys else ""
@@ -110,7 +110,7 @@ def _joined(indexes: Sequence[ShardIndex], rows: Rows, name: str) -> tuple[np.nd
     return np.concatenate(ids), values
 
 
-def _say_missing(
+def _warn_missing(
     spec: str, shards: Sequence[str], rows: Rows, labels: np.ndarray, name: str
 ) -> None:
     """Warn of samples without a label, where others have one."""

@@ -22,12 +22,12 @@ from ssl_vit.data.extent import Extent, extent_of
 from ssl_vit.data.headers_of import headers_of
 from ssl_vit.data.missing import has_missing, valid_share
 from ssl_vit.data.raster import BadImage, Box, EmptyTile, reason
-from ssl_vit.data.slices import FileParts, is_array, tell_planes
+from ssl_vit.data.slices import FileParts, is_array, log_planes
 from ssl_vit.data.windows import OpenFiles
 
 _log = logging.getLogger("ssl_vit")
 _WHOLE = (1 << 62, 1 << 62)  # a tile that no image is larger than
-_COSTLY = 8  # times as many pixels are decoded as a tile has: said
+_COSTLY = 8  # times as many pixels are decoded as a tile has: a warning
 
 
 class Place(NamedTuple):
@@ -121,19 +121,19 @@ def with_tiles(source: Source, channels: int) -> Source:
         _log.warning(f"warning: {source.spec}: --data.{what} has no effect on arrays in memory")
         return source
     if reading.slices == "middle":
-        tell_planes(source, channels)
+        log_planes(source, channels)
     tile = (reading.tile[0], reading.tile[-1]) if reading.tile else _WHOLE
     found, seen = np.zeros((len(source), 3), dtype=np.int64), _Seen(source.spec, tile)
     for row, extent in zip(found, extents(source, channels), strict=True):
         row[:] = extent.height, extent.width, extent.planes
         seen.add(extent)
     made = Tiles(source, found, tile, channels)
-    tell_unreadable(made)
-    seen.tell(made)
+    warn_unreadable_headers(made)
+    seen.log(made)
     return made
 
 
-def tell_unreadable(made: Tiles) -> None:
+def warn_unreadable_headers(made: Tiles) -> None:
     """Warn of files of which not even the headers can be read: each is one image instead of many.
 
     Raises:
@@ -188,14 +188,14 @@ class _Seen:
             if extent.full:
                 self.levels[round(extent.full / extent.height, 1)] += 1
 
-    def tell(self, made: Tiles) -> None:
+    def log(self, made: Tiles) -> None:
         """Log the number of tiles, and warn of what looks wrong."""
         reading = made.reading
         if reading.level and self.levels:
             by = sorted(self.levels)
             shown = f"{by[0]:g}" if len(by) == 1 else f"{by[0]:g} to {by[-1]:g}"
-            say = _log.warning if by[-1] > 1.5 * by[0] else _log.info
-            say(f"{self.spec}: level {reading.level} is {shown} times smaller than the full size")
+            log = _log.warning if by[-1] > 1.5 * by[0] else _log.info
+            log(f"{self.spec}: level {reading.level} is {shown} times smaller than the full size")
         if not reading.tile:
             return
         files = len(made.whole)

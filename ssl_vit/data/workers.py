@@ -54,8 +54,8 @@ def load(
         prefetch: batches that each worker prepares ahead; fewer if shared memory is too small.
         held: batches that the caller holds at a time, with the next.
         collate: makes a batch of what ``images`` returns.
-        claim: is told, before the workers start, how many bytes of shared memory the batches of all
-            processes on this machine may take.
+        claim: called, before the workers start, with the bytes of shared memory that the batches of
+            all processes on this machine may take.
     """
     options: dict[str, Any] = {"batch_sampler": batches, "pin_memory": pin}
     collate = collate or _as_is

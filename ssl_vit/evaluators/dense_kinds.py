@@ -48,7 +48,7 @@ class Kind(ABC):
     @classmethod
     @abstractmethod
     def remembered(cls, about: dict[str, Any]) -> Kind:
-        """The kind that a network's file tells of: its ``options``, and what was ``learned``."""
+        """The kind that a network's file describes: its ``options``, and what was ``learned``."""
 
     @abstractmethod
     def learned(self) -> dict[str, Any]:

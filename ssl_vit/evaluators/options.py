@@ -1,4 +1,4 @@
-"""Options of evaluators, and the names that they are told by; none of it needs torch."""
+"""Options of evaluators, and the names they are chosen by; none of it needs torch."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Method(Task):
         ((_, objective),) = self.parts()
         return objective
 
-    # What a method must say of itself.
+    # What a method must define.
 
     @staticmethod
     def views(config: Any, encoder: Encoder) -> ViewSpec:
@@ -121,7 +121,7 @@ class Method(Task):
         """
         return {}
 
-    # What it may say.
+    # What it may define.
 
     def seen_by(self, name: str, views: Views) -> Views:
         """The part of a batch that an objective sees: all of it, where there is one."""
@@ -343,7 +343,7 @@ def find_method(name: str) -> type[Method]:
     named = bool(getattr(kind, "title", "")) and "loss" in getattr(kind, "explained", {})
     check(
         options and named,
-        f"methods/{name}.py: {kind.__name__} must say its Config (a frozen dataclass on "
+        f"methods/{name}.py: {kind.__name__} must define its Config (a frozen dataclass on "
         "MethodConfig), its title, and in explained what its scalars mean, loss among them",
     )
     return kind

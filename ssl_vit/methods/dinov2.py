@@ -16,7 +16,7 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import check, said_of
+from ssl_vit.common.errors import check, naming_option
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Place, Views
@@ -91,7 +91,7 @@ class DINOv2Objective(DINOObjective):
         """Give the teacher of Gram anchoring the weights of a file."""
         name, own = self.config.gram_encoder, self.gram.encoder
         option = flag(self.config, "gram_encoder")
-        with said_of(option, name):
+        with naming_option(option, name):
             given = open_weights(name, option=option).encoder
         state = resample_positions(given.vit.state_dict(), given, own)
         load_strictly(own.vit, state, f"{option} {name}")

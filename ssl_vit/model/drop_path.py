@@ -131,8 +131,8 @@ class DropPath(layers.DropPath):
         """``to + self(branch(x))``, where the branch is computed of the rows that are kept, filled
         up to whole quarters of all.
 
-        The branch must treat rows apart, and is told which of them it gets (None: all); it is
-        called even if none is kept.
+        The branch must treat rows apart, and gets their indices (None: all); it is called even if
+        none is kept.
         """
         if not self.training or self.drop_prob == 0:
             return to + branch(x, None)

@@ -245,7 +245,7 @@ class Encoder(nn.Module):
         return self.vit.norm(x)
 
     def blocks(self, tokens: Tokens) -> Iterator[tuple[nn.Module, dict[str, Rotation]]]:
-        """All blocks in order, each with what it is told of these tokens' positions."""
+        """All blocks in order, each with the rotation of these tokens' positions, if any."""
         if not self.rotary:
             yield from ((block, {}) for block in self.vit.blocks)
             return

@@ -31,7 +31,7 @@ def failure_line(error: BaseException) -> str:
     if lost_process(error):
         return f"another process has exited or did not respond in time: {cause(error)}"
     if isinstance(error, RuntimeError) and "NCCL" in str(error):
-        return f"NCCL failed: {cause(error)}. NCCL_DEBUG=INFO in the environment tells more"
+        return f"NCCL failed: {cause(error)}. NCCL_DEBUG=INFO in the environment shows more"
     return ""
 
 

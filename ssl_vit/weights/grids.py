@@ -1,7 +1,7 @@
 """Grids of positions: rows and columns of the patches that a network was trained on.
 
 A table of positions has a length only; 256 of them may be 16 x 16 patches or 8 x 32. Each grid is
-read from what is certain where there is something, and what is assumed is said.
+read from what is certain where there is something, and what is assumed is reported.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def find_grid(
     grid. Else the user's size is taken if it is of as many patches, then a square.
 
     Raises:
-        UserError: nothing says it, and the positions are no square number; how it can be said.
+        UserError: nothing states it, and the positions are no square number; with the remedy.
     """
     n = len(table)
     by_values = _sincos_grid(table)
@@ -146,5 +146,5 @@ def _how_to_say(n: int, patch: int) -> str:
 
 
 def _options(size: str) -> str:
-    """Options that say a size, by command."""
+    """Options for a size, by command."""
     return f"--encoder.image-size {size} (elsewhere --size, finetune: --tune.image-size)"

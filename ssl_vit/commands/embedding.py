@@ -26,7 +26,7 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import load
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.evaluators.cache import labels_sha256
-from ssl_vit.evaluators.feature_files import Table, read_card, write_features
+from ssl_vit.evaluators.feature_files import FeatureTable, read_card, write_features
 from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 from ssl_vit.evaluators.features import Machine, embedded, ready
 from ssl_vit.evaluators.protocol import protocol_card
@@ -104,7 +104,7 @@ class Embedding:
         )
         return dict(json.loads(json.dumps(made)))
 
-    def run(self) -> Table | None:
+    def run(self) -> FeatureTable | None:
         """Compute the parts that are missing and write the file.
 
         All processes must call it; the main one gets the table, unless the file was there already.
@@ -121,7 +121,7 @@ class Embedding:
                 if there is None:
                     return None
                 self._compute(sorted(set(range(self.parts.layout.parts)) - there), lock)
-                return self._finish(Table(self.source, self.parts, card)) if main else None
+                return self._finish(FeatureTable(self.source, self.parts, card)) if main else None
         except UserError as error:
             raise UserError(str(error).replace("--run.out", "--out"), error.everywhere) from None
         finally:
@@ -207,7 +207,7 @@ class Embedding:
                 lock.check()
             self.parts.write(part, rows)
 
-    def _finish(self, table: Table) -> Table:
+    def _finish(self, table: FeatureTable) -> FeatureTable:
         """Put the file together, and remove the parts."""
         missing = set(table.numbers) - set(self.parts.there())
         if missing:

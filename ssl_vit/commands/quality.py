@@ -159,7 +159,7 @@ class OurRun:
         return curve(self.rows, feature, self.minutes)
 
 
-def judge(plan: Plan, encoder: str, label: str) -> dict[str, Any]:
+def score_encoder(plan: Plan, encoder: str, label: str) -> dict[str, Any]:
     """Scores of an encoder by each evaluator; their protocol cards go to ``scores/``."""
     run, found = plan.entries[0].options.run, dict[str, Any]()
     config = CompareConfig(
@@ -240,7 +240,7 @@ def run_one(plan: Plan, side: OurRun | PeerRun, results: Results) -> None:
     run |= {"minutes": used, "images_seen": steps * batch}
     run["images_per_second"] = steps * batch / (60 * used)
     results.write()
-    scores = judge(plan, side.encoder, label)
+    scores = score_encoder(plan, side.encoder, label)
     run["curve"] = side.curve(scores["knn"]["features"])
     run["scores"] = scores
     results.write()
@@ -261,7 +261,7 @@ def baselines(plan: Plan, first: int, results: Results) -> None:
         networks.add(network)
     for name, encoder in wanted.items():
         if name not in known:
-            known[name] = {"scores": judge(plan, encoder, re.sub(r"\W+", "-", name))}
+            known[name] = {"scores": score_encoder(plan, encoder, re.sub(r"\W+", "-", name))}
             results.write()
 
 

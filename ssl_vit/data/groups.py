@@ -20,7 +20,7 @@ from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
 from ssl_vit.data.base import Source
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.headers_of import headers_of
-from ssl_vit.data.table import Table
+from ssl_vit.data.table import CsvTable
 
 log = logging.getLogger("ssl_vit")
 _SHOWN = 3  # images without a group that are named
@@ -28,7 +28,7 @@ _SAID = 30.0  # seconds between two lines of progress
 _UNKNOWN = ("", "nan")
 
 
-def group_column(table: Table, grouping: tuple[str, str]) -> str:
+def group_column(table: CsvTable, grouping: tuple[str, str]) -> str:
     """Column of a table that ``ReadConfig.grouping`` names; empty if it names something else.
 
     Raises:

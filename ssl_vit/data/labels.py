@@ -23,7 +23,7 @@ from ssl_vit.data.classes import (
 )
 from ssl_vit.data.groups import group_column, numbered
 from ssl_vit.data.matching import Rows, is_image_name
-from ssl_vit.data.table import Table, read_table
+from ssl_vit.data.table import CsvTable, read_table
 
 log = logging.getLogger("ssl_vit")
 # Names of columns that name images, the surest first.
@@ -135,14 +135,14 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     return made
 
 
-def _groups(source: Source, table: Table, rows: np.ndarray, column: str) -> np.ndarray:
+def _groups(source: Source, table: CsvTable, rows: np.ndarray, column: str) -> np.ndarray:
     """Group of each image by a column, int64 (n,); ``rows``: of the images, -1 for none."""
     cells = [*table.column(column), ""]
     names = (cells[row] for row in rows.tolist())
     return numbered(source, names, f"column {column} of {table.path.name}")
 
 
-def with_header(table: Table) -> Table:
+def with_header(table: CsvTable) -> CsvTable:
     """The table; where its first line names an image, that is a row, and columns are numbered."""
     if not any(is_image_name(name) for name in table.header):
         return table
@@ -152,7 +152,7 @@ def with_header(table: Table) -> Table:
     return replace(table, header=numbered, rows=[table.header, *table.rows], lines=lines)
 
 
-def image_column(table: Table, source: Source, taken: Sequence[str] = ()) -> tuple[str, Rows]:
+def image_column(table: CsvTable, source: Source, taken: Sequence[str] = ()) -> tuple[str, Rows]:
     """Column that names the images, the one by which most of them are found, and its rows.
 
     Tried in this order: columns with a usual name, the first column, the others but ``taken``.
@@ -178,7 +178,7 @@ def image_column(table: Table, source: Source, taken: Sequence[str] = ()) -> tup
     return best[1], best[2]
 
 
-def label_columns(table: Table, image: str, group: str = "") -> list[str]:
+def label_columns(table: CsvTable, image: str, group: str = "") -> list[str]:
     """Columns of labels: the only further column; or all, where they are 1, 0 or blank; or the one
     with a usual name; or those of 1, 0 or blank; or the only one in which values recur.
 
@@ -223,7 +223,7 @@ def _recurs(cells: list[str]) -> bool:
     return len(set(known)) < len(known) and not any(map(_FRACTION.fullmatch, known))
 
 
-def _numbers(table: Table, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def _numbers(table: CsvTable, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class numbers of all rows, int64 (n,), -1 where unknown, and class names."""
     cells = table.column(column)
     distinct = sorted(set(cells))
@@ -240,7 +240,7 @@ def _numbers(table: Table, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([number[cell] for cell in cells], dtype=np.int64), classes
 
 
-def _outcomes(table: Table, columns: list[str]) -> np.ndarray:
+def _outcomes(table: CsvTable, columns: list[str]) -> np.ndarray:
     """Outcomes of independent labels, float32 (n, L): 1, 0, or NaN for unknown."""
     made = []
     for name in columns:

@@ -23,7 +23,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Table:
+class CsvTable:
     """CSV table: names of the columns, and rows with their line numbers."""
 
     path: Path
@@ -37,7 +37,7 @@ class Table:
         return [row[place].strip() for row in self.rows]
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> CsvTable:
     """Read a whole CSV file, and check its shape.
 
     It is UTF-8, UTF-16 with a byte order mark, or else Windows-1252, which contains Latin-1 and is
@@ -72,7 +72,7 @@ def read_table(path: Path) -> Table:
     for row, line in zip(rows, lines, strict=True):
         there = f"{path}, line {line} has {len(row)} cells"
         check(len(row) == len(header), f"{there}; the header has {len(header)}")
-    return Table(path, header, rows[1:], lines[1:])
+    return CsvTable(path, header, rows[1:], lines[1:])
 
 
 def _is_blank(rows: list[list[str]], place: int) -> bool:

@@ -30,7 +30,7 @@ _WHOLE = (1 << 62, 1 << 62)  # a tile that no image is larger than
 _COSTLY = 8  # times as many pixels are decoded as a tile has: a warning
 
 
-class Place(NamedTuple):
+class TilePlace(NamedTuple):
     """File of a tile, its plane, row and column there."""
 
     file: int
@@ -89,12 +89,12 @@ class Tiles(FileParts):
         sizes = self.heights, self.widths, np.array([*self.tile, self.reading.level])
         return (*self.whole.listing(), *sizes, self.firsts)
 
-    def place(self, i: int) -> Place:
+    def place(self, i: int) -> TilePlace:
         """Origin of an image: its file, plane and tile."""
         i = range(len(self))[i]
         file = int(self.file_of[i])
         plane, tile = divmod(i - int(self.firsts[file]), self._per_plane(file))
-        return Place(file, plane, *divmod(tile, int(self.columns[file])))
+        return TilePlace(file, plane, *divmod(tile, int(self.columns[file])))
 
     def box(self, i: int) -> Box:
         """Part of its file's image that an image is."""

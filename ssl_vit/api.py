@@ -150,7 +150,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def predict(self, images: Images) -> Any:
-        """What the model says of images, on the CPU. By ``kind``:
+        """Predictions for images, on the CPU. By ``kind``:
 
         - ``classes``: (B, classes) float32, probabilities; of several labels an image, of each.
         - ``segment``: for each image (H, W) int64, the class of each pixel, in the image's size.

@@ -285,3 +285,50 @@ def test_what_serves_every_method_names_none(module):
 def test_a_named_method_is_seen():
     assert named_methods("if run.method == 'mae':\n    pass") == ["mae"]
     assert named_methods('"""What dino logs."""') == ["dino"]
+
+
+# A word that names no thing; "In-place" does.
+NO_THING = re.compile(
+    r"(What|Whether|That|Those|This|These|As|Of|Where|When|Why|How|Which|Who|Whose|Whom|Its|It|Their"
+    r"|From|For|In|Without|Inside|Such|Say|Tell)(?![\w-])"
+)
+
+
+def nameless_docstrings(source: str) -> list[str]:
+    """Docstrings, those of fields included, that begin with a word that names no thing."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)  # of a lambda, one expression
+        for part in body if isinstance(body, list) else []:
+            value = part.value if isinstance(part, ast.Expr) else None
+            text = value.value if isinstance(value, ast.Constant) else None
+            if isinstance(text, str) and NO_THING.match(text.strip()):
+                found.append(f"{part.lineno}: {text.strip():.40}")
+    return found
+
+
+def test_docstrings_begin_with_the_thing():
+    """So that the package can be skimmed and searched."""
+    found = {module: nameless_docstrings(source) for module, source in MODULES.items()}
+    assert {module: lines for module, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""What a file holds."""',
+        'class A:\n    """How it is read."""',
+        'def f():\n    """Whether it is."""',
+        'async def f():\n    r"""\n    Of these, the first."""',
+        'class A:\n    x: int = 0\n    """As for the others."""',
+        'X = 0\n"""Which it is."""',
+        'def f():\n    def g():\n        """That of f."""',
+    ],
+)
+def test_a_docstring_without_a_thing_is_seen(source):
+    assert len(nameless_docstrings(source)) == 1
+
+
+def test_a_docstring_with_a_thing_passes():
+    source = '"""In-place sum, of what size it is."""\nx = f"""What"""\ndef f():\n    return "What"'
+    assert nameless_docstrings(source) == []

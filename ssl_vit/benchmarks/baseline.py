@@ -39,7 +39,7 @@ def read_baseline(path: str, method: str) -> Report:
 
 
 def _is_side(side: Any) -> bool:
-    """Whether this is the result of a side, with a rate."""
+    """True for the result of a side, with a rate."""
     return isinstance(side, dict) and isinstance(side.get("images_per_second"), int | float)
 
 
@@ -59,15 +59,15 @@ def check_alike(path: str, before: Report, now: Report) -> None:
 
 
 def _alike(report: Report) -> dict[str, Any]:
-    """What two reports must have in common, by name."""
+    """Values that two reports must have in common, by name."""
     machine = {name: report["hardware"].get(name) for name in _MACHINE}
     sizes = flatten({"sizes": report["sizes"]})
     return {**machine, "precision": report.get("precision"), **sizes}
 
 
 def changes(before: Report, now: Report) -> Report:
-    """What has changed, for JSON: of each side of both its rate and memory, before, and as ratios
-    of now to before; and the versions and options that differ.
+    """Changes since a report, for JSON: rate and memory of each side that both have, before, and as
+    ratios of now to before; and the versions and options that differ.
 
     ``within_repeats``: whether the repeats of the two overlap, so that the ratio may be chance.
     """

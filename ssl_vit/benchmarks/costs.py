@@ -95,7 +95,7 @@ def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
 
 @contextmanager
 def _no_reading(task: Task) -> Iterator[None]:
-    """Inside, a step that reads numbers from the device is an error in words.
+    """Context in which a step that reads numbers from the device is an error in words.
 
     Raises:
         RunFailed: it does: nothing can be counted without numbers, and a GPU would be waited for.

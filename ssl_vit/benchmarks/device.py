@@ -1,4 +1,4 @@
-"""Proof on a device: what only a GPU can tell, in parts of their own processes, cheapest first.
+"""Proof on a device: checks that only a GPU can make, each part a process, cheapest first.
 
 A part is a folder's tests or a benchmark by its own door. One that fails, or has no time left,
 stops none of the others.
@@ -27,7 +27,7 @@ from ssl_vit.benchmarks.speed_tables import TableOf, gigabytes, markdown_rows
 _GRACE = 5.0
 # How a test may end, but for passing, in a report of pytest.
 _ENDS = ("failure", "error", "skipped")
-# Last lines of what a failed part said that are kept.
+# Last lines of a failed part's output that are kept.
 _KEPT = 20
 
 
@@ -53,7 +53,7 @@ class Part:
 
     @property
     def missing(self) -> str:
-        """What it lacks here; empty: nothing."""
+        """Requirements that are not met here; empty if all are."""
         lacks = [f"{name} is not installed" for name in self.needs if find_spec(name) is None]
         lacks += [f"{path.name} is only in a checkout" for path in self.files if not path.exists()]
         return ", ".join(lacks)
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part.
+    """Outcome of a part.
 
     Attributes:
         state: ``passed``, ``failed``, ``out of time``, ``not begun`` or ``left out``.
@@ -84,21 +84,21 @@ def carry_out(part: Part, seconds: float, device: str) -> Outcome:
         left = max(0.0, seconds)
         return Outcome("not begun", said=[f"{left:.0f} s are left; {part.least:.0f} are needed"])
     with tempfile.TemporaryDirectory(prefix="ssl_vit-") as scratch:
-        out, told = Path(scratch) / "found.json", Path(scratch) / "told"
+        out, output = Path(scratch) / "found.json", Path(scratch) / "output"
         command = [sys.executable, *(a.replace("{out}", str(out)) for a in part.arguments)]
         started = time.perf_counter()
-        status = _ended(command, told, seconds, device)
+        status = _ended(command, output, seconds, device)
         took = time.perf_counter() - started
-        lines = told.read_text(errors="replace").splitlines()
+        lines = output.read_text(errors="replace").splitlines()
         state = {0: "passed", None: "out of time"}.get(status, "failed")
         outcome = Outcome(state, round(took, 1))
         _read(outcome, out, lines)
     return outcome
 
 
-def _ended(command: Sequence[str], told: Path, seconds: float, device: str) -> int | None:
+def _ended(command: Sequence[str], output: Path, seconds: float, device: str) -> int | None:
     """Status of a command; None: it was ended, with all its children, as its time was over."""
-    with told.open("wb") as out:
+    with output.open("wb") as out:
         child = subprocess.Popen(
             command, stdout=out, stderr=out, env=_surroundings(device), start_new_session=True
         )
@@ -127,7 +127,7 @@ def _surroundings(device: str) -> dict[str, str]:
 
 
 def _read(outcome: Outcome, out: Path, lines: list[str]) -> None:
-    """What a part has found, from its report and from what it said."""
+    """Fill in a part's outcome from its report and its output."""
     text = out.read_text() if out.exists() else ""
     if text.startswith("<"):
         cases = list(ElementTree.fromstring(text).iter("testcase"))

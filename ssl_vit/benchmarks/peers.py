@@ -85,11 +85,12 @@ class Peer(Side):
         raise NotImplementedError
 
     def vits(self) -> list[Any]:
-        """Its encoders that are timm's ViTs, the one that is judged last; none: it has no such."""
+        """Encoders of the peer that are timm's ViTs, the evaluated one last; empty if it has
+        none."""
         return []
 
     def at(self, objective: Objective, step: int) -> None:
-        """What is not constant in its method, but learning rate and weight decay, at a step."""
+        """Scheduled values of the method at a step, other than learning rate and weight decay."""
 
     def clip(self) -> None:
         """Gradient clipping, after the backward pass."""

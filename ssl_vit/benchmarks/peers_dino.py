@@ -101,7 +101,7 @@ class OriginalDINO(_TeacherAndStudent):
         return nn.ModuleDict({"vit": vit, "mlp": nn.Sequential(*layers), "last": last})
 
     def vits(self) -> list[Any]:
-        """Those of student and teacher."""
+        """ViTs of student and teacher."""
         return [self.networks.student["vit"], self.networks.teacher["vit"]]
 
     def last_layer(self) -> nn.Module:
@@ -281,7 +281,7 @@ class LightlyDINO(_TeacherAndStudent):
         return nn.Sequential(backbone, head)
 
     def vits(self) -> list[Any]:
-        """Those of student and teacher."""
+        """ViTs of student and teacher."""
         return [self.networks.student[0].vit, self.networks.teacher[0].vit]
 
     def last_layer(self) -> nn.Module:

@@ -50,7 +50,7 @@ def rate_after(rows: list[Row], batch_size: int, warm_up: int) -> tuple[float, f
 
 
 def seconds_of_rate(minutes: float) -> float:
-    """How long a rate is measured for a training of so many minutes."""
+    """Seconds for which the rate of a training of so many minutes is measured."""
     return min(_MOST, max(_LEAST, 60 * _SHARE * minutes))
 
 

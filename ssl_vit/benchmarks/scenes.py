@@ -181,7 +181,7 @@ def _put(
 
 
 def _hides(covered: Bool[np.ndarray, "s s"], owner: np.ndarray, placed: Sequence[int]) -> bool:
-    """Whether an object would leave too little to be seen of another."""
+    """True if an object would leave too little of another visible."""
     for n in range(len(placed)):
         before = owner == n
         left = (before & ~covered).sum()

@@ -42,7 +42,7 @@ class Found:
     ``flops``: per image, forward and backward. ``available``: free bytes, including those that the
     process holds already. ``per_image``: bytes of activations. ``per_crop``: bytes that one crop of
     the most numerous kind adds, for all images of a part; 0: unknown. ``fits``: whether whole
-    steps fit into memory. ``pace``: throughput of whole steps; None: not measured. ``peak``: peak
+    steps fit into memory. ``throughput``: of whole steps; None: not measured. ``peak``: peak
     memory of a CUDA device in bytes. ``finite``: whether all losses and gradients were finite.
     """
 
@@ -52,7 +52,7 @@ class Found:
     per_image: float
     per_crop: float = 0.0
     fits: bool = True
-    pace: Throughput | None = None
+    throughput: Throughput | None = None
     peak: float = 0.0
     finite: bool = True
 
@@ -171,7 +171,7 @@ def _take(
     busy = torch.get_num_threads() if device.type == "cpu" else 0
     own = combined_throughput(-least, step, workers, busy, own_cores())
     whole = Throughput(world * own.loader, world * own.step, world * own.run, own.bound)
-    return replace(found, pace=whole, peak=peak, finite=not skipped)
+    return replace(found, throughput=whole, peak=peak, finite=not skipped)
 
 
 def _seconds(session: Session, steps: list[list[Batch]], count: int) -> tuple[float, float]:

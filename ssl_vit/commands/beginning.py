@@ -35,12 +35,12 @@ class Looks:
 
     @classmethod
     def read(cls, folder: Path, step: int) -> Looks:
-        """Those of a run up to a step; at step 0 there are none, whatever an earlier try left."""
+        """Evaluations of a run up to a step; none at step 0, whatever an earlier try left."""
         rows = read_rows(folder / METRICS_FILE) if step else []
         return cls([row for row in rows if _LOW in row and row["step"] <= step])
 
     def has(self, step: int) -> bool:
-        """Whether there was one at this step."""
+        """True if there was an evaluation at this step."""
         return any(row["step"] == step for row in self.rows)
 
     @property

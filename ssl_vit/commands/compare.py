@@ -34,12 +34,12 @@ class Cell:
     seconds: float
 
 
-Table = dict[str, dict[str, Cell]]
+CompareTable = dict[str, dict[str, Cell]]
 
 
-def fill(config: CompareConfig) -> Table:
+def fill(config: CompareConfig) -> CompareTable:
     """Table of all encoders and evaluators, measured row by row."""
-    table: Table = {}
+    table: CompareTable = {}
     for name, encoder in named(config.encoders).items():
         row: dict[str, Cell] = {}
         plain = "".join(c if c.isalnum() else "-" for c in name)
@@ -64,7 +64,7 @@ def shown(cell: Cell | None) -> str:
     return f"{cell.score.value:.1f} ±{(high - low) / 2:.1f}"
 
 
-def write(config: CompareConfig, table: Table) -> list[Path]:
+def write(config: CompareConfig, table: CompareTable) -> list[Path]:
     """Write the table as CSV and PNG and all cards as JSON, each atomically; returns the paths."""
     out = Path(config.out).expanduser()
     text = io.StringIO()

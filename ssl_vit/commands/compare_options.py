@@ -37,16 +37,16 @@ class CompareConfig:
     """A YAML file of options for finetune or detect, or a recipe by name. It trains encoders with
     random weights from scratch."""
     size: tuple[int, ...] = ()
-    """As for the other evaluators."""
+    """Image size, as for the other evaluators."""
     out: str = "compare"
     """Folder for the table (compare.csv, compare.png), all cards (compare.json) and fine-tuning
     runs, which are resumed if they were stopped."""
     seed: int = 0
-    """As for the other evaluators."""
+    """Random seed, as for the other evaluators."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """As for the other evaluators."""
+    """Precision, as for the other evaluators."""
 
     def __post_init__(self) -> None:
         check(bool(self.encoders), "--encoders is missing; one or more, as --encoder elsewhere")

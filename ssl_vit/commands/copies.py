@@ -136,8 +136,8 @@ def _picture(pairs: Sequence[Pair], train: Source, val: Source, view: View) -> n
 
 
 def spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """At most 24 pairs, evenly spread over all of them, the last included: where copies end, a look
-    tells best whether the threshold is right."""
+    """Sample of at most 24 pairs, evenly spread over all of them, the last included: where copies
+    end, one sees best whether the threshold is right."""
     n = len(pairs)
     if n <= _SHOWN:
         return list(pairs)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl_vit.commands.depth_options import DepthConfig
 from ssl_vit.commands.eval_options import EvalConfig, EvalData, SegmentConfig
-from ssl_vit.commands.evaluating import look_at, tell_same
+from ssl_vit.commands.evaluating import look_at, warn_same_images
 from ssl_vit.commands.probes import Result
 from ssl_vit.common.errors import check
 from ssl_vit.data.depths import open_depths
@@ -94,7 +94,7 @@ def _opened(spec: str, config: EvalConfig, scheme: str, whole: Callable[[str, Ev
 
 
 def _some(kind: type[T], config: Any) -> T:
-    """Those options of a command that are a probe's."""
+    """Options of a probe, taken from those of a command."""
     return kind(**{f.name: getattr(config, f.name) for f in fields(kind)})  # type: ignore[arg-type]
 
 
@@ -118,7 +118,7 @@ def _dense(
     for line in leaks({"data.train": train, "data.val": val}):
         log.warning("warning: %s", line)
     content = [content_sha256(pairs) for pairs in opened]
-    tell_same(*content)
+    warn_same_images(*content)
     parallel = start_parallel(config.device)
     device, seed = parallel.device, config.seed
     if parallel.world > 1:

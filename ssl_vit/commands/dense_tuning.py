@@ -91,7 +91,7 @@ class DenseTuning(Tuning):
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """That of the images and their maps, and the encoder."""
+        """Fingerprint of the images, their maps and the encoder."""
         digest = hashlib.sha256()
         for source in (self.images.train, self.images.val):
             digest.update(content_sha256(pairs_of(source).masks).encode())

@@ -29,7 +29,7 @@ from ssl_vit.training.session import counted
 from ssl_vit.weights.own_files import DETECTOR_FILE
 
 CARD_FILE = "detect.json"
-_ENLARGED = 4.0  # from this factor on it is said
+_ENLARGED = 4.0  # from this factor on a warning says so
 
 
 def parse_options(argv: list[str]) -> tuple[DetectConfig, Start]:
@@ -120,7 +120,7 @@ class Detection(Tuning):
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """That of the images and their annotations, and the encoder."""
+        """Fingerprint of the images, their annotations and the encoder."""
         labels = [
             coco_of(s, "")[0].annotations_sha256() for s in (self.images.train, self.images.val)
         ]
@@ -164,7 +164,7 @@ class Detection(Tuning):
 
 
 def wants_masks(option: str, images: Images) -> bool:
-    """Whether masks are found, too.
+    """True if masks are predicted as well.
 
     Raises:
         UserError: they are asked for, and some object has none.

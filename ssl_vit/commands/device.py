@@ -39,7 +39,7 @@ def prove(config: DeviceConfig) -> int:
     for part in parts(device.type):
         left = 60 * config.minutes - (time.perf_counter() - started)
         outcomes[part.name] = carry_out(part, left, wanted)
-        _tell(part.name, part.asks, outcomes[part.name])
+        _report_part(part.name, part.asks, outcomes[part.name])
         _keep(out, config, device, outcomes)
     table = steps_table(outcomes)
     if table.rows:
@@ -50,7 +50,7 @@ def prove(config: DeviceConfig) -> int:
     return int(any(outcome.state == "failed" for outcome in outcomes.values()))
 
 
-def _tell(name: str, asks: str, outcome: Outcome) -> None:
+def _report_part(name: str, asks: str, outcome: Outcome) -> None:
     print(f"{outcome.state:<11} {outcome.seconds:5.0f} s  {name}: {asks}", flush=True)
     for line in outcome.said:
         print(f"                     {line}", flush=True)

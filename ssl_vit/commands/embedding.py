@@ -26,7 +26,7 @@ from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import load
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.evaluators.cache import labels_sha256
-from ssl_vit.evaluators.feature_files import Table, read_card, write_features
+from ssl_vit.evaluators.feature_files import FeatureTable, read_card, write_features
 from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 from ssl_vit.evaluators.features import Machine, embedded, ready
 from ssl_vit.evaluators.protocol import protocol_card
@@ -104,7 +104,7 @@ class Embedding:
         )
         return dict(json.loads(json.dumps(made)))
 
-    def run(self) -> Table | None:
+    def run(self) -> FeatureTable | None:
         """Compute the parts that are missing and write the file.
 
         All processes must call it; the main one gets the table, unless the file was there already.
@@ -121,7 +121,7 @@ class Embedding:
                 if there is None:
                     return None
                 self._compute(sorted(set(range(self.parts.layout.parts)) - there), lock)
-                return self._finish(Table(self.source, self.parts, card)) if main else None
+                return self._finish(FeatureTable(self.source, self.parts, card)) if main else None
         except UserError as error:
             raise UserError(str(error).replace("--run.out", "--out"), error.everywhere) from None
         finally:
@@ -154,7 +154,7 @@ class Embedding:
             if not other:
                 self.parts.clear()
                 return None
-            # Parts of these features are of a call that was told to replace the file.
+            # Parts of these features are of a call with the option to replace the file.
             check(before == card, f"{self.out} {other}")
         if before and self.parts.begun:
             other = difference(before, card)
@@ -162,11 +162,11 @@ class Embedding:
         else:
             self.parts.begin(card)
         there = self.parts.there()
-        self._say_size(there)
+        self._log_size(there)
         return there
 
-    def _say_size(self, there: list[int]) -> None:
-        """Say what will be computed, and warn where the disk has no room for it."""
+    def _log_size(self, there: list[int]) -> None:
+        """Log the size of what will be computed, and warn where the disk has no room for it."""
         layout, out = self.parts.layout, self.out
         shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in layout.shapes.items())
         if done := min(len(there) * layout.part_size, layout.images):
@@ -207,7 +207,7 @@ class Embedding:
                 lock.check()
             self.parts.write(part, rows)
 
-    def _finish(self, table: Table) -> Table:
+    def _finish(self, table: FeatureTable) -> FeatureTable:
         """Put the file together, and remove the parts."""
         missing = set(table.numbers) - set(self.parts.there())
         if missing:
@@ -254,8 +254,8 @@ def megabytes(count: int) -> str:
 
 
 def difference(found: dict[str, Any], card: dict[str, Any]) -> str:
-    """How features that were found differ from those of ``card``, and what to do about it; empty if
-    they are the same."""
+    """Difference between the features found and those of ``card``, and the remedy; empty if they
+    are the same."""
     for group, now in card.items():
         before = found.get(group)
         if before == now:

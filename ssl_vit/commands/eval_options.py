@@ -1,4 +1,4 @@
-"""Options of evaluations: encoder, labelled images, and what each evaluator can be told."""
+"""Options of evaluations: encoder, labelled images, and the options of each evaluator."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class Evaluation:
     def embedded(
         self, embed: Embed, parts: tuple[str, ...], source: Source, content: str = ""
     ) -> FeatureSet:
-        """What ``embed`` makes of the images of a source, from the cache or now; ``parts``: names
-        that tell it from all else that is made of them."""
+        """Outputs of ``embed`` for the images of a source, from the cache or computed now;
+        ``parts``: names that identify them in the cache."""
         backbone = self.backbone
 
         def make() -> FeatureSet:
@@ -178,8 +178,8 @@ class Evaluation:
             name: split_card(source, self._features.get(name), self.content(name), train)
             for name, source in self.sources.items()
         }
-        told = "val" in splits and tell_same(self.content("train"), self.content("val"))
-        if "val" in splits and not told and (same := self.identical()):
+        repeated = "val" in splits and warn_same_images(self.content("train"), self.content("val"))
+        if "val" in splits and not repeated and (same := self.identical()):
             splits["val"]["identical_in_training"] = same
             text = (
                 "warning: %s of %s images of --data.val are in --data.train, too, byte for byte: "
@@ -203,9 +203,8 @@ class Evaluation:
         return result_file(self.config.out, self.backbone, f"{evaluator}.json")
 
 
-def tell_same(train: str, val: str) -> bool:
-    """Whether training and validation images, by their content hashes, are the same, which is
-    said."""
+def warn_same_images(train: str, val: str) -> bool:
+    """True if training and validation images are the same, by their content hashes; warns of it."""
     if train == val:
         log.warning(
             "warning: --data.val and --data.train are the same images: the score is no test"

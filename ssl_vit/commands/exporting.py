@@ -1,4 +1,4 @@
-"""Export of an encoder: opened, written in another format, read back, and said."""
+"""Export of an encoder: opened, written in another format, read back, and reported."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class Finetuning(Tuning):
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """That of the images and their labels, and the encoder."""
+        """Fingerprint of the images, their labels and the encoder."""
         digest = hashlib.sha256()
         for source in (self.images.train, self.images.val):
             digest.update(repr(source.classes).encode())

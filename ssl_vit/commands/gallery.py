@@ -61,8 +61,8 @@ class Files(Source):
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Scene: images and the opened encoder, not yet on its device."""
+class Visualized:
+    """Images to visualize and the opened encoder, not yet on its device."""
 
     source: Source
     backbone: Backbone
@@ -123,7 +123,7 @@ def find_images(
     raise UserError(f"--images: {missing[0]!r} is no such file; give files, or one source alone")
 
 
-def prepare(config: PictureConfig, most: int) -> Scene:
+def prepare(config: PictureConfig, most: int) -> Visualized:
     """Scene of a picture's options, with at most ``most`` images of a source.
 
     Raises:
@@ -133,10 +133,10 @@ def prepare(config: PictureConfig, most: int) -> Scene:
     backbone = open_backbone(config.encoder, config.seed, config.size)
     channels = backbone.view.channels
     source = find_images(config.images, config.data, channels, most, config.seed)
-    return Scene(source, backbone, resolve_device(config.device))
+    return Visualized(source, backbone, resolve_device(config.device))
 
 
-def images_of(scene: Scene) -> Tensor:
+def images_of(scene: Visualized) -> Tensor:
     """Images of a scene, as of :func:`read_images`, with a warning if their values are far from
     those that the encoder was trained on.
 

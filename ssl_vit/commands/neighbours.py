@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ssl_vit.commands.evaluating import look_at
-from ssl_vit.commands.gallery import Drawn, Files, Scene, normalized, prepare, read_images
+from ssl_vit.commands.gallery import Drawn, Files, Visualized, normalized, prepare, read_images
 from ssl_vit.commands.picture_options import GalleryData, NeighboursConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.data.sources import Source, Subset, open_source
@@ -91,7 +91,7 @@ def _default_feature(backbone: Backbone) -> str:
     return wanted if wanted in backbone.features else backbone.poolings[0]
 
 
-def _features(scene: Scene, source: Source, feature: str, workers: int) -> FeatureSet:
+def _features(scene: Visualized, source: Source, feature: str, workers: int) -> FeatureSet:
     """Features of all readable images; loader processes are started for many images only."""
     if scene.backbone.module is not None:
         ready(scene.backbone.module, scene.device)
@@ -102,7 +102,7 @@ def _features(scene: Scene, source: Source, feature: str, workers: int) -> Featu
     return extract(scene.backbone.embed(parts_of((feature,))), source, scene.view, machine)
 
 
-def _shown(scene: Scene, source: Source, index: torch.Tensor) -> np.ndarray:
+def _shown(scene: Visualized, source: Source, index: torch.Tensor) -> np.ndarray:
     """Images of a source for display, cropped as for the encoder."""
     images = read_images(Subset(source, index.numpy()), scene.view)
     return normalized(images, scene.view, torch.device("cpu"))[1]

@@ -69,19 +69,21 @@ def needs(session: Pretraining, found: Found, done: int) -> list[tuple[str, str]
     schedule, batch = session.trainer.schedule, session.order.batch_size
     whole = found.flops * batch * schedule.total
     cost = f"{found.flops / 1e9:.3g} GFLOP an image (forward and backward), {whole:.2g} in all"
-    pace = found.pace
-    if pace is None:
+    throughput = found.throughput
+    if throughput is None:
         return [("compute", cost), ("speed", "not measured: a step does not fit into memory")]
     left = max(0, schedule.total - done)
     workers = loader_workers(session.config.data.workers, session.parallel.device)
     processes = f"{workers} workers for each of {session.parallel.world} processes"
-    steps = f"{rate(pace.step)}, {pace.step * found.flops / 1e12:.3g} TFLOP/s"
-    time = f"{long_duration(left * batch / pace.run)} for {left:,} steps; checkpoints and probes"
+    steps = f"{rate(throughput.step)}, {throughput.step * found.flops / 1e12:.3g} TFLOP/s"
+    time = (
+        f"{long_duration(left * batch / throughput.run)} for {left:,} steps; checkpoints and probes"
+    )
     return [
         ("compute", cost),
-        ("loader", f"{rate(pace.loader)}, {processes}, nothing trained meanwhile"),
+        ("loader", f"{rate(throughput.loader)}, {processes}, nothing trained meanwhile"),
         ("step", f"{steps}, no image waited for"),
-        ("bound by", f"{pace.bound}: {rate(pace.run)}"),
+        ("bound by", f"{throughput.bound}: {rate(throughput.run)}"),
         ("time to finish", f"{time} come on top"),
     ]
 
@@ -151,7 +153,7 @@ def advice(session: Pretraining, found: Found) -> list[str]:
         *_on_rate(session),
         *_on_length(session),
         *_on_images(session),
-        *(_on_pace(session, found.pace) if found.pace else []),
+        *(_on_throughput(session, found.throughput) if found.throughput else []),
     ]
     if not found.finite:
         lines.append("a loss or gradient was not finite: look at the images, or lower --optim.lr")
@@ -226,18 +228,18 @@ def _on_images(session: Pretraining) -> Iterator[str]:
         )
 
 
-def _on_pace(session: Pretraining, pace: Throughput) -> Iterator[str]:
+def _on_throughput(session: Pretraining, throughput: Throughput) -> Iterator[str]:
     device = session.parallel.device
     workers = loader_workers(session.config.data.workers, device)
-    if not workers and pace.run < 0.9 * pace.step:
+    if not workers and throughput.run < 0.9 * throughput.step:
         yield (
-            f"--data.workers is 0, so that a step waits for its images: {rate(pace.run)} of "
-            f"{rate(pace.step)}; give --data.workers 1 or more"
+            f"--data.workers is 0, so that a step waits for its images: {rate(throughput.run)} of "
+            f"{rate(throughput.step)}; give --data.workers 1 or more"
         )
-    if pace.bound != "the loader" or pace.loader > 0.9 * pace.step:
+    if throughput.bound != "the loader" or throughput.loader > 0.9 * throughput.step:
         return
-    text = f"the loader gives {rate(pace.loader)}, and a step takes {rate(pace.step)}"
-    wanted = math.ceil(workers * pace.step / pace.loader)
+    text = f"the loader gives {rate(throughput.loader)}, and a step takes {rate(throughput.step)}"
+    wanted = math.ceil(workers * throughput.step / throughput.loader)
     on_cpu = device.type == "cpu"
     # The cores that the step itself leaves; a loader slow for want of them cannot be helped.
     spare = own_cores() - torch.get_num_threads() * on_cpu

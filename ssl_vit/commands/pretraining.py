@@ -77,7 +77,7 @@ def _carry_out(
     results: Callable[[S], dict[str, float]],
     command: str,
 ) -> int:
-    """As :func:`carry_out`, in a folder that is this run's alone."""
+    """Run of a session, as :func:`carry_out`, in a folder that is locked for it."""
     started = time.perf_counter()
     prepare_folder(session)
     if session.parallel.main:
@@ -111,7 +111,8 @@ class Pretraining(Session):
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """That of the images, and the files of ``--init.encoder`` and of the method's encoders."""
+        """Fingerprint of the images and of the files of ``--init.encoder`` and the method's
+        encoders."""
         names = {"init.encoder": self.config.init.encoder}
         method = self.config.method
         names |= {
@@ -167,7 +168,8 @@ class Pretraining(Session):
         return Looks.read(self.out, self.trainer.step)
 
     def looks_at_once(self, due: bool) -> bool:
-        """At given weights before they are trained; and where a kill came before the look did."""
+        """True at given weights before they are trained; and where a kill came before the probe
+        did."""
         step = self.trainer.step
         late = due and self.watch.labelled and not self.looks.has(step)
         return bool(self.config.init.encoder) and (step == 0 or late)
@@ -202,7 +204,7 @@ class Pretraining(Session):
 
     @property
     def chosen_by(self) -> str:
-        """What the best encoder is chosen by, in words."""
+        """Selection criterion of the best encoder, in words."""
         if self.choice is None:
             return "leave-one-out k-NN of training images"
         return f"k-NN of {len(self.choice):,} images held out for this alone"

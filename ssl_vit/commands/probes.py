@@ -32,8 +32,8 @@ from ssl_vit.evaluators.scores import Prediction, check_labels, score_prediction
 log = logging.getLogger("ssl_vit")
 _CHOICE_IMAGES = 5000
 Pictures = dict[str, np.ndarray | Callable[[], Sequence[Path]]]
-"""What lies beside a result: by name, a picture (height, width, 3) uint8, or what writes files and
-returns their paths."""
+"""Files beside a result: by name, a picture (height, width, 3) uint8, or a function that writes
+files and returns their paths."""
 Result = (
     tuple[list[Score], dict[str, Any], Path] | tuple[list[Score], dict[str, Any], Path, Pictures]
 )

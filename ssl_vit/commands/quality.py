@@ -59,13 +59,13 @@ _TOLERANCE = 0.05
 class Process:
     """Pretraining by its own door, in a process of its own; leaving the context ends it, saved.
 
-    ``told``: file for what it says; None: standard error.
+    ``output``: file for its output; None: standard error.
     """
 
-    def __init__(self, entry: Entry, flags: Sequence[str], told: Path | None = None) -> None:
+    def __init__(self, entry: Entry, flags: Sequence[str], output: Path | None = None) -> None:
         door = f"-m ssl_vit.pretrain {entry.method}".split()
         command = [sys.executable, *door, "--config", str(entry.file), *flags]
-        with nullcontext(2) if told is None else told.open("wb") as out:
+        with nullcontext(2) if output is None else output.open("wb") as out:
             self.child = subprocess.Popen(command, stdout=out, stderr=out)
 
     def __enter__(self) -> Process:
@@ -102,7 +102,7 @@ class OurRun:
         self.flags = [*plan.flags, "--run.seed", str(seed)]
 
     def about(self) -> dict[str, Any]:
-        """Its entries in the report, before it begins."""
+        """Entries of the run in the report, before it begins."""
         return {"recipe": self.entry.name, "method": self.entry.method, "seed": self.seed}
 
     def is_trained(self) -> bool:
@@ -117,11 +117,11 @@ class OurRun:
         """
         wanted, entry = seconds_of_rate(self.plan.config.minutes), self.entry
         with tempfile.TemporaryDirectory(prefix="ssl_vit-") as scratch:
-            out, told, last = Path(scratch) / "run", Path(scratch) / "told", f"{_LAST}st"
+            out, output, last = Path(scratch) / "run", Path(scratch) / "output", f"{_LAST}st"
             own = ["--run.out", str(out), "--run.log-every", "5"]
             for option in ("length", "probe-every", "save-every"):
                 own += [f"--run.{option}", last]
-            with Process(entry, [*self.flags, *own], told) as run:
+            with Process(entry, [*self.flags, *own], output) as run:
                 found, ended = None, None
                 while ended is None and (found is None or found[1] < wanted):
                     time.sleep(0.2)
@@ -130,7 +130,7 @@ class OurRun:
                     found = rate_after(rows, entry.options.optim.batch_size, WARM_UP)
             if found is not None:
                 return found[0]
-            said = told.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+            said = output.read_text(errors="replace").strip().splitlines() or ["no output"]
             reason = re.sub("^(error|stopped): ", "", said[-1])
             raise (UserError if ended == 2 else RunFailed)(f"{entry.name}: {reason}")
 
@@ -159,7 +159,7 @@ class OurRun:
         return curve(self.rows, feature, self.minutes)
 
 
-def judge(plan: Plan, encoder: str, label: str) -> dict[str, Any]:
+def score_encoder(plan: Plan, encoder: str, label: str) -> dict[str, Any]:
     """Scores of an encoder by each evaluator; their protocol cards go to ``scores/``."""
     run, found = plan.entries[0].options.run, dict[str, Any]()
     config = CompareConfig(
@@ -240,7 +240,7 @@ def run_one(plan: Plan, side: OurRun | PeerRun, results: Results) -> None:
     run |= {"minutes": used, "images_seen": steps * batch}
     run["images_per_second"] = steps * batch / (60 * used)
     results.write()
-    scores = judge(plan, side.encoder, label)
+    scores = score_encoder(plan, side.encoder, label)
     run["curve"] = side.curve(scores["knn"]["features"])
     run["scores"] = scores
     results.write()
@@ -261,7 +261,7 @@ def baselines(plan: Plan, first: int, results: Results) -> None:
         networks.add(network)
     for name, encoder in wanted.items():
         if name not in known:
-            known[name] = {"scores": judge(plan, encoder, re.sub(r"\W+", "-", name))}
+            known[name] = {"scores": score_encoder(plan, encoder, re.sub(r"\W+", "-", name))}
             results.write()
 
 

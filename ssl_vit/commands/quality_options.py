@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for: own options, options that are passed on to each run, and the recipes."""
+    """Plan of the benchmark: its own options, options passed on to each run, and the recipes."""
 
     config: QualityConfig
     flags: list[str]
@@ -92,7 +92,7 @@ class Plan:
         return EvalData(**reading, train=data.train, val=data.val, workers=data.workers)
 
     def asked(self) -> dict[str, Any]:
-        """What all results of a folder have in common."""
+        """Options that all results of a folder have in common."""
         images = {"train": self.data.train, "val": self.data.val}
         return {"minutes": self.config.minutes, **images, "options": self.flags}
 
@@ -192,7 +192,7 @@ def _entry(name: str, file: Path, flags: list[str]) -> Entry:
 
 
 def _try_out(entry: Entry) -> None:
-    """Build the network without memory, so that what a recipe lacks is said at once.
+    """Build the network without memory, so that what a recipe lacks is reported at once.
 
     Raises:
         UserError: it cannot be built, as where it needs weights that are not there.
@@ -214,5 +214,5 @@ def _method_of(recipe: str) -> str:
 
 
 def _fits(recipe: str, train: str) -> bool:
-    """Whether the name of a recipe ends in a word of a source's."""
+    """True if the name of a recipe ends in a word of a source's name."""
     return recipe.rpartition("_")[2] in re.split(r"[^a-z0-9]+", train.lower())

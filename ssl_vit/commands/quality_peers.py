@@ -27,7 +27,7 @@ from ssl_vit.weights.exchange import read_info
 from ssl_vit.weights.own_files import ENCODER_FILE
 
 log = logging.getLogger("ssl_vit")
-_LINES = 20  # lines that a training says
+_LINES = 20  # of a training's output
 # Options by group that peers do not have.
 _OURS_ALONE = {
     "init": ("encoder", "lora", "keep_near"),
@@ -93,12 +93,12 @@ class PeerRun:
         self.encoder = str(self.file)
 
     def about(self) -> dict[str, Any]:
-        """Its entries in the report, before it begins."""
+        """Entries of the run in the report, before it begins."""
         recipe = f"{self.entry.name}, {self.name}"
         return {"recipe": recipe, "method": self.entry.method, "seed": self.seed}
 
     def _process(self) -> OwnProcess:
-        """Its training, with the image statistics of our run."""
+        """Process of the peer's training, with the image statistics of our run."""
         entry, options = self.entry, self.entry.options
         options = replace(options, run=replace(options.run, seed=self.seed))
         ours, kind = self.plan.our_run(entry.name, self.seed), find_method(entry.method)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.commands.detect_options import DetectConfig
-from ssl_vit.commands.evaluating import tell_same, with_labels
+from ssl_vit.commands.evaluating import warn_same_images, with_labels
 from ssl_vit.commands.tuning import save_pictures, show_scores
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.layers import COMMAND_LINE, known_keys, parse, tree_flags
@@ -71,7 +71,7 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
             save_pictures(folder, judged.pictures)
             write_card(folder / Path(path).name, now, judged.scores)
             print(f"protocol and scores: {folder / Path(path).name}")
-    tell_same(card["train"]["content_sha256"], now["val"]["content_sha256"])
+    warn_same_images(card["train"]["content_sha256"], now["val"]["content_sha256"])
     said = compared(path, card, now, judged.scores, config if flags else None)
     if parallel.main:
         print(said)
@@ -81,7 +81,7 @@ def again_tuned(path: str, card: dict[str, Any], flags: Sequence[str]) -> int:
 def compared(
     path: str, card: dict[str, Any], now: dict[str, Any], scores: list[Score], config: Any
 ) -> str:
-    """What these scores are beside those of a card, in words; ``config``: options that were given,
+    """Comparison of scores with those of a card, in words; ``config``: options that were given,
     None if none were.
 
     Raises:

@@ -112,7 +112,8 @@ def _pairs(
 def _excluded(
     queries: FeatureSet, gallery: FeatureSet, asked: Tensor, grouped: bool
 ) -> Relevant | None:
-    """What is not ranked: where images are searched among themselves, each itself or its group."""
+    """Rows that are not ranked: where images are searched among themselves, each itself or its
+    group."""
     if queries is not gallery:
         return None
     own = itself(gallery.groups if grouped else None, len(gallery.index))

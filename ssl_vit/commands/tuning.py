@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ssl_vit.commands.cli import show_table
-from ssl_vit.commands.evaluating import tell_same
+from ssl_vit.commands.evaluating import warn_same_images
 from ssl_vit.common.figures import save_png
 from ssl_vit.common.task import Task
 from ssl_vit.data.base import Source
@@ -97,7 +97,7 @@ def show_results(session: Tuning) -> dict[str, float]:
     """Print the scores of the final weights and the files of the run; returns the scores."""
     judged, out = session.judge(session.task, session.images.val), session.out
     card, tuned = session.card(judged), session.tuned(session.task)
-    tell_same(*(card[split]["content_sha256"] for split in ("train", "val")))
+    warn_same_images(*(card[split]["content_sha256"] for split in ("train", "val")))
     session.guard()
     write_card(out / session.card_file, card, judged.scores)
     show_scores(session.config.encoder, tuned, judged.scores, card)

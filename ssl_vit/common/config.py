@@ -94,8 +94,8 @@ class EncoderConfig:
     heads: int = 0
     """Attention heads of each block; they divide the width."""
     stem: Literal["patch", "conv"] = "patch"
-    """What makes tokens of pixels. patch: a linear map of each patch. conv: 3x3 convolutions of
-    stride 2; the patch size is a power of 2, and methods cannot hide patches."""
+    """Stem, which turns pixels into tokens. patch: a linear map of each patch. conv: 3x3
+    convolutions of stride 2; the patch size is a power of 2, and methods cannot hide patches."""
     positions: Literal["learned", "sincos"] = "learned"
     """Position embedding: learned, or fixed two-dimensional sine-cosine. Architectures of DINOv3
     have none, but turn queries and keys (RoPE)."""

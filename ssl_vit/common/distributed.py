@@ -59,7 +59,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def share(n: int) -> range:
-    """This process's part of ``range(n)``: contiguous, in rank order, sizes differ by at most 1."""
+    """Share of this process in ``range(n)``: contiguous, in rank order, sizes differ by at most
+    1."""
     rank, world = rank_and_world()
     return range(n * rank // world, n * (rank + 1) // world)
 

@@ -43,7 +43,7 @@ def check(condition: bool, message: str) -> None:
 
 
 @contextmanager
-def said_of(option: str, given: str) -> Iterator[None]:
+def naming_option(option: str, given: str) -> Iterator[None]:
     """Name the option that ``given`` came from in errors raised inside, unless they do already."""
     try:
         yield

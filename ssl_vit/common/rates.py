@@ -49,5 +49,5 @@ class PretrainOptim(OptimConfig):
         return rate * (self.encoder_lr if encoder else 1.0)
 
     def held_back(self) -> tuple[str, str]:
-        """As the options say."""
+        """Freezing and release of the encoder, as the options have them."""
         return self.freeze_encoder, self.release

@@ -21,7 +21,7 @@ BESIDE = ("pairs", "depth", "coco")
 
 
 def beside(spec: str) -> str:
-    """What lies beside the images of a specification, a scheme of ``BESIDE``; empty: nothing."""
+    """Scheme of ``BESIDE`` in a specification: the kind of files beside its images; empty: none."""
     return next((scheme for scheme in BESIDE if f"{scheme}:" in spec), "")
 
 
@@ -33,7 +33,7 @@ def _is_window(texts: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """How files become images and labels, where they leave a choice."""
+    """Reading of files as images and labels, where they leave a choice."""
 
     prefix: ClassVar[str] = "data"
 
@@ -41,20 +41,20 @@ class ReadConfig:
     """Pixels without data: those of this value. auto: NaN, what a GeoTIFF declares, and the padding
     of DICOM. none: every value is data."""
     slices: str = "middle"
-    """Of files with several planes (z-stacks, time series, pages, frames of DICOM): all of them as
-    images of their own, the middle one, or the one of this number, from 0."""
+    """Planes that are read of files with several (z-stacks, time series, pages, frames of DICOM):
+    all, each as an image of its own; the middle one; or the one of this number, from 0."""
     key: Literal["auto", "webdataset", "full"] = "auto"
     """Shards: a sample is named up to the first dot after the last slash (webdataset), or up to the
     last one (full), for names with dots of their own. auto: full where that is certain."""
     image: str = ""
     """Shards: extension of the member that is the image (rgb.png), where a sample has several.
-    Hugging Face: the column. Empty: chosen by the names, and said."""
+    Hugging Face: the column. Empty: chosen by the names, and reported."""
     labels: str = ""
     """CSV file of labels for any images: a column with the image's name, and one with its class or
     several of 1 and 0 for labels that do not exclude each other (blank: unknown)."""
     label_column: tuple[str, ...] = ()
     """Columns of labels in the CSV, in a Hugging Face data set, or in the .json files of shards (or
-    txt: their whole text); of several each holds 1 or 0. Empty: told by their names, and said."""
+    txt: their whole text); of several each holds 1 or 0. Empty: chosen by name, and reported."""
     bands: tuple[int, ...] = ()
     """Bands of each file that are read, in this order, counted from 1 as by GDAL: 4 3 2. Images
     then have these alone, and --data.channels follows. Empty: all."""
@@ -72,10 +72,10 @@ class ReadConfig:
     where it has one. full: all that the stored bits can hold. CENTER WIDTH: these, in the units of
     the modality (CT: Hounsfield), as 40 400."""
     group: str = ""
-    """What tells images that belong together (of one patient, scene or slide) and are never parted
-    by a split: a column of --data.labels, or a DICOM keyword as PatientID, by its name; or
-    name:PATTERN, a regular expression whose first brackets match the group in an image's path.
-    column:NAME and dicom:NAME are one of the two. Empty: every image is by itself."""
+    """Groups of images that belong together (of one patient, scene or slide) and are never split: a
+    column of --data.labels, or a DICOM keyword as PatientID, by its name; or name:PATTERN, a
+    regular expression whose first brackets match the group in an image's path. column:NAME and
+    dicom:NAME are one of the two. Empty: every image is by itself."""
     shard_cache: str = ""
     """Folder, best on a fast disk of this machine, that shards of the network (s3://, gs://,
     https://) are fetched into, for all processes and runs. Empty: $SSL_VIT_CACHE, or
@@ -121,7 +121,7 @@ class ReadConfig:
 
     @property
     def grouping(self) -> tuple[str, str]:
-        """What groups are told by (name, column, dicom; empty for a plain name), and the rest."""
+        """Kind of the groups' key (name, column, dicom; empty for a plain name), and the rest."""
         kind, colon, text = self.group.partition(":")
         return (kind, text) if colon and kind in ("name", "column", "dicom") else ("", self.group)
 
@@ -134,7 +134,8 @@ class ReadConfig:
 
     @property
     def decoding(self) -> str:
-        """What decides the values of an image's pixels, and not where it and its labels are."""
+        """Options that decide the pixel values of an image, without those of its place and
+        labels."""
         usual = f"slices {self.slices}, nodata {self.nodata}, window {' '.join(self.window)}"
         others = {name: getattr(self, name) for name in ("bands", "values", "tile", "level")}
         given = [f", {name} {v}" for name, v in others.items() if v != getattr(ReadConfig, name)]
@@ -154,9 +155,9 @@ class DataConfig(ReadConfig):
     val: str = ""
     """Held-out images, in the same form. Empty: --data.holdout images of the training set."""
     holdout: int = 500
-    """Without --data.val, this many training images (at most a tenth) are held out. Of pretraining
-    with --init.encoder and labels, half of them are to choose the best encoder by; with --data.val
-    this many are held out for that."""
+    """Number of training images (at most a tenth) that are held out without --data.val. Of
+    pretraining with --init.encoder and labels, half of them are to choose the best encoder by; with
+    --data.val this many are held out for that."""
     preset: Literal["natural", "gray", "aerial", "microscopy", "medical"] = "natural"
     """Augmentation for a kind of image; single options of the method win over it. natural: that of
     each method, made for photographs. gray: levels in place of colour jitter, no turning gray.
@@ -179,8 +180,8 @@ class DataConfig(ReadConfig):
     max_bad: float = 0.05
     """Stop when more than this share of the images is unreadable."""
     cache: str = ""
-    """Where decoded training images are kept when first used, for later epochs and other runs.
-    Crops are the same. A folder, best on a fast disk of this machine; or ram: memory of this
+    """Cache of decoded training images, filled when they are first used, for later epochs and other
+    runs. Crops are the same. A folder, best on a fast disk of this machine; or ram: memory of this
     machine, for all its processes, until the last run that uses it ends. Empty: nowhere."""
     shard_window: int = 0
     """Order of shards. 0: images are drawn from all shards at once. 8: shards in random order, and

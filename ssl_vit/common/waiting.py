@@ -100,7 +100,7 @@ def crowded(wanted: int, ours: int = 0) -> bool:
 
 
 def slack(wanted: int) -> float:
-    """Of so many cores, how many may be busy with something else before it counts."""
+    """Cores, of so many, that may be busy with other work before it counts."""
     return max(_SLACK, _SLACK_OF_ALL * wanted)
 
 

@@ -95,14 +95,13 @@ class ViewSpec:
     phases: tuple[Phase, ...] = ()
 
     def at(self, step: int, steps_per_epoch: int) -> ViewSpec:
-        """What is wanted at a step, counted from 0: that of the first phase not yet over, or
-        this."""
+        """Views at a step, counted from 0: those of the first phase not yet over, else these."""
         running = (p for p in self.phases if step < p.until.steps(steps_per_epoch))
         return next((phase.spec for phase in running), self)
 
     @property
     def last(self) -> ViewSpec:
-        """What is wanted when all phases are over."""
+        """Views after all phases."""
         return replace(self, phases=())
 
 
@@ -182,7 +181,7 @@ class Cut(NamedTuple):
 def draw_views(
     height: int, width: int, spec: ViewSpec, rng: random.Random, policies: bool
 ) -> list[list[Cut]]:
-    """For each kind of crop what is drawn for its crops of one image.
+    """Parameters drawn for the crops of one image, by kind of crop.
 
     ``policies``: whether the image is one that a policy can be applied to.
     """
@@ -194,9 +193,9 @@ def draw_views(
 
 
 def draw_cut(height: int, width: int, crop: Crop, rng: random.Random, policies: bool) -> Cut:
-    """What is drawn for one crop; ``policies`` as for :func:`draw_views`.
+    """Parameters drawn for one crop; ``policies`` as for :func:`draw_views`.
 
-    What is off draws nothing, and each is drawn after those that were there before it.
+    An operation that is off draws nothing, and each is drawn after those that were there before it.
     """
     box, flip = crop_box(height, width, crop, rng), rng.random() < crop.flip
     key = rng.getrandbits(63) if crop.policy and policies else 0

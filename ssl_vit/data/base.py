@@ -104,8 +104,8 @@ class Source:
         return self.name(i)
 
     def listing(self) -> Iterable[np.ndarray]:
-        """Arrays that tell the images from others, in their order, known without reading one: names
-        within the source, sizes. None of them tells where the source is."""
+        """Arrays that identify the images, in their order, known without reading one: names within
+        the source, sizes. None of them depends on where the source is."""
         return ()
 
     def label(self, i: int) -> int | None:
@@ -216,7 +216,7 @@ def split_holdout(source: Source, count: int, seed: int, parts: int = 10) -> tup
 
 
 def too_few(source: Source, parts: int = 10) -> str:
-    """Why :func:`split_holdout` holds out no image of a source; empty if it does."""
+    """Reason why :func:`split_holdout` holds out no image of a source; empty if it does."""
     together = units(source)
     if together is None:
         count, what = len(source), "images"
@@ -231,13 +231,13 @@ def epoch_length(source: Source) -> int:
 
 
 def units(source: Source) -> np.ndarray | None:
-    """What belongs together and must not be parted, int64 (n,): the group of each image or, without
-    groups, the file of each plane; None where every image is by itself."""
+    """Units that must not be split, int64 (n,): the group of each image or, without groups, the
+    file of each plane; None where every image is by itself."""
     return source.file_of if source.groups is None else source.groups
 
 
 def fitting(sizes: np.ndarray, room: int) -> np.ndarray:
-    """Which of these are taken, bool (n,), if in turn each is that still fits into ``room``."""
+    """Mask of those taken, bool (n,), if each in turn is taken that still fits into ``room``."""
     taken = np.zeros(len(sizes), dtype=bool)
     for i, size in enumerate(sizes.tolist()):
         if size <= room:

@@ -64,7 +64,7 @@ class ImageCache:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where the images are, within the folder that the user gave."""
+        """Folder of the images, within the one that the user gave."""
         return Path(self.path).expanduser() / _FOLDER
 
     def image(self, raw: Raw, how: str, decode: Callable[[], Tensor | None]) -> Tensor | None:
@@ -146,7 +146,7 @@ class ImageCache:
             raise _refused(self.path, error.strerror or str(error)) from None
 
     def release(self) -> None:
-        """What :meth:`prepare` has taken is not needed any more."""
+        """Release what :meth:`prepare` has taken."""
 
     def read_only(self) -> ImageCache:
         """The same cache for who only reads from it."""
@@ -169,7 +169,7 @@ class RamCache(ImageCache):
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where the images are: in a file system without a disk."""
+        """Folder of the images, in a file system without a disk."""
         return _ram_folder() / _FOLDER
 
     def free(self) -> float:
@@ -177,7 +177,7 @@ class RamCache(ImageCache):
         return min(super().free(), free_memory_here())
 
     def prepare(self) -> None:
-        """As of one on a disk; from now on this process uses it."""
+        """Prepare the cache as one on a disk; from now on this process uses it."""
         if self.stores:
             try:
                 passing_folder.join(_ram_folder())
@@ -186,7 +186,7 @@ class RamCache(ImageCache):
         super().prepare()
 
     def release(self) -> None:
-        """This process uses it no longer."""
+        """Release the cache: this process uses it no longer."""
         if self.stores:
             passing_folder.leave(_ram_folder())
 
@@ -230,8 +230,8 @@ def open_cache(data: DataConfig) -> ImageCache | None:
 
 
 def no_use(source: Source) -> str:
-    """Why a cache is of no use for a source, by its first image, and in a mix by its last one,
-    which is of another source; empty if it may be."""
+    """Reason why a cache is of no use for a source, by its first image, and in a mix by its last
+    one, which is of another source; empty if it may be."""
     first = _no_use(source, 0)
     return first if source.mix is None else first and _no_use(source, len(source) - 1)
 

@@ -56,8 +56,10 @@ def refuse_splits(spec: str, path: str, splits: Sequence[str]) -> None:
     )
 
 
-def say_odd_classes(spec: str, folders: Sequence[str], inside: Mapping[str, Sequence[str]]) -> None:
-    """Say which classes are named like a split, and which hold splits: ``inside``, by class."""
+def warn_odd_classes(
+    spec: str, folders: Sequence[str], inside: Mapping[str, Sequence[str]]
+) -> None:
+    """Warn of classes that are named like a split, or hold splits: ``inside``, by class."""
     for name in folders:
         if _SPLIT.fullmatch(name.lower()):
             log.warning("warning: %s: folder %r is taken for a class, not a split", spec, name)
@@ -106,8 +108,8 @@ def refuse_masks(spec: str, path: str, both: tuple[str, str], files: Names) -> N
     )
 
 
-def say_masks(spec: str, files: Names) -> None:
-    """Say where many of the files are named as masks that lie beside their images."""
+def warn_masks(spec: str, files: Names) -> None:
+    """Warn where many of the files are named as masks that lie beside their images."""
     tried = np.unique(np.linspace(0, len(files) - 1, _TRIED).round().astype(int))
     names = [os.path.basename(os.fsdecode(files[int(i)])) for i in tried]
     masks = [name for name in names if _MASK_NAME.search(os.path.splitext(name)[0].lower())]
@@ -131,7 +133,7 @@ def why_no_classes(
         return "there are no class folders"
     if len(folders) == 1:
         more = f"; folder:.../{folders[0]} takes its folders for classes" if within else ""
-        return f"{folders[0]!r} is the only folder, and one class tells nothing{more}"
+        return f"{folders[0]!r} is the only folder, and one class is no label{more}"
     if images_and_masks(folders) is not None:
         return f"{' and '.join(map(repr, images_and_masks(folders) or ()))} are no classes"
     used = [name for name, count in zip(folders, counts, strict=True) if count]

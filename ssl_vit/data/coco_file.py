@@ -1,4 +1,4 @@
-"""COCO's annotation file, read and checked: what cannot be is told in a line that names it.
+"""COCO's annotation file, read and checked: a mistake in it is an error that names the entry.
 
 The format is that of COCO (Lin et al. 2014; cocodataset.org/#format-data): ``images`` (id,
 file_name, height, width), ``categories`` (id, name) and ``annotations`` (image_id, category_id,
@@ -140,7 +140,7 @@ class AnnotationReader:
             UserError: one is malformed, or too many are left out.
         """
         rows = [row for i, one in enumerate(given) if (row := self._row(i, one)) is not None]
-        self._tell(len(given), max_bad)
+        self._warn_left_out(len(given), max_bad)
         rows.sort(key=lambda row: row[0])  # stable: in the file's order within an image
         places = np.array([row[0] for row in rows], dtype=np.int64)
         return Annotations(
@@ -184,7 +184,7 @@ class AnnotationReader:
         return place, own, self.numbers[category], box, area, bool(one.get("iscrowd", 0)), shape
 
     def _usable(self, name: str, box: Sequence[float], height: int, width: int) -> bool:
-        """Whether something of a box lies within its image; otherwise it is noted."""
+        """True if some of a box lies within its image; otherwise it is noted."""
         left, top, wide, high = box
         said = f"{name}, bbox {' '.join(f'{v:g}' for v in box)}"
         if wide <= 0 or high <= 0:
@@ -220,8 +220,8 @@ class AnnotationReader:
             check(fits, f"{what} has a segmentation that does not fit: {rule}")
         return json.dumps(shape, separators=(",", ":")).encode()
 
-    def _tell(self, count: int, max_bad: float) -> None:
-        """Say what is left out or cut."""
+    def _warn_left_out(self, count: int, max_bad: float) -> None:
+        """Warn of annotations that are left out or cut."""
         if self.over:
             n, first = len(self.over), self.over[0]
             text = "warning: %s: %s of %s boxes reach over the edge and end there; the first: %s%s"

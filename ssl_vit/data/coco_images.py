@@ -114,11 +114,11 @@ def sized(source: Source, index: int, channels: int) -> Tensor:
     """
     coco, rows = coco_of(source, "the source")
     image = with_data(decode(source.read(index)[0], channels, source.reading))
-    own, told = tuple(image.shape[1:]), tuple(coco.sizes[rows[index]].tolist())
+    own, stated = tuple(image.shape[1:]), tuple(coco.sizes[rows[index]].tolist())
     check(
-        own == told,
+        own == stated,
         f"{source.name(index)} has {own[0]}x{own[1]} pixels, its annotations are for "
-        f"{told[0]}x{told[1]} (rows x columns); they must agree",
+        f"{stated[0]}x{stated[1]} (rows x columns); they must agree",
     )
     return image
 

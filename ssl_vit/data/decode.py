@@ -1,7 +1,7 @@
 """Image decoding: encoded bytes or arrays to tensors; any failure raises `BadImage`.
 
 What a file is, is known by its first bytes, independent of its name. How values become numbers is
-said in ``raster``, what is done with TIFF in ``tiff``, with DICOM in ``dicom``, and with all
+described in ``raster``, what is done with TIFF in ``tiff``, with DICOM in ``dicom``, and with all
 other formats in ``stills``.
 """
 

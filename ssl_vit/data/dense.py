@@ -43,7 +43,7 @@ class DenseImages(TrainImages):
         self.prepare, self.unknown = prepare, unknown
 
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> Batch:
-        """As without targets; ``Views.drawn`` has them, (B, H, W)."""
+        """Batch as without targets; ``Views.drawn`` has them, (B, H, W)."""
         batch = super().__getitems__(wanted)
         size, views = self.spec.crops[0].size, batch.views
         targets: list[Tensor | None] = []

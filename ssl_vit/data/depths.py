@@ -115,7 +115,7 @@ def _npy_values(raw: bytes) -> np.ndarray | str:
 
 
 def in_range(depth: Float32[Tensor, "*shape"], least: float, most: float) -> Bool[Tensor, "*shape"]:
-    """Whether pixels have a depth from ``least`` to ``most``."""
+    """Mask of pixels with a depth from ``least`` to ``most``."""
     return (depth > 0) & (depth >= least) & (depth <= most)
 
 

@@ -32,7 +32,8 @@ _OPERATIONS: dict[str, Callable[[Crop], float]] = {
 
 
 def described(spec: ViewSpec) -> str:
-    """What is done to crops, with its probability, in a line; for each kind where kinds differ."""
+    """Description of the augmentations of crops, with their probabilities, in a line; for each kind
+    where kinds differ."""
     found = []
     for name, value in _OPERATIONS.items():
         values = [f"{value(crop):g}" for crop in spec.crops]

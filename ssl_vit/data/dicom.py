@@ -1,6 +1,6 @@
 """DICOM images, by pydicom: any transfer syntax that a decoder is installed for.
 
-What is done with their values is said in ``dicom_values``. YBR becomes RGB.
+What is done with their values is described in ``dicom_values``. YBR becomes RGB.
 """
 
 import logging

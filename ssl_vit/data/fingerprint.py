@@ -45,7 +45,7 @@ def add_image(digest: Any, raw: bytes | bytearray | np.ndarray) -> None:
 
 
 def content_of(raw: bytes | bytearray | np.ndarray) -> bytes:
-    """Bytes that tell the content of an image: its SHA-256, after kind and shape of an array."""
+    """Bytes that identify an image's content: its SHA-256, after kind and shape of an array."""
     kind = f"{raw.dtype} {raw.shape}".encode() if isinstance(raw, np.ndarray) else b""
     data = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).view(np.uint8).data
     return kind + hashlib.sha256(data).digest()

@@ -14,9 +14,9 @@ from ssl_vit.data.class_folders import (
     images_and_masks,
     refuse_masks,
     refuse_splits,
-    say_masks,
-    say_odd_classes,
     splits_among,
+    warn_masks,
+    warn_odd_classes,
     why_no_classes,
 )
 from ssl_vit.data.files import FileSource
@@ -94,13 +94,13 @@ def open_folder(spec: str, path: str, reading: ReadConfig | None = None) -> Fold
     found = _not_empty(listing, Names.of(files()))
     if both:
         refuse_masks(spec, path, both, found)
-    say_masks(spec, found)
+    warn_masks(spec, found)
     reason = why_no_classes(names, counts, len(beside), len(within))
     if reason:
         if len(names) > 1:
             log.warning("warning: %s is taken without labels: %s", spec, reason)
         return FolderSource(spec, root, found, labels_from=reason)
-    say_odd_classes(spec, names, {inner: splits_among(within)})
+    warn_odd_classes(spec, names, {inner: splits_among(within)})
     if beside:
         first = os.fsdecode(beside[0])
         text = "warning: %s: %d of %d images lie beside the class folders (%s) and have no label"
@@ -115,7 +115,7 @@ def open_flat(spec: str, path: str, reading: ReadConfig | None = None) -> Folder
     names = _folders(spec, source.root)
     if both := images_and_masks(names):
         refuse_masks(spec, path, both, source.files)
-    say_masks(spec, source.files)
+    warn_masks(spec, source.files)
     if splits := splits_among(names):
         log.warning("warning: %s takes the images of %s together", spec, ", ".join(splits))
     return source
@@ -159,5 +159,5 @@ def _not_empty(listing: Listing, files: Names) -> Names:
     if not len(files):
         left = listing.left_out() or f"looked for files in {', '.join(EXTENSIONS)}"
         raise UserError(f"{listing.spec!r} holds no image; {left}")
-    listing.tell()
+    listing.log()
     return files

@@ -1,6 +1,6 @@
 """Groups: images of one patient, scene or slide, which lie together on one side of every split.
 
-``--data.group`` tells them. The number of a group is a hash of its name: the same group has the
+``--data.group`` defines them. The number of a group is a hash of its name: the same group has the
 same one in every source, wherever it lies, and names (of patients) are kept nowhere.
 """
 
@@ -20,7 +20,7 @@ from ssl_vit.common.errors import NothingFound, UserError, check, did_you_mean
 from ssl_vit.data.base import Source
 from ssl_vit.data.formats import HEAD, format_of
 from ssl_vit.data.headers_of import headers_of
-from ssl_vit.data.table import Table
+from ssl_vit.data.table import CsvTable
 
 log = logging.getLogger("ssl_vit")
 _SHOWN = 3  # images without a group that are named
@@ -28,7 +28,7 @@ _SAID = 30.0  # seconds between two lines of progress
 _UNKNOWN = ("", "nan")
 
 
-def group_column(table: Table, grouping: tuple[str, str]) -> str:
+def group_column(table: CsvTable, grouping: tuple[str, str]) -> str:
     """Column of a table that ``ReadConfig.grouping`` names; empty if it names something else.
 
     Raises:
@@ -45,8 +45,8 @@ def group_column(table: Table, grouping: tuple[str, str]) -> str:
 
 
 def groups_of(source: Source) -> np.ndarray:
-    """Group of each image as ``reading.group`` of its source says, int64 (n,): by its name, or by
-    the header of its DICOM file. A plain name is a DICOM keyword here.
+    """Group of each image as ``reading.group`` of its source defines it, int64 (n,): by its name,
+    or by the header of its DICOM file. A plain name is a DICOM keyword here.
 
     Raises:
         UserError: no image has one, or there is no such keyword.

@@ -15,7 +15,7 @@ _AT_ONCE = 4096  # files that are waited for at a time
 def headers_of(
     source: Source, files: range, read: Callable[[io.IOBase], T], otherwise: T
 ) -> Iterator[T]:
-    """What ``read`` finds in the stream of each of these files, in their order; ``otherwise`` for
+    """Results of ``read`` on the stream of each of these files, in their order; ``otherwise`` for
     one that cannot be read: it is one image, and reading it says why."""
 
     def found(i: int) -> T:

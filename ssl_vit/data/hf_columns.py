@@ -24,7 +24,7 @@ log = logging.getLogger("ssl_vit")
 _TRIED = 20
 
 
-class Labels(NamedTuple):
+class ColumnLabels(NamedTuple):
     """Labels as a source has them."""
 
     labels: np.ndarray | None
@@ -83,7 +83,7 @@ def _why_no_image(dataset: Any, column: str) -> str:
 
 
 def _some(dataset: Any, column: str) -> list[Any]:
-    """Some values of a column that are not None."""
+    """Values of a column that are not None, some of them."""
     head = dataset.select_columns([column])[:_TRIED][column]
     return [value for value in head if value is not None]
 
@@ -106,7 +106,7 @@ def image_folder(spec: str, dataset: Any, column: str, folder: Path) -> Path:
     return found
 
 
-def read_labels(spec: str, dataset: Any, image: str, asked: tuple[str, ...]) -> Labels:
+def read_labels(spec: str, dataset: Any, image: str, asked: tuple[str, ...]) -> ColumnLabels:
     """Labels of the columns asked for, or of the one that is made for them or named so.
 
     Raises:
@@ -126,12 +126,12 @@ def read_labels(spec: str, dataset: Any, image: str, asked: tuple[str, ...]) -> 
             check(not asked, f"--data.label-column is {name!r}, which {error}")
             refused.append(f"column {name!r} {error}")
             continue
-        _say(spec, made, name, [other for other in columns if other != name])
+        _log_choice(spec, made, name, [other for other in columns if other != name])
         return made
     rest = ", ".join(name for name in dataset.features if name != image)
     others = f"no column is named 'label' or the like ({rest}); --data.label-column names one"
     nothing = others if rest else "it has no other column"
-    return Labels(None, None, None, "; ".join(refused) or nothing)
+    return ColumnLabels(None, None, None, "; ".join(refused) or nothing)
 
 
 def _label_columns(dataset: Any, image: str) -> list[str]:
@@ -152,7 +152,7 @@ def _inner(feature: Any) -> Any:
     return getattr(feature, "feature", None)
 
 
-def _say(spec: str, made: Labels, name: str, others: list[str]) -> None:
+def _log_choice(spec: str, made: ColumnLabels, name: str, others: list[str]) -> None:
     if others:
         text = "%s: labels of column %r are taken, not of %s; --data.label-column chooses"
         log.info(text, spec, name, ", ".join(others))
@@ -161,26 +161,26 @@ def _say(spec: str, made: Labels, name: str, others: list[str]) -> None:
         log.warning(text, spec, f"{missing:,}", f"{len(made.labels):,}", name)
 
 
-def _of_column(dataset: Any, name: str, asked: bool) -> Labels:
+def _of_column(dataset: Any, name: str, asked: bool) -> ColumnLabels:
     """Labels of one column: numbers or names, or lists of them, of several labels an image."""
     feature, origin = dataset.features[name], f"column {name!r}"
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     if _inner(feature) is not None:
         names = getattr(_inner(feature), "names", None)
         targets, classes = _of_lists(column.to_pylist(), names)
-        return Labels(None, targets, classes, origin)
+        return ColumnLabels(None, targets, classes, origin)
     names = getattr(feature, "names", None)
     if names is not None:
         labels = np.maximum(column.fill_null(-1).to_numpy().astype(np.int64), -1)
         if not (labels >= 0).any():
             raise NoClasses("holds no label")
-        return Labels(labels, None, tuple(names), origin)
+        return ColumnLabels(labels, None, tuple(names), origin)
     labels, classes = class_of_each(*_distinct(column, name), asked=asked)
-    return Labels(labels, None, classes, origin)
+    return ColumnLabels(labels, None, classes, origin)
 
 
 def _distinct(column: Any, name: str) -> tuple[np.ndarray, list[Any]]:
-    """For each row the index of its value, -1 for null; and the distinct values."""
+    """Index of each row's value among the distinct ones, -1 for null; and these."""
     try:
         coded = column.combine_chunks().dictionary_encode()
     except Exception as error:  # pyarrow's own, for nested types
@@ -214,7 +214,7 @@ def _of_lists(rows: list[list[Any] | None], names: Any) -> tuple[np.ndarray, tup
     return targets, classes
 
 
-def _several(dataset: Any, columns: tuple[str, ...]) -> Labels:
+def _several(dataset: Any, columns: tuple[str, ...]) -> ColumnLabels:
     """Several labels an image: a column of 1 and 0 for each."""
     made = []
     for name in columns:
@@ -224,4 +224,4 @@ def _several(dataset: Any, columns: tuple[str, ...]) -> Labels:
             made.append(np.append(outcomes_of(values), np.float32("nan"))[ids])
         except NoClasses as error:
             raise UserError(f"--data.label-column {name} {error}") from None
-    return Labels(None, np.stack(made, axis=1), columns, f"columns {', '.join(columns)}")
+    return ColumnLabels(None, np.stack(made, axis=1), columns, f"columns {', '.join(columns)}")

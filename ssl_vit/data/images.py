@@ -50,12 +50,12 @@ class Images:
     named: tuple[tuple[str, Source], ...] = ()
     """The sources that the options name, by option."""
     cache: ImageCache | None = None
-    """Where decoded training images are kept."""
+    """Cache of decoded training images."""
     choice: Source | None = None
     """Images that are neither trained on nor scored: the best encoder of the run is chosen by them.
     None: there are no such."""
     no_choice: str = ""
-    """Why there are none, where there is a best encoder to be chosen."""
+    """Reason why there are none, where there is a best encoder to be chosen."""
 
     @property
     def held_out(self) -> bool:

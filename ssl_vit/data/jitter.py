@@ -30,7 +30,7 @@ class Jitter:
 
 
 class Placement(NamedTuple):
-    """Where an image comes to lie in a frame.
+    """Placement of an image in a frame.
 
     ``image``: its height and width; ``scaled``: those it is resized to; ``top``, ``left``: of the
     part of the scaled (and flipped) image that is taken; ``part``: height and width of that;

@@ -23,7 +23,7 @@ from ssl_vit.data.classes import (
 )
 from ssl_vit.data.groups import group_column, numbered
 from ssl_vit.data.matching import Rows, is_image_name
-from ssl_vit.data.table import Table, read_table
+from ssl_vit.data.table import CsvTable, read_table
 
 log = logging.getLogger("ssl_vit")
 # Names of columns that name images, the surest first.
@@ -87,7 +87,7 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     independent labels. Blank, NaN or negative is unknown. Classes are those in the whole file,
     numbers sorted numerically, names alphabetically.
 
-    A column that ``reading.group`` of the source names tells the groups of images. Where there is
+    A column that ``reading.group`` of the source names defines the groups of images. Where there is
     no other, the source keeps its own labels.
 
     Args:
@@ -129,7 +129,7 @@ def labelled_by(source: Source, path: Path, columns: Sequence[str] = ()) -> Sour
     return made
 
 
-def _values(table: Table, columns: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _values(table: CsvTable, columns: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of each line, and of none in a last row; names of the classes."""
     if len(columns) > 1:
         unknown = np.full((1, len(columns)), np.nan, dtype=np.float32)
@@ -138,14 +138,14 @@ def _values(table: Table, columns: Sequence[str]) -> tuple[np.ndarray, tuple[str
     return np.append(numbers, -1), named
 
 
-def _groups(source: Source, table: Table, rows: np.ndarray, column: str) -> np.ndarray:
+def _groups(source: Source, table: CsvTable, rows: np.ndarray, column: str) -> np.ndarray:
     """Group of each image by a column, int64 (n,); ``rows``: of the images, -1 for none."""
     cells = [*table.column(column), ""]
     names = (cells[row] for row in rows.tolist())
     return numbered(source, names, f"column {column} of {table.path.name}")
 
 
-def with_header(table: Table) -> Table:
+def with_header(table: CsvTable) -> CsvTable:
     """The table; where its first line names an image, that is a row, and columns are numbered."""
     if not any(is_image_name(name) for name in table.header):
         return table
@@ -155,7 +155,7 @@ def with_header(table: Table) -> Table:
     return replace(table, header=numbered, rows=[table.header, *table.rows], lines=lines)
 
 
-def image_column(table: Table, source: Source, taken: Sequence[str] = ()) -> tuple[str, Rows]:
+def image_column(table: CsvTable, source: Source, taken: Sequence[str] = ()) -> tuple[str, Rows]:
     """Column that names the images, the one by which most of them are found, and its rows.
 
     Tried in this order: columns with a usual name, the first column, the others but ``taken``.
@@ -181,14 +181,14 @@ def image_column(table: Table, source: Source, taken: Sequence[str] = ()) -> tup
     return best[1], best[2]
 
 
-def label_columns(table: Table, image: str, group: str = "") -> list[str]:
+def label_columns(table: CsvTable, image: str, group: str = "") -> list[str]:
     """Columns of labels: the only further column; or all, where they are 1, 0 or blank; or the one
     with a usual name; or those of 1, 0 or blank; or the only one in which values recur.
 
     That of groups is none. Indices and columns on splits are left aside.
 
     Raises:
-        UserError: none of this tells.
+        UserError: none of this decides.
     """
     rest = [name for name in table.header if name not in (image, group)]
     if len(rest) == 1 or not rest:
@@ -226,7 +226,7 @@ def _recurs(cells: list[str]) -> bool:
     return len(set(known)) < len(known) and not any(map(_FRACTION.fullmatch, known))
 
 
-def _numbers(table: Table, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def _numbers(table: CsvTable, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class numbers of all rows, int64 (n,), -1 where unknown, and class names."""
     cells = table.column(column)
     distinct = sorted(set(cells))
@@ -243,7 +243,7 @@ def _numbers(table: Table, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([number[cell] for cell in cells], dtype=np.int64), classes
 
 
-def _outcomes(table: Table, columns: Sequence[str]) -> np.ndarray:
+def _outcomes(table: CsvTable, columns: Sequence[str]) -> np.ndarray:
     """Outcomes of independent labels, float32 (n, L): 1, 0, or NaN for unknown."""
     made = []
     for name in columns:

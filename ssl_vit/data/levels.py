@@ -56,7 +56,7 @@ class Levels:
 
     @property
     def on(self) -> bool:
-        """Whether anything is done at all."""
+        """True if any of the operations is on."""
         return any((self.together, self.each, self.drop, self.noise))
 
     def draw(self, rng: random.Random) -> list[float]:

@@ -1,7 +1,7 @@
-"""Folder listing: which files are images, and what is said of the others.
+"""Folder listing: which files are images, and a report of the others.
 
 A file with an image's extension is taken by its name, and one of text, tables, archives and the
-like is not. Of any other file the first bytes tell, which costs opening it: some 20 us on a local
+like is not. Of any other file the first bytes decide, which costs opening it: some 20 us on a local
 disk, a round trip on a network one. Where the first ``_LOOKS`` files of an extension are no images,
 the rest of that extension is not opened.
 """
@@ -49,7 +49,7 @@ def is_junk(name: bytes) -> bool:
 
 
 def is_unclear(extension: bytes) -> bool:
-    """True for an extension, in lower case, of which the content tells whether it is an image."""
+    """True for an extension, in lower case, of which the content decides whether it is an image."""
     return extension not in _TAKEN and extension not in _OTHER and extension not in _NOT_TAKEN
 
 
@@ -107,13 +107,13 @@ class Listing:
         return sorted(images), sorted(folders)
 
     def _lacks(self, extension: bytes) -> bool:
-        """Whether an image by its name needs a library that is absent; counts it if so."""
+        """True if an image, by its name, needs a library that is absent; it is counted then."""
         kinds = [kind for kind, own in self._absent.items() if extension in own]
         self.lacking.update((kind, extension) for kind in kinds)
         return bool(kinds)
 
     def _is_image(self, entry: "os.DirEntry[bytes]") -> bool:
-        """Whether a file with none of the extensions is an image; counts it if it is not."""
+        """True if a file with none of the extensions is an image; it is counted if it is not."""
         extension = _extension(entry.name)
         opened = is_unclear(extension) and entry.is_file()
         kind = self._look(extension, entry) if opened else ""
@@ -155,7 +155,7 @@ class Listing:
             yield from self.walk(root, os.path.join(inside, sub_folder), (*above, here))
 
     def left_out(self) -> str:
-        """What was left out, in words; empty if nothing was."""
+        """Files left out, in words; empty if there are none."""
         parts = []
         if self.passed:
             count = self.passed.total()
@@ -170,8 +170,8 @@ class Listing:
                 parts.append(f"{count:,} {need} {install} and were left out: {named}")
         return "; ".join(parts)
 
-    def tell(self) -> None:
-        """Say once what was left out: a warning where it is more than one file in a hundred."""
+    def log(self) -> None:
+        """Log once what was left out: a warning where it is more than one file in a hundred."""
         if text := self.left_out():
             count = self.passed.total() + self.lacking.total()
             grave = count > 1 and (self.lacking or 100 * count > self.images)

@@ -144,8 +144,8 @@ class TrainImages(Dataset):
     def replaced(
         self, index: int, make: Callable[[int], T], bad: dict[int, str], empty: set[int]
     ) -> T:
-        """What ``make`` makes of the image at ``index`` or, if that is bad, of the one that always
-        replaces it; ``bad`` and ``empty`` take in those that were replaced."""
+        """Result of ``make`` for the image at ``index`` or, if that is bad, for its fixed
+        replacement; ``bad`` and ``empty`` take in those that were replaced."""
         failed = 0
         for attempt in range(_EMPTY_ATTEMPTS):
             try:
@@ -231,7 +231,7 @@ class BadImages:
     def count(self) -> None:
         """Count and name what any process has noted. All must call it.
 
-        Tiles without data are no fault of a file, and not limited: their number is said.
+        Tiles without data are no fault of a file, and not limited: their number is reported.
 
         Raises:
             UserError: more than the allowed share of all images is unreadable.
@@ -273,7 +273,7 @@ class Part(list[tuple[int, int]]):
         return Part, (list(self), self.places, self.step, self.soon)
 
     def spec(self, whole: ViewSpec, images: int) -> ViewSpec:
-        """What is wanted at this step of a training set of so many images."""
+        """Views at this step of a training set of so many images."""
         return whole.at(self.step, images // self.places.batch)
 
 
@@ -308,16 +308,16 @@ def train_batches(
         return load(images, batches, workers, pin, prefetch=4, held=held)
     cache.prepare()
     loaded = load(images, batches, workers, pin, prefetch=4, held=held, claim=cache.spare)
-    return _telling(loaded, cache)
+    return _reporting_full_cache(loaded, cache)
 
 
-def _telling(batches: Iterator[Batch], cache: ImageCache) -> Iterator[Batch]:
-    """The same batches; says once that a worker's cache takes no more images, and releases it."""
-    told = False
+def _reporting_full_cache(batches: Iterator[Batch], cache: ImageCache) -> Iterator[Batch]:
+    """The same batches; logs once that a worker's cache takes no more images, and releases it."""
+    reported = False
     try:
         for batch in batches:
-            if batch.unkept and not told:
-                told = True
+            if batch.unkept and not reported:
+                reported = True
                 log.warning("%s", batch.unkept)
             yield batch
     finally:

@@ -60,7 +60,7 @@ def resized(image: Tensor, size: tuple[int, int], missing: bool | None = None) -
 
 
 def _interpolated(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """What torchvision's ``resize`` does, but that an image laid out pixel by pixel is seen as
-    such, a batch of one, and stays so: a quarter faster, and nothing is transposed."""
+    """Bicubic resizing as torchvision's ``resize``, but that an image laid out pixel by pixel is
+    taken as such, a batch of one, and stays so: a quarter faster, and nothing is transposed."""
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, size, mode="bicubic", antialias=True)[0]

@@ -47,7 +47,7 @@ def parts_of(spec: str, schemes: Iterable[str]) -> list[tuple[str, float]]:
 
 
 def _is_there(spec: str) -> bool:
-    """Whether a path, or shards, are on the disk by the whole name behind the scheme."""
+    """True if a path, or shards, exist by the whole name behind the scheme."""
     if not re.search(r",|\*[\d.]+$", spec):
         return False  # nothing to decide
     start = _BEFORE.match(spec)
@@ -135,7 +135,7 @@ class Mixed(Source):
         return part.inner_name(own)
 
     def listing(self) -> Iterable[np.ndarray]:
-        """Those of the sources, the number of images of each, and the weights."""
+        """Listings of the sources, the number of images of each, and the weights."""
         for part in self.parts:
             yield from part.listing()
         yield self.firsts

@@ -112,7 +112,7 @@ class Order:
         return []
 
     def places(self, step: int, part: int) -> Places:
-        """Where the images of :meth:`part` are in the step's global batch."""
+        """Places of the images of :meth:`part` in the step's global batch."""
         size = self.batch_size // (self.world * self.accumulate)
         start = (part * self.world + self.rank) * size
         return Places(fold(self.seed, step), self.batch_size, start, size)

@@ -83,7 +83,7 @@ class _Sender(ForkingPickler):
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether it is plain and small, and its memory is its numbers, in some order, without gaps."""
+    """True for a plain, small tensor whose memory is its numbers, in some order, without gaps."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.requires_grad:
         return False
     if tensor.layout != torch.strided or tensor.nbytes > _SMALL:

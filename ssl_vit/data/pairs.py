@@ -32,7 +32,7 @@ CLASSES_FILE = "classes.txt"
 
 @dataclass(frozen=True)
 class Beside:
-    """What lies beside images: named ``scheme:``, in ``folder`` of a root; ``one`` is a "mask"."""
+    """Maps beside images: named ``scheme:``, in ``folder`` of a root; ``one`` is a "mask"."""
 
     scheme: str
     folder: str

@@ -1,4 +1,4 @@
-"""Positives: pairs of images that belong together, as a CSV file tells them."""
+"""Positives: pairs of images that belong together, from a CSV file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from ssl_vit.common.errors import check
 from ssl_vit.data.base import Source
 from ssl_vit.data.matching import Rows
-from ssl_vit.data.table import Table, read_table
+from ssl_vit.data.table import CsvTable, read_table
 
 log = logging.getLogger("ssl_vit")
 _COLUMNS = ("query", "positive")
@@ -51,7 +51,7 @@ def read_positives(
     return found[0][both], found[1][both]
 
 
-def _images(table: Table, column: str, source: Source) -> Int64[np.ndarray, " p"]:
+def _images(table: CsvTable, column: str, source: Source) -> Int64[np.ndarray, " p"]:
     """Image that each line names in a column, -1 for none of the source."""
     names, line_of, name_of = _distinct(table.column(column), table.lines)
     rows = Rows(names)

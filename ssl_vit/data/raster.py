@@ -19,7 +19,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, 
 
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
 ALL = 0
-"""For a number of channels: all that a file has."""
+"""Number of channels that stands for all that a file has."""
 _COUNTS = {ALL: (), 1: (1, 3), 3: (3, 1)}
 
 

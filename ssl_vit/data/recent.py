@@ -21,7 +21,7 @@ class Recent(Generic[T]):
         self.held = 0
 
     def find(self, key: Hashable) -> T | None:
-        """What is kept by this key, now the last used."""
+        """Value kept by this key, now the last used; None: there is none."""
         if key not in self.kept:
             return None
         self.kept.move_to_end(key)

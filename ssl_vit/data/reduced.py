@@ -63,7 +63,7 @@ def views_of(
 
 
 def _decoded(raw: Raw, how: str, decode: Callable[[], Tensor | None]) -> Tensor | None:
-    """What ``ImageCache.image`` does, without a cache."""
+    """Decoded image, as of ``ImageCache.image`` but without a cache."""
     return decode()
 
 

@@ -1,7 +1,7 @@
 """Files on servers (S3, Google Cloud Storage, HTTP): their versions, and ranges of their bytes.
 
 fsspec reads them, with the credentials that the tools of each service find. A lost connection is
-tried again for some minutes; what trying again does not mend is a user's error, and said at once.
+tried again for some minutes; what trying again does not mend is a user's error, and raised at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PAUSES = (
     60.0,
 )  # seconds between tries: four minutes in all
 _FIRST = 3  # pauses where a server has not answered yet: its name may be misspelt
-_QUIET = 4.0  # seconds: shorter pauses are not told
+_QUIET = 4.0  # seconds: shorter pauses are not logged
 _LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"}
 _CREDENTIALS = {
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
@@ -74,7 +74,7 @@ class RemoteFile:
 
     Attributes:
         size: in bytes.
-        version: its ETag, or else when it was changed; empty where the server tells neither.
+        version: its ETag, or else when it was changed; empty where the server states neither.
         ranges: False where the server says that it sends whole files only.
     """
 
@@ -124,12 +124,12 @@ class RemoteFile:
             raise
 
     def chunks(self, start: int, pause: Pause = time.sleep) -> Iterator[bytes]:
-        """Its bytes from ``start`` on, by ranges. Raises as ``read``."""
+        """Bytes from ``start`` on, by ranges. Raises as ``read``."""
         for at in range(start, self.size, CHUNK):
             yield self.read(at, min(at + CHUNK, self.size), pause)
 
     def stream(self) -> Iterator[bytes]:
-        """Its bytes by one request, without trying again."""
+        """Bytes by one request, without trying again."""
         with _system(self.url).open(self.url, block_size=0, size=self.size) as file:
             while data := file.read(CHUNK):
                 yield data
@@ -159,7 +159,7 @@ def describe(url: str, pauses: tuple[float, ...] = ()) -> RemoteFile:
     if info.get("type") == "directory":
         raise UserError(_missing(url))
     if info.get("size") is None:
-        raise UserError(f"{url}: the server does not tell its size; copy it, and give the path")
+        raise UserError(f"{url}: the server does not state its size; copy it, and give the path")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return RemoteFile(url, int(info["size"]), version, info.get("partial", True))
 
@@ -177,7 +177,7 @@ def patiently(
     pauses: tuple[float, ...] | None = None,
     pause: Pause = time.sleep,
 ) -> _T:
-    """What ``action`` returns; it is tried again, after growing pauses, where the network fails.
+    """Result of ``action``, which is tried again, after growing pauses, where the network fails.
 
     Raises:
         UserError: the server refuses it.
@@ -213,7 +213,7 @@ def _inner(error: Exception) -> BaseException:
 
 
 def _refused(error: BaseException, url: str) -> str:
-    """Why it is of no use to try again, as a line with a remedy; empty where it may be."""
+    """Reason why another try is of no use, as a line with a remedy; empty where it may help."""
     name, status = type(error).__name__, _status(error)
     keys = _KEYS[url.partition("://")[0].replace("https", "http")]
     if isinstance(error, FileNotFoundError) or status in (404, 410):

@@ -52,8 +52,8 @@ def scaled(raster: Raster, metadata: str, bands: Sequence[int]) -> Raster:
     return Raster(raster.pixels * pairs[:, 0] + pairs[:, 1], raster.missing)
 
 
-def tell_scales(source: Source) -> None:
-    """Say which scales the files of a source declare, and warn where they differ; of some files."""
+def log_scales(source: Source) -> None:
+    """Log the scales that some files of a source declare, and warn where they differ."""
     count = len(source)
     looked = np.unique(np.linspace(0, max(count - 1, 0), min(count, _LOOKED)).astype(np.int64))
     seen: Counter[str] = Counter()

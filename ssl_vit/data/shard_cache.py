@@ -51,12 +51,12 @@ class ShardCache:
     stop: threading.Event = field(default_factory=threading.Event, compare=False)
 
     def path(self, file: RemoteFile) -> Path:
-        """Where a shard is, or would be."""
+        """Path of a shard in the cache, whether it is there or not."""
         stem = file.url.rpartition("/")[2].removesuffix(".tar")[:40]
         return self.folder / f"{stem}-{file.digest}.tar"
 
     def has(self, file: RemoteFile) -> bool:
-        """Whether a shard is there."""
+        """True if a shard is there."""
         try:
             return self.path(file).stat().st_size == file.size
         except FileNotFoundError:
@@ -85,7 +85,7 @@ class ShardCache:
         return path
 
     def changed(self, file: RemoteFile) -> bool:
-        """Whether another version of a shard was fetched before, and not this one."""
+        """True if another version of a shard was fetched before, and not this one."""
         address, version = file.digest.split("-")
         known = [path.name for path in self.folder.glob(f"*-{address}-*.tar*{INDEX_SUFFIX}")]
         return bool(known) and not any(f"-{version}.tar" in name for name in known)
@@ -196,7 +196,7 @@ class ShardCache:
             os.close(descriptor)
 
     def about(self, room: float) -> str:
-        """What bounds the cache, and the remedy."""
+        """Limit of the cache, and the remedy."""
         if room < self.limit:
             kept = f"--data.cache-reserve keeps {size_text(self.reserve)} free"
             return (

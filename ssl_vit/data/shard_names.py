@@ -55,7 +55,7 @@ def expand(spec: str, pattern: str) -> list[str]:
 
 
 def _items(spec: str, item: str) -> list[str]:
-    """What one item of a list stands for: the numbers of a range, or itself."""
+    """Names that one item of a list stands for: the numbers of a range, or itself."""
     found = _RANGE.fullmatch(item)
     if found is None:
         if ".." in item:

@@ -123,7 +123,7 @@ def check_order(source: Source, window: int) -> None:
 
 
 def needs_window(spec: str, apart: str, most: int = _USUAL) -> str:
-    """Why a source cannot be trained on without a window, and what to do.
+    """Reason why a source cannot be trained on without a window, and what to do.
 
     ``apart``: as ``Source.apart``. ``most``: shards of a window that the cache has room for.
     """

@@ -102,7 +102,7 @@ def room_text(free: int, total: int) -> str:
 
 
 def room_now() -> str:
-    """What :func:`room` finds, for people."""
+    """Shared memory that is free now, as :func:`room` finds it, for people."""
     try:
         return room_text(*room())
     except OSError as error:
@@ -110,7 +110,7 @@ def room_now() -> str:
 
 
 def remedy(size: str = "2g") -> str:
-    """What to do where shared memory is too small."""
+    """Remedy where shared memory is too small."""
     return (
         f"Start the container with docker run --shm-size={size} (or --ipc=host), free what others "
         "hold there, or give --data.workers 0"

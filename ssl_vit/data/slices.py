@@ -1,6 +1,6 @@
 """Files with several planes: z-stacks, time series, pages, frames.
 
-By default one plane of a file is read, and it is said once how many there are. With
+By default one plane of a file is read, and their number is logged once. With
 ``--data.slices all`` every plane is an image of its own. Planes are counted from the headers of
 the files, by threads: some 1,000 TIFF files and 30,000 others in a second, on local disks.
 """
@@ -76,7 +76,7 @@ class Planes(FileParts):
         return name if count == 1 else f"{name}[{plane}]"
 
     def listing(self) -> Iterable[np.ndarray]:
-        """That of the files, and where their planes begin."""
+        """Listing of the files, and where their planes begin."""
         return (*self.whole.listing(), self.firsts)
 
     def _place(self, i: int) -> tuple[int, int, int]:
@@ -113,7 +113,7 @@ def with_planes(source: Source, channels: int) -> Source:
     if not len(source) or slices.isdecimal() or is_array(source):
         return source
     if slices == "middle":
-        tell_planes(source, channels)
+        log_planes(source, channels)
         return source
     found = _counted(source, range(len(source)), channels)
     counts = np.fromiter((file.planes for file in found), dtype=np.int64, count=len(source))
@@ -127,7 +127,7 @@ def with_planes(source: Source, channels: int) -> Source:
 
 
 def is_array(source: Source) -> bool:
-    """Whether the images of a source are no files: they have no planes."""
+    """True if the images of a source are no files: they have no planes."""
     try:
         source.stream(0).close()  # of a large file not even the first one is read
         return False
@@ -139,8 +139,8 @@ def is_array(source: Source) -> bool:
         return False
 
 
-def tell_planes(source: Source, channels: int) -> None:
-    """Say which plane is read, where one of the first files has several."""
+def log_planes(source: Source, channels: int) -> None:
+    """Log the plane that is read, where one of the first files has several."""
     first = range(min(_FIRST, len(source)))
     counted = list(_counted(source, first, channels))
     if found := [file for file in counted if file.planes > 1]:
@@ -165,7 +165,7 @@ def tell_planes(source: Source, channels: int) -> None:
 
 
 class Counted(NamedTuple):
-    """What a file holds: planes, letters of its axes (none: of an animation), files of its set."""
+    """Counts of a file: planes, letters of their axes (none: an animation), files of its set."""
 
     planes: int = 1
     axes: str = ""

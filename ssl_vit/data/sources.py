@@ -17,7 +17,7 @@ from ssl_vit.data.groups import group_count, groups_of
 from ssl_vit.data.labels import labelled_by
 from ssl_vit.data.mixed import Mixed, parts_of
 from ssl_vit.data.remote import SCHEMES
-from ssl_vit.data.scales import tell_scales
+from ssl_vit.data.scales import log_scales
 from ssl_vit.data.slices import with_planes
 from ssl_vit.data.tiles import is_cut, with_tiles
 
@@ -105,7 +105,7 @@ def _open_part(
     spec: str, reading: ReadConfig, channels: int | None, missing: list[NothingFound]
 ) -> Source:
     """Open one of several sources. It may have no line in the CSV, or no groups; ``missing`` takes
-    in what it has not, which is said."""
+    in what it has not, which is reported."""
     try:
         return _open(spec, reading, channels)
     except NothingFound as error:
@@ -140,7 +140,7 @@ def _open(spec: str, reading: ReadConfig, channels: int | None) -> Source:
         source = labelled_by(source, Path(reading.labels).expanduser(), reading.label_column)
     if reading.group and source.groups is None:
         source.groups = groups_of(source)
-    tell_scales(source)
+    log_scales(source)
     channels = channels or int(getattr(reading, "channels", 3))
     return with_tiles(source, channels) if is_cut(reading) else with_planes(source, channels)
 

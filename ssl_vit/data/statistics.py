@@ -118,8 +118,8 @@ class Survey:
         return mean, variance.sqrt(), weights.mean(0)
 
     def misfit(self, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
-        """What is wrong with normalising these images so, with numbers of the worst channel; empty
-        if they fit."""
+        """Misfit of these images to a normalisation, with numbers of the worst channel; empty if
+        they fit."""
         own, spread, valid = self.moments()
         by, scale = (torch.tensor(v, dtype=torch.float64) for v in (mean, std))
         at, wide = (own - by) / scale, spread / scale

@@ -62,7 +62,7 @@ def _with_missing(pixels: np.ndarray, reading: ReadConfig) -> Raster:
 
 
 def _drop_alpha(raster: Raster, channels: int) -> Raster:
-    """Without the opacity behind gray or colour, where gray or colour is asked for."""
+    """Raster without the opacity behind gray or colour, where gray or colour is asked for."""
     colours = {2: 1, 4: 3}.get(raster.pixels.shape[2])
     if channels not in (1, 3) or colours is None:
         return raster

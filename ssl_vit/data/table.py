@@ -23,7 +23,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Table:
+class CsvTable:
     """CSV table: names of the columns, and rows with their line numbers."""
 
     path: Path
@@ -37,7 +37,7 @@ class Table:
         return [row[place].strip() for row in self.rows]
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> CsvTable:
     """Read a whole CSV file, and check its shape.
 
     It is UTF-8, UTF-16 with a byte order mark, or else Windows-1252, which contains Latin-1 and is
@@ -50,16 +50,16 @@ def read_table(path: Path) -> Table:
     """
     text = _read_text(path)
     first, *rest = re.split(r"\r\n|\r|\n", text, maxsplit=1)
-    told = found[1] if (found := _SEPARATOR.fullmatch(first.strip())) else ""
-    text = "".join(rest) if told else text
-    delimiter = told or max(_DELIMITERS, key=first.count)
+    declared = found[1] if (found := _SEPARATOR.fullmatch(first.strip())) else ""
+    text = "".join(rest) if declared else text
+    delimiter = declared or max(_DELIMITERS, key=first.count)
     rows, lines = [], []
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for row in reader:
             if any(cell.strip() for cell in row):
                 rows.append(row)
-                lines.append(reader.line_num + bool(told))
+                lines.append(reader.line_num + bool(declared))
     except csv.Error as error:
         raise UserError(f"the labels {path} are no CSV file: {error}") from None
     check(len(rows) > 1, f"{path} holds no labels: a header and a line for each image are needed")
@@ -72,7 +72,7 @@ def read_table(path: Path) -> Table:
     for row, line in zip(rows, lines, strict=True):
         there = f"{path}, line {line} has {len(row)} cells"
         check(len(row) == len(header), f"{there}; the header has {len(header)}")
-    return Table(path, header, rows[1:], lines[1:])
+    return CsvTable(path, header, rows[1:], lines[1:])
 
 
 def _is_blank(rows: list[list[str]], place: int) -> bool:

@@ -109,7 +109,7 @@ class OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def exists(self) -> bool:
-        """Whether the file still has a name, and was not removed."""
+        """True if the file still has a name, and was not removed."""
         return os.fstat(self.descriptor).st_nlink > 0
 
     def __del__(self) -> None:
@@ -136,7 +136,7 @@ def samples_of(
     reading: ReadConfig,
     kind: type[Tar],
 ) -> Tar:
-    """The source of the samples of these shards, with their labels; what is left out is said.
+    """The source of the samples of these shards, with their labels; what is left out is reported.
 
     Raises:
         UserError: there are no images, or not the labels that were asked for.

@@ -124,14 +124,14 @@ def adopt_index(
 
 
 def same_members(one: ShardIndex, other: ShardIndex) -> bool:
-    """Whether two indexes are of the same images at the same places."""
+    """True if two indexes are of the same images at the same places."""
     pairs = [(getattr(index, name) for index in (one, other)) for name in ("offsets", "sizes")]
     pairs.append(index.names.buffer for index in (one, other))
     return all(np.array_equal(*pair) for pair in pairs)
 
 
 def index_suffix(columns: tuple[str, ...]) -> str:
-    """What the name of an index has after that of its shard; ``columns``: of labels, if given."""
+    """Suffix of an index after the name of its shard; ``columns``: of labels, if given."""
     of = f"-{hashlib.sha256(repr(columns).encode()).hexdigest()[:8]}" if columns else ""
     return of + INDEX_SUFFIX
 

@@ -17,7 +17,7 @@ from ssl_vit.data.tar_samples import Rows
 log = logging.getLogger("ssl_vit")
 
 
-class Labels(NamedTuple):
+class ShardLabels(NamedTuple):
     """Labels of all samples as a source has them; ``member``: the extension they are read from."""
 
     labels: np.ndarray | None = None
@@ -33,7 +33,7 @@ def read_labels(
     indexes: Sequence[ShardIndex],
     rows: Rows,
     columns: tuple[str, ...],
-) -> Labels:
+) -> ShardLabels:
     """Labels of the samples ``rows``: of ``columns``, or of the first usual column that has some.
 
     Raises:
@@ -53,12 +53,12 @@ def read_labels(
         except NoClasses as error:
             refused.append(f"{_place(name)} {error}")
             continue
-        _say_missing(spec, shards, rows, labels, name)
-        return Labels(labels, None, classes, _place(name), _member(name))
+        _warn_missing(spec, shards, rows, labels, name)
+        return ShardLabels(labels, None, classes, _place(name), _member(name))
     keys = next((", ".join(index.keys) for index in indexes if index.keys), "")
     named = f" ({keys}); --data.label-column names one" if keys else ""
     nothing = "no .cls, and no label in .json or .txt" + named
-    return Labels(labels_from="; ".join(refused) or nothing)
+    return ShardLabels(labels_from="; ".join(refused) or nothing)
 
 
 def _member(name: str) -> str:
@@ -72,7 +72,7 @@ def _place(name: str) -> str:
 
 def _asked(
     spec: str, indexes: Sequence[ShardIndex], rows: Rows, columns: tuple[str, ...]
-) -> Labels:
+) -> ShardLabels:
     """Labels of the columns that were asked for: one of classes, or several of 1 and 0."""
     made = []
     there = {name for index in indexes for name in index.values}
@@ -89,11 +89,11 @@ def _asked(
                 made.append(np.append(outcomes_of(values), np.float32("nan"))[ids])
                 continue
             labels, classes = class_of_each(ids, values, asked=True)
-            return Labels(labels, None, classes, _place(name), _member(name))
+            return ShardLabels(labels, None, classes, _place(name), _member(name))
         except NoClasses as error:
             raise UserError(f"--data.label-column {asked}: {_place(name)} {error}") from None
     origin = f"{', '.join(columns)} of the shards"
-    return Labels(None, np.stack(made, axis=1), columns, origin, "json")
+    return ShardLabels(None, np.stack(made, axis=1), columns, origin, "json")
 
 
 def _joined(indexes: Sequence[ShardIndex], rows: Rows, name: str) -> tuple[np.ndarray, list[Any]]:
@@ -110,10 +110,10 @@ def _joined(indexes: Sequence[ShardIndex], rows: Rows, name: str) -> tuple[np.nd
     return np.concatenate(ids), values
 
 
-def _say_missing(
+def _warn_missing(
     spec: str, shards: Sequence[str], rows: Rows, labels: np.ndarray, name: str
 ) -> None:
-    """Say which samples have no label, where others have."""
+    """Warn of samples without a label, where others have one."""
     missing = int((labels < 0).sum())
     if not missing:
         return

@@ -50,14 +50,14 @@ def choose_samples(
     shared = [index for index in indexes if not index.alone]
     if reading.key == "auto" and names_have_dots(_samples(index) for index in shared):
         full = True
-        _say_full(spec, shared)
+        _log_full_keys(spec, shared)
     found = {id(index): _samples(index, full) for index in shared}
     rank = _ranked(found.values())
     rows = [
         _best(found[id(index)], rank) if id(index) in found else np.arange(len(index.sizes))
         for index in indexes
     ]
-    _say_left_out(spec, list(found.values()), rank, full)
+    _warn_left_out(spec, list(found.values()), rank, full)
     return rows, full
 
 
@@ -70,7 +70,7 @@ def _samples(index: ShardIndex, full: bool = False) -> Samples:
 
 
 def names_have_dots(shards: Iterable[Samples]) -> bool:
-    """Whether dots belong to the names, as samples of several images by the first dot show.
+    """True if dots belong to the names, as samples of several images by the first dot show.
 
     WebDataset's extensions are the few parts of a sample: ``rgb.png``, ``depth.png``. So they are
     names where most such samples have two that differ only in digits (``slice001.png``,
@@ -88,7 +88,7 @@ def names_have_dots(shards: Iterable[Samples]) -> bool:
     return len(kinds) > _MOST_KINDS or 2 * counted > several
 
 
-def _say_full(spec: str, shared: Sequence[ShardIndex]) -> None:
+def _log_full_keys(spec: str, shared: Sequence[ShardIndex]) -> None:
     images = sum(len(index.sizes) for index in shared)
     keys = sum(len(_samples(index)) for index in shared)
     log.info(
@@ -115,7 +115,7 @@ def _best(samples: Samples, rank: dict[str, int]) -> np.ndarray:
     return np.array(taken, dtype=np.int64)
 
 
-def _say_left_out(spec: str, shards: list[Samples], rank: dict[str, int], full: bool) -> None:
+def _warn_left_out(spec: str, shards: list[Samples], rank: dict[str, int], full: bool) -> None:
     images = sum(len(own) for samples in shards for own in samples.values())
     keys = sum(len(samples) for samples in shards)
     if images == keys:

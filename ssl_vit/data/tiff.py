@@ -120,7 +120,7 @@ class Plane:
 
     @property
     def page(self) -> Any:
-        """What all pages of the plane have in common."""
+        """Page whose properties all pages of the plane share."""
         return self.stack.series.keyframe
 
     @property

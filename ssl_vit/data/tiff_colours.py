@@ -73,7 +73,7 @@ def _from_palette(index: np.ndarray, page: Any) -> np.ndarray:
     palette = page.colormap
     if palette is None:
         raise BadImage("has colours by palette, and no palette")
-    # Some writers have put 8 bits where 16 belong; libtiff tells it in the same way.
+    # Some writers have put 8 bits where 16 belong; libtiff recognises it in the same way.
     palette = palette if palette.max() < 256 else palette >> 8
     return palette.astype(np.uint8).T[index.astype(np.intp)]
 

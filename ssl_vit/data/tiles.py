@@ -22,15 +22,15 @@ from ssl_vit.data.extent import Extent, extent_of
 from ssl_vit.data.headers_of import headers_of
 from ssl_vit.data.missing import has_missing, valid_share
 from ssl_vit.data.raster import BadImage, Box, EmptyTile, reason
-from ssl_vit.data.slices import FileParts, is_array, tell_planes
+from ssl_vit.data.slices import FileParts, is_array, log_planes
 from ssl_vit.data.windows import OpenFiles
 
 _log = logging.getLogger("ssl_vit")
 _WHOLE = (1 << 62, 1 << 62)  # a tile that no image is larger than
-_COSTLY = 8  # times as many pixels are decoded as a tile has: said
+_COSTLY = 8  # times as many pixels are decoded as a tile has: a warning
 
 
-class Place(NamedTuple):
+class TilePlace(NamedTuple):
     """File of a tile, its plane, row and column there."""
 
     file: int
@@ -85,16 +85,16 @@ class Tiles(FileParts):
         return f"{name}#r{place.row}c{place.column}" if self._per_plane(place.file) > 1 else name
 
     def listing(self) -> Iterable[np.ndarray]:
-        """That of the files, how large their images are, and where their tiles begin."""
+        """Listing of the files, how large their images are, and where their tiles begin."""
         sizes = self.heights, self.widths, np.array([*self.tile, self.reading.level])
         return (*self.whole.listing(), *sizes, self.firsts)
 
-    def place(self, i: int) -> Place:
-        """Where an image is from."""
+    def place(self, i: int) -> TilePlace:
+        """Origin of an image: its file, plane and tile."""
         i = range(len(self))[i]
         file = int(self.file_of[i])
         plane, tile = divmod(i - int(self.firsts[file]), self._per_plane(file))
-        return Place(file, plane, *divmod(tile, int(self.columns[file])))
+        return TilePlace(file, plane, *divmod(tile, int(self.columns[file])))
 
     def box(self, i: int) -> Box:
         """Part of its file's image that an image is."""
@@ -121,19 +121,19 @@ def with_tiles(source: Source, channels: int) -> Source:
         _log.warning(f"warning: {source.spec}: --data.{what} has no effect on arrays in memory")
         return source
     if reading.slices == "middle":
-        tell_planes(source, channels)
+        log_planes(source, channels)
     tile = (reading.tile[0], reading.tile[-1]) if reading.tile else _WHOLE
     found, seen = np.zeros((len(source), 3), dtype=np.int64), _Seen(source.spec, tile)
     for row, extent in zip(found, extents(source, channels), strict=True):
         row[:] = extent.height, extent.width, extent.planes
         seen.add(extent)
     made = Tiles(source, found, tile, channels)
-    tell_unreadable(made)
-    seen.tell(made)
+    warn_unreadable_headers(made)
+    seen.log(made)
     return made
 
 
-def tell_unreadable(made: Tiles) -> None:
+def warn_unreadable_headers(made: Tiles) -> None:
     """Warn of files of which not even the headers can be read: each is one image instead of many.
 
     Raises:
@@ -154,7 +154,7 @@ def tell_unreadable(made: Tiles) -> None:
 
 
 def _why(made: Tiles, file: int) -> str:
-    """Why a file cannot be read."""
+    """Reason why a file cannot be read."""
     try:
         with made.whole.stream(file) as stream:
             extent_of(stream, made.channels, made.reading)
@@ -174,7 +174,7 @@ def extents(source: Source, channels: int) -> Iterator[Extent]:
 
 
 class _Seen:
-    """What is to be said of the files that are cut."""
+    """Summary of the files that are cut."""
 
     def __init__(self, spec: str, tile: tuple[int, int]) -> None:
         self.spec, self.tile = spec, tile
@@ -188,14 +188,14 @@ class _Seen:
             if extent.full:
                 self.levels[round(extent.full / extent.height, 1)] += 1
 
-    def tell(self, made: Tiles) -> None:
-        """Say how many tiles there are, and what looks wrong."""
+    def log(self, made: Tiles) -> None:
+        """Log the number of tiles, and warn of what looks wrong."""
         reading = made.reading
         if reading.level and self.levels:
             by = sorted(self.levels)
             shown = f"{by[0]:g}" if len(by) == 1 else f"{by[0]:g} to {by[-1]:g}"
-            say = _log.warning if by[-1] > 1.5 * by[0] else _log.info
-            say(f"{self.spec}: level {reading.level} is {shown} times smaller than the full size")
+            log = _log.warning if by[-1] > 1.5 * by[0] else _log.info
+            log(f"{self.spec}: level {reading.level} is {shown} times smaller than the full size")
         if not reading.tile:
             return
         files = len(made.whole)

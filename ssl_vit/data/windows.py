@@ -24,7 +24,7 @@ from ssl_vit.data.recent import Recent
 _FILES, _IMAGES, _PARTS = 8, 1 << 28, 1 << 26
 
 
-class Windows:
+class FileWindows:
     """An image that is read in parts; ``size``: height and width; ``held``: bytes in memory."""
 
     size: tuple[int, int]
@@ -55,7 +55,7 @@ class OpenFiles:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, own=threading.local())
 
-    def windows(self, file: int, reading: ReadConfig) -> Windows:
+    def windows(self, file: int, reading: ReadConfig) -> FileWindows:
         """An image of a file of the source, opened unless it is.
 
         Raises:
@@ -75,13 +75,13 @@ class OpenFiles:
                     files.keep(key, found, 0)
         return found
 
-    def _mine(self) -> tuple[Recent[Windows], Recent[np.ndarray]]:
+    def _mine(self) -> tuple[Recent[FileWindows], Recent[np.ndarray]]:
         """Files of this thread of this process: a forked one shares the position of a file with
         its parent, and must open its own."""
         if getattr(self.own, "process", None) != os.getpid():
             parts: Recent[np.ndarray] = Recent(1 << 12, _PARTS)
 
-            def drop(windows: Windows) -> None:
+            def drop(windows: FileWindows) -> None:
                 windows.close()
                 parts.clear()  # they are known by the number of a file, which a next one may get
 
@@ -92,7 +92,7 @@ class OpenFiles:
 
 def open_windows(
     stream: Any, channels: int, reading: ReadConfig, parts: Recent[np.ndarray]
-) -> Windows:
+) -> FileWindows:
     """Open the image of a file that ``reading`` asks for.
 
     Raises:
@@ -114,7 +114,7 @@ def open_windows(
 
 def _open_tiff(
     stream: Any, channels: int, reading: ReadConfig, parts: Recent[np.ndarray]
-) -> Windows:
+) -> FileWindows:
     from ssl_vit.data.tiff import Plane, open_tiff
 
     plane = Plane.of(open_tiff(stream), channels, reading)
@@ -123,7 +123,7 @@ def _open_tiff(
     return WholeWindows(to_tensor(plane.read(), channels))
 
 
-class TiffWindows(Windows):
+class TiffWindows(FileWindows):
     """Windows of a plane of a TIFF."""
 
     def __init__(self, stream: Any, plane: Any, channels: int, parts: Recent[np.ndarray]) -> None:
@@ -138,7 +138,7 @@ class TiffWindows(Windows):
         self.stream.close()
 
 
-class ArrayWindows(Windows):
+class ArrayWindows(FileWindows):
     """Windows of the array of a NPY file, which is mapped into memory for each."""
 
     def __init__(self, stream: Any, channels: int, reading: ReadConfig) -> None:
@@ -183,7 +183,7 @@ def array_size(shape: tuple[int, ...], channels: int) -> tuple[int, int]:
     return height, width
 
 
-class WholeWindows(Windows):
+class WholeWindows(FileWindows):
     """Windows of an image (C, H, W) that was decoded as a whole."""
 
     def __init__(self, image: torch.Tensor) -> None:

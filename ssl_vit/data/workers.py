@@ -54,8 +54,8 @@ def load(
         prefetch: batches that each worker prepares ahead; fewer if shared memory is too small.
         held: batches that the caller holds at a time, with the next.
         collate: makes a batch of what ``images`` returns.
-        claim: is told, before the workers start, how many bytes of shared memory the batches of all
-            processes on this machine may take.
+        claim: called, before the workers start, with the bytes of shared memory that the batches of
+            all processes on this machine may take.
     """
     options: dict[str, Any] = {"batch_sampler": batches, "pin_memory": pin}
     collate = collate or _as_is
@@ -237,5 +237,5 @@ def _in_main_thread() -> bool:
 
 
 def _end_all() -> None:
-    """Before Python ends them by SIGTERM and waits: after an error it would do so for ever."""
+    """End all workers first: Python would send SIGTERM and wait, after an error for ever."""
     end([c for c in multiprocessing.active_children() if c.daemon])

@@ -124,7 +124,7 @@ def within(
 def _once(
     pairs: Int64[Tensor, "c 2"], cosines: Float[Tensor, " c"]
 ) -> tuple[Int64[Tensor, "d 2"], Float[Tensor, " d"]]:
-    """Each pair once, with its highest cosine."""
+    """Pairs, each once, with its highest cosine."""
     each, of = pairs.unique(dim=0, return_inverse=True)
     best = torch.full((len(each),), -2.0).scatter_reduce(0, of, cosines, "amax")
     return each, best
@@ -170,7 +170,7 @@ def edges(pictures: Float[Tensor, "n h w"]) -> Float[Tensor, "n e"]:
 
 
 def _apart(pictures: Float[Tensor, "n h w"], usual: Float[Tensor, " e"]) -> Float[Tensor, "n e"]:
-    """What tells the edges of pictures from the usual ones, as unit vectors."""
+    """Edges of pictures without the usual ones, as unit vectors."""
     own = edges(pictures)
     return F.normalize(torch.where(own.any(1, keepdim=True), own - usual, own), dim=1)
 
@@ -234,8 +234,8 @@ def _readable(source: Source) -> list[bytes]:
 def copied(
     pairs: Sequence[Pair], val: FeatureSet, one: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which validation images have a copy, and which an identical one; bool (n,) each. ``one``: of
-    pairs within one set."""
+    """Masks of the validation images that have a copy, and an identical one; bool (n,) each.
+    ``one``: of pairs within one set."""
 
     def among(some: Sequence[Pair]) -> np.ndarray:
         first, second = [pair.val for pair in some], [pair.train for pair in some]

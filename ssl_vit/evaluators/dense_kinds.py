@@ -48,26 +48,26 @@ class Kind(ABC):
     @classmethod
     @abstractmethod
     def remembered(cls, about: dict[str, Any]) -> Kind:
-        """The kind that a network's file tells of: its ``options``, and what was ``learned``."""
+        """The kind that a network's file describes: its ``options``, and what was ``learned``."""
 
     @abstractmethod
     def learned(self) -> dict[str, Any]:
-        """What was found in the training maps, for JSON."""
+        """Values found in the training maps, for JSON."""
 
     @abstractmethod
     def predict(
         self, network: DenseNetwork, images: Sequence[Tensor], size: tuple[int, int], ready: Ready
     ) -> Iterator[Shaped[Tensor, "h w"]]:
-        """What a network in evaluation mode makes of each pixel of decoded images, of any sizes;
-        on the CPU. ``size``: that images are brought to; ``ready``: from a batch (b, C, H, W) of
-        them to what the network takes."""
+        """Predictions of a network in evaluation mode for each pixel of decoded images, of any
+        sizes; on the CPU. ``size``: that images are brought to; ``ready``: from a batch (b, C, H,
+        W) of them to what the network takes."""
 
     @abstractmethod
     def head(self, widths: tuple[int, ...]) -> nn.Module:
         """Head for maps of these widths, with random weights."""
 
     def together(self, maps: list[Tensor]) -> Any:
-        """What the head takes, of the maps."""
+        """Input of the head, made of the maps."""
         return maps
 
     @abstractmethod
@@ -91,7 +91,7 @@ class Kind(ABC):
 
 
 def of_all(pairs: Pairs, of: Callable[[Tensor], Any]) -> Iterator[Any]:
-    """What ``of`` makes of every readable map, by threads.
+    """Results of ``of`` for every readable map, by threads.
 
     Raises:
         UserError: none can be read.

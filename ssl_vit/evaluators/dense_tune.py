@@ -15,7 +15,7 @@ from ssl_vit.evaluators.maps_task import MapsTask
 from ssl_vit.model.encoder import Encoder
 
 Loss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
-"""From what the head makes of a batch and its targets to scalars, among them ``loss``."""
+"""Loss: from what the head makes of a batch and its targets to scalars, among them ``loss``."""
 
 
 class DenseNetwork(nn.Module):

@@ -146,7 +146,7 @@ def depth_probe(
         n = len(material.depths)
         check(n >= _LEAST_PAIRS, f"{train.spec} has {n} readable pairs; a probe needs 10")
         most = greatest_depth(material, config)
-        tell_units(train, val)
+        warn_different_units(train, val)
         within = in_range(material.depths, config.min_depth, most)
         material.depths[~within] = 0.0
         kind = HEADS[config.head]
@@ -164,7 +164,7 @@ def depth_probe(
     return [score], card(config, material, most) | {"pairs": pairs | count}, picture
 
 
-def tell_units(train: DepthPairs, val: DepthPairs, scale: str = "--scale") -> None:
+def warn_different_units(train: DepthPairs, val: DepthPairs, scale: str = "--scale") -> None:
     """Warn where depths of two sets are so far apart that their units may differ. ``scale``: the
     option that is for both."""
     ours, theirs = _typical(train), _typical(val)
@@ -188,7 +188,7 @@ def _typical(pairs: DepthPairs) -> float:
 
 
 def greatest_depth(material: MapMaterial, config: DepthOptions) -> float:
-    """Greatest depth of a valid pixel: as given, or that of the training maps, which is said.
+    """Greatest depth of a valid pixel: as given, or that of the training maps, which is logged.
 
     Raises:
         UserError: no training map has a depth in the range.

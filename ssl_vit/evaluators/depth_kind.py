@@ -21,7 +21,7 @@ from ssl_vit.data.pairs import Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.dense_kinds import Kind, Ready, Scored, of_all
 from ssl_vit.evaluators.dense_tune import DenseNetwork
-from ssl_vit.evaluators.depth import tell_units
+from ssl_vit.evaluators.depth import warn_different_units
 from ssl_vit.evaluators.depth_heads import HEADS, MAPS, DepthHead, depth_loss
 from ssl_vit.evaluators.depth_options import DepthHeadOptions
 from ssl_vit.evaluators.depth_scores import depth_score, draw, score_depths, valid_depth
@@ -45,7 +45,7 @@ class DepthKind(Kind):
     @classmethod
     def of(cls, options: DepthHeadOptions, train: DepthPairs, val: DepthPairs) -> DepthKind:
         """Find the greatest depth: as given, or that of all training maps, in which
-        ``options.scale`` is already. Units that seem to differ are told.
+        ``options.scale`` is already. A warning names units that seem to differ.
 
         Raises:
             UserError: no training map has a depth in the range.
@@ -54,7 +54,7 @@ class DepthKind(Kind):
         least = f"{options.min_depth:g}, in the unit of --depth.scale"
         deep = most > options.min_depth
         check(deep, f"{train.spec}: no pixel of its depth maps is deeper than {least}")
-        tell_units(train, val, flag(options, "scale"))
+        warn_different_units(train, val, flag(options, "scale"))
         return cls(options, most)
 
     @classmethod

@@ -104,15 +104,15 @@ def _by_place(key: Int64[Tensor, " 1"], boxes: Tensor) -> Tensor:
 
 
 def _first(draws: Tensor, allowed: Tensor, most: int | Tensor) -> Tensor:
-    """Those of the allowed ones with the lowest draws, ``most`` of them, as a mask."""
+    """Mask of the ``most`` allowed ones with the lowest draws."""
     order = torch.where(allowed, draws, 2.0).argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return allowed & (rank < most)
 
 
 class Framed(nn.Module):
-    """In place of torchvision's transform, which would normalise and resize once more: images are
-    put into the top left corner of a frame of ``size``, and nothing else."""
+    """Framing in place of torchvision's transform, which would normalise and resize once more:
+    images are put into the top left corner of a frame of ``size``, and nothing else."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip file: the same rows
 
 
 @dataclass(frozen=True)
-class Table:
+class FeatureTable:
     """Table of features: one row for each readable image of ``source``, in its order.
 
     ``card``: how the features were made, JSON-serialisable; the table adds the number of rows and
@@ -84,7 +84,7 @@ def readable(name: str) -> str:
 # --- .npz ---------------------------------------------------------------------------------------
 
 
-def write_npz(path: Path, table: Table) -> None:
+def write_npz(path: Path, table: FeatureTable) -> None:
     """Write ``names``, ``labels``, ``classes``, each feature and ``card`` for ``numpy.load``.
 
     Text is compressed: numpy takes four bytes for each character of the longest name.
@@ -145,7 +145,7 @@ def _npz_card(path: Path) -> str:
 # --- .parquet -----------------------------------------------------------------------------------
 
 
-def write_parquet(path: Path, table: Table) -> None:
+def write_parquet(path: Path, table: FeatureTable) -> None:
     """Write columns ``name``, ``label``, ``class`` (or ``labels``) and each feature as a list of
     fixed size, a row group for each part; the card is in the schema's metadata."""
     import pyarrow as pa
@@ -206,14 +206,14 @@ def beside(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.csv"), path.with_name(f"{path.name}.json")
 
 
-def write_npy(path: Path, table: Table) -> None:
+def write_npy(path: Path, table: FeatureTable) -> None:
     """Write the only feature as one array."""
     ((name, shape),) = table.shapes.items()
     with open(path, "wb") as file:
         _array(file, np.dtype("<f4"), (table.rows, *shape), table.feature(name))
 
 
-def write_beside(path: Path, table: Table) -> None:
+def write_beside(path: Path, table: FeatureTable) -> None:
     """Write the files beside a .npy file, atomically, for the array that is not there yet.
 
     The CSV has columns ``name``, ``label`` and ``class``, blank where unknown, or one for each of
@@ -225,7 +225,7 @@ def write_beside(path: Path, table: Table) -> None:
     write_text_atomically(card, table.text + "\n")
 
 
-def _write_rows(path: Path, table: Table) -> None:
+def _write_rows(path: Path, table: FeatureTable) -> None:
     classes = table.source.classes or ()
     with open(path, "w", newline="", encoding="utf-8") as stream:
         file = csv.writer(stream, lineterminator="\n")
@@ -258,9 +258,9 @@ class Format(NamedTuple):
     ``first``: writes what lies beside the file, before it.
     """
 
-    write: Callable[[Path, Table], None]
+    write: Callable[[Path, FeatureTable], None]
     card: Callable[[Path], str]
-    first: Callable[[Path, Table], None] | None = None
+    first: Callable[[Path, FeatureTable], None] | None = None
 
 
 FORMATS = {
@@ -270,7 +270,7 @@ FORMATS = {
 }
 
 
-def write_features(path: Path, table: Table) -> None:
+def write_features(path: Path, table: FeatureTable) -> None:
     """Write a feature file of the format that its name says; it is complete or absent."""
     form = FORMATS[path.suffix]
     if form.first:

@@ -197,7 +197,7 @@ def targets_of(source: Source, index: Tensor, labels: Tensor) -> Tensor:
 
 
 def units_of(source: Source, index: Int64[Tensor, " n"]) -> Int64[Tensor, " n"] | None:
-    """What the images at ``index`` belong to (``data.base.units``); None: each is by itself."""
+    """Units (``data.base.units``) of the images at ``index``; None: each is by itself."""
     together = units(source)
     return None if together is None else torch.from_numpy(together)[index]
 

@@ -1,4 +1,4 @@
-"""What is frozen of many images: its statistics, room to keep it, and batches to train heads on."""
+"""Frozen features of many images: statistics, room to keep them, and batches to train heads on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("ssl_vit")
 BATCH = 16
 WARMUP = 0.1
 _EPSILON = 1e-6
-# How often a training says how far it is.
+# How often a training logs its progress.
 _WORDS = 5
 M_co = TypeVar("M_co", covariant=True)
 
@@ -47,7 +47,7 @@ class Statistics:
 
 
 def room(parts: list[Tensor], n: int, cache_gb: float, what: str) -> list[Tensor] | None:
-    """Room for ``n`` images of which these are parts of some, each (b, ...); None, which is said,
+    """Room for ``n`` images of which these are parts of some, each (b, ...); None, which is logged,
     where that exceeds ``cache_gb`` 1e9 bytes. ``what``: they are."""
     needed = n * sum(part[0].nbytes for part in parts) / 1e9
     if needed <= cache_gb:
@@ -56,7 +56,7 @@ def room(parts: list[Tensor], n: int, cache_gb: float, what: str) -> list[Tensor
     return None
 
 
-def tell_unreadable(bad: dict[int, str], what: str) -> None:
+def warn_unreadable(bad: dict[int, str], what: str) -> None:
     """Name the first of what could not be read; ``what``: it is."""
     for reason in list(bad.values())[:5]:
         log.warning("unreadable %s skipped: %s", what, reason)
@@ -64,7 +64,7 @@ def tell_unreadable(bad: dict[int, str], what: str) -> None:
 
 @runtime_checkable
 class Batched(Protocol[M_co]):
-    """What gives batches of some of its images: what heads take of them, and targets."""
+    """Material that gives batches of some of its images: inputs of heads, and targets."""
 
     def batches(self, rows: Int64[Tensor, " k"], size: int) -> Iterator[tuple[M_co, Tensor]]:
         """Batches of ``size`` of these images."""

@@ -63,7 +63,7 @@ def _numbered(groups: Int64[np.ndarray, " q"]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drawn(random: np.random.RandomState, n: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each of n units is drawn, int64 (n,), for each resample."""
+    """Counts of how often each of n units is drawn, int64 (n,), for each resample."""
     for _ in range(resamples):
         yield np.bincount(random.randint(0, n, n), minlength=n)
 

@@ -21,7 +21,7 @@ from ssl_vit.data.pairs import PairBatch, PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.depth_heads import fine_grid
 from ssl_vit.evaluators.features import Machine
-from ssl_vit.evaluators.frozen import Statistics, room, tell_unreadable
+from ssl_vit.evaluators.frozen import Statistics, room, warn_unreadable
 from ssl_vit.evaluators.maps import FeatureMaps
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.parallel import autocast, loader_workers
@@ -147,7 +147,7 @@ def gather_maps(extractor: MapExtractor, pairs: Pairs, cache_gb: float) -> MapMa
         depths += [nearest_mask(depth, size) for depth in seen.depths]
         highest = max(highest, *(float(depth.max()) for depth in seen.depths))
         places.append(seen.keys)
-    tell_unreadable(bad, "pair")
+    warn_unreadable(bad, "pair")
     if not places:
         raise UserError(f"no pair of {pairs.spec} can be read: {next(iter(bad.values()), '')}")
     return MapMaterial(

@@ -78,7 +78,7 @@ class FeatureMaps(nn.Module):
 
     @property
     def _normed(self) -> bool:
-        """Whether the final norm is applied to the last map: if it is one, and leaves its width."""
+        """True if the final norm is applied to the last map: if it is one, and keeps its width."""
         info: Any = self.network.feature_info
         return "num_chs_norm" not in info[-1]
 

@@ -50,5 +50,5 @@ class MapsTask(Task):
         return self._scales.get(name, 1.0)
 
     def place_of(self, name: str) -> Place:
-        """Whether the parameter is the encoder's."""
+        """Place of a parameter: in the encoder, or not."""
         return Place(encoder=name.startswith(self._start))

@@ -1,4 +1,4 @@
-"""Options of evaluators, and the names that they are told by; none of it needs torch."""
+"""Options of evaluators, and the names they are chosen by; none of it needs torch."""
 
 from __future__ import annotations
 
@@ -206,8 +206,8 @@ class FinetuneConfig:
 
     @property
     def dense(self) -> str:
-        """What is learned of each pixel, ``pairs`` or ``depth``, as the images are named; empty:
-        nothing, but the classes of images."""
+        """Target of each pixel, ``pairs`` or ``depth``, as the images are named; empty: there is
+        none, but the classes of images."""
         kind = beside(self.data.train)
         return kind if kind in ("pairs", "depth") else ""
 

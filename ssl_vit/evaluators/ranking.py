@@ -18,7 +18,7 @@ _CELLS = 1 << 22
 _BANK_ROWS = 1 << 16
 
 Relevant = Callable[[Int64[Tensor, " b"]], Bool[Tensor, "b n"]]
-"""Of queries (rows): which rows of the gallery are their positives."""
+"""Positives of queries (rows), as a mask of the rows of the gallery."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _judged(
 
 
 def last_of_equals(sorted_values: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
-    """Of each value in sorted rows, the place of the last one that equals it."""
+    """Index of the last value that equals each one, in sorted rows."""
     b, n = sorted_values.shape
     last = torch.ones(b, n, dtype=torch.bool, device=sorted_values.device)
     last[:, :-1] = sorted_values[:, 1:] != sorted_values[:, :-1]

@@ -1,4 +1,4 @@
-"""Tuned networks of every kind, opened by what their files say of themselves."""
+"""Tuned networks of every kind, opened by the descriptions in their files."""
 
 from __future__ import annotations
 

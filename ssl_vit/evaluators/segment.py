@@ -46,7 +46,7 @@ DEEP_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 # The confusion matrix has the square of this; more values are depths or instances, not classes.
 _MOST_CLASSES = 4096
 _LARGEST_CONFUSION = 100
-# Share of pixels without a class beyond which that is said; values of masks that may be images.
+# Share of pixels without a class that leads to a warning; values of masks that may be images.
 _MORE_IGNORED, _STRANGE = 0.02, 150
 
 
@@ -117,7 +117,7 @@ def segment_probe(
     head, rate, by_rate = choose_head(material, classes, config, seed)
     log.info("%s: %d classes of pixels", train.spec, classes)
     scored = score_masks(head, extractor, val, config)
-    tell_ignored(material, scored, val, config.ignore)
+    warn_ignored(material, scored, val, config.ignore)
     labels = names or tuple(map(str, range(classes)))
     chosen = {"chosen_lr": rate, "held_out_miou_by_lr": by_rate}
     score = segment_score(scored.overlap, labels, extractor.name, f"lr={rate:g}", seed, chosen)
@@ -125,7 +125,7 @@ def segment_probe(
     return [score], card(config, material, scored.overlap, scored.bad), picture
 
 
-def tell_ignored(material: Material, scored: Scored, val: Pairs, ignore: int) -> None:
+def warn_ignored(material: Material, scored: Scored, val: Pairs, ignore: int) -> None:
     """Warn where far more of the validation pixels than of the training ones have no class: another
     number may have been meant by it there."""
     ours = float((material.masks == ignore).double().mean())

@@ -66,8 +66,8 @@ class Start:
 
     @property
     def body(self) -> dict[str, Any]:
-        """What :func:`rebuilt` needs besides weights, for JSON: of a plain ViT an ``EncoderInfo``,
-        of others timm's name and arguments."""
+        """Description for :func:`rebuilt`, which needs it besides weights, for JSON: of a plain ViT
+        an ``EncoderInfo``, of others timm's name and arguments."""
         if isinstance(self.module, Encoder):
             info = EncoderInfo(self.module.config, self.channels, self.mean, self.std)
             return dataclasses.asdict(info)

@@ -17,7 +17,7 @@ from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import FeatureSet, Machine, targets_of, units_of
-from ssl_vit.evaluators.frozen import Statistics, room, tell_unreadable
+from ssl_vit.evaluators.frozen import Statistics, room, warn_unreadable
 from ssl_vit.evaluators.maps import maps_of
 from ssl_vit.training.parallel import autocast, loader_workers
 
@@ -154,7 +154,7 @@ class _Found:
         Raises:
             UserError: no image could be read.
         """
-        tell_unreadable(self.bad, "image")
+        warn_unreadable(self.bad, "image")
         index = torch.cat(self.index)
         if not len(index):
             first = next(iter(self.bad.values()), "")
@@ -166,7 +166,7 @@ class _Found:
 def answers(
     reader: TokenReader, source: Source, read: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, FeatureSet]:
-    """What ``read`` makes of the tokens of every readable image, on the CPU; and these images.
+    """Outputs of ``read`` for the tokens of every readable image, on the CPU; and these images.
 
     Raises:
         UserError: no image can be read.

@@ -19,7 +19,7 @@ from ssl_vit.data.pairs import PairBatch, PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.evaluators.features import Machine
-from ssl_vit.evaluators.frozen import Statistics, room, tell_unreadable
+from ssl_vit.evaluators.frozen import Statistics, room, warn_unreadable
 from ssl_vit.evaluators.maps import FeatureMaps, maps_of
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.encoder import Encoder
@@ -225,7 +225,7 @@ def gather_tokens(extractor: TokenExtractor, pairs: Pairs, cache_gb: float) -> M
         for mask in seen.masks:
             values.update(mask.unique().tolist())
         places.append(seen.keys)
-    tell_unreadable(bad, "pair")
+    warn_unreadable(bad, "pair")
     if not places:
         raise UserError(f"no pair of {pairs.spec} can be read: {next(iter(bad.values()), '')}")
     # One dtype for all: 8-bit masks may be mixed with deeper ones.

@@ -96,7 +96,7 @@ class Tuned(ABC):
 
     @abstractmethod
     def predict(self, images: Sequence[Tensor]) -> Any:
-        """What it says of prepared images of any sizes; on the CPU."""
+        """Predictions for prepared images of any sizes; on the CPU."""
 
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> tuple[str, Row, list[Row]]:
@@ -107,7 +107,7 @@ class Tuned(ABC):
         del config
 
     def model(self) -> dict[str, Any]:
-        """What a card says of the model, besides its file."""
+        """Description of the model for a card, besides its file."""
         return {}
 
     def numbers(self, scores: Sequence[Score]) -> dict[str, float]:

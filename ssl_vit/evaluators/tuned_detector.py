@@ -78,7 +78,7 @@ class TunedDetector(Tuned):
 
     @property
     def title(self) -> str:
-        """What kind of detector it is."""
+        """Name of the detector's architecture."""
         return "Mask R-CNN" if self.masks else "Faster R-CNN"
 
     def writer(self, path: Path, start: Start, step: int) -> Callable[[], None]:

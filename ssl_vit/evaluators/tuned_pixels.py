@@ -73,7 +73,7 @@ class TunedPixels(Tuned):
         self.of, self.kind = of, of.name
 
     def writer(self, path: Path, start: Start, step: int) -> Callable[[], None]:
-        """As of every kind; the file of a plain ViT opens as an encoder, too."""
+        """Writer as of every kind; the file of a plain ViT opens as an encoder, too."""
         about = self.about(start, step) | {"options": asdict(self.of.options)} | self.of.learned()
         content: dict[str, Any] = {"about": about}
         inner, view = self.network.maps.network, self.view

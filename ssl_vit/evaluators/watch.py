@@ -113,8 +113,8 @@ class Watch:
         return Look(numbers, val, best.interval[0], selection)
 
     def _selection(self, bank: FeatureSet, encoder: Encoder) -> float | None:
-        """What may be selected by (``Look.selection``); ``bank``: the training images. None where
-        there are too few, or no label has both outcomes."""
+        """Selection score (``Look.selection``); ``bank``: the training images. None where there are
+        too few, or no label has both outcomes."""
         if self.choice is None:
             return _leave_one_out(bank)
         asked = self._of(self.choice, pooled(encoder)).known()
@@ -213,7 +213,7 @@ def _leave_one_out(bank: FeatureSet) -> float | None:
 
 
 def _decisive(asked: FeatureSet) -> bool:
-    """Whether these images have a score: there are some and, of several labels an image, one with
+    """True if these images have a score: there are some and, of several labels an image, one with
     both outcomes."""
     labels = asked.labels
     return len(labels) > 0 and (labels.ndim == 1 or bool(both_outcomes(labels).any()))
@@ -231,7 +231,7 @@ def why_no_knn(train: Source, val: Source) -> str:
 
 
 def labelled_only(source: Source) -> Source:
-    """Those images of a source whose label is known; all where none is."""
+    """Images of a source whose label is known; all where none is."""
     known = np.flatnonzero(known_labels(source))
     return Subset(source, known) if 0 < len(known) < len(source) else source
 

@@ -89,16 +89,16 @@ class Method(Task):
         ((_, objective),) = self.parts()
         return objective
 
-    # What a method must say of itself.
+    # What a method must define.
 
     @staticmethod
     def views(config: Any, encoder: Encoder) -> ViewSpec:
-        """Which crops the method sees of an image, for this encoder, and in earlier phases."""
+        """Crops that the method sees of an image, for this encoder, and in earlier phases."""
         raise NotImplementedError
 
     @staticmethod
     def draw(config: Any, grid: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """What is drawn for one sample, in the workers: masks, index sets, by name.
+        """Arrays drawn for one sample, in the workers: masks, index sets, by name.
 
         Shapes are the same for all samples. Called with a generator that is a function of (seed,
         epoch, image), so the same at any number of workers and processes. Arrives stacked, as
@@ -111,7 +111,7 @@ class Method(Task):
 
     @staticmethod
     def draw_together(config: Any, grid: tuple[int, int], places: Places) -> dict[str, np.ndarray]:
-        """What is drawn for images of a step together, in the workers, by name.
+        """Arrays drawn for images of a step together, in the workers, by name.
 
         For what an image's own generator cannot give: so many masked images in a batch, strata.
         Called for each part of a step, on each process, with the places of its images in the whole
@@ -121,7 +121,7 @@ class Method(Task):
         """
         return {}
 
-    # What it may say.
+    # What it may define.
 
     def seen_by(self, name: str, views: Views) -> Views:
         """The part of a batch that an objective sees: all of it, where there is one."""
@@ -151,7 +151,7 @@ class Method(Task):
         self.adapters = Adapters(self.encoder, rank)
 
     def trains(self, name: str, parameter: nn.Parameter) -> bool:
-        """Of an encoder with adapters, these."""
+        """True if a parameter is trained; of an encoder with adapters, these alone."""
         if self.adapters is None or not name.startswith(("encoder.", "adapters.")):
             return parameter.requires_grad
         return name.startswith("adapters.")
@@ -208,7 +208,7 @@ class Method(Task):
         return scalars | {"loss": loss, "start_distance": distance.detach()}
 
     def _scalars(self, views: Views, step: int) -> dict[str, Tensor]:
-        """Those of the objectives."""
+        """Scalars of the objectives."""
         parts = self.parts()
         found = {n: o(self.encoder, self.seen_by(n, views), step) for n, o in parts}
         if len(found) == 1:
@@ -250,7 +250,7 @@ class Method(Task):
             objective.after_update(self.encoder, step, took)
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:
-        """Those of the objectives."""
+        """Concerns of the objectives."""
         found: dict[str, str] = {}
         for name, objective in self.parts():
             start = f"{name}_" if len(self.objectives) > 1 else ""
@@ -259,7 +259,7 @@ class Method(Task):
         return found
 
     def drawn(self, keys: Int64[Tensor, " b"], places: Places | None = None) -> dict[str, Tensor]:
-        """What :meth:`draw` and :meth:`draw_together` give for samples of these keys, on their
+        """Draws of :meth:`draw` and :meth:`draw_together` for samples of these keys, on their
         device, as a loader does; without ``places`` they are a step of their own."""
         spec = self._with_draws(self.config, self.encoder.grid, ViewSpec(()))
         found = draw_all(spec, keys.tolist(), places)
@@ -343,7 +343,7 @@ def find_method(name: str) -> type[Method]:
     named = bool(getattr(kind, "title", "")) and "loss" in getattr(kind, "explained", {})
     check(
         options and named,
-        f"methods/{name}.py: {kind.__name__} must say its Config (a frozen dataclass on "
+        f"methods/{name}.py: {kind.__name__} must define its Config (a frozen dataclass on "
         "MethodConfig), its title, and in explained what its scalars mean, loss among them",
     )
     return kind

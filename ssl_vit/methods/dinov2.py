@@ -16,7 +16,7 @@ from ssl_vit.common.checks import (
     flag,
 )
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import check, said_of
+from ssl_vit.common.errors import check, naming_option
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Place, Views
@@ -69,7 +69,7 @@ class DINOv2Objective(DINOObjective):
         self.patch_targets = Targets(outputs, c.targets, c.center_momentum)
 
     def patch_head(self, encoder: Encoder) -> nn.Module:
-        """What the patches have of their own."""
+        """Projection head of the patches."""
         c = self.config
         return self._head(encoder, c.patch_prototypes, c.patch_bottleneck or c.bottleneck)
 
@@ -91,7 +91,7 @@ class DINOv2Objective(DINOObjective):
         """Give the teacher of Gram anchoring the weights of a file."""
         name, own = self.config.gram_encoder, self.gram.encoder
         option = flag(self.config, "gram_encoder")
-        with said_of(option, name):
+        with naming_option(option, name):
             given = open_weights(name, option=option).encoder
         state = resample_positions(given.vit.state_dict(), given, own)
         load_strictly(own.vit, state, f"{option} {name}")
@@ -332,7 +332,7 @@ class DINOv2(DINO):
         return name.removeprefix(start).split(".")[0] if name.startswith(start) else "encoder"
 
     def place_of(self, name: str) -> Place:
-        """As of any method; the mask token stands before the first block."""
+        """Place of a parameter, as of any method; the mask token stands before the first block."""
         if name.endswith("mask_token"):
             return Place(above=len(self.encoder.vit.blocks) + 1)
         return super().place_of(name)

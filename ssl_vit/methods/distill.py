@@ -1,4 +1,4 @@
-"""Distillation of features: a small encoder learns what a given one says of an image and of its
+"""Distillation of features: a small encoder learns a given one's features of an image and of its
 patches, on images without labels (Hinton et al. 2015; of features, Romero et al. 2015)."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ssl_vit.common.checks import (
     whole_patches,
 )
 from ssl_vit.common.config import EncoderConfig
-from ssl_vit.common.errors import check, said_of
+from ssl_vit.common.errors import check, naming_option
 from ssl_vit.common.task import Views, at_least_fp32
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.levels import Levels
@@ -41,14 +41,14 @@ log = logging.getLogger("ssl_vit")
 
 
 def teacher_info(config: DistillConfig) -> EncoderInfo:
-    """What the teacher is, without its weights.
+    """Description of the teacher, without its weights.
 
     Raises:
         UserError: none is given, or it cannot be opened.
     """
     option = flag(config, "teacher")
     check(bool(config.teacher), f"{option} is empty; give a run folder or a weight file")
-    with said_of(option, config.teacher):
+    with naming_option(option, config.teacher):
         return weights_info(config.teacher, option=option)[0]
 
 

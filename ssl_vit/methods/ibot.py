@@ -23,7 +23,7 @@ class IBOTObjective(DINOv2Objective):
     teacher_temp = DINOObjective.teacher_temp
 
     def patch_head(self, encoder: Encoder) -> nn.Module:
-        """What the patches have of their own: a last layer."""
+        """Layer of the patches alone: a last layer."""
         c = self.config
         return nn.ModuleDict(
             {

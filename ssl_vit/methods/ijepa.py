@@ -37,7 +37,7 @@ _LITTLE = 0.15
 
 
 def blocks(config: IJEPAConfig, grid: tuple[int, int]) -> ContextBlocks:
-    """What is drawn on a grid of patches.
+    """Context and target blocks on a grid of patches.
 
     Raises:
         UserError: target blocks may leave nothing of the context.

@@ -75,7 +75,7 @@ class LeJEPAObjective(Objective):
         }
 
     def advice(self, setting: Setting) -> list[str]:
-        """What is of a part of a step only."""
+        """Advice on terms that are computed on a part of a step only."""
         c, each = self.config, setting.batch_size // setting.parts
         of_part = []
         if c.sigreg_weight:

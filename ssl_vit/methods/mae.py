@@ -235,7 +235,7 @@ class MAE(Method):
 
     @classmethod
     def from_file(cls, file: Path, encoder: Encoder) -> Method | None:
-        """From an official pretraining file with ``decoder_`` tensors, or a Hugging Face
+        """MAE from an official pretraining file with ``decoder_`` tensors, or a Hugging Face
         ``ViTMAEForPreTraining`` folder.
 
         Raises:

@@ -55,7 +55,7 @@ class MAEDINO(Method):
         return ViewSpec((*mae, *dino.crops), phases=phases)
 
     def seen_by(self, name: str, views: Views) -> Views:
-        """Each objective's own crops, and keys of its own to draw from."""
+        """Crops of each objective, and keys of its own to draw from."""
         if name == _MAE:
             return views.part(slice(0, 1))
         return views.part(slice(1, None)).redrawn(1)

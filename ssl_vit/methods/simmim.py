@@ -79,7 +79,7 @@ class SimMIMObjective(Objective):
         target: Target = "auto",
         missing: Bool[Tensor, "b c h w"] | None = None,
     ) -> Reconstruction:
-        """As in the base; the target is raw pixels."""
+        """Reconstruction as in the base; the target is raw pixels."""
         check(target != "normalized", "--target is normalized; SimMIM predicts pixels")
         self.config.check_grid(encoder.grid, mask_ratio)
         config = replace(self.config, mask_ratio=mask_ratio or self.config.mask_ratio)

@@ -166,7 +166,7 @@ def _initialises(func: Any) -> bool:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Inside, modules are built with shapes only, on the meta device; it takes no time."""
+    """Context in which modules are built with shapes only, on the meta device; it takes no time."""
     with torch.device("meta"), _ShapesOnly():
         yield
 

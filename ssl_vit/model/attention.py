@@ -83,7 +83,7 @@ def cls_attention(
 
 
 def mass_mask(attention: Float[Tensor, "b heads n"], mass: float) -> Bool[Tensor, "b heads n"]:
-    """Of each head the smallest set of patches that holds ``mass`` of its attention to patches.
+    """Mask of each head's smallest set of patches that holds ``mass`` of its attention to patches.
 
     The thresholding of Caron et al. (2021, figure 4: 60 %). ``mass`` lies in (0, 1]; of equal
     patches the first are taken, and at least one always is.
@@ -145,7 +145,7 @@ def head_colours(heads: int) -> UInt8[np.ndarray, "heads 3"]:
 
 
 def _stretched(attention: Tensor) -> Tensor:
-    """Each map from its own least to its own most as 0..1; a flat one is 0."""
+    """Maps, each from its own least to its own most as 0..1; a flat one is 0."""
     low, high = attention.amin(-1, keepdim=True), attention.amax(-1, keepdim=True)
     return (attention - low) / (high - low).clamp(min=1e-12)
 

@@ -39,8 +39,8 @@ class _Lean:
         gamma: Float[Tensor, " d"] | None = None,
         **masks: Any,
     ) -> Tensor:
-        """As timm's for (B, N, D) tokens; ``rows``: of these tokens only, attending to all;
-        ``rotation``: of queries and keys; ``attended``: the tokens attended to (None: all);
+        """Attention as timm's for (B, N, D) tokens; ``rows``: of these tokens only, attending to
+        all; ``rotation``: of queries and keys; ``attended``: the tokens attended to (None: all);
         ``gamma``: layer scale of the result."""
         own: Any = self
         if any(value is not None and value is not False for value in (*mask, *masks.values())):
@@ -73,7 +73,7 @@ class _Lean:
         out: Float[Tensor, "b n hd"],
         gamma: Float[Tensor, " w"] | None,
     ) -> Float[Tensor, "b n w"]:
-        """What follows the weighted sum of values: norm, gate and projection, scaled by layer
+        """Layers after the weighted sum of values: norm, gate and projection, scaled by layer
         scale; ``x``: the tokens whose sums they are."""
         own: Any = self
         out = own.norm(out)
@@ -130,7 +130,7 @@ class LeanMlp(Mlp):
     """
 
     def forward(self, x: Tensor, gamma: Float[Tensor, " d"] | None = None) -> Tensor:
-        """As timm's; ``gamma``: layer scale of the result."""
+        """MLP as timm's; ``gamma``: layer scale of the result."""
         act, dropout = self.act, self.drop1.p if self.training else 0.0
         plain = type(act) is nn.GELU and act.approximate == "none" and type(self.fc2) is nn.Linear
         plain = plain and isinstance(self.norm, nn.Identity) and not dropout
@@ -167,7 +167,7 @@ class LeanResidual(nn.Module):
         attended: Bool[Tensor, " n"] | None = None,
         **masks: Any,
     ) -> Tensor:
-        """As timm's block for (B, N, D) tokens; ``rows``: of these tokens only, of all the rest
+        """Block as timm's for (B, N, D) tokens; ``rows``: of these tokens only, of all the rest
         nothing but keys and values; ``rotation``: of queries and keys, from the tokens' places;
         ``attended``: the tokens that any token attends to, where others are padding."""
         masks |= {} if attended is None else {"attended": attended}
@@ -245,12 +245,13 @@ _LEAN: dict[type, type] = {
 
 
 def nothing_spared(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside, blocks compute what stochastic depth drops too: the most that a step may cost."""
+    """Context in which blocks compute what stochastic depth drops too: the most that a step may
+    cost."""
     return _set(network, "whole", True)
 
 
 def recomputing_nothing(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside, blocks keep their activations, whatever they were told."""
+    """Context in which blocks keep their activations, whatever their checkpointing is set to."""
     return _set(network, "recomputes", False)
 
 

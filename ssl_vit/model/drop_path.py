@@ -36,7 +36,7 @@ _current: ContextVar[_Share | None] = ContextVar("share", default=None)
 
 
 class _Within:
-    """Inside, a share is the one at hand; it can be entered again and again."""
+    """Context in which a share is the one at hand; it can be entered again and again."""
 
     def __init__(self, share: _Share | None) -> None:
         self.share = share
@@ -49,7 +49,8 @@ class _Within:
 
 
 def batch_share(part: int, parts: int, images: int, key: int) -> AbstractContextManager[None]:
-    """Inside, the ``images`` at hand are share ``part`` (from 0) of the ``parts`` of a batch.
+    """Context in which the ``images`` at hand are share ``part`` (from 0) of the ``parts`` of a
+    batch.
 
     ``key`` decides what is dropped, and is the same for all shares of a batch. The numbers are a
     function of it and of the order of the draws alone: torch's global generators, which dropout
@@ -110,7 +111,7 @@ class DropPath(layers.DropPath):
     """
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-        """Each row times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
+        """Rows, each times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
         if not self.training or self.drop_prob == 0:
             return x
         return x * (self._factors(self.draw(len(x)), x) * self._scale)
@@ -130,8 +131,8 @@ class DropPath(layers.DropPath):
         """``to + self(branch(x))``, where the branch is computed of the rows that are kept, filled
         up to whole quarters of all.
 
-        The branch must treat rows apart, and is told which of them it gets (None: all); it is
-        called even if none is kept.
+        The branch must treat rows apart, and gets their indices (None: all); it is called even if
+        none is kept.
         """
         if not self.training or self.drop_prob == 0:
             return to + branch(x, None)

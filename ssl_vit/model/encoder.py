@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         if self.vit.attn_pool is not None:
             self.vit.attn_pool.requires_grad_(False)  # kept for its names; features do not use it
         self.augmented = True
-        """Whether training changes the coordinates of patches (RoPE), as ``config`` says."""
+        """True if training changes the coordinates of patches (RoPE), as ``config`` says."""
         if self.rotary:
             self.rope = Rope(
                 self.width // self.vit.blocks[0].attn.num_heads,
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
 
     @property
     def rotary(self) -> bool:
-        """Whether positions turn queries and keys, instead of being added to tokens."""
+        """True if positions turn queries and keys, instead of being added to tokens."""
         return self.vit.pos_embed is None
 
     def _fix_positions(self) -> None:
@@ -245,7 +245,7 @@ class Encoder(nn.Module):
         return self.vit.norm(x)
 
     def blocks(self, tokens: Tokens) -> Iterator[tuple[nn.Module, dict[str, Rotation]]]:
-        """All blocks in order, each with what it is told of these tokens' positions."""
+        """All blocks in order, each with the rotation of these tokens' positions, if any."""
         if not self.rotary:
             yield from ((block, {}) for block in self.vit.blocks)
             return
@@ -292,7 +292,7 @@ class Encoder(nn.Module):
 
 
 def take(tokens: Shaped[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Shaped[Tensor, "b k d"]:
-    """Of each image's tokens those at its own indices."""
+    """Tokens of each image at its own indices."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 

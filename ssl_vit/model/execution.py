@@ -1,4 +1,4 @@
-"""How transformer blocks are run: compiled, recomputed in backward, with which attention."""
+"""Execution of transformer blocks: compilation, recomputation in backward, choice of attention."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def weight_gradient(
 
 @cache
 def has_amx() -> bool:
-    """Whether this CPU multiplies tiles of bfloat16 (AMX)."""
+    """True if this CPU multiplies tiles of bfloat16 (AMX)."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -39,12 +39,12 @@ class Rotation:
 
     @classmethod
     def of_patches(cls, angles: Float[Tensor, "... n half"], prefix: int) -> Rotation:
-        """That of patches, after ``prefix`` tokens that do not turn."""
+        """Rotation of patches, after ``prefix`` tokens that do not turn."""
         return cls._after(prefix, torch.stack([angles.cos(), angles.sin()]))
 
     @classmethod
     def of_timm(cls, rope: Float[Tensor, "n twice"], prefix: int) -> Rotation:
-        """That of timm's table for halves: of all patches sines twice, then cosines twice."""
+        """Rotation by timm's table for halves: of all patches sines twice, then cosines twice."""
         sin, _, cos, _ = rope.chunk(4, dim=-1)
         return cls._after(prefix, torch.stack([cos, sin]))
 
@@ -55,11 +55,11 @@ class Rotation:
         return cls(torch.cat([still, turned], dim=-2))
 
     def rows(self, rows: slice | None) -> Rotation:
-        """That of these tokens."""
+        """Rotation of these tokens."""
         return self if rows is None else Rotation(self.values[..., rows, :])
 
     def images(self, kept: Int[Tensor, " k"] | None) -> Rotation:
-        """That of these images."""
+        """Rotation of these images."""
         if kept is None or self.values.ndim == 3:
             return self
         return Rotation(self.values.index_select(1, kept))
@@ -91,9 +91,9 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to the coordinates: each axis is shifted by up to ``shift`` and scaled by
-    up to ``jitter``, both are scaled by up to ``rescale`` (log-uniformly, up or down); 0: nothing.
-    """
+    """Augmentation of the coordinates in training: each axis is shifted by up to ``shift`` and
+    scaled by up to ``jitter``, both are scaled by up to ``rescale`` (log-uniformly, up or down); 0:
+    nothing."""
 
     shift: float = 0.0
     jitter: float = 0.0

@@ -70,7 +70,7 @@ class _Windowed:
         gamma: Float[Tensor, " w"] | None = None,
         **masks: Any,
     ) -> Tensor:
-        """As that of the block, of all tokens."""
+        """Block as without windows, of all tokens."""
         own: Any = self
         assert rows is None, "windows are for all tokens"
         assert attended is None, "windows are for all tokens"

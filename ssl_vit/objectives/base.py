@@ -17,7 +17,7 @@ from ssl_vit.options.base import Target
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is asked to train in, as a preflight has found it.
+    """Training setting of a method, as a preflight has found it.
 
     ``images``: of the training set. ``batch_size``: of a step, over all processes and ``parts``.
     ``lacking``: bytes of memory that a process would need beside what there is; 0: it fits.
@@ -78,7 +78,7 @@ class Objective(nn.Module):
         skipped: then nothing may move."""
 
     def advice(self, setting: Setting) -> list[str]:
-        """What looks wrong with its options in this setting: lines with the remedy."""
+        """Advice on the options in this setting: lines with the remedy."""
         return []
 
     def concerns(self, means: dict[str, float]) -> dict[str, str]:

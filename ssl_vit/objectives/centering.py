@@ -40,7 +40,7 @@ class Center(nn.Module):
         return outputs - self.value
 
     def note(self, outputs: Float[Tensor, "n k"], valid: Float[Tensor, " n"] | None = None) -> None:
-        """In training, keep the sum of the outputs for :meth:`update`; ``valid``: 1 for rows that
+        """Keep the sum of the outputs, in training, for :meth:`update`; ``valid``: 1 for rows that
         count, 0 for padding."""
         if self.training:
             rows = outputs.detach()

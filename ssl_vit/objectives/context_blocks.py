@@ -108,7 +108,8 @@ class ContextBlocks:
     def _place(
         self, size: tuple[int, int], count: int, rng: np.random.Generator
     ) -> Bool[np.ndarray, "count n"]:
-        """So many blocks of this size, each anywhere in the grid: True where it covers a patch."""
+        """Masks of so many blocks of this size, each anywhere in the grid: True where it covers a
+        patch."""
         inside = []
         for side, length in zip(self.grid, size, strict=True):
             start, all_places = rng.integers(side - length + 1, size=(count, 1)), np.arange(side)

@@ -25,7 +25,7 @@ class Frozen(nn.Module):
         return self
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing of it."""
+        """Empty state: nothing of it is saved."""
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -161,5 +161,5 @@ class ProjectionHead(nn.Module):
         return at_least_fp32(self.last_layer(self.on_sphere(features)))
 
     def on_sphere(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
-        """What the last layer gets: the bottleneck, L2-normalised."""
+        """Input of the last layer: the bottleneck, L2-normalised."""
         return F.normalize(self.mlp(features), dim=-1)

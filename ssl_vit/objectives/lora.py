@@ -22,8 +22,9 @@ def _key(name: str) -> str:
 
 
 class Adapters(nn.Module):
-    """For each linear layer of an encoder's blocks, W of (out, in), a product ``up @ down`` that is
-    added to it: (out, rank) zeros at first, and (rank, in) normal of variance 1 / in.
+    """Low-rank adapters: for each linear layer of an encoder's blocks, W of (out, in), a product
+    ``up @ down`` that is added to it: (out, rank) zeros at first, and (rank, in) normal of variance
+    1 / in.
 
     All other parameters of the encoder are frozen.
     """
@@ -86,5 +87,5 @@ class Adapters(nn.Module):
         return int(name.rpartition(".")[2].partition("_")[0])
 
     def product(self, name: str) -> Float[Tensor, "out into"]:
-        """What is added to a matrix."""
+        """Product that is added to a matrix."""
         return self.up[_key(name)] @ self.down[_key(name)]

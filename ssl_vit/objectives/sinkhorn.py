@@ -36,6 +36,6 @@ def sinkhorn_knopp(
 
 @torch.no_grad()
 def unevenness(share: Float[Tensor, " k"]) -> Float[Tensor, ""]:
-    """What Sinkhorn-Knopp has left to do: of the shares of prototypes in the targets (which sum to
-    1) how much would have to move for all to get as much. 0: nothing."""
+    """Unevenness that Sinkhorn-Knopp has left: of the shares of prototypes in the targets (which
+    sum to 1) how much would have to move for all to be equal. 0: nothing."""
     return (share - 1 / len(share)).clamp(min=0).sum()

@@ -1,9 +1,9 @@
 """Options of methods, and what they share with the parts that methods are made of.
 
 Nothing in this folder imports torch, which takes longer than all else that ``--help``, a mistake or
-a report needs: ``options/<name>.py`` has what can be told to ``methods/<name>.py``, its name for
-people (``TITLE``) and what its scalars mean (``EXPLAINED``). A method that says all this in its own
-file works as well, but for that.
+a report needs: ``options/<name>.py`` has the options of ``methods/<name>.py``, its name for people
+(``TITLE``) and what its scalars mean (``EXPLAINED``). A method that has all this in its own file
+works as well, but for that.
 """
 
 from __future__ import annotations

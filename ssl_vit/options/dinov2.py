@@ -124,8 +124,8 @@ class DINOv2Config(DINOConfig):
     """Weight of Gram anchoring (DINOv3: 2, late in a long training): similarities between patches
     stay those of an older teacher, which sees larger crops. 0: none."""
     gram_encoder: str = ""
-    """That teacher: a run folder or weight file, as for --init.encoder. Empty: the training's own
-    teacher when the anchoring begins."""
+    """Teacher of the Gram anchoring: a run folder or weight file, as for --init.encoder. Empty: the
+    training's own teacher when the anchoring begins."""
     gram_from: str = "0ep"
     """Part of the training before it begins, as 80ep or 500000st."""
     gram_every: str = ""

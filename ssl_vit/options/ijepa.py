@@ -35,7 +35,7 @@ DEFAULTS: Defaults = {
 
 @dataclass(frozen=True)
 class IJEPAConfig(MethodConfig):
-    """From a context block of an image, features of its other blocks are predicted."""
+    """Features of blocks of an image are predicted from its context block."""
 
     targets: int = 4
     """Target blocks of an image, each predicted on its own."""

@@ -111,7 +111,7 @@ class LeJEPAConfig(MethodConfig):
 
     @property
     def batch_normed(self) -> bool:
-        """Whether the projector has batch norms."""
+        """True if the projector has batch norms."""
         return self.head_norm == "batch" and self.head_depth > 1
 
     def small(self, image: tuple[int, int], patch: int) -> tuple[int, int]:

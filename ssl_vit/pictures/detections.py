@@ -22,7 +22,7 @@ _EVEN = 0.179  # luminance on which black and white text have the same contrast 
 
 class Drawing(NamedTuple):
     """Boxes (left, top, right, bottom), classes, texts and perhaps masks to draw on an image, the
-    uppermost first; ``nothing``: what is said where there is none."""
+    uppermost first; ``nothing``: the text where there is none."""
 
     boxes: Tensor
     classes: Sequence[int]

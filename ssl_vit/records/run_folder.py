@@ -252,7 +252,7 @@ def _usual_gap(run: Run) -> float | None:
 
 
 def finite(value: Any) -> bool:
-    """Whether a value of a row is a finite number."""
+    """True if a value of a row is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max  # also for integers too large for a float

@@ -28,7 +28,8 @@ Points = list[dict[str, Any]]
 
 
 def thinned(points: Points) -> Points:
-    """At most ``MOST_POINTS``: means of equal groups of neighbours, each at its last step."""
+    """Points, at most ``MOST_POINTS``: means of equal groups of neighbours, each at its last
+    step."""
     size = -(-len(points) // MOST_POINTS)
     if size <= 1:
         return points

@@ -155,7 +155,7 @@ def _map(story: Story, seed: int) -> dict[str, Any]:
 
 
 def options(story: Story) -> list[dict[str, Any]]:
-    """Each option with its value and default; those that differ first."""
+    """Options, each with its value and default; those that differ first."""
     before = defaults(story)
     rows = [
         {

@@ -44,7 +44,7 @@ def _encoded(picture: Image.Image, kind: str, **options: Any) -> str:
 
 
 def stages(story: Story) -> dict[str, list[dict[str, object]]]:
-    """Of each kind of picture at most eight, evenly through the training, the last one included.
+    """Pictures of each kind, at most eight, evenly through the training, the last one included.
 
     One that cannot be read becomes a line of ``story.problems``.
     """

@@ -46,7 +46,7 @@ class Scored:
 
     @property
     def first(self) -> float:
-        """Its first metric, of which the interval is, in percent."""
+        """Value of the first metric, whose interval is given, in percent."""
         return next(iter(self.score.metrics.values()))
 
 

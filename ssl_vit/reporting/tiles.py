@@ -53,7 +53,7 @@ def _quality_tile(story: Story) -> dict[str, str]:
 
 
 def _energy_tile(story: Story) -> dict[str, str]:
-    """Of the lines that have it, as no other is known."""
+    """Energy tile, of the lines that have it, as no other is known."""
     steps = {step for step, _ in story.run.series("energy_j")}
     joules, size, done, images = story.total("energy_j"), story.run.images_per_step, 0, 0
     if joules is None:

@@ -265,7 +265,7 @@ def load_checkpoint(
 
 
 def read_images(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of the images that it was trained on; empty: nothing.
+    """Description of the images in a checkpoint, which it was trained on; empty: none.
 
     Raises:
         UserError: it is not a checkpoint, or damaged.

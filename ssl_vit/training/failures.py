@@ -31,7 +31,7 @@ def failure_line(error: BaseException) -> str:
     if lost_process(error):
         return f"another process has exited or did not respond in time: {cause(error)}"
     if isinstance(error, RuntimeError) and "NCCL" in str(error):
-        return f"NCCL failed: {cause(error)}. NCCL_DEBUG=INFO in the environment tells more"
+        return f"NCCL failed: {cause(error)}. NCCL_DEBUG=INFO in the environment shows more"
     return ""
 
 
@@ -85,6 +85,6 @@ def memory_of_a_step(run: RunConfig, optim: OptimConfig, step: int) -> Iterator[
 
 
 def _memory(error: BaseException) -> str:
-    """What was lacking."""
+    """Memory that was lacking, in words."""
     asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     return "out of memory" + (f" ({asked[1]} more were wanted)" if asked else "")

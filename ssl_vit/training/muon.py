@@ -109,7 +109,7 @@ class Muon(AdamW):
 
 
 def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Those that have gradients, some of one shape at a time."""
+    """Parameters of equal shapes that have gradients, some at a time."""
     shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -41,7 +41,7 @@ class StepTimes:
     def waiting(self) -> Iterator[None]:
         """Context manager around the wait for images."""
         # Not with the lines of progress: where spinning is worst those are minutes apart.
-        if self.parallel.main:  # which speaks; it sees the cores of its own machine
+        if self.parallel.main:  # the only one that logs; it sees the cores of its own machine
             self.cores.look()
         started = time.perf_counter()
         yield

@@ -253,7 +253,7 @@ def _wait_for_end(path: Path, seen: _Seen, own: Owner) -> None:
 
 
 def has_ended(owner: Owner, own: Owner) -> bool | None:
-    """Whether an owner has ended, as far as ``own`` can see; None: it cannot be seen from there."""
+    """True if an owner has ended, as far as ``own`` can see; None: it cannot be seen from there."""
     places = [(o.host, o.boot, o.processes_of) for o in (owner, own)]
     if places[0] == places[1] and own.boot and owner.process_started is not None:
         return process_start(owner.pid) != owner.process_started

@@ -110,7 +110,8 @@ class Session:
         raise NotImplementedError
 
     def looks_at_once(self, due: bool) -> bool:
-        """Whether to probe before the first step. ``due``: a probe is due after the steps done."""
+        """True if a probe is made before the first step. ``due``: one is due after the steps
+        done."""
         return False
 
     def options(self) -> dict[str, Any]:
@@ -119,8 +120,8 @@ class Session:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a run that goes on must find again, JSON-serialisable: ``Images.fingerprint``, and
-        ``weights``, by option, where it begins with some."""
+        """Fingerprint that a resumed run must find again, JSON-serialisable:
+        ``Images.fingerprint``, and ``weights``, by option, where it begins with some."""
         return self.images.fingerprint
 
     def guard(self) -> None:

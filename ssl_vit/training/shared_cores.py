@@ -1,4 +1,4 @@
-"""Shared cores: whether work of others runs on the cores that a run computes on. Linux alone tells.
+"""Shared cores: work of others on the cores that a run computes on, as far as Linux counts it.
 
 A look compares what the cores did, as the kernel counts it, with what this run's own processes did.
 """
@@ -44,7 +44,7 @@ class SharedCores:
         self.others, self.shared = math.nan, False
         self.before: tuple[float, float, float] | None = None
         self.shared_for = self.free_for = 0
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
     def look(self, now: float | None = None, least: float = _EVERY) -> None:
         """See what has been done since the last look, if that was ``least`` seconds ago."""
@@ -64,27 +64,27 @@ class SharedCores:
 
     @property
     def described(self) -> str:
-        """How many cores there are, and how many of them others have had."""
+        """Cores taken by others, and how many there are."""
         return f"{self.others:.1f} of {len(usable_cores())} cores"
 
     @property
     def spinning(self) -> bool:
-        """Whether threads of this process wait for each other, and spin meanwhile."""
+        """True if threads of this process wait for each other, and spin meanwhile."""
         return torch.get_num_threads() > 1 and not waits_sleep()
 
     def news(self, step: int) -> list[str]:
-        """What is worth saying, once each: waits that do not suit the cores, and the remedy."""
+        """Warnings, each once: waits that do not suit the cores, and the remedy."""
         lines, again = [], "stop with Ctrl-C and give the same command again: the run goes on where"
-        if self.shared_for >= _LASTS and self.spinning and "shared" not in self.told:
-            self.told.add("shared")
+        if self.shared_for >= _LASTS and self.spinning and "shared" not in self.warned:
+            self.warned.add("shared")
             own = "set OMP_WAIT_POLICY=PASSIVE, and give the same command again"
             remedy = f"{again} it was, with waits chosen for busy cores" if chosen() else own
             lines.append(
                 f"step {step}: other work takes {self.described}, and "
                 f"threads that wait for others spin, which slows the run several times: {remedy}"
             )
-        if self.free_for >= _FREE and chosen() == "sleep" and "free" not in self.told:
-            self.told.add("free")
+        if self.free_for >= _FREE and chosen() == "sleep" and "free" not in self.warned:
+            self.warned.add("free")
             lines.append(
                 f"step {step}: the cores were busy when the run began, and are free now; threads "
                 f"that wait for others still sleep, which a small model is slower by: {again} it "

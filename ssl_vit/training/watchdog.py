@@ -26,7 +26,7 @@ _LONGEST_INTERVAL = 5.0
 _LEFT = -1
 
 
-class Place(NamedTuple):
+class RunPosition(NamedTuple):
     """Progress of a process; of two, the smaller one is behind."""
 
     step: int
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 class ProcessState(NamedTuple):
     """Last known state of a process: progress, host, heartbeat, and when that last changed."""
 
-    place: Place
+    place: RunPosition
     host: str
     beat: int
     heard: float
@@ -74,7 +74,7 @@ class Watchdog:
         self.interval = min(_LONGEST_INTERVAL, seconds / 20)
         # How long another process may be silent.
         self.patience = seconds / 4
-        self.now = Place(0, 0, "before its first step"), time.monotonic()
+        self.now = RunPosition(0, 0, "before its first step"), time.monotonic()
         self.reported = 0.0
         self.left, self.well = threading.Event(), False
         self.board: Board | None = None
@@ -85,7 +85,7 @@ class Watchdog:
         """Record progress: ``doing`` in step ``step``. All processes go through the same phases."""
         before = self.now[0]
         phase = before.phase + 1 if step == before.step else 0
-        self.now = Place(step, phase, doing), time.monotonic()
+        self.now = RunPosition(step, phase, doing), time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self.threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
@@ -121,7 +121,7 @@ class Watchdog:
                 still = time.monotonic() - since > self.seconds / 2
                 self.board.exchange(place, ask=still)
             if self.well:
-                self.board.exchange(Place(_LEFT, 0, ""), ask=False)
+                self.board.exchange(RunPosition(_LEFT, 0, ""), ask=False)
         except Exception:
             return  # the store is gone, and the run with it: the main thread will raise
 
@@ -152,7 +152,7 @@ class Watchdog:
         """Arm faulthandler: a C thread dumps the stacks if no Python thread runs for that long."""
         faulthandler.dump_traceback_later(self.seconds, file=2)
 
-    def _report(self, place: Place, still: float) -> list[str]:
+    def _report(self, place: RunPosition, still: float) -> list[str]:
         """Log lines of this process after ``still`` seconds without progress."""
         own = f"process {self.rank} ({node()})"
         if self.board is None:
@@ -199,7 +199,7 @@ class Board:
         peers = self.peers.items()
         return {r: p for r, p in peers if p.place.step != _LEFT and p.heard < limit}
 
-    def exchange(self, place: Place, ask: bool) -> None:
+    def exchange(self, place: RunPosition, ask: bool) -> None:
         """Post the progress of this process; with ``ask``, read the others'."""
         self.beat += 1
         self.store.set(str(self.rank), json.dumps([self.beat, node(), *place]))
@@ -221,7 +221,7 @@ class Board:
         beat, host, *place = json.loads(post or unknown)
         before = self.peers.get(rank)
         heard = before.heard if before and before.beat == beat else time.monotonic()
-        self.peers[rank] = ProcessState(Place(*place), host, beat, heard)
+        self.peers[rank] = ProcessState(RunPosition(*place), host, beat, heard)
 
 
 def stacks() -> str:

@@ -57,7 +57,7 @@ def adapted(
 
 
 def choose_filters(how: str, given: int, wanted: int, where: str) -> tuple[int | None, ...]:
-    """For each of ``wanted`` channels the given filter (by number) that it gets; None: their mean.
+    """Filter (by number) that each of ``wanted`` channels gets of the given ones; None: their mean.
 
     ``mean``: given ones keep theirs and new ones get the mean; where there are fewer, all do.
     ``repeat``: the given ones over and over. Else a name for each channel.
@@ -99,7 +99,7 @@ def with_channels(
 
 
 def _about_channels(taken: tuple[int | None, ...], given: int) -> str:
-    """What channels got which filters; runs of the same are shortened."""
+    """Filters of the channels, in words; runs of the same are shortened."""
     names = list(_COLOURS) if given == 3 else [str(i) for i in range(given)]
     said = ["mean" if i is None else names[i] for i in taken]
     shown = said

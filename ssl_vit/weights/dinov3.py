@@ -116,12 +116,12 @@ def from_hugging_face(state: State, where: str) -> tuple[State, Counter[str]]:
 
 
 def _no_place(where: str, name: str) -> str:
-    """Why a file is refused whose keys have a bias."""
+    """Reason why a file whose keys have a bias is refused."""
     return f"{where}: {name} is not zero for keys, for which timm's network has no place"
 
 
 def without_zero_biases(state: State) -> tuple[State, str]:
-    """State without the biases of queries and values if all are zero, and what is said of that."""
+    """State without the biases of queries and values if all are zero, and a note on it."""
     biases = [k for k in state if k.endswith((".attn.q_bias", ".attn.v_bias"))]
     if not biases or any(bool(state[k].any()) for k in biases):
         return state, ""
@@ -170,7 +170,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def heads_by_periods(found: State) -> int:
-    """Number of heads that an official file's periods tell, a fourth of a head's features; or 0."""
+    """Number of heads by an official file's periods, a fourth of a head's features; or 0."""
     periods, stem = found.get("rope_embed.periods"), found.get(STEMS[0])
     if periods is None or stem is None or not periods.numel() or not stem.ndim:
         return 0

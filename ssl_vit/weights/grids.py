@@ -1,7 +1,7 @@
 """Grids of positions: rows and columns of the patches that a network was trained on.
 
 A table of positions has a length only; 256 of them may be 16 x 16 patches or 8 x 32. Each grid is
-read from what is certain where there is something, and what is assumed is said.
+read from what is certain where there is something, and what is assumed is reported.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def find_grid(
     grid. Else the user's size is taken if it is of as many patches, then a square.
 
     Raises:
-        UserError: nothing says it, and the positions are no square number; how it can be said.
+        UserError: nothing states it, and the positions are no square number; with the remedy.
     """
     n = len(table)
     by_values = _sincos_grid(table)
@@ -130,13 +130,13 @@ def _sincos_grid(table: Float[Tensor, "n d"]) -> tuple[int, int] | None:
 
 
 def _assumption(side: int, patch: int) -> str:
-    """That a square is assumed, and how to say another: half as high, twice as wide."""
+    """Assumption of a square grid, and the options for another: half as high, twice as wide."""
     other = f"{side * patch // 2} {side * patch * 2}" if side % 2 == 0 else "HEIGHT WIDTH"
     return f"a square grid of {side}x{side} patches is assumed; {_options(other)} for another"
 
 
 def _how_to_say(n: int, patch: int) -> str:
-    """What can be done about positions that are no square."""
+    """Remedy for positions that form no square."""
     rows = max(r for r in range(1, math.isqrt(max(n, 1)) + 1) if n % r == 0)
     size = f"{rows * patch} {n // rows * patch}"
     return (
@@ -146,5 +146,5 @@ def _how_to_say(n: int, patch: int) -> str:
 
 
 def _options(size: str) -> str:
-    """Options that say a size, by command."""
+    """Options for a size, by command."""
     return f"--encoder.image-size {size} (elsewhere --size, finetune: --tune.image-size)"

@@ -71,8 +71,8 @@ _HUGGING_FACE_NAMES = (
 class Mapped:
     """Mapped weights: an encoder under timm's names, its format, and counts of left-out tensors.
 
-    ``notes``: which of several networks it is, and what else is to be said. ``heads``,
-    ``rope_periods``: of attention, where the file tells them; 0 and empty where not.
+    ``notes``: which of several networks it is, and other notes. ``heads``,
+    ``rope_periods``: of attention, where the file states them; 0 and empty where not.
     """
 
     format: str
@@ -145,7 +145,7 @@ def _check_plain(state: State, whole: State, where: str) -> None:
     """Check that tensors are a plain Vision Transformer's; ``whole``: all of the file.
 
     Raises:
-        UserError: they are not; what they look like is said.
+        UserError: they are not; the line says what they look like.
     """
     # Of a SAM, an EVA and an adapter, which have a plain one's tensors, too.
     strange = [k for k in state if k.endswith(("rel_pos_h", ".q_bias")) or ".lora_" in k]

@@ -1,4 +1,4 @@
-"""What a file looks like that holds no plain Vision Transformer, by the names of its tensors."""
+"""Kind of a file that holds no plain Vision Transformer, by the names of its tensors."""
 
 from __future__ import annotations
 

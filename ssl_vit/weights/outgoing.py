@@ -72,7 +72,7 @@ def _timm_call(info: EncoderInfo) -> dict[str, Any]:
     """Arguments of the timm call; an epsilon is passed as a layer, which is not JSON.
 
     Raises:
-        UserError: timm cannot be told of its stem or its rotary positions.
+        UserError: timm has no arguments for its stem or its rotary positions.
     """
     check(
         info.config.stem == "patch",

@@ -74,4 +74,4 @@ def _names() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 
 
 ALLOWED = _names()
-"""For ``torch.serialization.safe_globals``."""
+"""Classes for ``torch.serialization.safe_globals``."""

@@ -39,7 +39,7 @@ _TELLING = (
 
 @dataclass(frozen=True)
 class Sam:
-    """SAM's image encoder in a file: the call of timm that builds it, and what is said of it.
+    """SAM's image encoder in a file: the call of timm that builds it, and a report of it.
 
     ``arch`` and ``options``: arguments of ``timm.create_model``.
     """
@@ -50,7 +50,7 @@ class Sam:
 
     @property
     def published(self) -> bool:
-        """Whether it is one of the three architectures that were published."""
+        """True if it is one of the three published architectures."""
         width, depth = self.options["embed_dim"], self.options["depth"]
         return (width, depth) in _PUBLISHED and self.options["img_size"] == (1024, 1024)
 
@@ -65,7 +65,7 @@ def open_sam(path: Path) -> Sam | None:
         return None
     try:
         state = unwrapped(read_content(path), str(path)).state
-    except UserError:  # said where the file is opened as another one
+    except UserError:  # reported where the file is opened as another one
         return None
     return found_in(state, str(path)) if _FIRST in state else None
 
@@ -90,7 +90,7 @@ def timm_names(state: State) -> State:
 
 
 def _worth_reading(path: Path) -> bool:
-    """True for a file that may be a SAM, by what is quick to tell."""
+    """True for a file that may be a SAM, by what is quick to read."""
     if not path.is_file():
         return False
     if zipfile.is_zipfile(path):  # whose tensors are read lazily
@@ -108,7 +108,7 @@ def _architecture(state: State, where: str) -> tuple[str, dict[str, Any]]:
     Blocks with a table of relative positions as large as the image see it whole, others windows.
 
     Raises:
-        UserError: a tensor that tells it is missing.
+        UserError: a tensor that it follows from is missing.
     """
     missing = [name for name in _TELLING if name not in state]
     first = f"{_PREFIX}{missing[0]}" if missing else ""

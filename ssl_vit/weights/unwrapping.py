@@ -1,7 +1,7 @@
 """Unwrapping: which of a file's dictionaries, and which part of a module, is the encoder.
 
 Of a network and its moving average (a teacher, a momentum encoder) the average is taken, whose
-features are the better ones; every choice is said.
+features are the better ones; every choice is reported.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _part(key: str, prefix: str) -> str:
 
 
 def _choice(names: Iterable[str]) -> tuple[str, str]:
-    """Name to take of several, and how that is said; of one there is nothing to say."""
+    """Name to take of several, and a note on the choice; of one there is no note."""
     every = list(names)
     if len(every) < 2:
         return (every[0] if every else ""), ""
@@ -122,7 +122,7 @@ def _is_state(content: Any) -> bool:
 
 
 def _contents(content: Any) -> str:
-    """What a file holds that has no weights."""
+    """Contents of a file that has no weights."""
     text = "not a dictionary of named tensors"
     if not isinstance(content, dict) or not content:
         return text

@@ -184,7 +184,7 @@ def test_results_of_other_minutes_are_not_mixed(tmp_path):
 
 def test_what_is_trained_is_only_judged(tmp_path, monkeypatch):
     """Its minutes are in the report, which is written before it is judged."""
-    monkeypatch.setattr(quality, "judge", lambda *_: {"knn": SCORE, "linear": SCORE})
+    monkeypatch.setattr(quality, "score_encoder", lambda *_: {"knn": SCORE, "linear": SCORE})
     plan = parse_options([*DATA, "--methods", "mae_digits", "--out", str(tmp_path / "q")])
     side = PeerRun(plan, plan.entries[0], 0, "original")
     side.file.parent.mkdir(parents=True)

@@ -165,7 +165,7 @@ def test_the_local_crops_that_fit(make, monkeypatch):
     session = make("dino", "--method.local-crops", "6")
     found = try_out(session)
     assert not found.fits
-    assert found.pace is None
+    assert found.throughput is None
     lines = advice(session, found)
     told = next(line for line in lines if "--method.local-crops is 6" in line)
     fitting = int(told.split(";")[1].split()[0])
@@ -187,7 +187,7 @@ def test_the_parts_that_fit(make, monkeypatch):
     assert try_out(make("mae", "--optim.accumulate", parts)).fits
 
 
-# --- pace ---------------------------------------------------------------------------------------
+# --- throughput -----------------------------------------------------------------------------------
 
 
 def test_pace_of_loader_and_step():
@@ -208,10 +208,11 @@ def test_pace_of_loader_and_step():
 
 
 def test_rates_are_measured(make):
-    pace = try_out(make("mae")).pace
-    assert pace is not None
-    assert min(pace.loader, pace.step) > 0
-    assert pace.run == pytest.approx(1 / (1 / pace.loader + 1 / pace.step))  # without workers
+    throughput = try_out(make("mae")).throughput
+    assert throughput is not None
+    assert min(throughput.loader, throughput.step) > 0
+    in_turn = 1 / (1 / throughput.loader + 1 / throughput.step)  # without workers
+    assert throughput.run == pytest.approx(in_turn)
 
 
 # --- advice -------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_advice_on_the_options(flags, said, make):
 
 
 @pytest.mark.parametrize(
-    ("device", "workers", "pace", "said"),
+    ("device", "workers", "throughput", "said"),
     [
         (
             "cpu",
@@ -288,13 +289,13 @@ def test_advice_on_the_options(flags, said, make):
         ("cuda", "4", Throughput(300.0, 100.0, 100.0, "the step"), None),
     ],
 )
-def test_advice_on_the_pace(device, workers, pace, said, make, monkeypatch):
+def test_advice_on_the_pace(device, workers, throughput, said, make, monkeypatch):
     """With four cores, of which a step on the CPU takes one."""
     monkeypatch.setattr("ssl_vit.commands.preflight.own_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     session = make("mae", "--data.workers", workers)
     session.parallel = replace(session.parallel, device=torch.device(device))
-    lines = advice(session, replace(FOUND, pace=pace))
+    lines = advice(session, replace(FOUND, throughput=throughput))
     assert [said in line for line in lines] == ([True] if said else [])
 
 

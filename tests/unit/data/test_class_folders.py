@@ -86,7 +86,7 @@ def test_as_many_images_beside_folders_mean_that_they_are_no_classes(tmp_path, c
 def test_one_folder_is_no_class(tmp_path):
     source = open_source(fill(tmp_path, cat=3))
     assert (source.labels, source.classes, len(source)) == (None, None, 3)
-    assert describe_labels(source) == "none: 'cat' is the only folder, and one class tells nothing"
+    assert describe_labels(source) == "none: 'cat' is the only folder, and one class is no label"
 
 
 @pytest.mark.parametrize("scheme", ["folder", "flat"])

@@ -16,7 +16,7 @@ from ssl_vit.data.depths import open_depths
 from ssl_vit.data.view import View
 from ssl_vit.evaluators import depth as probe
 from ssl_vit.evaluators.backbone import Backbone
-from ssl_vit.evaluators.depth import depth_probe, fit_heads, tell_units
+from ssl_vit.evaluators.depth import depth_probe, fit_heads, warn_different_units
 from ssl_vit.evaluators.depth_heads import LinearDepth
 from ssl_vit.evaluators.depth_options import DepthOptions
 from ssl_vit.evaluators.features import Machine
@@ -216,9 +216,9 @@ def test_units_that_differ_are_told(tmp_path, small, caplog):
         values = np.load(file) if file.suffix == ".npy" else np.array(Image.open(file))
         file.unlink()
         np.save(file.with_suffix(".npy"), values.astype(np.float32) * 1000)
-    tell_units(open_depths(small[0]), open_depths(small[1]))
+    warn_different_units(open_depths(small[0]), open_depths(small[1]))
     assert not caplog.text
-    tell_units(open_depths(small[0]), open_depths(other))
+    warn_different_units(open_depths(small[0]), open_depths(other))
     assert "one --scale is for both, which need one unit" in caplog.text
 
 

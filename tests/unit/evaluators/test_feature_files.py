@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.base import Source
 from ssl_vit.evaluators import feature_files, feature_parts, options
-from ssl_vit.evaluators.feature_files import Table, read_card, write_features
+from ssl_vit.evaluators.feature_files import FeatureTable, read_card, write_features
 from ssl_vit.evaluators.feature_parts import Batches, Layout, Parts, Rows
 
 SHAPES = {"cls": (4,), "patches": (6, 4)}
@@ -56,7 +56,7 @@ def fill(parts: Parts, bad: tuple[int, ...] = ()) -> None:
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
+def table(tmp_path: Path) -> FeatureTable:
     """11 images in parts of 3, of which three cannot be read: a whole part of two, and another."""
     (tmp_path / "parts").mkdir()
     parts = Parts(tmp_path / "parts", Layout(11, 3, SHAPES))
@@ -64,7 +64,7 @@ def table(tmp_path: Path) -> Table:
     source = Named(11)
     source.classes = ("cat", "dög")
     source.labels = np.array([0, 1, -1, 0, 1, 0, 1, 0, 1, 0, 1])
-    return Table(source, parts, {"made": "so"})
+    return FeatureTable(source, parts, {"made": "so"})
 
 
 KEPT = [0, 1, 2, 3, 5, 6, 7, 8]
@@ -113,7 +113,7 @@ def test_parts_of_another_layout_are_none(tmp_path: Path) -> None:
     assert Parts(tmp_path, Layout(12, 3, {"cls": (4,)})).there() == []
 
 
-def test_numpy_and_scikit_learn_open_a_npz_file(table: Table, tmp_path: Path) -> None:
+def test_numpy_and_scikit_learn_open_a_npz_file(table: FeatureTable, tmp_path: Path) -> None:
     write_features(tmp_path / "x.npz", table)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as f:
         assert list(f) == ["names", "labels", "classes", "cls", "patches", "card"]
@@ -132,7 +132,7 @@ def test_numpy_and_scikit_learn_open_a_npz_file(table: Table, tmp_path: Path) ->
     assert card["unreadable"] == [f"{i:08d}.png: is broken" for i in (4, 9, 10)]
 
 
-def test_pandas_and_pyarrow_open_a_parquet_file(table: Table, tmp_path: Path) -> None:
+def test_pandas_and_pyarrow_open_a_parquet_file(table: FeatureTable, tmp_path: Path) -> None:
     write_features(tmp_path / "x.parquet", table)
     frame = pandas.read_parquet(tmp_path / "x.parquet")
     assert list(frame) == ["name", "label", "class", "cls", "patches"]
@@ -149,9 +149,9 @@ def test_pandas_and_pyarrow_open_a_parquet_file(table: Table, tmp_path: Path) ->
     assert json.loads(opened.schema.metadata[b"ssl_vit"])["rows"] == 8
 
 
-def test_a_npy_file_has_names_and_card_beside_it(table: Table, tmp_path: Path) -> None:
+def test_a_npy_file_has_names_and_card_beside_it(table: FeatureTable, tmp_path: Path) -> None:
     only = {"patches": SHAPES["patches"]}
-    table = Table(table.source, Parts(table.parts.folder, Layout(11, 3, only)), table.card)
+    table = FeatureTable(table.source, Parts(table.parts.folder, Layout(11, 3, only)), table.card)
     write_features(tmp_path / "x.npy", table)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     np.testing.assert_array_equal(mapped, WANTED["patches"])
@@ -163,10 +163,10 @@ def test_a_npy_file_has_names_and_card_beside_it(table: Table, tmp_path: Path) -
 
 
 def test_an_array_is_never_beside_the_names_of_another(
-    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: FeatureTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = Parts(table.parts.folder, Layout(11, 3, {"cls": (4,)}))
-    table = Table(table.source, only, table.card)
+    table = FeatureTable(table.source, only, table.card)
     write_features(tmp_path / "x.npy", table)
     monkeypatch.setattr(feature_files, "_write_rows", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -175,14 +175,14 @@ def test_an_array_is_never_beside_the_names_of_another(
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet", ".npy"])
-def test_several_labels_or_none(suffix: str, table: Table, tmp_path: Path) -> None:
+def test_several_labels_or_none(suffix: str, table: FeatureTable, tmp_path: Path) -> None:
     only = Parts(table.parts.folder, Layout(11, 3, {"cls": (4,)}))
     several, none = Named(11), Named(11)
     several.classes, several.targets = ("a", "b"), np.zeros((11, 2), dtype=np.float32)
     several.targets[1] = [1, np.nan]
     for kind, source in (("several", several), ("none", none)):
         out = tmp_path / f"{kind}{suffix}"
-        write_features(out, Table(source, only, {}))
+        write_features(out, FeatureTable(source, only, {}))
         found = read_card(out)
         assert found is not None
         assert found["rows"] == 8
@@ -208,7 +208,7 @@ def test_names_that_are_no_unicode_are_kept_as_escapes(suffix: str, tmp_path: Pa
     parts = Parts(tmp_path / "parts", Layout(1, 1, {"cls": (4,)}))
     fill(parts)
     out, wanted = tmp_path / f"x{suffix}", "caf\\udce9,\n.png"
-    write_features(out, Table(source, parts, {}))
+    write_features(out, FeatureTable(source, parts, {}))
     if suffix == ".npz":
         assert np.load(out)["names"].tolist() == [wanted]
     elif suffix == ".parquet":
@@ -254,9 +254,9 @@ def test_memory_does_not_grow_with_the_images(
     assert peaks[1] < 3_000_000
 
 
-def filled(folder: Path, n: int) -> Table:
+def filled(folder: Path, n: int) -> FeatureTable:
     """Parts of n images with long names."""
     folder.mkdir()
     parts = Parts(folder, Layout(n, 64, {"cls": (4,)}))
     fill(parts)
-    return Table(Named(n, width=2000), parts, {})
+    return FeatureTable(Named(n, width=2000), parts, {})

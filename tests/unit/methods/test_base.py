@@ -242,7 +242,11 @@ def test_a_file_without_one_method(written, name, text, said):
     ("name", "text", "said"),
     [
         ("broken_import", "import no_such_module_here", "cannot be imported: ModuleNotFoundError"),
-        ("no_options", IMPORTED + "class A(Method):\n    title = 'A'\n", "A must say its Config"),
+        (
+            "no_options",
+            IMPORTED + "class A(Method):\n    title = 'A'\n",
+            "A must define its Config",
+        ),
         ("no_loss", IMPORTED + "class A(MAE):\n    explained = {}\n", "loss among them"),
     ],
 )

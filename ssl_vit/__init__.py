@@ -1,8 +1,8 @@
 """Self-supervised pretraining of Vision Transformers.
 
-Methods: MAE, DINO, SimMIM, and MAE with DINO on one shared encoder.
-``python -m ssl_vit.pretrain`` trains an encoder; ``ssl_vit.load_encoder(PATH)`` loads one, and
-``ssl_vit.load_model(PATH)`` a classifier, segmenter, depth estimator or detector trained on one.
+``python -m ssl_vit.pretrain METHOD`` trains an encoder by a method of ``ssl_vit/methods``.
+``ssl_vit.load_encoder(PATH)`` loads it, and ``ssl_vit.load_model(PATH)`` a classifier, segmenter,
+depth estimator or detector trained on one.
 """
 
 from typing import TYPE_CHECKING, Any

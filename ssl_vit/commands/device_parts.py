@@ -7,17 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ssl_vit.benchmarks.device import Part
+from ssl_vit.methods import method_of
 
 _TESTS = Path(__file__).parents[2] / "tests" / "gpu"
-# The step that is measured: method, recipe, images of a step.
+# The step that is measured: recipe, images of a step, and the peer beside it in eager mode.
 STEPS = (
-    ("mae", "mae_vit_b16", 256),
-    ("dino", "dino_vit_s16", 64),
-    ("mae", "mae_vit_l16", 128),
-    ("dino", "dino_vit_b16", 32),
+    ("mae_vit_b16", 256, "huggingface"),
+    ("dino_vit_s16", 64, "lightly"),
+    ("mae_vit_l16", 128, "huggingface"),
+    ("dino_vit_b16", 32, "lightly"),
 )
-# Peers of a method, and the library that each needs.
-_PEERS = {"mae": {"huggingface": "transformers"}, "dino": {"lightly": "lightly"}}
+# The library that a peer needs.
+_LIBRARIES = {"huggingface": "transformers", "lightly": "lightly"}
 # The same steps, as small as a rehearsal on the CPU allows.
 _SMALL = (
     *("--encoder.arch", "vit_tiny_patch16_224", "--encoder.depth", "1"),
@@ -37,10 +38,10 @@ def parts(device: str) -> Iterator[Part]:
     ):
         yield _tests(name, asks, least)
     for compiled in (False, True):
-        for method, recipe, images in STEPS:
-            yield _step(method, recipe, images, device, compiled)
+        for recipe, images, peer in STEPS:
+            yield _step(recipe, images, "none" if compiled else peer, device, compiled)
     yield _tests("run", "kill and resume, scores again, two processes", 60.0)
-    for method in ("mae", "dino"):
+    for method in dict.fromkeys(method_of(recipe) for recipe, *_ in STEPS):
         yield _prediction(method)
 
 
@@ -50,16 +51,16 @@ def _tests(name: str, asks: str, least: float) -> Part:
     return Part(name, asks, (*arguments, str(file)), least, ("pytest", "beartype"), (file,))
 
 
-def _step(method: str, recipe: str, images: int, device: str, compiled: bool) -> Part:
+def _step(recipe: str, images: int, peer: str, device: str, compiled: bool) -> Part:
     small = device == "cpu"
-    with_peers = [name for name, module in _PEERS[method].items() if find_spec(module)]
-    against = "none" if compiled or small else ",".join(with_peers) or "none"
+    there = peer in _LIBRARIES and find_spec(_LIBRARIES[peer]) is not None
+    against = peer if there and not small else "none"
     options: tuple[str, ...] = ("--config", recipe, "--batch-size", str(2 if small else images))
     options += ("--run.device", device, "--run.precision", "bf16", "--against", against)
     options += ("--run.compile", str(compiled), "--out", "{out}", *(_SMALL if small else ()))
     how = "compiled" if compiled else "eager"
     asks = f"images/s and share of peak of {recipe}, {how}"
-    arguments = (*f"-m ssl_vit.benchmark step {method}".split(), *options)
+    arguments = (*f"-m ssl_vit.benchmark step {method_of(recipe)}".split(), *options)
     return Part(f"{recipe} {how}", asks, arguments, 60.0 if compiled else 30.0)
 
 

@@ -19,7 +19,7 @@ from ssl_vit.common.checks import check_least, check_positive
 from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.methods import find_options, method_names
+from ssl_vit.methods import find_options, method_names, method_of
 
 log = logging.getLogger("ssl_vit")
 _PROG = "python -m ssl_vit.benchmark quality"
@@ -150,7 +150,7 @@ def _entries(asked: str, train: str, flags: list[str]) -> Iterator[Entry]:
     """
     found: dict[str, Path] = {}
     for name in asked.split(",") if asked else method_names():
-        fitting = [r for r in recipes() if _fits(r, train) and _method_of(r) == name]
+        fitting = [r for r in recipes() if _fits(r, train) and method_of(r) == name]
         rule = f"--methods has {name!r}; no"
         if name in method_names():
             check(
@@ -167,7 +167,7 @@ def _entries(asked: str, train: str, flags: list[str]) -> Iterator[Entry]:
     check(
         bool(found),
         f"no recipe fits {train!r}: none's name ends in a word of it; give --methods with recipes "
-        f"by name: {', '.join(recipe for recipe in recipes() if _method_of(recipe))}",
+        f"by name: {', '.join(recipe for recipe in recipes() if method_of(recipe))}",
     )
     for name, file in found.items():
         entry = _entry(name, file, flags)
@@ -183,7 +183,7 @@ def _entries(asked: str, train: str, flags: list[str]) -> Iterator[Entry]:
 
 def _entry(name: str, file: Path, flags: list[str]) -> Entry:
     """Recipe with its options: defaults < recipe < command line."""
-    method = _method_of(name)
+    method = method_of(name)
     check(bool(method), f"{file}: its name must begin with a method, as METHOD_ANYTHING.yaml")
     own = find_options(method)
     read = PretrainConfig[own.config]  # type: ignore[name-defined]
@@ -205,12 +205,6 @@ def _try_out(entry: Entry) -> None:
         built = kind(options.method, options.encoder, options.data.channels)
     if kind.view_spec(options.method, built.encoder).phases:
         log.warning("warning: %s: its speed is measured in the first of its phases", entry.name)
-
-
-def _method_of(recipe: str) -> str:
-    """Method of a recipe by its name, METHOD_ANYTHING; empty: it begins with none."""
-    own = [m for m in method_names() if recipe.startswith(f"{m}_")]
-    return max(own, key=len, default="")
 
 
 def _fits(recipe: str, train: str) -> bool:

@@ -32,10 +32,12 @@ def reconstructing() -> list[str]:
 
 
 def _have_one() -> str:
+    names = reconstructing()
+    kinds = [kind for kind in map(find_method, names) if "from_file" in vars(kind)]
     return (
-        f"a decoder is in a run folder of pretrain {' or '.join(reconstructing())}, beside its "
-        "checkpoints, in an official MAE pretraining file with decoder_ tensors, or in a Hugging "
-        "Face ViTMAEForPreTraining folder"
+        f"a decoder is in a run folder of pretrain {' or '.join(names)}, beside its checkpoints, "
+        f"in an official {' or '.join(kind.title for kind in kinds)} pretraining file with "
+        "decoder_ tensors, or in a Hugging Face ViTMAEForPreTraining folder"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 from typing import NamedTuple
 
 from ssl_vit import options
-from ssl_vit.common.errors import check, did_you_mean
+from ssl_vit.common.errors import UserError, check, did_you_mean
 from ssl_vit.common.scalars import Scalar
 from ssl_vit.options.base import Defaults, MethodConfig
 
@@ -40,6 +40,12 @@ def check_name(name: str) -> None:
     check(name in names, f"method is {name!r}; {allowed}")
 
 
+def method_of(recipe: str) -> str:
+    """The method of a recipe by its name, METHOD_ANYTHING; empty: it begins with none."""
+    own = [name for name in method_names() if recipe.startswith(f"{name}_")]
+    return max(own, key=len, default="")
+
+
 def find_options(name: str) -> MethodOptions:
     """Options of the method ``name``: those of ``options/<name>.py``; of a method that has no such
     file, those that it says itself, which takes an import of torch.
@@ -48,13 +54,26 @@ def find_options(name: str) -> MethodOptions:
         UserError: no such method (the nearest name is given), or its file is wrong.
     """
     check_name(name)
-    if not any(m.name == name for m in pkgutil.iter_modules(options.__path__)):
-        from ssl_vit.methods.base import find_method
+    if any(m.name == name for m in pkgutil.iter_modules(options.__path__)):
+        return _said_apart(name)
+    from ssl_vit.methods.base import find_method
 
-        method = find_method(name)
-        return MethodOptions(method.Config, method.defaults, method.title, method.explained)
-    module = importlib.import_module(f"ssl_vit.options.{name}")
-    (own,) = (
+    method = find_method(name)
+    return MethodOptions(method.Config, method.defaults, method.title, method.explained)
+
+
+def _said_apart(name: str) -> MethodOptions:
+    """What ``options/<name>.py`` says.
+
+    Raises:
+        UserError: it cannot be imported, or lacks something.
+    """
+    file = f"options/{name}.py"
+    try:
+        module = importlib.import_module(f"{options.__name__}.{name}")
+    except Exception as error:
+        raise UserError(f"{file} cannot be imported: {error!r}") from error
+    own = [
         kind
         for kind in vars(module).values()
         if is_dataclass(kind)
@@ -62,5 +81,16 @@ def find_options(name: str) -> MethodOptions:
         and issubclass(kind, MethodConfig)
         and kind.__module__ == module.__name__
         and kind.prefix == MethodConfig.prefix
+    ]
+    named = ", ".join(kind.__name__ for kind in own) or "none"
+    check(
+        len(own) == 1,
+        f"{file} must define one frozen dataclass on MethodConfig; it defines {len(own)} ({named})",
     )
-    return MethodOptions(own, module.DEFAULTS, module.TITLE, module.EXPLAINED)
+    lacking = [key for key in ("DEFAULTS", "TITLE", "EXPLAINED") if not hasattr(module, key)]
+    check(
+        not lacking,
+        f"{file} lacks {', '.join(lacking)}; beside the options it must say DEFAULTS (values of "
+        "shared options, or {}), TITLE (the method's name for people) and EXPLAINED (its scalars)",
+    )
+    return MethodOptions(own[0], module.DEFAULTS, module.TITLE, module.EXPLAINED)

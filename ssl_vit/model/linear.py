@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Whether this CPU multiplies tiles of bfloat16 (AMX); asked here, as no compiler follows the call.
+HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
 
 
 def some_outputs(
@@ -51,15 +53,9 @@ def weight_gradient(
     and copying the narrower of the two costs less than that.
     """
     columns = grad.mT
-    if grad.dtype == torch.bfloat16 and grad.device.type == "cpu" and has_amx():
+    if grad.dtype == torch.bfloat16 and grad.device.type == "cpu" and HAS_AMX:
         columns = columns.contiguous()
     return columns @ inputs
-
-
-@cache
-def has_amx() -> bool:
-    """True if this CPU multiplies tiles of bfloat16 (AMX)."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 class GeluLinear(torch.autograd.Function):

@@ -142,7 +142,7 @@ def _eager(trainer: Trainer) -> AbstractContextManager[Any]:
 def memory_of(trainer: Trainer, activations: float) -> Memory:
     """Memory by part, after a step, when gradients and moments exist.
 
-    Where a parameter has none yet (DINO's last layer is frozen at first), those it will have.
+    Where a parameter has none yet (a layer that is frozen at first), those it will have.
     """
     gradients = [p if p.grad is None else p.grad for p in trainer.trained]
     moments, one = 0, by_muon(trainer.optimizer)

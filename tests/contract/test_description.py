@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import pkgutil
 import re
 
 import pytest
 import torch
 
+from ssl_vit import options
 from ssl_vit.commands.cli import recipes
 from ssl_vit.common.layers import known_keys
 from ssl_vit.common.scalars import Scalar
@@ -37,9 +39,11 @@ def test_it_has_a_name_for_people_and_a_docstring(kind):
     assert (kind.Config.__doc__ or "").strip()
 
 
-def test_its_options_are_found_without_its_networks(name, kind):
+def test_its_options_are_its_own(name, kind):
+    """In options/, where it has a file there; else beside the method."""
     assert find_options(name) == (kind.Config, kind.defaults, kind.title, kind.explained)
-    assert kind.Config.__module__ == f"ssl_vit.options.{name}"
+    apart = name in {m.name for m in pkgutil.iter_modules(options.__path__)}
+    assert kind.Config.__module__ == f"ssl_vit.{'options' if apart else 'methods'}.{name}"
 
 
 def test_its_options_are_frozen_and_documented(name, kind):

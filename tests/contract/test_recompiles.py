@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from ssl_vit.methods import method_names
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -31,8 +32,7 @@ nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager", 
 
 
 def pretraining(name):
-    drops = () if name.startswith("mae") else ("--encoder.drop-path", "0.4")
-    made = tiny.session(name, *drops, "--run.compile", "True")
+    made = tiny.session(name, "--encoder.drop-path", "0.4", "--run.compile", "True")
     loaded = tiny.batches(made)
     return made.trainer, [next(loaded) for _ in range(4)]
 
@@ -58,7 +58,7 @@ for name in sys.argv[1:]:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     print(json.dumps([name, graphs]), flush=True)
 """
-NAMES = ("mae", "dino", "dinov2", "mae_dino", "finetune")
+NAMES = (*method_names(), "finetune")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,12 @@
-"""The example of docs/methods.md is a whole method: it trains, and goes on to the same bits."""
+"""The example of docs/methods.md is a whole method: it trains, goes on to the same bits, and keeps
+the contract that every method has."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -20,13 +26,23 @@ SMALL = (
 )
 
 
-@pytest.fixture
-def name(tmp_path, monkeypatch):
-    """The method of the example, beside the package's own."""
+# The cheap files of the contract: no run from its first step to its last.
+CONTRACT = ("test_description.py", "test_encoder.py", "test_options.py", "test_presets.py")
+RECIPE = "data: {train: digits:train, val: digits:val, channels: 1}\n"
+
+
+def write_example(folder: Path) -> None:
+    """The example's file, as it stands on the page."""
     page = (ROOT / "docs" / "methods.md").read_text()
     code = re.search(r"<!-- example:method -->\n```python\n(.*?)```", page, re.DOTALL)[1]
     assert len(code.splitlines()) <= 60
-    (tmp_path / "simsiam.py").write_text(code)
+    (folder / "simsiam.py").write_text(code)
+
+
+@pytest.fixture
+def name(tmp_path, monkeypatch):
+    """The method of the example, beside the package's own."""
+    write_example(tmp_path)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     assert "simsiam" in method_names()
     return "simsiam"
@@ -50,3 +66,22 @@ def test_the_example_trains_and_resumes(name, tmp_path, capsys):
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys()
     assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_the_example_keeps_the_contract(tmp_path):
+    """In a copy of the project, to which its file and a recipe are all that is added."""
+    for folder in ("ssl_vit", "configs", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    write_example(tmp_path / "ssl_vit" / "methods")
+    (tmp_path / "configs" / "simsiam_digits.yaml").write_text(RECIPE)
+    files = [f"tests/contract/{file}" for file in CONTRACT]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *files, "-k", "simsiam and not timm"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout
+    assert not re.search(r"failed|error|skipped", done.stdout.splitlines()[-1])

@@ -18,7 +18,7 @@ from ssl_vit.common.layers import flatten, known_keys, parse, to_yaml, written, 
 from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.reading import DataConfig
 from ssl_vit.common.schedules import Length
-from ssl_vit.methods import method_names
+from ssl_vit.methods import method_of
 from ssl_vit.options.mae import MAEConfig
 from ssl_vit.pretrain import parse_options
 from tests.conftest import ROOT
@@ -172,7 +172,7 @@ PRETRAINING = [
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
 def test_recipes_parse(path):
     """By path and by name, with a header that says the command; each says something."""
-    method = max((n for n in method_names() if path.stem.startswith(f"{n}_")), key=len)
+    method = method_of(path.stem)
     name, config = parse_options([method, "--config", str(path)])
     assert name == method
     assert config == parse_options([method, "--config", path.stem])[1]

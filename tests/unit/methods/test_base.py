@@ -1,5 +1,6 @@
 """What every method has: objectives that are summed, draws in the workers, its own file."""
 
+import pkgutil
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit import methods
+from ssl_vit import methods, options
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, ViewSpec
-from ssl_vit.methods import find_options, method_names
+from ssl_vit.methods import find_options, method_names, method_of
 from ssl_vit.methods.base import Method, MethodConfig, find_method
 from ssl_vit.objectives.base import Objective
 
@@ -189,18 +190,21 @@ IMPORTED = "from ssl_vit.methods.mae import MAE\nfrom ssl_vit.methods.base impor
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a module beside the methods that there are."""
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    names = []
+    """Writes a module beside the methods that there are, or beside their options."""
+    made = []
+    for room in (methods, options):
+        folder = tmp_path / room.__name__
+        folder.mkdir()
+        monkeypatch.setattr(room, "__path__", [*room.__path__, str(folder)])
 
-    def write(name: str, text: str) -> None:
-        (tmp_path / f"{name}.py").write_text(text)
-        names.append(f"ssl_vit.methods.{name}")
+    def write(name: str, text: str, room=methods) -> None:
+        (tmp_path / room.__name__ / f"{name}.py").write_text(text)
+        made.append((room, name))
 
     yield write
-    for name in names:
-        sys.modules.pop(name, None)
-        vars(methods).pop(name.rpartition(".")[2], None)
+    for room, name in made:
+        sys.modules.pop(f"{room.__name__}.{name}", None)
+        vars(room).pop(name, None)
 
 
 def test_imported_methods_do_not_count(written):
@@ -257,3 +261,55 @@ def test_a_file_that_is_no_whole_method_is_refused_in_a_line(written, name, text
     assert str(refusal.value).startswith(f"methods/{name}.py")
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_packages_own_methods_say_their_options_apart():
+    """So that their help needs no torch; a method of one's own need not. Nothing else is there."""
+    own = {"dino", "dinov2", "distill", "ibot", "ijepa", "lejepa", "mae", "mae_dino", "simmim"}
+    apart = {m.name for m in pkgutil.iter_modules(options.__path__)} - {"base"}
+    assert own <= apart <= set(method_names())
+
+
+APART = (
+    "from dataclasses import dataclass\nfrom ssl_vit.options.base import MethodConfig\n"
+    "@dataclass(frozen=True)\nclass A(MethodConfig):\n    ratio: float = 0.5\n"
+)
+SAID = "DEFAULTS = {}\nTITLE = 'Own'\nEXPLAINED = {}\n"
+
+
+def test_options_are_found_apart(written):
+    """The method's own file is not even read."""
+    written("own_apart", "raise RuntimeError")
+    written("own_apart", APART + SAID, options)
+    config, *said = find_options("own_apart")
+    assert (config.__name__, said) == ("A", [{}, "Own", {}])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("opt_import", "import no_such_module_here", "cannot be imported: ModuleNotFoundError"),
+        ("opt_syntax", "class", "cannot be imported: SyntaxError"),
+        ("opt_none", SAID, "must define one frozen dataclass on MethodConfig; it defines 0 (none)"),
+        ("opt_both", APART + APART.replace("class A", "class B") + SAID, "it defines 2 (A, B)"),
+        ("opt_silent", APART, "lacks DEFAULTS, TITLE, EXPLAINED; beside the options it must say"),
+        ("opt_title", APART + "DEFAULTS = {}\nEXPLAINED = {}\n", "lacks TITLE; beside"),
+    ],
+)
+def test_options_that_are_not_whole_are_refused_in_a_line(written, name, text, said):
+    written(name, IMPORTED + "class A(MAE): pass\n")
+    written(name, text, options)
+    with pytest.raises(UserError) as refusal:
+        find_options(name)
+    assert str(refusal.value).startswith(f"options/{name}.py ")
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [("mae_vit_b16", "mae"), ("mae_dino_digits", "mae_dino"), ("dinov2_v3_vit_l16", "dinov2"),
+     ("maelstrom", ""), ("finetune_vit_b16", "")],
+)  # fmt: skip
+def test_a_recipe_is_of_the_method_that_its_name_begins_with(recipe, method):
+    assert method_of(recipe) == method

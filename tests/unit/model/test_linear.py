@@ -11,7 +11,7 @@ from ssl_vit.model.linear import GeluLinear
 @pytest.mark.parametrize("amx", [False, True])
 def test_gradients_in_bfloat16_are_those_of_autograd(amx, monkeypatch):
     """With a copy of the narrower operand and without: the same sums, rounded once."""
-    monkeypatch.setattr(linear, "has_amx", lambda: amx)
+    monkeypatch.setattr(linear, "HAS_AMX", amx)
     torch.manual_seed(0)
     shapes = {"h": (4, 50, 96), "weight": (24, 96), "bias": (24,)}
     tensors = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes.values()]

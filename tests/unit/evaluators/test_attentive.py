@@ -290,15 +290,14 @@ def test_other_networks_give_the_places_of_their_last_map():
     view = View((64, 64), 3, (0.5,) * 3, (0.25,) * 3)
     reader = token_reader(Backbone("r", network, view, ("pooled",), {}, Path()), MACHINE)
     with torch.no_grad():
-        tokens = reader.tokens(normal(2, 3, 64, 64))
+        tokens = reader.maps(normal(2, 3, 64, 64))[-1].flatten(2).mT
     assert tokens.shape == (2, 4, reader.width)
     torch.testing.assert_close(tokens.mean(1), network(normal(2, 3, 64, 64)), atol=1e-4, rtol=1e-3)
 
 
 def test_encoders_without_cls_have_all_their_tokens():
     reader = token_reader(backbone(arch="vit_base_patch16_siglip_224"), MACHINE)
-    with torch.no_grad():
-        assert reader.tokens(normal(2, 3, 8, 8)).shape == (2, 4, 32)
+    assert reader.map(normal(2, 3, 8, 8)).shape == (2, 32, 2, 2)
 
 
 def test_heads_must_divide_the_width():

@@ -49,7 +49,7 @@ class Search:
     relevant: Relevant
     excluded: Relevant | None
     right: str
-    """What a right answer is, in words."""
+    """Right answers, in words."""
 
 
 def retrieval(config: RetrievalConfig) -> Result:

@@ -82,7 +82,7 @@ def first_ranked(
     device: torch.device,
     excluded: Relevant | None = None,
 ) -> tuple[Int64[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """What :func:`rank_queries` ranks first for a few queries (rows): rows of the gallery, and
+    """First of :func:`rank_queries` for a few queries (rows): rows of the gallery, and
     cosines, on the CPU; fewer than ``k`` where fewer are ranked."""
     cosines = _cosines(gallery, queries, rows, device, excluded)
     k = min(k, int(cosines.isfinite().sum(1).min()))

@@ -63,7 +63,7 @@ def find_options(name: str) -> MethodOptions:
 
 
 def _said_apart(name: str) -> MethodOptions:
-    """What ``options/<name>.py`` says.
+    """Options as ``options/<name>.py`` has them.
 
     Raises:
         UserError: it cannot be imported, or lacks something.

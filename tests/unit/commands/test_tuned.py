@@ -318,25 +318,46 @@ def start_of(arch) -> Start:
 
 
 @pytest.mark.parametrize("arch", ["convnext_atto", "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("kind", ["segment", "depth", "detect"])
+@pytest.mark.parametrize("kind", ["segment", "depth", "detect", "detr"])
 def test_other_networks_of_timm_are_reopened(arch, kind, tmp_path):
     """Of which some have a head of their own, with a norm as the mask transformer's."""
     view, start, path = View((64, 64), 3, (0.5,) * 3, (0.2,) * 3), start_of(arch), tmp_path / "x"
-    if kind == "detect":
-        options = DetectOptions(image_size=(64,), width=8)
-        network = detector_of(start, options, 2, True, 0)
-        made = TunedDetector(network, view, ("a", "b"), True, options)
+    if kind in ("detect", "detr"):
+        head, masks = ("detr", False) if kind == "detr" else ("rcnn", True)
+        options = DetectOptions(image_size=(64,), head=head, width=8)
+        network = detector_of(start, options, 2, masks, 0)
+        made = TunedDetector(network, view, ("a", "b"), masks, options)
     else:
         segment = SegmentKind(SegmentTuneConfig(head="transformer", blocks=4), ("a", "b"))
         of = segment if kind == "segment" else DepthKind(DepthTuneConfig(head="dpt"), 9.0)
         made = TunedPixels(dense_network(start, of, view.size, 0.1, 0), of, view)
     made.writer(path, start, 3)()
     found = open_tuned(path)
-    assert found.kind == kind
+    assert found.kind == ("detect" if kind == "detr" else kind)
     assert found.view == view
     state, same = made.network.state_dict(), found.network.state_dict()
     assert state.keys() == same.keys()
     assert all(torch.equal(state[name], same[name]) for name in state)
+
+
+def test_detr_is_used_and_scored_again(place, tmp_path, capsys):
+    """Of a run, whose file says which head it has; boxes are within each image."""
+    flags = [*arguments(place, "detect"), "--detect.head", "detr", "--detect.width", "16"]
+    flags += ["--detect.image-size", "64", "--detect.queries", "8"]
+    flags[flags.index("--run.out") + 1] = str(tmp_path)
+    assert evaluate.main(["detect", *flags]) == 0
+    assert evaluate.main(["again", str(tmp_path / CARDS["detect"])]) == 0
+    assert "the scores are the same" in capsys.readouterr().out
+    model = ssl_vit.load_model(tmp_path)
+    source, paths = images_of(place, "detect")
+    found = model.predict(paths)
+    expected = detect(model.module, source, model.view, Machine(CPU, torch.float32, 0, 8))
+    for one, same in zip(found, expected.images, strict=True):
+        assert one.keys() == {"boxes", "labels", "scores"}
+        assert one["boxes"].shape == (8, 4)
+        torch.testing.assert_close(one["boxes"], same.boxes)
+        assert torch.equal(one["labels"], same.classes)
+        assert (one["boxes"] <= torch.tensor([64, 48, 64, 48])).all()
 
 
 def test_windows_are_reopened(place, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -38,7 +38,7 @@ _LOSSES = {
 }
 _HALF = 0.5  # probability from which a pixel is of a mask
 
-Detector = FasterRCNN | Detr
+Detector: TypeAlias = FasterRCNN | Detr
 
 
 class Detect(MapsTask):

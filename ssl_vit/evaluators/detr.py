@@ -8,7 +8,7 @@ how a batch is split.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -67,13 +67,14 @@ class Detr(nn.Module):
         super().__init__()
         width = sizes.width
         self.backbone, self.size, self.most = backbone, size, sizes.detections
-        layer = parts.DetrConfig(
-            d_model=width,
-            decoder_ffn_dim=_HIDDEN * width,
-            decoder_attention_heads=DETR_HEADS,
-            dropout=0.0,
-            attn_implementation="sdpa",
-        )
+        options: dict[str, Any] = {
+            "d_model": width,
+            "decoder_ffn_dim": _HIDDEN * width,
+            "decoder_attention_heads": DETR_HEADS,
+            "dropout": 0.0,
+            "attn_implementation": "sdpa",
+        }
+        layer = parts.DetrConfig(**options)
         self.project = nn.Linear(backbone.body.widths[-1], width)
         self.positions = parts.DetrSinePositionEmbedding(width // 2, normalize=True)
         self.queries = nn.Parameter(torch.randn(sizes.queries, width))
@@ -165,11 +166,11 @@ def set_losses(
     batch, queries = guesses[0].logits.shape[:2]
     counts = [len(target["boxes"]) for target in targets]
     pairs = sum(min(count, queries) for count in counts)
-    weight = pairs + _NOTHING * (batch * queries - pairs)
+    weights = pairs + _NOTHING * (batch * queries - pairs)
     like = guesses[0].logits
-    weight, objects = all_reduce_mean(like.new_tensor([weight, sum(counts)])).clamp(min=_LEAST)
+    totals = all_reduce_mean(like.new_tensor([weights, sum(counts)])).clamp(min=_LEAST)
     sums = torch.stack([_sums(guess, targets, matcher) for guess in guesses])
-    losses = sums * like.new_tensor(_WEIGHTS) / torch.stack([weight, objects, objects])
+    losses = sums * like.new_tensor(_WEIGHTS) / totals[[0, 1, 1]]
     names = ("class", "box", "giou")
     return dict(zip(names, losses[-1], strict=True)) | {"auxiliary": losses[:-1].sum()}
 

@@ -340,26 +340,6 @@ def test_other_networks_of_timm_are_reopened(arch, kind, tmp_path):
     assert all(torch.equal(state[name], same[name]) for name in state)
 
 
-def test_detr_is_used_and_scored_again(place, tmp_path, capsys):
-    """Of a run, whose file says which head it has; boxes are within each image."""
-    flags = [*arguments(place, "detect"), "--detect.head", "detr", "--detect.width", "16"]
-    flags += ["--detect.image-size", "64", "--detect.queries", "8"]
-    flags[flags.index("--run.out") + 1] = str(tmp_path)
-    assert evaluate.main(["detect", *flags]) == 0
-    assert evaluate.main(["again", str(tmp_path / CARDS["detect"])]) == 0
-    assert "the scores are the same" in capsys.readouterr().out
-    model = ssl_vit.load_model(tmp_path)
-    source, paths = images_of(place, "detect")
-    found = model.predict(paths)
-    expected = detect(model.module, source, model.view, Machine(CPU, torch.float32, 0, 8))
-    for one, same in zip(found, expected.images, strict=True):
-        assert one.keys() == {"boxes", "labels", "scores"}
-        assert one["boxes"].shape == (8, 4)
-        torch.testing.assert_close(one["boxes"], same.boxes)
-        assert torch.equal(one["labels"], same.classes)
-        assert (one["boxes"] <= torch.tensor([64, 48, 64, 48])).all()
-
-
 def test_windows_are_reopened(place, tmp_path):
     """Attention within windows is no weight, and belongs to the network."""
     windows = ("--detect.windows", "3", "--detect.global-blocks", "1")

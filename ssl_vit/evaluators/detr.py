@@ -202,11 +202,8 @@ def _sums(guess: Guess, targets: list[Target], matcher: Matcher) -> Float[Tensor
 
 @torch.no_grad()
 def matched(guess: Guess, targets: list[Target], matcher: Matcher) -> Pairs:
-    """Cheapest pairs of queries and objects of each image; the matcher itself takes no batch
-    without any object, and no box that is not a number, of which the loss tells the loop."""
-    if not sum(len(target["boxes"]) for target in targets):
-        none = torch.zeros(0, dtype=torch.long)
-        return [(none, none)] * len(targets)
+    """Cheapest pairs of queries and objects of each image; the matcher itself takes no box that is
+    not a number, of which the loss tells the loop."""
     return matcher({"logits": guess.logits, "pred_boxes": guess.boxes.nan_to_num()}, targets)
 
 

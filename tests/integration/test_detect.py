@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import ssl_vit
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.run_files import complete, read_rows
@@ -108,6 +109,21 @@ def test_a_run_leaves_scores_a_card_and_pictures(place):
     assert probes[-1]["val_ap"] == pytest.approx(card["scores"][0]["metrics"]["ap"])
     weights = load_file(folder / "detector.safetensors")
     assert "backbone.body.network.vit.blocks.0.attn.qkv.weight" in weights
+
+
+def test_what_a_run_leaves_is_scored_again_and_used(place):
+    """By its file, which says what head it has."""
+    door, _, head = place
+    result = door(*DOOR[:-1], "again", f"{head}-one/detect.json")
+    assert result.returncode == 0, result.stderr
+    assert "the scores are the same" in result.stdout
+    model = ssl_vit.load_model(door.folder / f"{head}-one")
+    image = Image.open(door.folder / "val/images/0.png")
+    found, wide = model.predict([image, image.resize((128, 96))])
+    assert found.keys() - {"masks"} == {"boxes", "labels", "scores"}
+    assert len(found["boxes"]) == (7 if head == "detr" else len(found["scores"]))
+    assert (found["boxes"] <= torch.tensor([64, 48, 64, 48])).all()
+    assert wide["boxes"].max() > 64
 
 
 def test_killed_and_resumed_is_bit_identical(place):

@@ -180,10 +180,13 @@ def test_predictions_that_are_no_numbers_are_left_to_the_loop(network):
     assert set_losses(broken, targets, network.matcher)["class"].isnan()
 
 
-def test_the_decoder_is_that_of_transformers(network):
-    """Its own decoder, given these layers, and positions of tokens by the formula."""
+def test_the_decoder_is_that_of_transformers():
+    """Its own decoder, given these layers, and positions of tokens by the formula; the norm is of
+    predictions alone, and changes nothing between layers."""
     from transformers.models.detr.modeling_detr import DetrDecoder
 
+    network = detr()
+    torch.nn.init.uniform_(network.norm.weight, 0.2, 3.0)
     layer = network.layers[0]
     whole = DetrDecoder(layer.self_attn.config).eval()
     whole.layers.load_state_dict(network.layers.state_dict())

@@ -9,14 +9,15 @@ from ssl_vit.commands.cli import find_recipe, layered, split_config
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.reading import DataConfig
-from ssl_vit.evaluators.detect_options import DetectOptions
+from ssl_vit.evaluators.detect_options import DetectOptions, check_transformers
 
 PROG = "python -m ssl_vit.evaluate detect"
 
 
 @dataclass(frozen=True)
 class DetectConfig:
-    """Train a detector (Faster or Mask R-CNN) on an encoder, and score it by COCO's metrics.
+    """Train a detector (Faster or Mask R-CNN, or DETR) on an encoder, and score it by COCO's
+    metrics.
 
     --data.train and --data.val are coco:ROOT (with images/ and annotations.json
     in it) or coco:IMAGES:ANNOTATIONS.json.
@@ -64,6 +65,8 @@ def read_options(argv: list[str], channels: int = DataConfig.channels) -> Detect
         importlib.util.find_spec("pycocotools") is not None,
         "detect needs pycocotools: pip install 'ssl_vit[detect]' (or pycocotools)",
     )
+    if config.detect.head == "detr":
+        check_transformers()
     check(bool(config.data.train), "--data.train is missing: coco:ROOT or coco:IMAGES:FILE.json")
     check(config.encoder != "none", "--encoder is 'none'; from scratch give random:ENCODER")
     return config

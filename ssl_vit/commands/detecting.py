@@ -70,6 +70,8 @@ def annotated_images(config: DetectConfig, start: Start) -> Images:
     check_annotated(train, val)
     check(has_objects(train), f"{train.spec} has no object to learn from")
     images.warnings += enlarged(train, config.detect.frame)
+    if config.detect.head == "detr":
+        images.warnings += crowded(train, config.detect.queries)
     return images
 
 
@@ -85,6 +87,21 @@ def enlarged(train: Source, frame: tuple[int, int]) -> tuple[str, ...]:
     return (f"{text}, which costs time and shows no more: give a smaller --detect.image-size",)
 
 
+def crowded(train: Source, queries: int) -> tuple[str, ...]:
+    """Warning of images with more objects than DETR has queries."""
+    most = max(object_counts(train))
+    if most <= queries:
+        return ()
+    text = f"an image of {train.spec} has {most} objects, more than --detect.queries, {queries}"
+    return (f"{text}: those that are left over are not learned from",)
+
+
+def object_counts(source: Source) -> list[int]:
+    """Number of objects of each image."""
+    coco, rows = coco_of(source, "")
+    return [len(coco.objects(int(row)).boxes) for row in rows]
+
+
 class Detection(Tuning):
     """Detection run: a detector trained on an encoder."""
 
@@ -94,7 +111,7 @@ class Detection(Tuning):
     def __init__(self, config: DetectConfig, start: Start) -> None:
         images, options = annotated_images(config, start), config.detect
         self.start, self.classes = start, images.train.classes or ()
-        self.masks = wants_masks(options.masks, images)
+        self.masks = options.head != "detr" and wants_masks(options.masks, images)
         seed = config.run.seed
         network = detector_of(start, options, len(self.classes), self.masks, seed)
         self.jitter = Jitter(options.frame, options.jitter, options.flip)
@@ -148,16 +165,19 @@ class Detection(Tuning):
     def about(self) -> list[tuple[str, str]]:
         """Plan rows on the detector."""
         options, backbone = self.config.detect, self.task.backbone
-        kind = self.tuned(self.task).title
-        levels = ", ".join(f"{s:g}" for s in backbone.strides)
+        strides = ", ".join(f"{s:g}" for s in backbone.strides)
+        kind, on = self.tuned(self.task).title, f"levels at strides {strides}"
+        new = "pyramid and heads"
+        if options.head == "detr":
+            on = f"{options.queries} queries of tokens at stride {strides}; boxes only, no masks"
+            new = "decoder and heads"
         windows = f", windows of {options.windows} patches" if options.windows else ""
         rates = f"layer decay {options.layer_decay:g}, drop path {options.drop_path:g}"
-        coco, rows = coco_of(self.images.train, "")
-        objects = sum(len(coco.objects(int(row)).boxes) for row in rows)
+        objects = sum(object_counts(self.images.train))
         return [
-            ("detector", f"{kind}, {len(self.classes)} classes, levels at strides {levels}"),
+            ("detector", f"{kind}, {len(self.classes)} classes, {on}"),
             ("encoder", f"{self.start.identity['given']}{windows}"),
-            ("trained", "pyramid and heads; the encoder is frozen" if options.frozen else rates),
+            ("trained", f"{new}; the encoder is frozen" if options.frozen else rates),
             ("parameters", f"{counted(backbone.body)} encoder, {counted(self.task)} in all"),
             ("objects", f"{objects:,} in training"),
         ]

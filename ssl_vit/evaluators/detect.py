@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -22,9 +22,10 @@ from ssl_vit.data.coco_images import WholeImages, unpacked
 from ssl_vit.data.view import View
 from ssl_vit.data.workers import load
 from ssl_vit.evaluators.detector import Target, detection_losses
+from ssl_vit.evaluators.detector_body import DetectorBody
+from ssl_vit.evaluators.detr import Detr
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.maps_task import MapsTask
-from ssl_vit.evaluators.pyramid import PyramidBackbone
 from ssl_vit.training.parallel import autocast, loader_workers
 
 log = logging.getLogger("ssl_vit")
@@ -37,28 +38,33 @@ _LOSSES = {
 }
 _HALF = 0.5  # probability from which a pixel is of a mask
 
+Detector: TypeAlias = FasterRCNN | Detr
+
 
 class Detect(MapsTask):
     """Detection task: the sum of a detector's losses, each of which is logged, too."""
 
     progress = ("class", "box")
 
-    def __init__(self, network: FasterRCNN, layer_decay: float) -> None:
+    def __init__(self, network: Detector, layer_decay: float) -> None:
         super().__init__()
         self.network = network
         self.train_encoder(self.backbone.body, "network.backbone.body", layer_decay)
 
     @property
-    def backbone(self) -> PyramidBackbone:
-        """The encoder with its pyramid."""
-        found: PyramidBackbone = self.network.backbone
+    def backbone(self) -> DetectorBody:
+        """The encoder, with its pyramid if there is one."""
+        found: DetectorBody = self.network.backbone
         return found
 
     def forward(self, views: Views, step: int) -> dict[str, Tensor]:
         """Losses of a batch of ``data.coco_images.JitteredObjects``."""
-        images = views.crops[0]
-        found = detection_losses(self.network, list(images), targets_of(views), views.keys)
-        named = {_LOSSES[name]: loss for name, loss in found.items()}
+        images, targets = views.crops[0], targets_of(views)
+        if isinstance(self.network, Detr):
+            named = self.network.losses(images, views.missing_of(0), targets)
+        else:
+            found = detection_losses(self.network, list(images), targets, views.keys)
+            named = {_LOSSES[name]: loss for name, loss in found.items()}
         return {"loss": torch.stack(list(named.values())).sum(), **named}
 
 
@@ -100,7 +106,7 @@ class Detections:
 
 
 @torch.inference_mode()
-def detect(network: FasterRCNN, source: Source, view: View, machine: Machine) -> Detections:
+def detect(network: Detector, source: Source, view: View, machine: Machine) -> Detections:
     """Detect objects in every readable image of a COCO source, resized to fit into ``view.size``.
 
     Raises:
@@ -126,7 +132,7 @@ def detect(network: FasterRCNN, source: Source, view: View, machine: Machine) ->
     return Detections(found, len(bad))
 
 
-def detect_batch(network: FasterRCNN, views: Views) -> list[Found]:
+def detect_batch(network: Detector, views: Views) -> list[Found]:
     """Detections in a batch of ``WholeImages``; ``network`` in evaluation mode."""
     found = []
     for key, size, one in zip(views.keys.tolist(), *_in_images(network, views), strict=True):
@@ -139,7 +145,7 @@ def detect_batch(network: FasterRCNN, views: Views) -> list[Found]:
 
 
 @torch.inference_mode()
-def detect_pixels(network: FasterRCNN, views: Views) -> list[Target]:
+def detect_pixels(network: Detector, views: Views) -> list[Target]:
     """Detections as :func:`detect_batch`, of each image ``boxes``, ``labels``, ``scores`` and, of a
     detector with masks, ``masks``, bool (k, H, W); on the CPU."""
     found = []
@@ -152,13 +158,16 @@ def detect_pixels(network: FasterRCNN, views: Views) -> list[Target]:
 
 
 def _in_images(
-    network: FasterRCNN, views: Views
+    network: Detector, views: Views
 ) -> tuple[list[tuple[int, int]], list[dict[str, Tensor]]]:
     """Height and width of each image, and detections in it: boxes in pixels of the image itself,
     classes from 0, masks of their boxes (k, 1, m, m)."""
     scaled, original = (views.drawn[name].tolist() for name in ("scaled", "original"))
-    inner = [image[:, :h, :w] for image, (h, w) in zip(views.crops[0], scaled, strict=True)]
-    found: list[dict[str, Tensor]] = network(inner)
+    if isinstance(network, Detr):
+        found = network.detections(views.crops[0], views.missing_of(0), scaled)
+    else:
+        inner = [image[:, :h, :w] for image, (h, w) in zip(views.crops[0], scaled, strict=True)]
+        found = network(inner)
     for one, (height, width), (h, w) in zip(found, original, scaled, strict=True):
         boxes = one["boxes"].float()
         one["boxes"] = boxes * boxes.new_tensor([width / w, height / h, width / w, height / h])

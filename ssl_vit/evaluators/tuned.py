@@ -52,7 +52,7 @@ class Tuned(ABC):
     kind: str
     at_once: ClassVar[int]
     labelled: ClassVar[bool] = False
-    packages: ClassVar[tuple[str, ...]] = ()
+    packages: tuple[str, ...] = ()
     transform: ClassVar[dict[str, Any]] = {}
     where: str = "the training images"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN
 
 from ssl_vit.common.config import from_json
 from ssl_vit.common.errors import check
@@ -16,11 +15,13 @@ from ssl_vit.data.base import Source, check_classes
 from ssl_vit.data.coco import coco_of, has_objects
 from ssl_vit.data.coco_images import framed_whole
 from ssl_vit.data.view import View
-from ssl_vit.evaluators.detect import Detections, detect, detect_pixels
+from ssl_vit.evaluators.detect import Detections, Detector, detect, detect_pixels
 from ssl_vit.evaluators.detect_options import DetectOptions
 from ssl_vit.evaluators.detect_pictures import picture_of
 from ssl_vit.evaluators.detect_scores import score_detections
 from ssl_vit.evaluators.detector import HeadSizes, build_detector
+from ssl_vit.evaluators.detector_body import DetectorBody, body_of, checked
+from ssl_vit.evaluators.detr import DetrSizes, build_detr
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.pyramid import backbone_of
 from ssl_vit.evaluators.score import Score
@@ -34,12 +35,14 @@ _BODY = "backbone.body.network.vit."
 
 def detector_of(
     start: Start, options: DetectOptions, classes: int, masks: bool, seed: int
-) -> FasterRCNN:
+) -> Detector:
     """Detector on an encoder, whose weights are copied; all others are a function of ``seed``.
 
     Raises:
-        UserError: an option that the encoder does not allow.
+        UserError: an option that the encoder does not allow, or a library is missing.
     """
+    if options.head == "detr":
+        return _detr_of(start, options, classes, seed)
     backbone = backbone_of(
         start,
         options.frame,
@@ -54,20 +57,30 @@ def detector_of(
     return build_detector(backbone, classes, options.frame, masks, heads, seed)
 
 
+def _detr_of(start: Start, options: DetectOptions, classes: int, seed: int) -> Detector:
+    """DETR on the last map of an encoder."""
+    depth = 0.0 if options.frozen else options.drop_path
+    body = body_of(start, options.frame, 1, options.windows, options.global_blocks, depth)
+    backbone = DetectorBody(body, options.frozen)
+    checked(backbone, start.channels, options.frame)
+    sizes = DetrSizes(options.width, options.queries, options.detections)
+    return build_detr(backbone, classes, options.frame, sizes, seed)
+
+
 class TunedDetector(Tuned):
     """Trained detector; ``masks``: whether it finds masks, too."""
 
-    kind, at_once, packages = "detect", 8, ("pycocotools",)
+    kind, at_once = "detect", 8
     transform: ClassVar[dict[str, Any]] = {
         "crop_ratio": None,
         "placement": "whole, as large as fits, top left in the size",
     }
-    network: FasterRCNN
+    network: Detector
     names: tuple[str, ...]
 
     def __init__(
         self,
-        network: FasterRCNN,
+        network: Detector,
         view: View,
         names: tuple[str, ...],
         masks: bool,
@@ -75,10 +88,13 @@ class TunedDetector(Tuned):
     ) -> None:
         super().__init__(network, view, names)
         self.masks, self.options = masks, options
+        self.packages = ("pycocotools", *(["transformers"] if options.head == "detr" else []))
 
     @property
     def title(self) -> str:
         """Name of the detector's architecture."""
+        if self.options.head == "detr":
+            return "DETR"
         return "Mask R-CNN" if self.masks else "Faster R-CNN"
 
     def writer(self, path: Path, start: Start, step: int) -> Callable[[], None]:

@@ -20,9 +20,9 @@ from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.dense_kinds import Kind
 from ssl_vit.evaluators.dense_tune import DenseNetwork, trainable
 from ssl_vit.evaluators.depth_kind import DepthKind
+from ssl_vit.evaluators.detector_body import set_image_size
 from ssl_vit.evaluators.features import Machine
 from ssl_vit.evaluators.maps import FeatureMaps
-from ssl_vit.evaluators.pyramid import set_image_size
 from ssl_vit.evaluators.score import UNITS, Score
 from ssl_vit.evaluators.segment_kind import SegmentKind
 from ssl_vit.evaluators.start import Start, rebuilt

@@ -43,8 +43,18 @@ _LAST = {
         "Mean average precision on held-out images, %",
         "Of several labels an image, by the network as it is being fine-tuned.",
     ),
-    "class": Scalar("Loss of classes", "Of proposals: which class, or background.", falls=True),
-    "box": Scalar("Loss of boxes", "Of proposals with an object: where its edges are."),
+    "class": Scalar(
+        "Loss of classes", "Of proposals or queries: which class, or none.", falls=True
+    ),
+    "box": Scalar("Loss of boxes", "Of proposals or queries with an object: where its edges are."),
+    "giou": Scalar(
+        "Loss of boxes' overlap",
+        "One minus the generalized IoU of queries with an object, times two.",
+        falls=True,
+    ),
+    "auxiliary": Scalar(
+        "Losses of earlier decoder layers", "Of classes, edges and overlap, in all.", falls=True
+    ),
     "objectness": Scalar(
         "Loss of objectness", "Of anchors: whether an object is there.", falls=True
     ),

@@ -1,6 +1,7 @@
 """Detection's options and mistakes: each told in one line, before anything is written."""
 
 import copy
+import importlib.metadata
 import json
 from dataclasses import replace
 
@@ -54,6 +55,7 @@ def arguments(folder) -> list[str]:
     ]
 
 
+DETR = ("--detect.head", "detr")
 MISTAKES = [
     (("--data.train", "digits"), "--data.train is 'digits'; objects are read from coco:ROOT"),
     (("--data.train", ""), "--data.train is missing"),
@@ -67,6 +69,12 @@ MISTAKES = [
     (("--data.cache", "x"), "--data.cache is 'x'; it has no effect on detect"),
     (("--run.parallel", "fsdp"), "detectors are not sharded"),
     (("--optim.batch-size", "9"), "--optim.batch-size is 9; coco:"),
+    (("--detect.queries", "50"), "--detect.queries is 50; it has no effect on --detect.head rcnn"),
+    ((*DETR, "--detect.queries", "0"), "--detect.queries is 0; it must be 1 or more"),
+    ((*DETR, "--detect.proposals", "64"), "--detect.proposals is 64; it has no effect on"),
+    ((*DETR, "--detect.masks", "yes"), "--detect.head detr finds boxes only: give auto"),
+    ((*DETR, "--detect.width", "12"), "--detect.width is 12; --detect.head detr divides it among"),
+    ((*DETR, "--detect.image-size", "60"), "--detect.image-size is 60x60; it must be divisible by"),
 ]
 
 
@@ -141,17 +149,27 @@ def test_a_validation_file_may_lack_the_last_classes(place, tmp_path):
     assert list(score.per_class) == ["square"]
 
 
-def test_a_missing_library_is_told(place, monkeypatch):
+@pytest.mark.parametrize(
+    ("library", "extra", "more"), [("pycocotools", "detect", ()), ("transformers", "detr", DETR)]
+)
+def test_a_missing_library_is_told(place, monkeypatch, library, extra, more):
     import importlib.util
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *a: None if name == "pycocotools" else real(name, *a),
+        lambda name, *a: None if name == library else real(name, *a),
     )
-    with pytest.raises(UserError, match=r"pip install 'ssl_vit\[detect\]'"):
-        session(place[0])
+    with pytest.raises(UserError, match=rf"pip install 'ssl_vit\[{extra}\]'"):
+        session(place[0], *more)
+
+
+def test_a_version_of_transformers_that_is_too_old_is_told(place, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.0.1")
+    said = r"detr needs transformers 5\.1 or later: .*'ssl_vit\[detr\]' \(there is 5\.0\.1\)"
+    with pytest.raises(UserError, match=said):
+        session(place[0], *DETR)
 
 
 def test_images_have_the_encoders_channels_unless_others_are_asked_for(place, tmp_path):
@@ -217,3 +235,15 @@ def test_the_plan_names_detector_encoder_and_objects(place):
     assert rows["objects"] == "16 in training"
     assert made.images.mean == (0.5,) * 3  # the encoder's own
     assert made.describe_views() == "1 of 64x64 px, large-scale jitter 0.1 to 2"
+    other = session(place[0], *DETR, "--detect.frozen", "True", *windows)
+    rows = dict(other.about())
+    said = "DETR, 2 classes, 100 queries of tokens at stride 8; boxes only, no masks"
+    assert rows["detector"] == said
+    assert rows["trained"] == "decoder and heads; the encoder is frozen"
+    assert not other.training_images().masks
+    assert other.images.warnings == ()
+
+
+def test_images_with_more_objects_than_queries_are_told(place):
+    (said,) = session(place[0], *DETR, "--detect.queries", "1").images.warnings
+    assert "train has 2 objects, more than --detect.queries, 1: those that are left over" in said

@@ -318,21 +318,22 @@ def start_of(arch) -> Start:
 
 
 @pytest.mark.parametrize("arch", ["convnext_atto", "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("kind", ["segment", "depth", "detect"])
+@pytest.mark.parametrize("kind", ["segment", "depth", "detect", "detr"])
 def test_other_networks_of_timm_are_reopened(arch, kind, tmp_path):
     """Of which some have a head of their own, with a norm as the mask transformer's."""
     view, start, path = View((64, 64), 3, (0.5,) * 3, (0.2,) * 3), start_of(arch), tmp_path / "x"
-    if kind == "detect":
-        options = DetectOptions(image_size=(64,), width=8)
-        network = detector_of(start, options, 2, True, 0)
-        made = TunedDetector(network, view, ("a", "b"), True, options)
+    if kind in ("detect", "detr"):
+        head, masks = ("detr", False) if kind == "detr" else ("rcnn", True)
+        options = DetectOptions(image_size=(64,), head=head, width=8)
+        network = detector_of(start, options, 2, masks, 0)
+        made = TunedDetector(network, view, ("a", "b"), masks, options)
     else:
         segment = SegmentKind(SegmentTuneConfig(head="transformer", blocks=4), ("a", "b"))
         of = segment if kind == "segment" else DepthKind(DepthTuneConfig(head="dpt"), 9.0)
         made = TunedPixels(dense_network(start, of, view.size, 0.1, 0), of, view)
     made.writer(path, start, 3)()
     found = open_tuned(path)
-    assert found.kind == kind
+    assert found.kind == ("detect" if kind == "detr" else kind)
     assert found.view == view
     state, same = made.network.state_dict(), found.network.state_dict()
     assert state.keys() == same.keys()

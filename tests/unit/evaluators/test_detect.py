@@ -32,7 +32,8 @@ from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.detect import Detect, Detections, Found, detect_batch, targets_of
 from ssl_vit.evaluators.detect_scores import METRICS, ap_interval, evaluated, score_detections
 from ssl_vit.evaluators.detector import HeadSizes, KeyedSampler, build_detector
-from ssl_vit.evaluators.pyramid import SimplePyramid, backbone_of, set_image_size
+from ssl_vit.evaluators.detector_body import set_image_size
+from ssl_vit.evaluators.pyramid import SimplePyramid, backbone_of
 from ssl_vit.evaluators.start import Start
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.block import recomputing_nothing

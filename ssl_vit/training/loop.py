@@ -21,13 +21,13 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
 from ssl_vit.model.drop_path import batch_share
 from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.clipping import clip_gradients
 from ssl_vit.training.failures import memory_of_a_step
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import (
     Schedule,
     SpikeGuard,
-    clip_gradients,
     guarded_step,
     make_optimizer,
     set_rates,

@@ -131,8 +131,8 @@ class Trainer:
                     scalars = self.update(parts)
                 self.step += 1
                 due = self._due(hooks, runlog, watch)
-                means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
-                if means:
+                lr = self.schedule.lr(self.step - 1)
+                if means := runlog.add(self.step, scalars, lr, self.pace, self.streak):
                     self._check(means, runlog, checkpoints)
                 watch.at(self.step, "saving or probing")
                 if due:
@@ -270,7 +270,7 @@ class Trainer:
                 runlog.warn(self.step, line)
         for line in self.pace.news(self.step):
             runlog.warn(self.step, line)
-        streak = int(self.streak.item())
+        streak = runlog.streak
         if streak >= self.run.max_nonfinite:
             checkpoints.finish()
             raise RunFailed(

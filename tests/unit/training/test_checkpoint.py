@@ -267,7 +267,8 @@ def test_scalars_leave_the_device_together():
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            copies.extend([tuple(args[0].shape)] * (function is torch.ops.aten._to_copy.default))
+            if function is torch.ops.aten._to_copy.default:
+                copies.append(tuple(args[0].shape))
             return function(*args, **(kwargs or {}))
 
     with FakeTensorMode():

@@ -27,7 +27,7 @@ from ssl_vit.evaluators.reopen import open_tuned
 from ssl_vit.evaluators.tuned import Tuned
 from ssl_vit.model.attention import cls_attention
 from ssl_vit.model.encoder import Encoder, Features
-from ssl_vit.training.parallel import resolve_device
+from ssl_vit.training.parallel import exact_kernels, resolve_device
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
@@ -51,6 +51,7 @@ class LoadedEncoder:
 
     def __init__(self, name: str, module: Encoder, view: View, device: torch.device) -> None:
         self.name, self.module, self.view, self.device = name, module, view, device
+        exact_kernels(device)
         ready(module, device)
         self._normalize = Normalize(view.mean, view.std).to(device)
 
@@ -146,6 +147,7 @@ class LoadedModel:
         self.name, self.kind, self.classes = name, tuned.kind, tuned.names
         self.module, self.view, self.device = tuned.network, tuned.view, device
         self._tuned = tuned
+        exact_kernels(device)
         tuned.ready(device)
 
     @torch.inference_mode()

@@ -28,7 +28,7 @@ from ssl_vit.evaluators.features import ready
 from ssl_vit.evaluators.watch import bounded
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pictures.thumbnails import as_rgb
-from ssl_vit.training.parallel import resolve_device
+from ssl_vit.training.parallel import prepare_device, resolve_device
 
 log = logging.getLogger("ssl_vit")
 _BATCH = 8
@@ -133,7 +133,9 @@ def prepare(config: PictureConfig, most: int) -> Visualized:
     backbone = open_backbone(config.encoder, config.seed, config.size)
     channels = backbone.view.channels
     source = find_images(config.images, config.data, channels, most, config.seed)
-    return Visualized(source, backbone, resolve_device(config.device))
+    device = resolve_device(config.device)
+    prepare_device(device)
+    return Visualized(source, backbone, device)
 
 
 def images_of(scene: Visualized) -> Tensor:

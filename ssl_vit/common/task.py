@@ -93,7 +93,8 @@ class Views:
         operation, which it could not without waiting for the device.
         """
         free = device.type == "cuda"
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=free))
+        moving = replace(self, photometric=[]) if free else self
+        moved = moving._each(lambda tensor: tensor.to(device, non_blocking=free))
         return replace(moved, photometric=self.photometric) if free else moved
 
     def pin_memory(self) -> Views:
@@ -103,15 +104,7 @@ class Views:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = [
-            *self.crops,
-            self.keys,
-            self.labels,
-            *self.photometric,
-            *self.boxes,
-            *self.missing,
-        ]
-        return sum(t.nbytes for t in (*tensors, *self.missing, *self.drawn.values()))
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Views:
         return Views(
@@ -191,6 +184,12 @@ class Task(nn.Module):
     def place_of(self, name: str) -> Place:
         """Place of the parameter of this name, for the options that scale rates by it."""
         return Place()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the precision that they have, also within autocast, which would round them."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

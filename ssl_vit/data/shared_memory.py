@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 
 from ssl_vit.common.errors import RunFailed
+from ssl_vit.common.free_memory import memory_here
 from ssl_vit.common.waiting import local_processes
 
 log = logging.getLogger("ssl_vit")
@@ -52,25 +54,29 @@ def affordable(batch: int, workers: int, prefetch: int, held: int = 2) -> int:
     return ahead
 
 
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of pinned memory that copies of tensors of so many bytes take: torch rounds each up to
+    a power of two."""
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+
 def pinnable(batch: int, workers: int, prefetch: int, memory: int | None = None) -> int:
     """Batches that each worker can prepare ahead where each is copied to pinned memory, which is
     never paged out: at most ``prefetch``, at least one, so that the copies of all processes take
-    an eighth of the machine's memory.
+    an eighth of the machine's memory, or of what a container or a scheduler leaves of it.
 
     Args:
-        batch: bytes of a batch, which torch rounds up to a power of two; 0: unknown.
-        memory: of the machine, in bytes; None: what it says.
+        batch: bytes of the copy of a batch (:func:`pinned_bytes`); 0: unknown.
+        memory: in bytes; None: what the machine says.
     """
     if not batch or not workers:
         return prefetch
-    memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    own = memory // _PINNED // local_processes(os.environ)
-    copy = 1 << (batch - 1).bit_length()
-    ahead = max(1, min(prefetch, own // (workers * copy)))
+    own = (memory or memory_here()) // _PINNED // local_processes(os.environ)
+    ahead = max(1, min(prefetch, own // (workers * batch)))
     if ahead < prefetch:
         log.info(
             "each of %d data workers prepares %d batches ahead, not %d: %s of pinned memory",
-            *(workers, ahead, prefetch, mebibytes(ahead * workers * copy)),
+            *(workers, ahead, prefetch, mebibytes(ahead * workers * batch)),
         )
     return ahead
 

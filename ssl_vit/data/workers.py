@@ -24,7 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.waiting import local_processes
 from ssl_vit.data.packing import Packed, packed
-from ssl_vit.data.shared_memory import SHARED_MEMORY, affordable, pinnable, remedy, room_now
+from ssl_vit.data.shared_memory import (
+    SHARED_MEMORY,
+    affordable,
+    pinnable,
+    pinned_bytes,
+    remedy,
+    room_now,
+)
 
 # Signs of a lack of memory or of file descriptors, in messages of torch and of Python.
 _MEMORY = ("can't allocate memory", "Cannot allocate memory", "MemoryError")
@@ -62,8 +69,8 @@ def load(
     if not workers:
         return iter(DataLoader(images, collate_fn=collate, **options))
     try:
-        size = _batch_bytes(images, batches)
-        prefetch = pinnable(size, workers, prefetch) if pin else prefetch
+        size, copied = _batch_bytes(images, batches)
+        prefetch = pinnable(copied, workers, prefetch) if pin else prefetch
         ahead = affordable(size, workers, prefetch, held)
         if claim:
             claim(float(local_processes(os.environ) * (workers * ahead + held) * size))
@@ -100,16 +107,19 @@ def _quiet(worker: int) -> None:
 # --- in the main process ------------------------------------------------------------------------
 
 
-def _batch_bytes(images: Dataset[Any], batches: Iterable[list[Any]]) -> int:
-    """Bytes of the first batch, from one of its images; 0: unknown."""
+def _batch_bytes(images: Dataset[Any], batches: Iterable[list[Any]]) -> tuple[int, int]:
+    """Bytes of the first batch, and of its copy in pinned memory, from one of its images; 0:
+    unknown."""
     first = next(iter(batches), [])
     whole = getattr(images, "__getitems__", None)
     if not first or whole is None:
-        return 0
+        return 0, 0
     try:
-        return whole(first[:1]).nbytes * len(first)
+        one, n = whole(first[:1]), len(first)
     except UserError:  # unreadable images, which the worker will report
-        return 0
+        return 0, 0
+    sizes = [tensor.nbytes * n for tensor in one.views.tensors()] if hasattr(one, "views") else []
+    return one.nbytes * n, pinned_bytes(sizes or [one.nbytes * n])
 
 
 def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.evaluators.linear_heads import SIGMA
+from ssl_vit.model.execution import repeatable_attention
 
 _QUERY_SIGMA = 0.02
 _HEAD_WIDTH = 64
@@ -54,6 +55,7 @@ class AttentiveHead(nn.Module):
             torch.manual_seed(key)
             blocks = [Block(width, heads, qkv_bias=True) for _ in range(depth - 1)]
         self.blocks = nn.Sequential(*blocks)
+        repeatable_attention(self.blocks)
 
     def pool(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b q d"]:
         """Answers to the queries.
@@ -90,7 +92,7 @@ class AttentiveHead(nn.Module):
         """Numbers that an image of so many tokens takes while training, about."""
         asked, width = self.heads * len(self.query), self.key.shape[0]
         wide = width * (2 * asked + tokens * (1 + 16 * len(self.blocks)))
-        return wide + asked * tokens * 2
+        return wide + asked * tokens * 2 + self.heads * tokens**2 * 2 * len(self.blocks)
 
 
 def alike(head: AttentiveHead, settings: Sequence[float]) -> dict[float, AttentiveHead]:

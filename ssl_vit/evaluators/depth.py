@@ -208,8 +208,11 @@ def greatest_depth(material: MapMaterial, config: DepthOptions) -> float:
 
 
 def _repeatable() -> AbstractContextManager[Any]:
-    """Convolutions on CUDA by algorithms whose sums have one order, so that a score repeats."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    """Convolutions on CUDA by algorithms whose sums have one order, so that a score repeats, and in
+    float32: what is not named here goes back to torch's defaults, of which TF32 is one."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
 
 
 def card(config: DepthOptions, material: MapMaterial, most: float) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,6 +20,7 @@ from ssl_vit.evaluators.frozen import training_batches
 from ssl_vit.evaluators.options import Head
 from ssl_vit.evaluators.patch_heads import WEIGHT_DECAY, WHAT, patch_heads_loss
 from ssl_vit.evaluators.tokens import Material
+from ssl_vit.model.execution import repeatable_attention
 
 _HIDDEN = 512
 _HEAD_WIDTH, _MOST_HEADS = 64, 12
@@ -67,14 +67,12 @@ class MaskTransformer(nn.Module):
 
     def _initialize(self, inner: int) -> None:
         """Truncated normal weights, zero biases; normal ones of variance 1/inner last."""
-        part: Any
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=_STD)
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
-            if hasattr(part, "fused_attn"):
-                part.fused_attn = False  # its gradients are summed in any order on CUDA
+        repeatable_attention(self)
         nn.init.trunc_normal_(self.embedding, std=_STD)
         for last in (self.of_patches, self.of_classes):
             nn.init.normal_(last.weight, std=inner**-0.5)

@@ -207,9 +207,9 @@ class LeanResidual(nn.Module):
         raise NotImplementedError
 
     def _add(self, to: Tensor, x: Tensor, branch: Any, drop: nn.Module) -> Tensor:
-        if self.whole or not isinstance(drop, DropPath):
+        if not isinstance(drop, DropPath):
             return to + drop(branch(x, None))
-        return drop.add(to, x, branch)
+        return drop.add_whole(to, branch(x, None)) if self.whole else drop.add(to, x, branch)
 
 
 class LeanBlock(LeanResidual, Block):

@@ -116,6 +116,17 @@ class DropPath(layers.DropPath):
             return x
         return x * (self._factors(self.draw(len(x)), x) * self._scale)
 
+    def add_whole(
+        self, to: Float[Tensor, "n ..."], found: Float[Tensor, "n ..."]
+    ) -> Float[Tensor, "n ..."]:
+        """``to + self(found)``, in the precision of ``to``: in bfloat16, 1 / 0.9 is 1.109."""
+        if not self.training or self.drop_prob == 0:
+            return to + found
+        return self._sum(to, found, self.draw(len(found)))
+
+    def _sum(self, to: Tensor, found: Tensor, keeps: Bool[Tensor, " n"]) -> Tensor:
+        return torch.add(to, found * self._factors(keeps, found), alpha=self._scale)
+
     @staticmethod
     def _factors(keeps: Bool[Tensor, " n"], like: Tensor) -> Tensor:
         """0 or 1 for each row."""
@@ -142,8 +153,7 @@ class DropPath(layers.DropPath):
         if kept == len(x):
             return torch.add(to, branch(x, None), alpha=self._scale)
         if computed >= len(x):
-            found = branch(x, None)
-            return torch.add(to, found * self._factors(keeps, found), alpha=self._scale)
+            return self._sum(to, branch(x, None), keeps)
         # Those that are kept come first, in order.
         rows = keeps.int().argsort(descending=True, stable=True)[:computed]
         rows = without_wait(rows, x.device)

@@ -66,3 +66,12 @@ def choose_attention(module: nn.Module, device: torch.device) -> None:
             part.fused_attn = device.type != "cpu"
         if isinstance(part, LeanResidual) and device.type == "cuda":
             part.whole = True
+
+
+def repeatable_attention(module: nn.Module) -> None:
+    """Attention by matrix products, in place, for scores that repeat: the gradients of CUDA's fused
+    kernels are summed in any order."""
+    part: Any
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ssl_vit.common.distributed import all_reduce_mean
+from ssl_vit.common.task import product
 
 
 class Center(nn.Module):
@@ -44,7 +45,7 @@ class Center(nn.Module):
         count, 0 for padding."""
         if self.training:
             rows = outputs.detach()
-            total = rows.sum(0) if valid is None else valid @ rows
+            total = rows.sum(0) if valid is None else product(valid, rows)
             count = rows.new_full((), len(rows)) if valid is None else valid.sum()
             self._seen.append(torch.cat([total, count[None]]))
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ssl_vit.common.distributed import all_reduce_mean
+from ssl_vit.common.task import product
 from ssl_vit.objectives.centering import Center
 from ssl_vit.objectives.row_blocks import row_blocks
 from ssl_vit.objectives.sinkhorn import sinkhorn_knopp, unevenness
@@ -72,8 +73,8 @@ class Targets(nn.Module):
         each = torch.empty_like(weights)
         for block in row_blocks(targets):
             each[block] = torch.special.entr(targets[block]).sum(-1)
-        entropy = each @ weights
-        share = weights @ targets
+        entropy = product(each, weights)
+        share = product(weights, targets)
         found = {
             "teacher_entropy": entropy,
             "teacher_entropy_share": entropy / math.log(max(2, targets.shape[1])),
@@ -82,5 +83,5 @@ class Targets(nn.Module):
         if self.center is not None:
             return found | {"center_norm": self.center.value.norm()}
         counted = (weights > 0).to(targets.dtype)
-        total = all_reduce_mean(counted @ targets)
+        total = all_reduce_mean(product(counted, targets))
         return found | {"unevenness": unevenness(total / total.sum().clamp(min=tiny))}

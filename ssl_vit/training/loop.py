@@ -21,13 +21,13 @@ from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import BadImages, Batch
 from ssl_vit.model.drop_path import batch_share
 from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.clipping import clip_gradients
 from ssl_vit.training.failures import memory_of_a_step
 from ssl_vit.training.health import Alarm
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.optim import (
     Schedule,
     SpikeGuard,
-    clip_gradients,
     guarded_step,
     make_optimizer,
     set_rates,
@@ -131,8 +131,8 @@ class Trainer:
                     scalars = self.update(parts)
                 self.step += 1
                 due = self._due(hooks, runlog, watch)
-                means = runlog.add(self.step, scalars, self.schedule.lr(self.step - 1), self.pace)
-                if means:
+                lr = self.schedule.lr(self.step - 1)
+                if means := runlog.add(self.step, scalars, lr, self.pace, self.streak):
                     self._check(means, runlog, checkpoints)
                 watch.at(self.step, "saving or probing")
                 if due:
@@ -270,7 +270,7 @@ class Trainer:
                 runlog.warn(self.step, line)
         for line in self.pace.news(self.step):
             runlog.warn(self.step, line)
-        streak = int(self.streak.item())
+        streak = runlog.streak
         if streak >= self.run.max_nonfinite:
             checkpoints.finish()
             raise RunFailed(

@@ -50,6 +50,9 @@ _LINE_SECONDS = 10.0
 class RunLog:
     """Run log: accumulates scalars on the device, and writes their means every ``every`` steps.
 
+    Attributes:
+        streak: of steps in a row that were skipped, up to the last row.
+
     Args:
         folder: the run's; files are written by the main process only.
         start, total: first and last step; rows of an earlier attempt after ``start`` are dropped.
@@ -74,8 +77,8 @@ class RunLog:
         self.folder, self.energy, self.guard = folder, energy, guard
         self.start, self.total, self.every = start, total, every
         self.images_per_step, self.main, self.shown = images_per_step, main, shown
-        self.sums: dict[str, Tensor] = {}
-        self.finite: dict[str, Tensor] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # by names: sums, and how many were finite
+        self.streak = 0
         self.paused: dict[str, float] = {}
         self.count, self.step = 0, start
         self.smoothed = SmoothedRate()
@@ -105,30 +108,37 @@ class RunLog:
             self.progress.start()
 
     def add(
-        self, step: int, scalars: dict[str, Tensor], lr: float, pace: StepTimes
+        self,
+        step: int,
+        scalars: dict[str, Tensor],
+        lr: float,
+        pace: StepTimes,
+        streak: Tensor | None = None,
     ) -> dict[str, float]:
         """Add the scalars of step ``step`` (counted from 1); returns their means if a row was due.
 
-        Nothing is read from the device between rows. ``pace``: of all steps since the last row.
+        Nothing is read from the device between rows. ``pace``: of all steps since the last row;
+        ``streak``: how many steps in a row were skipped, this one the last.
         """
-        for name, value in scalars.items():
-            value = value.detach().float()
-            finite = torch.isfinite(value)
-            # A skipped step's NaN would hide the other steps of the interval.
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
-            self.finite[name] = self.finite.get(name, 0) + finite.float()
+        names = tuple(scalars)
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        finite = torch.isfinite(values)
+        # A skipped step's NaN would hide the other steps of the interval.
+        both = torch.stack([torch.where(finite, values, 0), finite.float()])
+        self.sums[names] = self.sums.get(names, 0) + both
         self.count, self.step = self.count + 1, step
-        return self._flush(step, lr, pace) if self.due(step) else {}
+        return self._flush(step, lr, pace, streak) if self.due(step) else {}
 
     def due(self, step: int) -> bool:
         """True if a row is written after ``step`` steps."""
         return step % self.every == 0 or step == self.total
 
-    def _flush(self, step: int, lr: float, pace: StepTimes) -> dict[str, float]:
-        means, joules = self._means()
+    def _flush(
+        self, step: int, lr: float, pace: StepTimes, streak: Tensor | None
+    ) -> dict[str, float]:
+        row, joules = self._means(streak)
         seconds = time.perf_counter() - self.since
         rate = self.images_per_step * self.count / seconds
-        row = dict(zip(self.sums, means, strict=True))
         waited, own = pace.take(self.count)
         row |= {"lr": lr, "images_per_s": rate, "waiting": waited / seconds}
         row |= self.paused | ({"energy_j": joules} if math.isfinite(joules) else {})
@@ -140,17 +150,24 @@ class RunLog:
             self.file.write(json.dumps({"step": step, "process_s": shown}) + "\n")
         self.smoothed.add(self.count, seconds)
         self._log_line(step, row, SHARED if pace.cores.shared else "")
-        self.sums, self.finite, self.count, self.paused = {}, {}, 0, {}
+        self.sums, self.count, self.paused = {}, 0, {}
         self.since = time.perf_counter()
         return row
 
-    def _means(self) -> tuple[list[float], float]:
+    def _means(self, streak: Tensor | None) -> tuple[dict[str, float], float]:
         """Means of the scalars since the last row, over steps and processes, and joules of all
         processes: NaN unless all devices have a counter. One copy from the device."""
-        rows, n = [*self.sums.values(), *self.finite.values()], len(self.sums)
-        own = rows[0].new_full((), self.energy.take())
-        found = all_reduce_mean(torch.stack([*rows, own])).cpu()
-        return (found[:n] / found[n : 2 * n]).tolist(), float(found[-1]) * rank_and_world()[1]
+        rows = torch.cat(list(self.sums.values()), dim=1)
+        own = rows.new_full((1,), self.energy.take())
+        last = rows.new_zeros(1) if streak is None else streak.view(1)
+        found = all_reduce_mean(torch.cat([rows.flatten(), own, last])).cpu()
+        self.streak = round(float(found[-1]))  # the same in all processes
+        totals: dict[str, Tensor] = {}  # steps may differ in what they name
+        names = [name for names in self.sums for name in names]
+        for name, of_steps in zip(names, found[:-2].view(2, -1).unbind(1), strict=True):
+            totals[name] = totals.get(name, 0) + of_steps
+        means = {name: float(total / count) for name, (total, count) in totals.items()}
+        return means, float(found[-2]) * rank_and_world()[1]
 
     def warn(self, step: int, line: str) -> None:
         """Log a warning, also to metrics.jsonl and as text in TensorBoard."""

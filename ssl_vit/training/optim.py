@@ -3,20 +3,16 @@ skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import compress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from ssl_vit.common.config import OptimConfig, RunConfig
-from ssl_vit.common.distributed import all_reduce_mean, local, rank_and_world
+from ssl_vit.common.distributed import all_reduce_mean, rank_and_world
 from ssl_vit.common.errors import check
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Task
@@ -146,42 +142,6 @@ def optimizer_parts(optimizer: AdamW) -> list[tuple[str, str]]:
     share = count / sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     what = f"{len(muons)} matrices of blocks, {share:.0%} of the trained parameters"
     return [("optimizer", f"Muon for {what}; AdamW for all else")]
-
-
-def clip_gradients(
-    parameters: list[nn.Parameter], config: OptimConfig, networks: Sequence[str] = ()
-) -> Tensor:
-    """Clip gradients as configured; returns the global norm before clipping, on the device.
-
-    Of sharded parameters each process holds its rows; norms are of the whole tensors. ``networks``:
-    the network of each parameter, for clipping by network.
-    """
-    found = [p.grad for p in parameters if p.grad is not None]
-    gradients = [local(g) for g in found]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    if isinstance(found[0], DTensor):
-        squares = norms.square()
-        dist.all_reduce(squares)
-        norms = squares.sqrt()
-    total = norms.norm()
-    if config.clip > 0:
-        of = norms if config.clip_by == "parameter" else total.expand_as(norms)
-        if config.clip_by == "network":
-            moved = [p.grad is not None for p in parameters]
-            same = _same(tuple(compress(networks, moved)), norms.device, norms.dtype)
-            of = (same @ norms.square()).sqrt()
-        factors = (config.clip / (of + 1e-6)).clamp(max=1.0)
-        if config.clip_by == "global":  # a factor for each takes a launch for each, on GPUs
-            torch._foreach_mul_(gradients, factors[0])
-        else:
-            torch._foreach_mul_(gradients, list(factors.unbind()))
-    return total
-
-
-@lru_cache(maxsize=4)
-def _same(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(n, n): 1 where two names are the same."""
-    return torch.tensor([[a == b for b in names] for a in names], device=device, dtype=dtype)
 
 
 class SpikeGuard:

@@ -166,16 +166,22 @@ def start_parallel(
 
 
 def prepare_device(device: torch.device) -> None:
-    """Set this process up for its device, before anything is computed.
-
-    On CUDA cuDNN's attention is off: it plans for each shape, batch included, and its gradients of
-    a single query were reported as NaN. So is TF32 in cuDNN's convolutions: float32 means it.
-    """
+    """Set this process up for its device, before anything is computed."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    exact_kernels(device)
+    reuse_memory(device)
+
+
+def exact_kernels(device: torch.device) -> None:
+    """Switch off what is not exact on CUDA, for the whole process.
+
+    That is cuDNN's attention: it plans for each shape, batch included, and its gradients of a
+    single query were reported as NaN; and TF32 in cuDNN's convolutions: float32 means it.
+    """
+    if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cudnn.allow_tf32 = False
-    reuse_memory(device)
 
 
 def stop_parallel() -> None:

@@ -34,16 +34,33 @@ def own_part(
 
     Tensors named in ``whole``, and scalars, are written by the first process.
     """
-    part = {}
+    part, scalars = {}, {} if rank else _scalars(state)
     for name, value in state.items():
         if isinstance(value, DTensor):
             value = local(value)
         elif name not in whole and value.ndim:
             value = value.detach()[rows_of(len(value), rank, world)]
+        elif name in scalars:
+            part[name] = scalars[name]
+            continue
         elif rank:
             continue
         part[name] = value.detach().to("cpu", copy=True).contiguous()
     return part
+
+
+def _scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars of a state on the CPU, in one copy of each kind: AdamW counts the steps of each
+    parameter on its own."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, value in state.items():
+        if not (value.ndim or isinstance(value, DTensor)):
+            kinds.setdefault((value.device, value.dtype), {})[name] = value.detach()
+    return {
+        name: value.clone()
+        for some in kinds.values()
+        for name, value in zip(some, torch.stack(list(some.values())).cpu(), strict=True)
+    }
 
 
 def moments(task: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The notebook's way in: an encoder that takes images as they come."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,23 @@ def test_the_lines_of_the_readme(folder, paths, tmp_path, monkeypatch):
 def test_what_it_says_of_itself(folder):
     said = repr(ssl_vit.load_encoder(folder / "run"))
     assert "vit_tiny_patch16_224, 32 features, 3 channels of 16x24 pixels, patch 4" in said
+
+
+def test_on_cuda_float32_means_it(folder, monkeypatch):
+    """No device is there: the settings are made before the weights are moved to it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
+    try:
+        for device, exact in (("cpu", False), ("cuda", True)):
+            torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            with contextlib.suppress(AssertionError, RuntimeError):
+                ssl_vit.load_encoder(folder / "run", device=device)
+            assert torch.backends.cudnn.allow_tf32 is not exact
+            assert torch.backends.cuda.cudnn_sdp_enabled() is not exact
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_the_package_itself_imports_nothing():

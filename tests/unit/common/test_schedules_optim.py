@@ -12,9 +12,9 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Place, Task
+from ssl_vit.training.clipping import clip_gradients
 from ssl_vit.training.optim import (
     Schedule,
-    clip_gradients,
     guarded_step,
     make_optimizer,
     set_rates,

@@ -1,7 +1,11 @@
 """Batches of views: moved whole, parts of them, and second draws from the same samples."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.common.seeds import fold, uniform
 from ssl_vit.common.task import Views
@@ -47,6 +51,31 @@ def test_everything_is_moved(how, monkeypatch):
             assert a.data_ptr() != b.data_ptr() or not a.numel()
             assert torch.equal(a, b)
     assert how == "to" or len(moved) == 13
+
+
+def test_what_the_host_uses_is_not_copied_to_cuda():
+    """Tensors are fake; those of the others are all copied."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            copies.extend([args[0].shape] * (function is torch.ops.aten._to_copy.default))
+            return function(*args, **(kwargs or {}))
+
+    real = made()
+    with FakeTensorMode() as fake:
+        views = real._each(fake.from_tensor)
+        with Copies():
+            other = views.to(torch.device("cuda", 0))
+    assert len(copies) == 11
+    assert other.photometric is views.photometric
+    there = {t.device.type for t in tensors(dataclasses.replace(other, photometric=[]))}
+    assert there == {"cuda"}
+
+
+def test_bytes_are_those_of_each_tensor():
+    views = made()
+    assert views.nbytes == sum(t.numel() * t.element_size() for t in tensors(views))
 
 
 def test_a_second_draw_is_independent_and_a_function_of_the_first():

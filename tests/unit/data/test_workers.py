@@ -1,5 +1,6 @@
 """Data workers that fail, die or have no room: one line for each, and none stays behind."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -53,11 +54,31 @@ def batches(source: Source, count: int = 2):
 
 @pytest.mark.parametrize(
     ("batch", "workers", "ahead"),
-    [(616, 16, 1), (77, 16, 4), (256, 16, 4), (257, 16, 2), (9999, 16, 1), (9999, 0, 4), (0, 2, 4)],
+    [(616, 16, 1), (128, 16, 4), (256, 16, 4), (257, 16, 3), (9999, 16, 1), (9, 0, 4), (0, 2, 4)],
 )
 def test_pinned_memory_is_bounded_by_bytes(batch, workers, ahead):
-    """An eighth of 128 GiB, of batches rounded up to powers of two; one of each worker at least."""
+    """An eighth of 128 GiB; one batch of each worker at least."""
     assert pinnable(batch * MIB, workers, 4, memory=128 << 30) == ahead
+
+
+def test_pinned_memory_is_the_containers(monkeypatch):
+    monkeypatch.setattr(shared_memory, "memory_here", lambda: 8 << 30)
+    assert pinnable(256 * MIB, 2, 4) == 2
+
+
+def test_each_tensor_is_rounded_up_to_a_power_of_two(monkeypatch):
+    """Of 3 images of 8 x 8 x 3 the pixels: 576 bytes. Their sum alone would be rounded less."""
+    asked = []
+    monkeypatch.setattr(
+        workers, "pinnable", lambda size, count, prefetch: asked.append(size) or prefetch
+    )
+    images = EvalImages(Noise(8), (8, 8), 1.0, 3)
+    list(load(images, [[0, 1, 2]], 1, pin=True))
+    views = images.__getitems__([0, 1, 2]).views
+    sizes = [tensor.nbytes for tensor in views.tensors()]
+    assert views.crops[0].nbytes == 576
+    assert asked == [sum(2 ** math.ceil(math.log2(size)) for size in sizes if size)]
+    assert asked[0] > 2 ** math.ceil(math.log2(sum(sizes)))
 
 
 @pytest.mark.parametrize(("pin", "ahead"), [(True, 1), (False, 4)])

@@ -9,10 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_vit.evaluators import knn
+from ssl_vit.evaluators import depth, knn
+from ssl_vit.evaluators.attentive_head import AttentiveHead
 from ssl_vit.evaluators.knn import summed_votes, votes_by_products
 from ssl_vit.evaluators.linear import LinearProtocol, fit_linear_heads
 from ssl_vit.evaluators.patch_heads import patch_heads_loss, upsampled
+from ssl_vit.evaluators.segment_heads import MaskTransformer
 from tests.unit.feature_sets import blobs, normal, tagged
 
 # What torch.use_deterministic_algorithms says of CUDA, of operations that may occur in a score.
@@ -29,6 +31,7 @@ UNSTABLE = (
     "histc",
     "kthvalue",
     "median",
+    "_scaled_dot_product",  # fused; of gradients alone, but where the CPU has it, CUDA has it, too
 )
 
 
@@ -82,6 +85,28 @@ def test_patch_heads():
     logits = normal(2, 3, 5, 4, 6).requires_grad_()
     with stable():
         patch_heads_loss(logits, torch.randint(0, 5, (2, 16, 24)), 255).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "head", [AttentiveHead(12, 3, 2, 3, False, 0), MaskTransformer(12, 3)], ids=["probe", "masks"]
+)
+def test_heads_with_attention(head):
+    maps = normal(4, 5, 12) if isinstance(head, AttentiveHead) else normal(2, 12, 3, 4)
+    with stable():
+        head(maps).square().sum().backward()
+
+
+def test_convolutions_of_the_depth_probe_are_in_float32():
+    """And by one algorithm, whatever was set before."""
+    before = torch.backends.cudnn.allow_tf32
+    for set_before in (True, False):
+        torch.backends.cudnn.allow_tf32 = set_before
+        with depth._repeatable():
+            assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.deterministic
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.allow_tf32 == set_before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("size", [(8, 6), (2, 9), (4, 3), (37, 50)])

@@ -137,6 +137,21 @@ def test_rows_computed_for_nothing_change_nothing(kept, kind, monkeypatch):
     assert torch.equal(found[0][0][~keeps], torch.ones(IMAGES - kept, 3, 5))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_what_is_computed_whole_is_scaled_exactly(kind):
+    """A branch in bfloat16, too, whose own 1 / 0.9 would be 1.109; elsewhere nothing is scaled."""
+    module, found = DropPath(0.1).train(), torch.linspace(-1, 1, 500).view(100, 5).to(kind)
+    to = torch.ones(100, 5)
+    with batch_share(0, 1, 100, KEY):
+        keeps = module.draw(100)
+    with batch_share(0, 1, 100, KEY):
+        out = module.add_whole(to, found)
+    assert 0 < int(keeps.sum()) < 100
+    assert torch.equal(out[~keeps], to[~keeps])
+    torch.testing.assert_close(out[keeps], to[keeps] + found[keeps].float() / 0.9)
+    assert torch.equal(module.eval().add_whole(to, found), to + found)
+
+
 def test_nothing_of_a_branch_is_kept_for_its_sum():
     """What stochastic depth itself keeps for backward is which rows it was."""
     kept: list[int] = []

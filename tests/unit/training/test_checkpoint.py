@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit.common.distributed import rows_of
 from ssl_vit.common.errors import RunFailed, UserError
@@ -257,6 +259,27 @@ def test_parts_put_together(tmp_path, world):
     for start in range(6):
         for stop in range(start, 6):
             assert torch.equal(parts.read("a", slice(start, stop)), state["a"][start:stop])
+
+
+def test_scalars_leave_the_device_together():
+    """One copy of each kind: AdamW has a count of steps of each parameter. Tensors are fake."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                copies.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        state = {f"{i}::step": torch.zeros((), device="cuda") for i in range(50)}
+        state |= {"a": torch.ones(4, 3, device="cuda"), "n": torch.ones((), device="cuda").int()}
+        copies.clear()
+        with Copies():
+            found = own_part(state, set(), 0, 1)
+    assert sorted(copies) == [(1,), (4, 3), (50,)]
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    assert {name: v.shape for name, v in found.items()} == {n: v.shape for n, v in state.items()}
 
 
 def test_a_blank_copy_has_no_weights_of_its_own():

@@ -11,7 +11,7 @@ import torch
 from ssl_vit.benchmarks import trial
 from ssl_vit.commands.pretraining import build
 from ssl_vit.common.errors import RunFailed
-from ssl_vit.common.free_memory import free_in_group
+from ssl_vit.common.free_memory import free_in_group, limit_of_group, memory_here
 from ssl_vit.pretrain import parse_options
 from ssl_vit.training.footprint import free_memory
 from tests.integration.conftest import TINY
@@ -31,9 +31,11 @@ def test_the_narrowest_of_the_groups_around_decides(tmp_path):
     limit(root / "job" / "step", "max", 300)
     limit(root / "job" / "step" / "task", "800", 100)
     assert free_in_group("job/step/task", root) == 300
+    assert limit_of_group("job/step/task", root) == 800
+    assert limit_of_group("job/step", root) == 1000
     limit(root / "job" / "step" / "task", "800", 600, unused_files=50)
     assert free_in_group("job/step/task", root) == 250
-    assert free_in_group("elsewhere", root) == math.inf
+    assert free_in_group("elsewhere", root) == limit_of_group("elsewhere", root) == math.inf
     limit(root, "90", 0)  # as a container sees its own
     assert free_in_group("", root) == 90
 
@@ -41,7 +43,7 @@ def test_the_narrowest_of_the_groups_around_decides(tmp_path):
 def test_processes_of_a_machine_share_its_memory():
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     alone, among_four = (free_memory(torch.device("cpu"), n) for n in (1, 4))
-    assert 0 < alone < machine
+    assert 0 < alone < memory_here() <= machine
     assert among_four == pytest.approx(alone / 4, rel=0.2)
 
 

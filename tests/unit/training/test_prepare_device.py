@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ssl_vit.commands.gallery import prepare
+from ssl_vit.commands.picture_options import PictureConfig
 from ssl_vit.training.parallel import Parallel, reuse_memory, start_parallel
+from tests.contract import tiny
 
 WORLD = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -45,6 +48,14 @@ def test_a_cpu_has_none_of_it(calls):
     assert calls == [("group", "gloo")]
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert not Parallel(0, 1, parallel.device).watchdog(1.0).ends
+
+
+def test_pictures_set_it_up_too(calls):
+    torch.backends.cudnn.allow_tf32 = True
+    encoder = str(tiny.encoder_file())
+    scene = prepare(PictureConfig(encoder=encoder, images=("digits:val",), device="cuda:1"), 2)
+    assert calls == [("device", scene.device)]
+    assert not torch.backends.cudnn.allow_tf32
 
 
 class OldLibrary:

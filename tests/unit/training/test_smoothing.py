@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_vit.records.run_folder import Run
 from ssl_vit.records.status import Status
@@ -17,6 +18,7 @@ from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.run_files import METRICS_FILE, read_rows
 from ssl_vit.training.smoothing import SmoothedRate
+from tests.unit.training.test_clipping import Launches
 
 CPU = torch.device("cpu")
 
@@ -96,7 +98,8 @@ def test_a_terminal_shows_the_same(tmp_path, monkeypatch):
 
 
 def test_a_row_is_one_exchange_and_one_copy(log, monkeypatch):
-    """Of all scalars, how often each was finite, and joules: a device is waited for once."""
+    """Of all scalars, how often each was finite, joules, and how many steps in a row were skipped:
+    a device is waited for once."""
     asked = []
     real = metrics.all_reduce_mean
     monkeypatch.setattr(metrics, "all_reduce_mean", lambda x: asked.append(x.shape) or real(x))
@@ -104,7 +107,33 @@ def test_a_row_is_one_exchange_and_one_copy(log, monkeypatch):
     for value in (1.0, math.nan, 2.0):
         scalars = {"loss": torch.tensor(value), "kl": torch.tensor(4.0)}
         log.every, log.now = 3, log.now + 1.0
-        log.add(log.step + 1, scalars, 1e-3, StepTimes(Parallel(0, 1, CPU)))
-    assert asked == [(5,)]
+        streak = torch.tensor(value + 3)
+        log.add(log.step + 1, scalars, 1e-3, StepTimes(Parallel(0, 1, CPU)), streak)
+    assert asked == [(6,)]
+    assert log.streak == 5
     row = read_rows(log.folder / METRICS_FILE)[-1]
     assert (row["loss"], row["kl"], row["energy_j"]) == (1.5, 4.0, 7.5)
+
+
+def test_steps_may_differ_in_what_they_name(log):
+    """A mean is over those that name it, and are finite."""
+    log.every = 4
+    for named in ({"loss": 1.0}, {"b": 8.0, "loss": 3.0}, {"b": math.inf}, {"loss": 5.0}):
+        scalars = {name: torch.tensor(value) for name, value in named.items()}
+        log.now += 1.0
+        row = log.add(log.step + 1, scalars, 1e-3, StepTimes(Parallel(0, 1, CPU)))
+    assert (row["loss"], row["b"]) == (3.0, 8.0)
+
+
+def test_kernels_of_a_step_are_as_many_for_any_number_of_scalars(log):
+    """On a GPU; tensors are fake."""
+    log.every, counts = 1000, []
+    with FakeTensorMode():
+        for n in (1, 30):
+            scalars = {f"{n} {i}": torch.empty((), device="cuda") for i in range(n)}
+            for _ in range(2):
+                with Launches() as seen:
+                    log.add(log.step + 1, scalars, 1e-3, StepTimes(Parallel(0, 1, CPU)))
+            counts.append(seen.count)
+    log.sums = {}
+    assert counts[0] == counts[1] <= 10

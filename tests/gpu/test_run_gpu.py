@@ -114,7 +114,7 @@ def test_a_curve_is_the_cpus(method, folder, device, say):
     there, here = (curve.reshape(10, 20).mean(1) for curve in curves)
     say(f"{method}: loss after 200 steps {there[-1]:.5f}, on the CPU {here[-1]:.5f}; at most")
     say(f"  {abs(there / here - 1).max():.2e} apart in means of 20 steps")
-    assert here[-1] < 0.99 * here[0]
+    assert np.ptp(here) > 0.05 * here.mean()  # DINO's rises at first
     np.testing.assert_allclose(there, here, rtol=0.02)
 
 

@@ -46,8 +46,8 @@ def parts(device: str) -> Iterator[Part]:
 
 def _tests(name: str, asks: str, least: float, most: float) -> Part:
     file = _TESTS / f"test_{name}_gpu.py"
-    arguments = ("-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}")
-    arguments += ("--tb=line", "--disable-warnings", str(file))
+    options = ("-s", "-q", "-p", "no:cacheprovider", "--tb=line", "--disable-warnings")
+    arguments = ("-m", "pytest", *options, "--junitxml", "{out}", str(file))
     return Part(name, asks, arguments, least, most, ("pytest", "beartype"), (file,))
 
 

@@ -6,8 +6,14 @@ Options are read before torch is imported: what measures is imported late.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+from ssl_vit.commands import device_needs
+
+if __name__ == "__main__" and sys.argv[1:2] == ["device"]:
+    device_needs.refuse_missing()  # of which what follows imports some
 
 from ssl_vit.commands import detection_options, device_options, quality_options, scenes_options
 from ssl_vit.commands.benchmark_options import BENCHMARKS, check_out

@@ -23,6 +23,9 @@ from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.task import Task
 from ssl_vit.training.parallel import prepare_device
 
+# Steps of a repeat where the host runs ahead of the device, as in training; elsewhere it is one.
+_AHEAD = {"cuda": 8}
+
 
 def step_peers(method: str, against: str) -> dict[str, type[Peer]]:
     """Peers named in ``--against``.
@@ -44,6 +47,7 @@ class StepComparison(Comparison):
     def __init__(self, method: str, work: Workload, make: Callable[[], Task], config: Any) -> None:
         super().__init__(work, make, config)
         self.peers = step_peers(method, config.against)
+        self.steps = _AHEAD.get(work.device.type, 1)
 
     def sizes(self) -> dict[str, Any]:
         """Batch size and crops."""

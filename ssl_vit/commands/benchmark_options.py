@@ -60,7 +60,8 @@ class StepConfig(_Shared[M]):
     batch_size: int = 8
     """Images of one step: noise, without photometric operations, which loader measures."""
     repeats: int = 5
-    """Timed steps, and as many again for the breakdown of a step."""
+    """Timed steps (on CUDA each is eight, without a wait between them), and as many again for the
+    breakdown of a step."""
     warm_up: int = 3
     """Untimed steps before them."""
     baseline: str = ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ssl_vit.benchmarks.device import Outcome, carry_out, markdown, steps_table
+from ssl_vit.benchmarks.device import Outcome, Part, carry_out, markdown, steps_table
 from ssl_vit.benchmarks.measured import machine, machine_card
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.device_options import DeviceConfig
@@ -36,10 +38,9 @@ def prove(config: DeviceConfig) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
-    for part in parts(device.type):
-        left = 60 * config.minutes - (time.perf_counter() - started)
-        outcomes[part.name] = carry_out(part, left, wanted)
-        _report_part(part.name, part.asks, outcomes[part.name])
+    for part, outcome in carried_out(list(parts(device.type)), 60 * config.minutes, wanted):
+        outcomes[part.name] = outcome
+        _report_part(part.name, part.asks, outcome)
         _keep(out, config, device, outcomes)
     table = steps_table(outcomes)
     if table.rows:
@@ -48,6 +49,23 @@ def prove(config: DeviceConfig) -> int:
         print(out / name)
     print(f"done in {duration(time.perf_counter() - started)}")
     return int(any(outcome.state == "failed" for outcome in outcomes.values()))
+
+
+def carried_out(asked: list[Part], seconds: float, device: str) -> Iterator[tuple[Part, Outcome]]:
+    """Parts and their outcomes, one after another, all within so many seconds; those that need no
+    device run beside the others, in turn, and come last."""
+    end = time.perf_counter() + seconds
+
+    def outcome(part: Part) -> Outcome:
+        return carry_out(part, end - time.perf_counter(), device)
+
+    aside = ThreadPoolExecutor(1)
+    try:
+        waiting = [(part, aside.submit(outcome, part)) for part in asked if part.beside]
+        yield from ((part, outcome(part)) for part in asked if not part.beside)
+        yield from ((part, future.result()) for part, future in waiting)
+    finally:  # one that is interrupted waits for nothing
+        aside.shutdown(wait=False, cancel_futures=True)
 
 
 def _report_part(name: str, asks: str, outcome: Outcome) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssl_vit.benchmarks.device import MEASURED
 from ssl_vit.training.parallel import prepare_device
+from tests.conftest import ROOT
 
 HERE = Path(__file__).parent
 REHEARSED = os.environ.get("SSL_VIT_REHEARSE", "")
@@ -32,12 +34,18 @@ def device() -> torch.device:
     return chosen
 
 
+def surroundings(**more: str) -> dict[str, str]:
+    """Environment of a process that imports this checkout, and what this process may import."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path} | more
+
+
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     """Print a line of what was measured, whatever pytest captures."""
 
     def line(text: str) -> None:
         with capsys.disabled():
-            print(f"\n    {text}", end="")
+            print(f"\n{MEASURED}{text}", flush=True)
 
     return line

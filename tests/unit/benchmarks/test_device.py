@@ -1,8 +1,12 @@
 """The conductor of the ten minutes on a device, on processes that end in each way."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,11 @@ import pytest
 from ssl_vit.benchmark import main
 from ssl_vit.benchmarks import own_process
 from ssl_vit.benchmarks.device import Outcome, Part, carry_out, markdown, steps_table
+from ssl_vit.commands import device_needs
+from ssl_vit.commands.device import carried_out
 from ssl_vit.commands.device_parts import parts
 from ssl_vit.common.errors import UserError
+from tests.conftest import ROOT
 from tests.forks import SPAWNS
 
 
@@ -28,6 +35,63 @@ def test_a_part_that_passes_gives_its_report():
 def test_a_part_that_fails_gives_its_last_words():
     outcome = carry_out(python("print('before'); raise SystemExit('no memory')"), 60.0, "cpu")
     assert (outcome.state, outcome.said) == ("failed", ["before", "no memory"])
+
+
+def test_what_a_failed_part_has_instead_is_tried():
+    """Our numbers are there where a peer ends a comparison; why it did is said."""
+    part = Part("part", "", ("-c", "raise SystemExit('no peer')"), 0.0, otherwise=("-c", "print()"))
+    outcome = carry_out(part, 60.0, "cpu")
+    assert outcome.state == "passed"
+    assert outcome.said == ["failed at first (no peer), then run as: -c print()"]
+    late = Part("part", "", ("-c", "raise SystemExit('no peer')"), 59.99, otherwise=("-c", ""))
+    assert carry_out(late, 60.0, "cpu").state == "failed"
+
+
+def test_a_part_has_a_limit_of_its_own():
+    outcome = carry_out(python("import time; time.sleep(60)", most=1.0), 60.0, "cpu")
+    assert outcome.state == "out of time"
+    assert outcome.seconds < 30
+
+
+def test_a_part_out_of_time_keeps_what_it_has_measured():
+    """And its last words; it is interrupted, so that it may write what it knows."""
+    code = (
+        "import json, time\nprint('=> 3 ms'); print('begun')\ntry: time.sleep(60)\n"
+        "except KeyboardInterrupt: open(r'{out}', 'w').write(json.dumps(dict(images=3)))"
+    )
+    outcome = carry_out(python(code, most=4.0), 60.0, "cpu")
+    assert (outcome.state, outcome.found) == ("out of time", {"images": 3})
+    assert outcome.said == ["3 ms", "begun"]
+
+
+TESTS = ("-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}")
+
+
+def of_tests(folder: Path, text: str, **options) -> Part:
+    (folder / "test_it.py").write_text(text)
+    arguments = (*TESTS, "--rootdir", str(folder), str(folder / "test_it.py"))
+    return Part("tests", "", arguments, **({"least": 0.0} | options))
+
+
+def test_tests_that_are_interrupted_are_counted_as_far_as_they_came(tmp_path):
+    text = "import os, signal\ndef test_a():\n    print('\\n=> 3 ms')\n"
+    text += "def test_b():\n    assert 1 == 2\n"
+    text += "def test_c():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    outcome = carry_out(of_tests(tmp_path, text), 60.0, "cpu")
+    assert outcome.found["failure"] == 1
+    assert outcome.said == ["3 ms", "test_b: assert 1 == 2"]
+
+
+def test_a_part_all_of_whose_tests_are_skipped_has_not_passed(tmp_path):
+    text = "import pytest\npytestmark = pytest.mark.skip('of CUDA')\ndef test_a(): pass\n"
+    outcome = carry_out(of_tests(tmp_path, f"{text}def test_b(): pass\n"), 60.0, "cpu")
+    assert (outcome.state, outcome.said) == ("left out", ["of CUDA"])
+
+
+def test_a_file_of_tests_that_cannot_be_imported_says_why(tmp_path):
+    outcome = carry_out(of_tests(tmp_path, "import no_such_module\n"), 60.0, "cpu")
+    assert outcome.state == "failed"
+    assert outcome.said[0].endswith("ModuleNotFoundError: No module named 'no_such_module'")
 
 
 def test_a_part_out_of_time_leaves_no_process_behind(tmp_path):
@@ -62,17 +126,14 @@ def test_what_cannot_be_run_is_said(tmp_path):
 
 
 def test_tests_are_counted_and_failures_named(tmp_path):
-    file = tmp_path / "test_it.py"
-    file.write_text(
-        "import pytest\ndef test_a():\n    print('\\n    3 ms')\ndef test_b():\n    assert 1 == 2\n"
+    text = (
+        "import pytest\ndef test_a():\n    print('\\n=> 3 ms')\ndef test_b():\n    assert 1 == 2\n"
         "def test_c():\n    pytest.skip('of CUDA')\n"
     )
-    arguments = ("-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}")
-    outcome = carry_out(Part("tests", "", (*arguments, str(file)), least=0.0), 120.0, "cpu")
+    outcome = carry_out(of_tests(tmp_path, text), 120.0, "cpu")
     assert outcome.state == "failed"
     assert outcome.found == {"tests": 3, "failure": 1, "error": 0, "skipped": 1}
-    assert outcome.said[0] == "3 ms"
-    assert outcome.said[-1] == "test_b: assert 1 == 2"
+    assert outcome.said == ["3 ms", "test_b: assert 1 == 2"]
 
 
 @pytest.mark.parametrize(
@@ -94,32 +155,59 @@ def test_files_and_recipes_of_all_parts_are_there():
     for device in ("cpu", "cuda"):
         for part in parts(device):
             assert not part.missing, part
-    names = [part.name for part in parts("cuda")]
-    assert len(set(names)) == len(names)
+        names = [part.name for part in parts(device)]
+        assert len(set(names)) == len(names)
+
+
+def test_all_parts_may_begin_within_nine_minutes():
+    """Even if each but the last takes all that it may need at least; none may take them all."""
+    asked = [part for part in parts("cuda") if not part.beside]
+    assert sum(part.least for part in asked) < 540
+    assert all(part.most <= 200 for part in asked)
+
+
+def test_a_peer_that_fails_costs_only_the_comparison():
+    for part in parts("cuda"):
+        if "--against" in part.arguments and part.arguments[-1] != "none":
+            assert part.otherwise == (*part.arguments[:-1], "none")
+
+
+def test_parts_that_need_no_device_run_beside_the_others(tmp_path):
+    """Each waits for a file of the other's; they are given no device."""
+    wait = "import os, pathlib, time\nopen({mine!r}, 'w').close()\n"
+    wait += "while not pathlib.Path({other!r}).exists(): time.sleep(0.05)\n"
+    wait += "print('=> rehearsed:', os.environ.get('SSL_VIT_REHEARSE'))"
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    here = python(wait.format(mine=one, other=two))
+    aside = python(wait.format(mine=two, other=one), beside=True)
+    found = list(carried_out([aside, here], 30.0, "cuda"))
+    assert [part for part, _ in found] == [here, aside]
+    assert [outcome.state for _, outcome in found] == ["passed", "passed"]
+    assert found[1][1].said == ["rehearsed: cpu"]
 
 
 def test_a_step_stands_in_the_table_beside_its_prediction(tmp_path, monkeypatch):
     """That of a real, small step; its encoder is not one that scale was asked for."""
     monkeypatch.setattr(own_process, "multiprocessing", SPAWNS)
-    small = next(part for part in parts("cpu") if part.name == "mae_vit_b16 eager")
+    small = next(part for part in parts("cpu") if part.name.startswith("mae_vit_b16 eager"))
     *module, measured = small.arguments[:3]
     assert (module, measured) == (["-m", "ssl_vit.benchmark"], "step")
     report = tmp_path / "step.json"
     assert main([part.replace("{out}", str(report)) for part in small.arguments[2:]]) == 0
     outcome = Outcome("passed", found=json.loads(report.read_text()))
     row = steps_table({small.name: outcome}).rows[0]
-    assert row[0] == "mae_vit_b16 eager, 2"
+    assert row[0] == "mae_vit_b16 eager, 8"
     assert float(row[1].replace(",", "")) > 0
     assert row[6] == "?"
     kept = {"fixed": 2**30, "per_image": 2**29}
     state = {"1": {"total": 3 * 2**30}}
-    sizes = [{"name": "a", "state": state, "activations": {"kept": kept}}]
-    outcome.found["options"]["encoder"] |= {"arch": "a", "depth": 0}
-    both = {small.name: outcome, "scale mae": Outcome("passed", found={"sizes": sizes})}
-    assert steps_table(both).rows[0][6] == "5.0 GiB"
+    recipe = {"name": "mae_vit_b16", "state": state, "activations": {"kept": kept}}
+    outcome.found["options"]["encoder"] |= {"depth": 0}
+    both = {small.name: outcome, "scale mae": Outcome("passed", found={"recipes": [recipe]})}
+    assert steps_table(both).rows[0][6] == "8.0 GiB"
     page = markdown(steps_table(both), "today, a GPU")
     assert page.splitlines()[2].startswith("|  | images/s |")
-    assert page.splitlines()[4].startswith("| mae_vit_b16 eager, 2 |")
+    assert page.splitlines()[4].startswith("| mae_vit_b16 eager, 8 |")
 
 
 def test_without_time_the_report_says_so(tmp_path, capsys):
@@ -131,6 +219,26 @@ def test_without_time_the_report_says_so(tmp_path, capsys):
     assert {part["state"] for part in report["parts"].values()} == {"not begun"}
     assert len(report["parts"]) == len(list(parts("cpu")))
     assert "not begun" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_one_line_before_it_is_imported():
+    """Without the folder of packages; as many commands bring them as there are kinds of places."""
+    door = [sys.executable, "-S", "-m", "ssl_vit.benchmark", "device"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(door, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: not installed: torch, ")
+    assert " -d wheels --no-deps --only-binary=:all: --python-version 3." in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_all_that_the_project_needs_is_looked_for():
+    """But for what no part imports; with what tyro needs, and what the tests do."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {re.split("[<>=]", text)[0] for text in project["dependencies"]}
+    more = {"docstring-parser", "typeguard", "pytest", "beartype"}
+    assert set(device_needs.NEEDED) == asked - set(device_needs.UNUSED) | more
+    assert device_needs.missing() == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import mmap
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ssl_vit.benchmarks.own_process import OwnProcess
 from ssl_vit.benchmarks.peers_dino import OriginalDINO
 from ssl_vit.benchmarks.peers_mae import OriginalMAE
 from ssl_vit.benchmarks.side import PeakMemory
+from ssl_vit.benchmarks.step import StepComparison
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.methods.dino import DINO
@@ -73,6 +75,13 @@ def ours(request):
         shared, kind = work(SMALL_DINO, replace(TINY, drop_path=0.3), BATCH), DINO
     make = lambda: kind(shared.method, shared.encoder, 3)  # noqa: E731
     return OurStep.build(shared, make, RunConfig())
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 1), ("cuda", 8)])
+def test_the_host_runs_ahead_of_a_device_in_a_repeat(device, steps):
+    shared = replace(work(SMALL_MAE, SINCOS, BATCH), device=torch.device(device))
+    made = StepComparison("mae", shared, lambda: None, SimpleNamespace(against="none"))
+    assert made.steps == steps
 
 
 def test_our_views_are_ready_as_the_peers_are(ours):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
             parts = [own] if whole else [own.norm1, own.attn, own.norm2, own.mlp]
             for part in parts:
                 part.compile(dynamic=False)
+
+
+def nothing_compiled(compiled: bool) -> AbstractContextManager[object]:
+    """Inside, what was ``compiled`` runs as it was written: a probe has sizes of batches and of
+    images of its own, for each of which the compiler would make other kernels.
+
+    The compiler is not so much as imported where nothing was.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def checkpoint_activations(module: nn.Module) -> None:

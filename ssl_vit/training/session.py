@@ -29,7 +29,12 @@ from ssl_vit.data.loader import BadImages, TrainImages, train_batches
 from ssl_vit.data.photometric import left_out
 from ssl_vit.data.shard_order import order_of
 from ssl_vit.model.encoder import parameter_count
-from ssl_vit.model.execution import checkpoint_activations, choose_attention, compile_blocks
+from ssl_vit.model.execution import (
+    checkpoint_activations,
+    choose_attention,
+    compile_blocks,
+    nothing_compiled,
+)
 from ssl_vit.training.checkpoint import Checkpoints, clean
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.loop import Hook, Trainer
@@ -294,7 +299,7 @@ def train(session: Session) -> int:
         def probe(step: int) -> Callable[[], object] | None:
             checkpoints.finish()  # else completed only after the probe, which may take long
             whole = trainer.whole()
-            return partial(session.probe, whole.eval(), step, runlog) if main else None
+            return partial(_probe, session, whole.eval(), step, runlog) if main else None
 
         hooks = [
             Hook("saving_s", saving, save, when_stopped=True),
@@ -302,6 +307,12 @@ def train(session: Session) -> int:
         ]
         bad = BadImages(session.images.train, data.max_bad)
         return trainer.train(batches, bad, runlog, hooks, checkpoints)
+
+
+def _probe(session: Session, whole: Task, step: int, log: RunLog) -> None:
+    """Probe with its own sizes of images and of batches, for which nothing is compiled."""
+    with nothing_compiled(session.config.run.compile):
+        session.probe(whole, step, log)
 
 
 def every(text: str, option: str, steps_per_epoch: int) -> int:

@@ -15,15 +15,17 @@ from ssl_vit.methods import method_names
 from tests.conftest import ROOT
 
 SCRIPT = """
-import functools, json, sys
+import functools, json, shutil, sys, tempfile
 import torch
 from torch import nn
 from ssl_vit.benchmarks.speed import trainer_midway
+from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import Batch
 from ssl_vit.evaluators.options import TuneConfig
 from ssl_vit.model.execution import choose_attention, compile_blocks
+from ssl_vit.training.session import prepare_folder, train
 from tests.contract import tiny
 from tests.unit.commands.test_finetune import batch, tuned
 
@@ -45,6 +47,27 @@ def fine_tuning():
     return trainer, [Batch(batch(key=key)) for key in range(4)]
 
 
+def graphs_now():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def probes():
+    seen, probe, out = [], Pretraining.probe, tempfile.mkdtemp()
+    made = tiny.session("mae", "--run.compile", "True", "--run.out", out)
+
+    def counted(*args):
+        before = graphs_now()
+        probe(*args)
+        seen.append((before, graphs_now()))
+
+    Pretraining.probe = counted
+    prepare_folder(made)
+    train(made)
+    shutil.rmtree(out)
+    return seen
+
+
+print(json.dumps(["probes", probes()]), flush=True)
 for name in sys.argv[1:]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -55,7 +78,7 @@ for name in sys.argv[1:]:
     for batch_ in batches:
         trainer.update([batch_])
         trainer.step += 1
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        graphs.append(graphs_now())
     print(json.dumps([name, graphs]), flush=True)
 """
 NAMES = (*method_names(), "finetune")
@@ -79,3 +102,9 @@ def test_no_step_after_the_second_compiles(name, graphs):
     first, second, *_, last = graphs[name]
     assert first > 0
     assert second == last
+
+
+def test_a_probe_compiles_nothing(graphs):
+    """Its batches have other sizes; the steps before it compiled."""
+    ((before, after),) = graphs["probes"]
+    assert before == after > 0

@@ -55,7 +55,7 @@ class DetectorBody(nn.Module):
         return found
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
-        """What a detector sees: the maps."""
+        """Feature maps, all that a detector sees of the images."""
         return self.maps(images)
 
 

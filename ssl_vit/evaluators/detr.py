@@ -30,7 +30,7 @@ _WEIGHTS = (1.0, 5.0, 2.0)  # of classes, boxes' edges and their overlap: of los
 _LEAST = 1e-6
 
 Pairs = list[tuple[Int64[Tensor, " k"], Int64[Tensor, " k"]]]
-"""For each image queries, and the objects that they are matched with."""
+"""Queries of each image, and the objects that they are matched with."""
 Matcher = Callable[[dict[str, Tensor], list[Target]], Pairs]
 
 

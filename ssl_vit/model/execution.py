@@ -37,8 +37,8 @@ def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
 
 
 def nothing_compiled(compiled: bool) -> AbstractContextManager[object]:
-    """Inside, what was ``compiled`` runs as it was written: a probe has sizes of batches and of
-    images of its own, for each of which the compiler would make other kernels.
+    """Context in which ``compiled`` blocks run as they were written: a probe has sizes of batches
+    and of images of its own, for each of which the compiler would make other kernels.
 
     The compiler is not so much as imported where nothing was.
     """

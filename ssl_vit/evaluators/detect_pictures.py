@@ -20,6 +20,7 @@ from ssl_vit.pictures.thumbnails import as_rgb
 
 _SIDE = 400  # pixels of a picture; small images are enlarged, so that names fit
 _SURE = 0.3  # score from which a detection is drawn
+_FEW = 1  # detections drawn besides two for each annotated object
 
 
 def picture_of(
@@ -46,13 +47,13 @@ def picture_of(
         boxes, numbers = torch.from_numpy(objects.boxes), objects.numbers.tolist()
         drawing = _drawing(boxes, numbers, [""] * len(numbers), masks, coco.classes or (), at)
         truth.append(drawing._replace(nothing="no objects"))
-        guesses.append(_guess(one, classes, at))
+        guesses.append(_guess(one, classes, at, _FEW + 2 * len(numbers)))
     return detections_panel(np.stack(images), truth, guesses)
 
 
-def _guess(one: Found, names: Sequence[str], at: Placement) -> Drawing:
-    """Likely detections."""
-    keep = (one.scores >= _SURE).nonzero().flatten().tolist()
+def _guess(one: Found, names: Sequence[str], at: Placement, most: int) -> Drawing:
+    """Likely detections, ``most`` at most: a weak detector has many, which hide each other."""
+    keep = (one.scores >= _SURE).nonzero().flatten().tolist()[:most]
     masks = None
     if one.masks is not None:
         height, width = at.image

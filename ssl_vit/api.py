@@ -116,7 +116,8 @@ def load_encoder(
             timm; a Hugging Face folder; ``timm:NAME``; ``random:`` before any of them.
         size: height and width that images are resized to, or one number for both, divisible by the
             patch size; None: those of the encoder.
-        device: auto, cpu, cuda, cuda:1 or mps.
+        device: auto, cpu, cuda, cuda:1 or mps. On CUDA, TF32 convolutions and cuDNN's attention
+            are turned off in this process.
 
     Raises:
         UserError: no such encoder, its weights do not fit, or it is no plain ViT.
@@ -190,7 +191,7 @@ def load_model(name: str | Path, device: str = "auto") -> LoadedModel:
 
     Args:
         name: its run folder, or its file: ``model.safetensors``, ``detector.safetensors``.
-        device: auto, cpu, cuda, cuda:1 or mps.
+        device: as of :func:`load_encoder`.
 
     Raises:
         UserError: there is none, it is of another version, or its tensors do not match.

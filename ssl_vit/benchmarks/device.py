@@ -1,4 +1,4 @@
-"""Proof on a device: checks that only a GPU can make, each part a process, cheapest first.
+"""Proof on a device: checks that only a GPU can make, each part a process, what matters most first.
 
 A part is a file of tests or a benchmark by its own door. One that fails, takes too long, or has no
 time left, stops none of the others, and keeps what it has measured.
@@ -161,10 +161,11 @@ def _read(outcome: Outcome, out: Path, lines: list[str]) -> None:
     was ended or left no report."""
     text = out.read_text() if out.exists() else ""
     outcome.said = [line.removeprefix(MEASURED) for line in lines if line.startswith(MEASURED)]
-    if text.startswith("<"):
-        _read_tests(outcome, text)
-    elif text:
-        outcome.found = json.loads(text)
+    with suppress(ElementTree.ParseError, ValueError):  # one that was ended may have cut its report
+        if text.startswith("<"):
+            _read_tests(outcome, text)
+        elif text:
+            outcome.found = json.loads(text)
     if outcome.state == "out of time" or (outcome.state == "failed" and not text):
         last = [line for line in lines if line.strip() and not line.startswith(MEASURED)]
         outcome.said += last[-_KEPT:]

@@ -16,6 +16,7 @@ from ssl_vit.benchmarks.speed import wait
 from ssl_vit.common.config import EncoderConfig, OptimConfig
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.training.footprint import flop_counter
+from ssl_vit.training.parallel import exact_kernels
 
 S = TypeVar("S", bound="Side")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -97,6 +98,7 @@ class Side:
         cls.load()
         if work.device.type == "cuda":  # libraries may put things on the device that is set
             torch.cuda.set_device(work.device)
+            exact_kernels(work.device)
         random.seed(work.seed)
         torch.manual_seed(work.seed)
         memory = PeakMemory(work.device)

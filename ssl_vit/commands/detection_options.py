@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from ssl_vit.commands.benchmark_options import check_out
 from ssl_vit.common.checks import check_given, check_least
 from ssl_vit.common.config import EncoderConfig, RunConfig
+from ssl_vit.common.errors import check
 from ssl_vit.common.layers import COMMAND_LINE, parse
 from ssl_vit.evaluators.detect_options import DetectOptions
 
@@ -44,6 +45,8 @@ class DetectionConfig:
         check_least(self, 0, "warm_up")
         check_least(self, 32, "sizes")  # the stride of the coarsest level
         check_least(self.detect, 1, "windows")
+        head = self.detect.head
+        check(head == "rcnn", f"--detect.head is {head!r}; beside torchvision's is rcnn alone")
         check_out(self.out)
 
     def framed(self, size: int, windows: int) -> DetectOptions:

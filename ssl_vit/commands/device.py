@@ -53,7 +53,7 @@ def prove(config: DeviceConfig) -> int:
 
 def carried_out(asked: list[Part], seconds: float, device: str) -> Iterator[tuple[Part, Outcome]]:
     """Parts and their outcomes, one after another, all within so many seconds; those that need no
-    device run beside the others, in turn, and come last."""
+    device run beside the others, in turn, and come when they are done."""
     end = time.perf_counter() + seconds
 
     def outcome(part: Part) -> Outcome:
@@ -62,7 +62,10 @@ def carried_out(asked: list[Part], seconds: float, device: str) -> Iterator[tupl
     aside = ThreadPoolExecutor(1)
     try:
         waiting = [(part, aside.submit(outcome, part)) for part in asked if part.beside]
-        yield from ((part, outcome(part)) for part in asked if not part.beside)
+        for part in (part for part in asked if not part.beside):
+            yield part, outcome(part)
+            while waiting and waiting[0][1].done():
+                yield waiting[0][0], waiting.pop(0)[1].result()
         yield from ((part, future.result()) for part, future in waiting)
     finally:  # one that is interrupted waits for nothing
         aside.shutdown(wait=False, cancel_futures=True)

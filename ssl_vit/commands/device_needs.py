@@ -46,9 +46,8 @@ def remedy(packages: list[str]) -> str:
     python, names = f"{sys.version_info.major}.{sys.version_info.minor}", " ".join(packages)
     return (
         "with a network: python3 -m pip install -e '.[test]'; without one, where there is one: "
-        "python3 -m pip download -d wheels --no-deps --only-binary=:all: "
-        f"--python-version {python} {names}; and here: "
-        f"python3 -m pip install --no-deps --no-index --find-links wheels {names}"
+        f"python3 -m pip download -d wheels --only-binary=:all: --python-version {python} {names}; "
+        f"and here: python3 -m pip install --no-index --find-links wheels {names}"
     )
 
 

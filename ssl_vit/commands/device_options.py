@@ -17,8 +17,8 @@ _PROG = "python -m ssl_vit.benchmark device"
 class DeviceConfig:
     """Proof on a GPU: numbers against the CPU, waits of the host, NaN, memory, attention kernels,
     the steps of published recipes, eager and compiled, beside peers; kill and resume. One line a
-    part, cheapest first; parts without time left are reported. No network is needed, but a checkout
-    with its tests."""
+    part, numbers before speed; parts without time left are reported. No network is needed, but
+    a checkout with its tests."""
 
     minutes: float = 10.0
     """No part is begun without the time it may need, and none goes on beyond this."""

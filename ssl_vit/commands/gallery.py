@@ -124,7 +124,7 @@ def find_images(
 
 
 def prepare(config: PictureConfig, most: int) -> Visualized:
-    """Scene of a picture's options, with at most ``most`` images of a source.
+    """Images, encoder and device of a picture's options, with at most ``most`` images of a source.
 
     Raises:
         UserError: the images or the encoder are missing or cannot be opened.
@@ -139,7 +139,7 @@ def prepare(config: PictureConfig, most: int) -> Visualized:
 
 
 def images_of(scene: Visualized) -> Tensor:
-    """Images of a scene, as of :func:`read_images`, with a warning if their values are far from
+    """Images to show, as of :func:`read_images`, with a warning if their values are far from
     those that the encoder was trained on.
 
     Raises:

@@ -32,6 +32,7 @@ from ssl_vit.evaluators.watch import Watch, bounded, labelled_only, why_no_knn
 from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.execution import nothing_compiled
 from ssl_vit.records.recording import by_signal, recorded
 from ssl_vit.training.metrics import RunLog, note_outcome
 from ssl_vit.training.run_files import CONFIG_FILE, complete
@@ -94,7 +95,8 @@ def _carry_out(
             return 130 if stopped == signal.SIGINT else RESUMABLE
         session.task = session.trainer.whole()
         if session.parallel.main:
-            outcome = results(session)
+            with nothing_compiled(session.config.run.compile):
+                outcome = results(session)
             session.guard()
             if note.writes:
                 note_outcome(session.out, session.trainer.step, session.options(), outcome)

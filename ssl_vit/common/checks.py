@@ -92,7 +92,8 @@ def check_file(out: str, what: str = "", *suffixes: str) -> None:
     """Files to write, by ``--out``: in a folder that is there; where ``what`` it is has suffixes,
     with one of them. Empty passes."""
     path = Path(out).expanduser()
-    fits = not (out and suffixes) or (path.suffix.lower() in suffixes and not path.is_dir())
+    check(not (out and suffixes and path.is_dir()), f"--out is {out!r}, a folder; name a file")
+    fits = not (out and suffixes) or path.suffix.lower() in suffixes
     check(fits, f"--out is {out!r}; {what}, its name must end in {''.join(suffixes[:1])}")
     check(path.parent.is_dir(), f"--out is {out!r}; there is no folder {str(path.parent)!r}")
 

@@ -2,7 +2,7 @@
 
 The decoder layers and the matcher are those of transformers. The encoder of DETR, a CNN and six
 layers, is the network that is evaluated; there is no dropout, as what is learned must not depend on
-how a batch is split.
+how many processes share a batch. Accumulated parts have a mean over objects each.
 """
 
 from __future__ import annotations

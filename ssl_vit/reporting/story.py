@@ -45,6 +45,12 @@ class Scored:
         return self.of in (RANDOM, GIVEN)
 
     @property
+    def scratch(self) -> bool:
+        """True for a network that was tuned from random weights."""
+        encoder = self.card.get("encoder")
+        return isinstance(encoder, dict) and str(encoder.get("given")).startswith("random:")
+
+    @property
     def first(self) -> float:
         """Value of the first metric, whose interval is given, in percent."""
         return next(iter(self.score.metrics.values()))

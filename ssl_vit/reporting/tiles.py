@@ -74,7 +74,8 @@ def _tile(label: str, value: str, note: str) -> dict[str, str]:
 def _probe_tile(story: Story) -> dict[str, str]:
     """The closing score of what was learnt; without one, that of the run's own linear.json."""
     own = [s for s in story.scores if s.own and s.evaluator in ("linear", *TUNED)]
-    closing = [s for s in own if s.of or s.evaluator in TUNED]
+    beside = story.run.method not in TUNED  # a training from scratch, to compare with
+    closing = [s for s in own if s.of or (s.evaluator in TUNED and not (beside and s.scratch))]
     found = closing or [s for s in own if s.file.name == "linear.json"]
     if not found and story.run.method in TUNED:
         return _tile(evaluator(story.run.method), _NOTHING, "measured at the end")

@@ -16,6 +16,8 @@ from ssl_vit.common.config import OptimConfig
 from ssl_vit.common.distributed import local
 
 _LOOPS = ("cpu",)  # devices whose kernels for many tensors are loops
+# Numbers of a gradient up to which its factor is spread to it: 256 KiB of float32.
+_SPREAD = 1 << 16
 
 
 def clip_gradients(
@@ -54,7 +56,8 @@ def multiply_each(gradients: list[Tensor], factors: Float[Tensor, " n"]) -> None
     """Multiply each gradient by a factor of its own, in place.
 
     With lists of tensors torch's kernels for many at once want pairs of equal shapes, and start one
-    for each pair otherwise. So on GPUs the factors of all gradients of one shape are spread to it.
+    for each pair otherwise. So on GPUs the factors of all gradients of one shape are spread to it,
+    but for large ones, where to write and read them again costs more than a start.
     """
     each = factors.unbind()
     if factors.device.type in _LOOPS:
@@ -66,8 +69,9 @@ def multiply_each(gradients: list[Tensor], factors: Float[Tensor, " n"]) -> None
     ordered = torch.stack([each[i] for places in shapes.values() for i in places])
     counts = [len(places) for places in shapes.values()]
     for (shape, places), own in zip(shapes.items(), ordered.split(counts), strict=True):
-        if len(places) == 1:
-            gradients[places[0]].mul_(own[0])
+        if len(places) == 1 or shape.numel() > _SPREAD:
+            for i, factor in zip(places, own.unbind(), strict=True):
+                gradients[i].mul_(factor)
             continue
         spread = own.view(-1, *[1] * len(shape)).expand(-1, *shape).contiguous()
         torch._foreach_mul_([gradients[i] for i in places], list(spread.unbind()))

@@ -228,7 +228,7 @@ def test_what_is_not_installed_is_one_line_before_it_is_imported():
     done = subprocess.run(door, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: not installed: torch, ")
-    assert " -d wheels --no-deps --only-binary=:all: --python-version 3." in done.stderr
+    assert " -d wheels --only-binary=:all: --python-version 3." in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -128,7 +128,9 @@ def test_files_to_write(tmp_path, monkeypatch):
     for out in ("", "a.png", "A.PNG", f"{tmp_path}/a.png"):
         check_file(out, *picture)
     check_file("of_any_kind")
-    for out in ("a.jpg", "a", "folder.png"):
+    with pytest.raises(UserError, match=r"^--out is 'folder.png', a folder; name a file$"):
+        check_file("folder.png", *picture)
+    for out in ("a.jpg", "a"):
         with pytest.raises(UserError, match=r"is a PNG file, its name must end in \.png$"):
             check_file(out, *picture)
     with pytest.raises(UserError, match=r"^--out is 'b/a.png'; there is no folder 'b'$"):

@@ -32,9 +32,12 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("spread", [1 << 16, 4])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_gradients_of_one_shape_at_once_have_the_same_bits(kind, monkeypatch):
-    """Of several shapes, one of which is there once, and one without numbers."""
+def test_gradients_of_one_shape_at_once_have_the_same_bits(kind, spread, monkeypatch):
+    """Of several shapes, one of which is there once, and one without numbers; larger ones than
+    factors are spread to, or none."""
+    monkeypatch.setattr(clipping, "_SPREAD", spread)
     torch.manual_seed(0)
     shapes = [(3, 4), (4,), (3, 4), (4, 3), (4,), (), (0, 4), (4,), (0, 4), ()]
     ours = [torch.randn(shape, dtype=kind) for shape in shapes]

@@ -53,7 +53,7 @@ def graphs_now():
 
 def probes():
     seen, probe, out = [], Pretraining.probe, tempfile.mkdtemp()
-    made = tiny.session("mae", "--run.compile", "True", "--run.out", out)
+    made = tiny.session(sys.argv[1], "--run.compile", "True", "--run.out", out)
 
     def counted(*args):
         before = graphs_now()

@@ -160,7 +160,7 @@ from ssl_vit.common.errors import RunFailed
 from ssl_vit.data import workers
 from ssl_vit.data.loader import EvalImages, eval_batches
 from ssl_vit.data.sources import open_source
-workers._batch_bytes = lambda *_: 0
+workers._batch_bytes = lambda *_: (0, 0)
 images = EvalImages(open_source("digits"), (224, 224), 1.0, 3)
 try:
     print(len(list(eval_batches(images, 10, 1, False))))

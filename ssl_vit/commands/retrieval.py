@@ -38,12 +38,16 @@ from ssl_vit.pictures.thumbnails import thumbnails
 
 _SHOWN, _FIRST, _PIXELS = 8, 5, 112
 
+Parts = tuple[list[Tensor], list[Tensor], dict[str, Any]]
+"""A feature of the gallery and of the queries, and details of it."""
+
 
 @dataclass(frozen=True)
 class Search:
     """Search: what is asked, and what of the gallery is right, and not ranked, for each query."""
 
     by: Evaluation
+    config: RetrievalConfig
     queries: FeatureSet
     gallery: FeatureSet
     relevant: Relevant
@@ -70,13 +74,18 @@ def retrieval(config: RetrievalConfig) -> Result:
         asked = torch.arange(len(queries.index))
         right = "of the query's class" if rows.labels.ndim == 1 else "with a label of the query's"
     excluded = _excluded(queries, gallery, asked, grouped=not config.positives)
-    search = Search(by, rows, gallery, relevant, excluded, right)
-    made = {name: _score(name, search) for name in by.names}
-    best = max(made, key=lambda name: made[name][0].value)
+    search = Search(by, config, rows, gallery, relevant, excluded, right)
+    scores, best = [], None
+    for name in by.names:
+        found = _parts(name, search)
+        score, usable = _score(name, search, found)
+        scores.append(score)
+        if best is None or score.value > best[0]:  # its parts are for the picture, too
+            best = score.value, (name, search, found, usable)
+    assert best is not None
     how = "validation set against training set" if "val" in by.sources else "leave-one-out"
     about = {"judged_on": how, "whitening": config.whitening, "positives": told or "labels"}
-    card, scores = by.card("retrieval", **about), [score for score, _ in made.values()]
-    picture = _picture(best, search, made[best][1])
+    card, picture = by.card("retrieval", **about), _picture(*best[1])
     return scores, card, by.out("retrieval"), {"nearest": picture}
 
 
@@ -120,25 +129,21 @@ def _excluded(
     return lambda rows: own(asked[rows])
 
 
-def _parts(name: str, search: Search) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+def _parts(name: str, search: Search) -> Parts:
     """A feature of the gallery and of the queries, whitened if asked for; and what to say of it."""
-    config = search.by.config
-    assert isinstance(config, RetrievalConfig)
     bank, asked = (
         [found.parts[part] for part in FEATURES[name]] for found in (search.gallery, search.queries)
     )
-    if not config.whitening:
+    if not search.config.whitening:
         return bank, asked, {}
     flat = Whitening.of(bank)
     return [flat(bank)], [flat(asked)], {"shrinkage": flat.shrinkage}
 
 
-def _score(name: str, search: Search) -> tuple[Score, Int64[Tensor, " u"]]:
+def _score(name: str, search: Search, found: Parts) -> tuple[Score, Int64[Tensor, " u"]]:
     """Score of one feature, and the queries that have a positive."""
     by, queries, gallery = search.by, search.queries, search.gallery
-    config = by.config
-    assert isinstance(config, RetrievalConfig)
-    bank, asked, details = _parts(name, search)
+    config, (bank, asked, details) = search.config, found
     ranked = rank_queries(bank, asked, search.relevant, by.device, search.excluded)
     usable = ranked.positives > 0
     check(bool(usable.any()), "no query has a positive among the images that are searched")
@@ -155,19 +160,19 @@ def _score(name: str, search: Search) -> tuple[Score, Int64[Tensor, " u"]]:
 
 
 def _picture(
-    name: str, search: Search, usable: Int64[Tensor, " u"]
+    name: str, search: Search, found: Parts, usable: Int64[Tensor, " u"]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Neighbours panel of some queries, evenly spread: what is ranked first by a feature."""
     by, queries, gallery = search.by, search.queries, search.gallery
-    bank, asked, _ = _parts(name, search)
+    bank, asked, _ = found
     rows = usable[evenly(len(usable), _SHOWN)]
     places, cosines = first_ranked(bank, asked, rows, _FIRST, by.device, search.excluded)
     right = search.relevant(rows).cpu().gather(1, places)
     train = by.sources["train"]
     val = by.sources.get("val", train)
     images = thumbnails(val, queries.index[rows].tolist(), by.backbone.view, _PIXELS)
-    found = gallery.index[places.flatten()].tolist()
-    shown = thumbnails(train, found, by.backbone.view, _PIXELS)
+    first = gallery.index[places.flatten()].tolist()
+    shown = thumbnails(train, first, by.backbone.view, _PIXELS)
     about = f"Queries, and the images ranked first of {len(gallery.index):,} by {name} features."
     shown = shown.reshape(*places.shape, *shown.shape[1:])
     return neighbours_panel(images, shown, cosines, right, about, search.right)

@@ -66,9 +66,10 @@ def body_of(
     windows: int = 0,
     global_blocks: int = 4,
     drop_path: float = 0.0,
+    frozen: bool = False,
 ) -> FeatureMaps:
     """Maps of an encoder, whose weights are copied, for images of ``size``: of a plain ViT its last
-    one, of a network with stages those of the last ``levels``.
+    one, of a network with stages those of the last ``levels``. A ``frozen`` one drops nothing.
 
     Raises:
         UserError: a size, windows or stochastic depth that the network does not allow; or it has no
@@ -78,7 +79,7 @@ def body_of(
     if not isinstance(start.module, Encoder):
         check(not windows, f"--detect.windows is {windows}; it is for plain ViTs, not {given}")
         return _of_network(start, size, levels)
-    encoder = with_drop_path(start.module, drop_path)
+    encoder = with_drop_path(start.module, 0.0 if frozen else drop_path)
     patch = encoder.patch_size
     check_patches("--detect.image-size", size, patch)
     if windows:

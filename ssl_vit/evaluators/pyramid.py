@@ -114,8 +114,7 @@ def backbone_of(
         UserError: a size, windows or stochastic depth that the network does not allow; a size whose
             coarsest level would be empty; or it has no maps.
     """
-    depth = 0.0 if frozen else drop_path
-    body = body_of(start, size, LEVELS, windows, global_blocks, depth)
+    body = body_of(start, size, LEVELS, windows, global_blocks, drop_path, frozen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         neck = _neck(body, channels)

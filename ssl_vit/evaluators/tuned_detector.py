@@ -59,8 +59,8 @@ def detector_of(
 
 def _detr_of(start: Start, options: DetectOptions, classes: int, seed: int) -> Detector:
     """DETR on the last map of an encoder."""
-    depth = 0.0 if options.frozen else options.drop_path
-    body = body_of(start, options.frame, 1, options.windows, options.global_blocks, depth)
+    attention = options.windows, options.global_blocks
+    body = body_of(start, options.frame, 1, *attention, options.drop_path, options.frozen)
     backbone = DetectorBody(body, options.frozen)
     checked(backbone, start.channels, options.frame)
     sizes = DetrSizes(options.width, options.queries, options.detections)

@@ -55,14 +55,14 @@ def find_options(name: str) -> MethodOptions:
     """
     check_name(name)
     if any(m.name == name for m in pkgutil.iter_modules(options.__path__)):
-        return _said_apart(name)
+        return _options_apart(name)
     from ssl_vit.methods.base import find_method
 
     method = find_method(name)
     return MethodOptions(method.Config, method.defaults, method.title, method.explained)
 
 
-def _said_apart(name: str) -> MethodOptions:
+def _options_apart(name: str) -> MethodOptions:
     """Options as ``options/<name>.py`` has them.
 
     Raises:

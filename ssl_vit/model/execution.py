@@ -70,10 +70,8 @@ def choose_attention(module: nn.Module, device: torch.device) -> None:
     too: else each draw makes shapes of its own, for which kernels are chosen, and memory is cut,
     anew; and at the usual rate of 0.1 picking rows moves as many bytes as it saves.
     """
-    part: Any
+    _fuse_attention(module, device.type != "cpu")
     for part in module.modules():
-        if hasattr(part, "fused_attn"):
-            part.fused_attn = device.type != "cpu"
         if isinstance(part, LeanResidual) and device.type == "cuda":
             part.whole = True
 
@@ -81,7 +79,11 @@ def choose_attention(module: nn.Module, device: torch.device) -> None:
 def repeatable_attention(module: nn.Module) -> None:
     """Attention by matrix products, in place, for scores that repeat: the gradients of CUDA's fused
     kernels are summed in any order."""
+    _fuse_attention(module, False)
+
+
+def _fuse_attention(module: nn.Module, fused: bool) -> None:
     part: Any
     for part in module.modules():
         if hasattr(part, "fused_attn"):
-            part.fused_attn = False
+            part.fused_attn = fused

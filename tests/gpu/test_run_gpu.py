@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ssl_vit.training.energy import Energy
 from ssl_vit.training.run_files import read_rows
 from tests.gpu.conftest import surroundings
 from tests.integration.conftest import KILLER, TINY, TINY_DINO
+from tests.pairs import write_pairs
 
 STEPS = 24
 SETS = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "2")
@@ -31,19 +31,6 @@ def folder(tmp_path_factory) -> Path:
     (made / "dino.yaml").write_text(TINY_DINO)
     write_pairs(made / "pairs")
     return made
-
-
-def write_pairs(folder: Path) -> None:
-    """Images whose bright half is the class of their masks."""
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True)
-    for i in range(40):
-        mask = np.zeros((16, 16), np.uint8)
-        mask[:, : rng.integers(2, 7) * 2] = 1
-        image = np.where(mask, 200, 40) + rng.integers(-20, 20, mask.shape)
-        Image.fromarray(image.astype(np.uint8)).save(folder / f"images/{i}.png")
-        Image.fromarray(mask).save(folder / f"masks/{i}.png")
 
 
 def together(*calls: Callable[[], object]) -> None:

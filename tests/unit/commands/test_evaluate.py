@@ -23,6 +23,7 @@ from ssl_vit.common.reading import ReadConfig
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
+from tests.pairs import write_pairs
 
 CONFIG = EncoderConfig(
     arch="vit_tiny_patch16_224", image_size=(8,), patch_size=2, width=32, depth=4, heads=2
@@ -448,15 +449,7 @@ def test_per_class_of_several_labels_names_the_option_to_give(run, tmp_path):
 
 
 def test_segment_learns_what_patches_show_and_can_be_done_again(run, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (tmp_path / "pairs" / name).mkdir(parents=True)
-    for i in range(40):
-        mask = np.zeros((16, 16), np.uint8)
-        mask[:, : rng.integers(2, 7) * 2] = 1
-        image = np.where(mask, 200, 40) + rng.integers(-20, 20, mask.shape)
-        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"pairs/images/{i}.png")
-        Image.fromarray(mask).save(tmp_path / f"pairs/masks/{i}.png")
+    write_pairs(tmp_path / "pairs")
     spec, out = f"pairs:{tmp_path / 'pairs'}", tmp_path / "segment.json"
     options = ("--data.train", spec, "--data.val", spec, "--data.workers", "0", "--out", str(out))
     assert evaluate.main(["segment", "--encoder", str(run), *options, "--size", "16"]) == 0

@@ -32,6 +32,8 @@ _ENDS = ("failure", "error", "skipped")
 MEASURED = "=> "
 # Last lines of a failed part's output that are kept.
 _KEPT = 20
+# Parts that run: each leads a group of processes, which Ctrl-C does not reach.
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,25 @@ def _ended(command: Sequence[str], output: Path, seconds: float, device: str) ->
         child = subprocess.Popen(
             command, stdout=out, stderr=out, env=_surroundings(device), start_new_session=True
         )
+    _running.add(child)
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
+        _running.discard(child)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):  # nothing of it is left
                 os.killpg(child.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_GRACE)
+
+
+def kill_running() -> None:
+    """Kill the parts that run in other threads, with all their children."""
+    for child in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _surroundings(device: str) -> dict[str, str]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ssl_vit.benchmarks.device import Outcome, Part, carry_out, markdown, steps_table
+from ssl_vit.benchmarks.device import (
+    Outcome,
+    Part,
+    carry_out,
+    kill_running,
+    markdown,
+    steps_table,
+)
 from ssl_vit.benchmarks.measured import machine, machine_card
 from ssl_vit.commands.cli import show_table
 from ssl_vit.commands.device_options import DeviceConfig
@@ -38,10 +46,11 @@ def prove(config: DeviceConfig) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
-    for part, outcome in carried_out(list(parts(device.type)), 60 * config.minutes, wanted):
-        outcomes[part.name] = outcome
-        _report_part(part.name, part.asks, outcome)
-        _keep(out, config, device, outcomes)
+    with closing(carried_out(list(parts(device.type)), 60 * config.minutes, wanted)) as found:
+        for part, outcome in found:
+            outcomes[part.name] = outcome
+            _report_part(part.name, part.asks, outcome)
+            _keep(out, config, device, outcomes)
     table = steps_table(outcomes)
     if table.rows:
         show_table(table.title, table.rows, table.header)
@@ -51,7 +60,9 @@ def prove(config: DeviceConfig) -> int:
     return int(any(outcome.state == "failed" for outcome in outcomes.values()))
 
 
-def carried_out(asked: list[Part], seconds: float, device: str) -> Iterator[tuple[Part, Outcome]]:
+def carried_out(
+    asked: list[Part], seconds: float, device: str
+) -> Generator[tuple[Part, Outcome], None, None]:
     """Parts and their outcomes, one after another, all within so many seconds; those that need no
     device run beside the others, in turn, and come when they are done."""
     end = time.perf_counter() + seconds
@@ -60,15 +71,19 @@ def carried_out(asked: list[Part], seconds: float, device: str) -> Iterator[tupl
         return carry_out(part, end - time.perf_counter(), device)
 
     aside = ThreadPoolExecutor(1)
+    beside = [(part, aside.submit(outcome, part)) for part in asked if part.beside]
+    waiting = list(beside)
     try:
-        waiting = [(part, aside.submit(outcome, part)) for part in asked if part.beside]
         for part in (part for part in asked if not part.beside):
             yield part, outcome(part)
             while waiting and waiting[0][1].done():
                 yield waiting[0][0], waiting.pop(0)[1].result()
         yield from ((part, future.result()) for part, future in waiting)
-    finally:  # one that is interrupted waits for nothing
+    finally:  # one that is interrupted waits for nothing, and leaves nothing behind
         aside.shutdown(wait=False, cancel_futures=True)
+        while any(future.running() for _, future in beside):
+            kill_running()
+            time.sleep(0.05)
 
 
 def _report_part(name: str, asks: str, outcome: Outcome) -> None:

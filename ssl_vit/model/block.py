@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.model.attend import Attend, attend
-from ssl_vit.model.drop_path import DropPath, redraw
+from ssl_vit.model.drop_path import DropPath, add_whole, factors_of, redraw
 from ssl_vit.model.linear import GeluLinear, scaled, scaled_weights, some_outputs, times
 from ssl_vit.model.rope import Rotation
 
@@ -152,11 +153,13 @@ class LeanResidual(nn.Module):
     ``recomputes``: in training it keeps its input alone, and computes the rest again in backward.
     That is inside the block's own call: hooks upon the block or its parts (FSDP's, which gather
     weights) are met then as in ``forward``. ``whole``: stochastic depth computes all, and drops
-    then: a compiler, and a GPU's kernels, start anew for each number of rows.
+    then: a compiler, and a GPU's kernels, start anew for each number of rows. ``compiled``: what
+    follows the draws is compiled whole.
     """
 
     recomputes = False
     whole = False
+    compiled = False
 
     def forward(
         self,
@@ -171,17 +174,26 @@ class LeanResidual(nn.Module):
         nothing but keys and values; ``rotation``: of queries and keys, from the tokens' places;
         ``attended``: the tokens that any token attends to, where others are padding."""
         masks |= {} if attended is None else {"attended": attended}
-        options = {"rows": rows, "rotation": rotation, **masks}
+        own: Any = self
+        # Drawn before: what is compiled neither draws nor knows this block's own probability.
+        drops = factors_of((own.drop_path1, own.drop_path2), x) if self.whole else None
+        layers = _compiled() if self.compiled else LeanResidual._layers
+        inputs, options = (self, x, drops, *mask), {"rows": rows, "rotation": rotation, **masks}
         if not (self.recomputes and self.training and torch.is_grad_enabled()):
-            return self._layers(x, *mask, **options)
-        # The compiler takes no context; and what it compiles whole has nothing to draw.
-        drops = not isinstance(self.drop_path1, nn.Identity)
-        context: dict[str, Any] = {"context_fn": redraw} if drops else {}
-        return checkpoint(self._layers, x, *mask, use_reentrant=False, **context, **options)
+            return layers(*inputs, **options)
+        context: dict[str, Any] = {} if self.whole else {"context_fn": redraw}
+        return checkpoint(layers, *inputs, use_reentrant=False, **context, **options)
 
     def _layers(
-        self, x: Tensor, *mask: Any, rows: slice | None, rotation: Rotation | None, **masks: Any
+        self,
+        x: Tensor,
+        drops: tuple[Tensor, Tensor] | None,
+        *mask: Any,
+        rows: slice | None,
+        rotation: Rotation | None,
+        **masks: Any,
     ) -> Tensor:
+        """``drops``: factors of the rows of both branches, where all rows are computed."""
         own: Any = self
 
         def attend(some: Tensor, kept: Tensor | None) -> Tensor:
@@ -198,18 +210,29 @@ class LeanResidual(nn.Module):
                 return own.mlp(some, gamma)
             return times(own.mlp(some), gamma)
 
+        first, second = (own.drop_path1, own.drop_path2) if drops is None else drops
         # Norms are of all rows: those of some alone would keep another copy of their input.
-        out = self._add(x if rows is None else x[:, rows], own.norm1(x), attend, own.drop_path1)
-        return self._add(out, own.norm2(out), perceive, own.drop_path2)
+        out = _add(x if rows is None else x[:, rows], own.norm1(x), attend, first)
+        return _add(out, own.norm2(out), perceive, second)
 
     def _gamma(self, branch: int) -> Float[Tensor, " d"] | None:
         """Layer scale of a branch, where there is one."""
         raise NotImplementedError
 
-    def _add(self, to: Tensor, x: Tensor, branch: Any, drop: nn.Module) -> Tensor:
-        if not isinstance(drop, DropPath):
-            return to + drop(branch(x, None))
-        return drop.add_whole(to, branch(x, None)) if self.whole else drop.add(to, x, branch)
+
+def _add(to: Tensor, x: Tensor, branch: Any, drop: nn.Module | Tensor) -> Tensor:
+    """``to``, and the branch of ``x`` after stochastic depth, or times factors of its rows."""
+    if isinstance(drop, DropPath):
+        return drop.add(to, x, branch)
+    out = branch(x, None)
+    return add_whole(to, out, drop) if isinstance(drop, Tensor) else to + drop(out)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """Layers of any block, compiled: blocks of the same shapes share what is made."""
+    compiled: Callable[..., Tensor] = torch.compile(LeanResidual._layers, dynamic=False)
+    return compiled
 
 
 class LeanBlock(LeanResidual, Block):

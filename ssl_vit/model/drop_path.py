@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -101,6 +101,41 @@ class _AddRows(torch.autograd.Function):
         return grad, None, of_found, None
 
 
+class _AddWhole(torch.autograd.Function):
+    """``to + factors * found``, in the precision of ``to``: in bfloat16, 1 / 0.9 is 1.109.
+
+    Autograd of the plain sum would move twice the bytes; autocast would copy ``found`` besides.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, to: Float[Tensor, "n ..."], found: Float[Tensor, "n ..."], factors: Tensor
+    ) -> Float[Tensor, "n ..."]:
+        ctx.save_for_backward(factors)
+        ctx.kind = found.dtype
+        with torch.autocast(to.device.type, enabled=False):
+            return torch.addcmul(to, found, factors).to(to.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "n ..."]) -> tuple[Tensor, Tensor, None]:
+        (factors,) = ctx.saved_tensors
+        return grad, (grad * factors).to(ctx.kind), None
+
+
+def add_whole(
+    to: Float[Tensor, "n ..."], found: Float[Tensor, "n ..."], factors: Float[Tensor, " n"]
+) -> Float[Tensor, "n ..."]:
+    """``to``, and ``found`` times the factor of each row: what stochastic depth makes of a branch
+    that was computed of all rows."""
+    added: Tensor = _AddWhole.apply(to, found, _by_row(factors, found))
+    return added
+
+
+def _by_row(factors: Float[Tensor, " n"], like: Float[Tensor, "n ..."]) -> Tensor:
+    return factors.view(-1, *[1] * (like.ndim - 1))
+
+
 class DropPath(layers.DropPath):
     """Stochastic depth (Huang et al. 2016) of a residual branch, one decision for each row.
 
@@ -112,26 +147,16 @@ class DropPath(layers.DropPath):
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """Rows, each times 0 or, with probability 1 - p, 1 / (1 - p); as it is in evaluation."""
-        if not self.training or self.drop_prob == 0:
+        factors = self.factors(len(x))
+        if factors is None:
             return x
-        return x * (self._factors(self.draw(len(x)), x) * self._scale)
+        return x * _by_row(without_wait(factors.to(x.dtype), x.device), x)
 
-    def add_whole(
-        self, to: Float[Tensor, "n ..."], found: Float[Tensor, "n ..."]
-    ) -> Float[Tensor, "n ..."]:
-        """``to + self(found)``, in the precision of ``to``: in bfloat16, 1 / 0.9 is 1.109."""
+    def factors(self, rows: int) -> Float[Tensor, " n"] | None:
+        """Factor of each of so many rows; on the CPU. None where nothing is dropped."""
         if not self.training or self.drop_prob == 0:
-            return to + found
-        return self._sum(to, found, self.draw(len(found)))
-
-    def _sum(self, to: Tensor, found: Tensor, keeps: Bool[Tensor, " n"]) -> Tensor:
-        return torch.add(to, found * self._factors(keeps, found), alpha=self._scale)
-
-    @staticmethod
-    def _factors(keeps: Bool[Tensor, " n"], like: Tensor) -> Tensor:
-        """0 or 1 for each row."""
-        factors = keeps.to(like.dtype)
-        return without_wait(factors, like.device).view(-1, *[1] * (like.ndim - 1))
+            return None
+        return self.draw(rows) * self._scale
 
     def add(
         self,
@@ -153,7 +178,8 @@ class DropPath(layers.DropPath):
         if kept == len(x):
             return torch.add(to, branch(x, None), alpha=self._scale)
         if computed >= len(x):
-            return self._sum(to, branch(x, None), keeps)
+            factors = without_wait(keeps * self._scale, x.device)
+            return add_whole(to, branch(x, None), factors)
         # Those that are kept come first, in order.
         rows = keeps.int().argsort(descending=True, stable=True)[:computed]
         rows = without_wait(rows, x.device)
@@ -176,6 +202,16 @@ class DropPath(layers.DropPath):
     @property
     def _scale(self) -> float:
         return 1 / (1 - self.drop_prob) if self.scale_by_keep else 1.0
+
+
+def factors_of(
+    branches: Sequence[nn.Module], x: Float[Tensor, "n ..."]
+) -> tuple[Float[Tensor, " n"], ...] | None:
+    """Factors of the rows of x in each branch, in one copy to its device; None without
+    stochastic depth, which they have all or none of them."""
+    drawn = [branch.factors(len(x)) for branch in branches if isinstance(branch, DropPath)]
+    found = [factors for factors in drawn if factors is not None]
+    return without_wait(torch.stack(found), x.device).unbind() if found else None
 
 
 def draw_for_whole_batch(network: nn.Module) -> None:

@@ -19,20 +19,18 @@ _GRAPHS = 64
 def compile_blocks(module: nn.Module, in_parts: bool = False) -> None:
     """Compile every transformer block of a module in place; its weights keep their names.
 
-    A block with stochastic depth is compiled in parts: each block has a probability of its own, for
-    each of which the compiler would start anew, and soon give up. ``in_parts``: every block, as
-    where something happens between its parts. Each size of crops has kernels of its own: there are
-    few sizes, and kernels for any size are slower.
+    A block's draws of stochastic depth stay outside, so that blocks of any probability share
+    kernels. ``in_parts``: norms, attention and MLP apart, as where something happens between them.
+    Each size of crops has kernels of its own: there are few sizes, and kernels for any size are
+    slower.
     """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     for block in module.modules():
         if isinstance(block, LeanResidual):
-            whole = isinstance(block.drop_path1, nn.Identity) and not in_parts
-            block.whole = True
+            block.whole, block.compiled = True, not in_parts
             own: Any = block
-            parts = [own] if whole else [own.norm1, own.attn, own.norm2, own.mlp]
-            for part in parts:
+            for part in [own.norm1, own.attn, own.norm2, own.mlp] if in_parts else []:
                 part.compile(dynamic=False)
 
 

@@ -17,7 +17,6 @@ from tests.conftest import ROOT
 SCRIPT = """
 import functools, json, shutil, sys, tempfile
 import torch
-from torch import nn
 from ssl_vit.benchmarks.speed import trainer_midway
 from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig, RunConfig
@@ -30,7 +29,7 @@ from tests.contract import tiny
 from tests.unit.commands.test_finetune import batch, tuned
 
 # What was traced is run as it is: no compiler of C++ is needed. A broken graph is an error.
-nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager", fullgraph=True)
+torch.compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
 
 
 def pretraining(name):

@@ -186,6 +186,34 @@ def test_parts_that_need_no_device_run_beside_the_others(tmp_path):
     assert found[1][1].said == ["rehearsed: cpu"]
 
 
+def test_an_interrupted_proof_leaves_no_part_behind(tmp_path):
+    """Neither the one beside the others, nor what it has started."""
+    told = tmp_path / "processes"
+    code = (
+        "import os, pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(told)!r}).write_text(f'{{os.getpid()}} {{child.pid}}\\n')\n"
+        "time.sleep(60)"
+    )
+    waits = "import pathlib, time\n"
+    waits += f"while not pathlib.Path({str(told)!r}).exists(): time.sleep(0.05)"
+    late = tmp_path / "late"
+    never = python(f"import pathlib; pathlib.Path({str(late)!r}).touch()", beside=True)
+    found = carried_out([python(code, beside=True), never, python(waits)], 60.0, "cpu")
+    assert next(found)[1].state == "passed"
+    while not (text := told.read_text()).endswith("\n"):
+        time.sleep(0.05)
+    began = time.perf_counter()
+    found.close()
+    assert time.perf_counter() - began < 20
+    for process in map(int, text.split()):
+        until = time.perf_counter() + 10
+        while alive(process) and time.perf_counter() < until:
+            time.sleep(0.05)
+        assert not alive(process)
+    assert not late.exists()
+
+
 def test_a_step_stands_in_the_table_beside_its_prediction(tmp_path, monkeypatch):
     """That of a real, small step; its encoder is not one that scale was asked for."""
     monkeypatch.setattr(own_process, "multiprocessing", SPAWNS)

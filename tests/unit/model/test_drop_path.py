@@ -11,7 +11,7 @@ from timm import layers
 from ssl_vit.common.task import Views
 from ssl_vit.evaluators.classifier import TimmCall
 from ssl_vit.model.architecture import timm_kwargs
-from ssl_vit.model.drop_path import DropPath, batch_share
+from ssl_vit.model.drop_path import DropPath, add_whole, batch_share, factors_of
 from ssl_vit.model.encoder import Encoder
 from tests.unit.methods.test_dino import ENCODER, batch, dino
 
@@ -141,15 +141,35 @@ def test_rows_computed_for_nothing_change_nothing(kept, kind, monkeypatch):
 def test_what_is_computed_whole_is_scaled_exactly(kind):
     """A branch in bfloat16, too, whose own 1 / 0.9 would be 1.109; elsewhere nothing is scaled."""
     module, found = DropPath(0.1).train(), torch.linspace(-1, 1, 500).view(100, 5).to(kind)
-    to = torch.ones(100, 5)
+    to = torch.ones(100, 5).requires_grad_()
+    found.requires_grad_()
     with batch_share(0, 1, 100, KEY):
         keeps = module.draw(100)
     with batch_share(0, 1, 100, KEY):
-        out = module.add_whole(to, found)
+        factors = module.factors(100)
+    out = add_whole(to, found, factors)
     assert 0 < int(keeps.sum()) < 100
     assert torch.equal(out[~keeps], to[~keeps])
     torch.testing.assert_close(out[keeps], to[keeps] + found[keeps].float() / 0.9)
-    assert torch.equal(module.eval().add_whole(to, found), to + found)
+    out.backward(torch.full_like(out, 3.0))
+    assert torch.equal(to.grad, torch.full_like(to, 3.0))
+    of_found = torch.where(keeps, 3.0 / 0.9, 0.0)[:, None].expand(100, 5).to(kind)
+    assert found.grad.dtype == kind
+    torch.testing.assert_close(found.grad, of_found, rtol=1e-6, atol=0)
+    assert module.eval().factors(100) is None
+
+
+def test_factors_of_branches_are_their_draws_in_turn():
+    """So a block that computes all drops what one drops that draws branch by branch."""
+    branches, x = (DropPath(0.3).train(), DropPath(0.6).train()), torch.zeros(50, 2)
+    with batch_share(0, 1, 50, KEY):
+        drawn = [branch.draw(50) for branch in branches]
+    with batch_share(0, 1, 50, KEY):
+        factors = factors_of(branches, x)
+    for keeps, found, scale in zip(drawn, factors, (1 / 0.7, 1 / 0.4), strict=True):
+        torch.testing.assert_close(found, keeps * scale)
+    assert factors_of([branch.eval() for branch in branches], x) is None
+    assert factors_of([torch.nn.Identity()] * 2, x) is None
 
 
 def test_nothing_of_a_branch_is_kept_for_its_sum():

@@ -524,12 +524,11 @@ def test_an_image_that_does_not_divide_into_patches_is_refused():
         encoder(torch.zeros(1, 3, 16, 22))
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 0.2])
-def test_blocks_are_compiled_whole_or_in_parts(drop_path):
-    """With stochastic depth in parts, for which the compiler need not start anew at each block."""
-    encoder = make(depth=3, drop_path=drop_path)
-    compile_blocks(encoder)
-    for i, block in enumerate(encoder.vit.blocks):
-        whole = i == 0 or not drop_path
-        assert (block._compiled_call_impl is not None) is whole
-        assert (block.attn._compiled_call_impl is not None) is not whole
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_blocks_are_compiled_whole_or_in_parts(in_parts):
+    encoder = make(depth=3, drop_path=0.2)
+    compile_blocks(encoder, in_parts)
+    for block in encoder.vit.blocks:
+        assert block.whole
+        assert block.compiled is not in_parts
+        assert (block.attn._compiled_call_impl is not None) is in_parts

@@ -54,6 +54,8 @@ def naming_option(option: str, given: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Hint for an unknown ``name``: `` (nearest known: x, y)``; an empty string if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    """Hint for an unknown ``name``: `` (nearest known: x, y)``; an empty string if none is near, or
+    it is known: most are, and a comparison with each of a thousand takes its time."""
+    names = list(known)
+    close = [] if name in names else difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f" (nearest known: {', '.join(close)})" if close else ""

@@ -34,7 +34,7 @@ def parse_options(argv: list[str]) -> tuple[str, PretrainConfig[Any]]:
     files = [find_recipe(c) for c in configs]
     config = layered(default, files, flags, f"{_PROG} {name}", _ABOUT, kind)
     if config.init.encoder:
-        from ssl_vit.commands.pretraining import with_statistics, with_weights
+        from ssl_vit.commands.initial_weights import with_statistics, with_weights
         from ssl_vit.weights.official import weights_info
 
         info = weights_info(config.init.encoder, config.encoder.image_size, "--init.encoder")[0]
@@ -50,8 +50,9 @@ def parse_options(argv: list[str]) -> tuple[str, PretrainConfig[Any]]:
 def main(argv: list[str]) -> int:
     """Pretraining command; returns the exit status."""
     name, config = parse_options(argv)
-    from ssl_vit.commands.pretraining import build, carry_out
+    from ssl_vit.commands.pretraining import build
     from ssl_vit.commands.results import show_results
+    from ssl_vit.commands.running import carry_out
 
     session = build(name, config)
     if config.dry_run:

@@ -21,8 +21,8 @@ from ssl_vit.benchmarks.speed_tables import TableOf, end_to_end_tables, loader_t
 from ssl_vit.benchmarks.step import StepComparison
 from ssl_vit.commands.benchmark_options import EndToEndConfig, LoaderConfig, StepConfig
 from ssl_vit.commands.cli import show_table
+from ssl_vit.commands.initial_weights import initial_method
 from ssl_vit.commands.pretrain_options import PretrainConfig
-from ssl_vit.commands.pretraining import initial_method
 from ssl_vit.commands.scale import scale_report, show_scale
 from ssl_vit.common.config import OptimConfig
 from ssl_vit.common.errors import check

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.commands.detect_options import PROG, DetectConfig, read_options
-from ssl_vit.commands.pretraining import carry_out
+from ssl_vit.commands.running import carry_out
 from ssl_vit.commands.tuning import Tuning, show_results
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check

@@ -13,7 +13,7 @@ import torch
 from ssl_vit.commands import dense_tuning as dense
 from ssl_vit.commands.evaluating import with_labels
 from ssl_vit.commands.finetune_options import PROG, first_options, read_options
-from ssl_vit.commands.pretraining import carry_out
+from ssl_vit.commands.running import carry_out
 from ssl_vit.commands.tuning import Tuning, show_results
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import Task

@@ -16,7 +16,7 @@ from ssl_vit.benchmarks.peer_training import PeerTraining, asked_peers, chain_of
 from ssl_vit.benchmarks.peers import Peer
 from ssl_vit.benchmarks.quality import WARM_UP, seconds_of_rate
 from ssl_vit.commands.benchmarking import check_adamw, statistics, workload_of
-from ssl_vit.commands.pretraining import initial_method
+from ssl_vit.commands.initial_weights import initial_method
 from ssl_vit.commands.quality_options import Entry, Plan
 from ssl_vit.common.checks import flag
 from ssl_vit.common.errors import RunFailed, check

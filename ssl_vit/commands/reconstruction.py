@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_vit.commands.pretraining import whole_method
+from ssl_vit.commands.initial_weights import whole_method
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import fold

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit.commands.pretraining import whole_method
+from ssl_vit.commands.initial_weights import whole_method
 from ssl_vit.common.errors import UserError
 from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_vit import pretrain
-from ssl_vit.commands.pretraining import initial_method
+from ssl_vit.commands.initial_weights import initial_method
 from ssl_vit.training.run_files import complete
 from tests.contract import tiny
 

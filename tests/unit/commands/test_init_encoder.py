@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.commands.pretraining import build, initial_method
+from ssl_vit.commands.initial_weights import initial_method
+from ssl_vit.commands.pretraining import build
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.methods.base import find_method

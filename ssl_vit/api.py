@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.data.augment import Normalize, center_view
+from ssl_vit.data.augment import center_view
+from ssl_vit.data.batch import stack
 from ssl_vit.data.decode import BadImage, OtherChannels, decode
-from ssl_vit.data.loader import stack
 from ssl_vit.data.missing import with_data
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.evaluators.features import ready

@@ -13,7 +13,7 @@ import torch
 
 from ssl_vit.benchmarks.speed import wait
 from ssl_vit.common.task import Task
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 from ssl_vit.methods.base import Method
 from ssl_vit.objectives.base import Objective
 from ssl_vit.training.loop import Trainer

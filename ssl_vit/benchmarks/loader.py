@@ -15,11 +15,12 @@ from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.measured import Speed, describe, machine_card
 from ssl_vit.benchmarks.peers import peer_names, peers_of
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.base import Source, Subset
 from ssl_vit.data.cache import open_cache
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.loader import TrainImages
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.statistics import FEW, survey
 from ssl_vit.evaluators.watch import bounded

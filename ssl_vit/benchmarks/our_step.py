@@ -17,8 +17,8 @@ from ssl_vit.benchmarks.side import Side, Workload
 from ssl_vit.benchmarks.speed import random_batch, trainer_midway, wait, worker_batch
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.task import Task
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.block import recomputing_nothing
 from ssl_vit.model.encoder import parameter_count
 from ssl_vit.training.footprint import measure_step, optimizer_flops

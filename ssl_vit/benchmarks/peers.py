@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssl_vit.benchmarks.side import Side, Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
 from ssl_vit.common.errors import UserError, check, did_you_mean
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.architecture import timm_kwargs, without_memory
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.objectives.base import Objective

@@ -20,8 +20,9 @@ from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.peers import Peer, check_plain, library, timm_vit
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.common.errors import check
-from ssl_vit.model.encoder import sincos_positions, take
+from ssl_vit.model.encoder import take
 from ssl_vit.model.init import xavier_linears
+from ssl_vit.model.positions import sincos_positions
 
 
 class OriginalMAE(Peer):

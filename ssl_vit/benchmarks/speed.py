@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.task import Task, Views
-from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.base import Source
-from ssl_vit.data.loader import Batch, TrainImages, draw_all, whole_boxes
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.loader import TrainImages, draw_all, whole_boxes
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.optim import Schedule
 from ssl_vit.training.parallel import Parallel, prepare_device

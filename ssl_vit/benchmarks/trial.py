@@ -12,7 +12,9 @@ from ssl_vit.benchmarks.speed import wait
 from ssl_vit.common.distributed import gather_rows
 from ssl_vit.common.errors import RunFailed
 from ssl_vit.data.augment import ViewSpec
-from ssl_vit.data.loader import BadImages, Batch, TrainImages, train_batches
+from ssl_vit.data.bad_images import BadImages
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.training.footprint import Memory, free_memory, measure_step, memory_of
 from ssl_vit.training.launched import launched
 from ssl_vit.training.parallel import loader_workers, own_cores

@@ -20,8 +20,8 @@ from ssl_vit.common.distributed import gather_texts, rank_and_world, share
 from ssl_vit.common.duration import duration
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.data.base import describe_labels
+from ssl_vit.data.eval_images import EvalImages
 from ssl_vit.data.fingerprint import fingerprint
-from ssl_vit.data.loader import EvalImages
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.workers import load
 from ssl_vit.evaluators.backbone import open_backbone

@@ -16,10 +16,10 @@ from ssl_vit.commands.evaluating import look_at
 from ssl_vit.commands.picture_options import PictureConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Item
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.eval_images import EvalImages
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.sources import Source, open_source
 from ssl_vit.data.tiles import is_cut, with_tiles
 from ssl_vit.data.view import View

@@ -14,7 +14,7 @@ from ssl_vit.commands.initial_weights import whole_method
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.evaluators.backbone import Backbone
 from ssl_vit.methods import method_names
 from ssl_vit.methods.base import Method, find_method

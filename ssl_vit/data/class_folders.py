@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ssl_vit.common.errors import UserError
-from ssl_vit.data.base import Names
+from ssl_vit.data.names import Names
 
 _SPLIT = re.compile(
     r"(train|training|val|valid|validation|dev|eval|test|testing)([-_ ]?(set|data|images|\d+))?"

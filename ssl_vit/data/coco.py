@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int64
 
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.base import Names, Source, Subset
+from ssl_vit.data.base import Source, Subset
 from ssl_vit.data.coco_file import (
     AnnotationReader,
     Annotations,
@@ -24,6 +24,7 @@ from ssl_vit.data.coco_file import (
     read_images,
 )
 from ssl_vit.data.files import FileSource
+from ssl_vit.data.names import Names
 from ssl_vit.data.raster import BadImage
 
 ANNOTATIONS_FILE = "annotations.json"

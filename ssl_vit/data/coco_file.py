@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.data.base import Names
+from ssl_vit.data.names import Names
 
 log = logging.getLogger("ssl_vit")
 _SLACK = 1.0  # pixels that a box may reach over the edge without a word, as rounded ones do

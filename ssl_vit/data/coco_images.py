@@ -16,10 +16,12 @@ from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source
+from ssl_vit.data.batch import Batch, stack
 from ssl_vit.data.coco import coco_of
 from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.eval_images import EvalImages
 from ssl_vit.data.jitter import Jitter, draw_placement, fitted, place, place_image
-from ssl_vit.data.loader import Batch, EvalImages, TrainImages, stack
+from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.missing import with_data
 
 _LEAST = 1.0  # pixels of a side of a box that is learned from

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.base import Numbered, Source
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.cache import ImageCache
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.loader import Batch, TrainImages
+from ssl_vit.data.loader import TrainImages
 
 TARGET = "target"
 """Name of the targets among what is drawn for a batch (``Views.drawn``)."""

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ssl_vit.data.base import Item, Names, Source
+from ssl_vit.data.base import Item, Source
+from ssl_vit.data.names import Names
 from ssl_vit.data.raster import BadImage
 
 

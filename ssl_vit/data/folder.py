@@ -9,7 +9,6 @@ import numpy as np
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.base import Names
 from ssl_vit.data.class_folders import (
     images_and_masks,
     refuse_masks,
@@ -23,6 +22,7 @@ from ssl_vit.data.files import FileSource
 from ssl_vit.data.fingerprint import sample
 from ssl_vit.data.formats import EXTENSIONS
 from ssl_vit.data.listing import Listing, identity
+from ssl_vit.data.names import Names
 
 __all__ = ["EXTENSIONS", "FolderSource", "open_flat", "open_folder"]
 log = logging.getLogger("ssl_vit")

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset, SequentialSampler
+from torch.utils.data import Dataset
 
-from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec, center_view
+from ssl_vit.data.augment import Draw, DrawnCrop, ViewSpec
 from ssl_vit.data.base import epoch_length
+from ssl_vit.data.batch import Batch, stack
 from ssl_vit.data.cache import ImageCache
-from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.decode import BadImage
 from ssl_vit.data.draws import Draws
-from ssl_vit.data.missing import missing_in, with_data
 from ssl_vit.data.order import Order, Places
 from ssl_vit.data.raster import EmptyTile
 from ssl_vit.data.reduced import views_of
@@ -33,29 +30,6 @@ log = logging.getLogger("ssl_vit")
 T = TypeVar("T")
 _ATTEMPTS = 10
 _EMPTY_ATTEMPTS = 500  # of tiles without data nearly all may be, in a scene of a few islands
-
-
-@dataclass
-class Batch:
-    """Batch from a worker: views, and unreadable images (index -> reason).
-
-    ``empty``: tiles without data that were replaced. ``unkept``: why the worker's cache takes no
-    more images; empty: it does.
-    """
-
-    views: Views
-    bad: dict[int, str] = field(default_factory=dict)
-    empty: set[int] = field(default_factory=set, kw_only=True)
-    unkept: str = field(default="", kw_only=True)
-
-    def pin_memory(self) -> Batch:
-        """Hook of torch's loader: pinned memory, so that copies to a GPU need not wait."""
-        return replace(self, views=self.views.pin_memory())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.views.nbytes
 
 
 class TrainImages(Dataset):
@@ -193,70 +167,6 @@ def draw_samples(draw: Draw, keys: Sequence[int]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
 
 
-def stack(crops: list[Tensor]) -> Tensor:
-    """One batch; where 8-bit images meet deeper ones, all in the deeper ones' scale of 0..1.
-
-    Its memory is laid out pixel by pixel, as crops of colour images are: nothing is transposed.
-    """
-    if len({c.dtype for c in crops}) > 1:
-        crops = [c.float() / 255 if c.dtype == torch.uint8 else c for c in crops]
-    return torch.stack([c.permute(1, 2, 0) for c in crops]).permute(0, 3, 1, 2)
-
-
-class BadImages:
-    """Counts unreadable images, names each once, and stops the run when they are too many.
-
-    Over all processes: each notes its own, and all count them together.
-    """
-
-    def __init__(self, source: Source, max_share: float) -> None:
-        self.spec, self.n, self.max_share = source.spec, len(source), max_share
-        self.found: set[int] = set()
-        self.noted: dict[int, str] = {}
-        self.empty: set[int] = set()
-        self.noted_empty: set[int] = set()
-
-    def note(self, batch: Batch) -> None:
-        """Take in a batch's unreadable images and empty tiles; ``count`` counts those that are
-        new."""
-        self.noted |= {index: why for index, why in batch.bad.items() if index not in self.found}
-        self.noted_empty |= batch.empty - self.empty
-
-    @property
-    def news(self) -> bool:
-        """True if there is something to count: also if empty tiles are twice as many as before."""
-        many = len(self.noted_empty) > len(self.empty)
-        return bool(self.noted) or many
-
-    def count(self) -> None:
-        """Count and name what any process has noted. All must call it.
-
-        Tiles without data are no fault of a file, and not limited: their number is reported.
-
-        Raises:
-            UserError: more than the allowed share of all images is unreadable.
-        """
-        reason = ""
-        before = len(self.empty)
-        for text in gather_texts(json.dumps([self.noted, sorted(self.noted_empty)])):
-            noted, empty = json.loads(text)
-            self.empty.update(empty)
-            for index, reason in noted.items():
-                if int(index) not in self.found:
-                    self.found.add(int(index))
-                    log.warning("unreadable image %d skipped: %s", len(self.found), reason)
-        self.noted, self.noted_empty = {}, set()
-        if len(self.empty) > before:
-            text = "%s of %s images so far are tiles without data, replaced by others"
-            log.info(text, f"{len(self.empty):,}", f"{self.n:,}")
-        if len(self.found) > self.max_share * self.n:
-            raise UserError(
-                f"{len(self.found)} of {self.n} images of {self.spec} are unreadable, more than "
-                f"--data.max-bad {self.max_share:g} allows; the last: {reason}",
-                everywhere=True,
-            )
-
-
 class Part(list[tuple[int, int]]):
     """The (epoch, index) pairs of a part of a step, with the step and their places in it.
 
@@ -322,39 +232,3 @@ def _reporting_full_cache(batches: Iterator[Batch], cache: ImageCache) -> Iterat
             yield batch
     finally:
         cache.release()
-
-
-class EvalImages(Dataset):
-    """The central crop of every image, in order; unreadable ones are left out and reported."""
-
-    def __init__(
-        self, source: Source, size: tuple[int, int], crop_ratio: float, channels: int
-    ) -> None:
-        self.source, self.size, self.crop_ratio, self.channels = source, size, crop_ratio, channels
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The batch of these images: one kind of crop, the key being the index."""
-        bad: dict[int, str] = {}
-        crops, keys, labels = [], [], []
-        for index in indices:
-            try:
-                raw, label = self.source.read(index)
-                image = decode(raw, self.channels, self.source.reading)
-                view = center_view(image, self.size, self.crop_ratio)
-                crops.append(with_data(view, "the central crop"))
-            except BadImage as error:
-                bad[index] = f"{self.source.name(index)}: {error}"
-                continue
-            keys.append(index)
-            labels.append(-1 if label is None else label)
-        if not crops:
-            return Batch(Views([], torch.tensor([]).long(), torch.tensor([]).long()), bad)
-        made = [stack(crops)]
-        views = Views(made, torch.tensor(keys), torch.tensor(labels), missing=missing_in(made))
-        return Batch(views, bad)
-
-
-def eval_batches(images: EvalImages, batch_size: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """All images of an evaluation set in order; a batch without a readable image is empty."""
-    batches = BatchSampler(SequentialSampler(images.source), batch_size, drop_last=False)
-    return load(images, batches, workers, pin)

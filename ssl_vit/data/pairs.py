@@ -20,10 +20,11 @@ from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.common.task import Views
 from ssl_vit.data.base import Item, Source, Subset
+from ssl_vit.data.batch import Batch, stack
 from ssl_vit.data.decode import BadImage, decode
+from ssl_vit.data.eval_images import EvalImages
 from ssl_vit.data.folder import FolderSource, all_images
 from ssl_vit.data.groups import groups_of
-from ssl_vit.data.loader import Batch, EvalImages, stack
 from ssl_vit.data.map_values import decode_mask
 from ssl_vit.data.missing import missing_in, resized, with_data
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.base import Item, Names, Source
+from ssl_vit.data.base import Item, Source
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.member import Member
+from ssl_vit.data.names import Names
 from ssl_vit.data.shard_names import find_shards
-from ssl_vit.data.tar_index import ShardIndex, load_index, split_name
+from ssl_vit.data.tar_index import ShardIndex, load_index
 from ssl_vit.data.tar_labels import read_labels
+from ssl_vit.data.tar_names import split_name
 from ssl_vit.data.tar_samples import Rows, choose_samples
 
 log = logging.getLogger("ssl_vit")

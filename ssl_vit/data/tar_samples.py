@@ -12,7 +12,8 @@ import numpy as np
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
-from ssl_vit.data.tar_index import ShardIndex, split_name
+from ssl_vit.data.tar_index import ShardIndex
+from ssl_vit.data.tar_names import split_name
 
 log = logging.getLogger("ssl_vit")
 # More kinds of images than one sample has: what follows the first dot is then a part of the name.

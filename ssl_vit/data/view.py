@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.eval_images import EvalImages
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.attentive_head import AttentiveHead
 from ssl_vit.evaluators.token_sets import TokenSet

@@ -13,8 +13,8 @@ from ssl_vit.common.checks import flag
 from ssl_vit.common.config import from_json
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import at_least_fp32
+from ssl_vit.data.batch import stack
 from ssl_vit.data.depths import DepthPairs
-from ssl_vit.data.loader import stack
 from ssl_vit.data.map_values import nearest_mask
 from ssl_vit.data.missing import resized
 from ssl_vit.data.pairs import Pairs

@@ -13,7 +13,7 @@ from ssl_vit.common.checks import flag
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
 from ssl_vit.data.depths import DepthPairs, crop_mask, in_range
-from ssl_vit.data.loader import eval_batches
+from ssl_vit.data.eval_images import eval_batches
 from ssl_vit.data.map_values import nearest_mask
 from ssl_vit.data.pairs import PairImages
 from ssl_vit.evaluators.depth_heads import DepthHead

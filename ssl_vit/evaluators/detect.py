@@ -16,9 +16,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Source
 from ssl_vit.data.coco_images import WholeImages, unpacked
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.view import View
 from ssl_vit.data.workers import load
 from ssl_vit.evaluators.detector import Target, detection_losses

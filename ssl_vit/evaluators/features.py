@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from ssl_vit.common.distributed import gather_rows, gather_texts, rank_and_world, share
 from ssl_vit.common.errors import RunFailed, UserError, check
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import units
-from ssl_vit.data.loader import Batch, EvalImages, eval_batches
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.eval_images import EvalImages, eval_batches
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.options import FEATURES, PATCHES

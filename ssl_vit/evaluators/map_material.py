@@ -14,9 +14,9 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import eval_batches
+from ssl_vit.data.eval_images import eval_batches
 from ssl_vit.data.map_values import nearest_mask
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.pairs import PairBatch, PairImages, Pairs
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.depth_heads import fine_grid

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.base import Numbered
-from ssl_vit.data.loader import BadImages, TrainImages, train_batches
+from ssl_vit.data.loader import TrainImages, train_batches
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.evaluators.backbone import Backbone

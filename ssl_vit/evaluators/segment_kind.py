@@ -14,7 +14,7 @@ from ssl_vit.common.config import from_json
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.task import at_least_fp32
 from ssl_vit.data.base import check_classes
-from ssl_vit.data.loader import stack
+from ssl_vit.data.batch import stack
 from ssl_vit.data.missing import resized
 from ssl_vit.data.pairs import CLASSES_FILE, Pairs
 from ssl_vit.data.view import View

@@ -11,8 +11,9 @@ from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
 from ssl_vit.common.errors import UserError, check
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import Batch, EvalImages, eval_batches
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.eval_images import EvalImages, eval_batches
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone

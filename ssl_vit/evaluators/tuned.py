@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Source
 from ssl_vit.data.missing import with_data
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import content_sha256
 from ssl_vit.evaluators.features import Machine, ready

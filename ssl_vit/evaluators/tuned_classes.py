@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.data.augment import center_view
 from ssl_vit.data.base import Source
+from ssl_vit.data.batch import stack
 from ssl_vit.data.labels import align_classes
-from ssl_vit.data.loader import stack
 from ssl_vit.data.missing import with_data
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.cache import labels_sha256

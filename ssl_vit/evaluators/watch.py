@@ -16,9 +16,9 @@ from torch import Tensor
 from ssl_vit.common.files import write_text_atomically
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import known_labels
-from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.eval_images import EvalImages
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.order import permute
 from ssl_vit.data.sources import Source, Subset
 from ssl_vit.data.view import View

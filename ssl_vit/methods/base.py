@@ -18,8 +18,9 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError, check
 from ssl_vit.common.scalars import Scalar
 from ssl_vit.common.task import Place, Task, Views
-from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.augment import ViewSpec
 from ssl_vit.data.loader import draw_all
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.order import Places
 from ssl_vit.methods import check_name
 from ssl_vit.model.architecture import take_memory, without_memory

@@ -19,8 +19,9 @@ from ssl_vit.common.errors import check
 from ssl_vit.common.figures import to_rgb
 from ssl_vit.common.schedules import Length, warmup_cosine
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Crop, Normalize, Phase, ViewSpec
+from ssl_vit.data.augment import Crop, Phase, ViewSpec
 from ssl_vit.data.levels import Levels
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.base import Method
 from ssl_vit.model.attention import attention_panel, cls_attention, cls_features

@@ -20,7 +20,8 @@ from ssl_vit.common.errors import check, naming_option
 from ssl_vit.common.figures import picture_rows, to_rgb
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Place, Views
-from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.augment import ViewSpec
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.order import Places
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, DINOObjective

@@ -14,12 +14,13 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Views, at_least_fp32
-from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
+from ssl_vit.data.augment import ViewSpec, one_crop
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.base import Method
 from ssl_vit.model.architecture import set_norm_eps
-from ssl_vit.model.encoder import Encoder, sincos_positions, take
+from ssl_vit.model.encoder import Encoder, take
 from ssl_vit.model.init import xavier_init
-from ssl_vit.model.positions import resampled
+from ssl_vit.model.positions import resampled, sincos_positions
 from ssl_vit.objectives.base import Objective, Reconstruction
 from ssl_vit.objectives.masked_patches import (
     Decoder,

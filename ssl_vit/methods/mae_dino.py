@@ -10,7 +10,8 @@ import torch
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.augment import ViewSpec
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, DINOObjective, attention
 from ssl_vit.methods.mae import MAE, MAEObjective

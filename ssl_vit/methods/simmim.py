@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import check
 from ssl_vit.common.task import Views, at_least_fp32
-from ssl_vit.data.augment import Normalize, ViewSpec, one_crop
+from ssl_vit.data.augment import ViewSpec, one_crop
 from ssl_vit.data.loader import draw_samples
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.model.init import truncated_init

@@ -25,7 +25,7 @@ from ssl_vit.model.architecture import (
 )
 from ssl_vit.model.block import lean_blocks
 from ssl_vit.model.drop_path import draw_for_whole_batch
-from ssl_vit.model.positions import resampled
+from ssl_vit.model.positions import resampled, sincos_positions
 from ssl_vit.model.rope import Augmentation, Rope, Rotation
 
 
@@ -294,20 +294,6 @@ class Encoder(nn.Module):
 def take(tokens: Shaped[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Shaped[Tensor, "b k d"]:
     """Tokens of each image at its own indices."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
-    """Fixed two-dimensional sine-cosine positions (He et al. 2022, after Vaswani et al. 2017).
-
-    The first half of the features encodes the column, the second the row; each half is sines, then
-    cosines, of the coordinate times 10000^(-i / (width / 4)). Computed in float64.
-    """
-    check(width % 4 == 0, f"sine-cosine positions need a width divisible by 4, not {width}")
-    rows, cols = grid
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(cols)[:, None] * omega
-    col = torch.arange(cols, dtype=torch.float64).repeat(rows)[:, None] * omega
-    return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()
 
 
 def image_size(config: EncoderConfig) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.common.errors import check
+
 
 def resampled(
     table: Float[Tensor, "b n d"], old: tuple[int, int], new: tuple[int, int], kind: str
@@ -30,3 +32,17 @@ def resampled(
     else:
         image = F.interpolate(image, list(new), mode="bicubic", antialias=kind == "timm")
     return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "n d"]:
+    """Fixed two-dimensional sine-cosine positions (He et al. 2022, after Vaswani et al. 2017).
+
+    The first half of the features encodes the column, the second the row; each half is sines, then
+    cosines, of the coordinate times 10000^(-i / (width / 4)). Computed in float64.
+    """
+    check(width % 4 == 0, f"sine-cosine positions need a width divisible by 4, not {width}")
+    rows, cols = grid
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(cols)[:, None] * omega
+    col = torch.arange(cols, dtype=torch.float64).repeat(rows)[:, None] * omega
+    return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssl_vit.common.figures import picture_rows
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.options.base import Target
 

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit.common.figures import to_rgb
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.block import lean_blocks
-from ssl_vit.model.encoder import Encoder, sincos_positions
+from ssl_vit.model.encoder import Encoder
+from ssl_vit.model.positions import sincos_positions
 
 # Of masked patches and missing pixels in pictures.
 _GRAY = 0.5

@@ -9,9 +9,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ssl_vit.common.figures import to_rgb
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.base import Source
-from ssl_vit.data.loader import EvalImages
+from ssl_vit.data.eval_images import EvalImages
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.view import View
 
 # Fills unreadable images, and the margins of images that are not square.

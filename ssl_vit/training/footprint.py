@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.common.distributed import local
 from ssl_vit.common.free_memory import free_memory_here
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 from ssl_vit.model.block import nothing_spared
 from ssl_vit.training.loop import Trainer
 from ssl_vit.training.muon import by_muon, orthogonalizing

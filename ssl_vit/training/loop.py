@@ -17,8 +17,9 @@ from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.seeds import fold, seed_generators
 from ssl_vit.common.task import Task
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import BadImages, Batch
+from ssl_vit.data.bad_images import BadImages
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.drop_path import batch_share
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.clipping import clip_gradients

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

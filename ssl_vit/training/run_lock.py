@@ -14,22 +14,19 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import random
 import re
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ssl_vit.common.distributed import gather_texts
 from ssl_vit.common.errors import RunFailed, UserError
-from ssl_vit.common.processes import boot, process_space, process_start
+from ssl_vit.training.lock_owner import Owner, has_ended, this_process
 
 log = logging.getLogger("ssl_vit")
 _NAME, _ANY = "run.lock-{}", "run.lock-*"
@@ -41,36 +38,6 @@ _LOOK = 0.5
 
 class LockLost(RunFailed):
     """Lost lock: the run folder is no longer this run's; nothing may be written into it."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Owner of a lock: a process, as far as others can recognise it.
-
-    Attributes:
-        token: of this lock alone.
-        boot, processes_of: of its kernel and PID namespace: where its PID means something.
-        pid, process_started: as in ``status.json``.
-        job, restarts: Slurm's number of the job, and of its earlier starts.
-        since: Unix time in seconds.
-    """
-
-    token: str = ""
-    host: str = ""
-    boot: str = ""
-    processes_of: int = 0
-    pid: int = 0
-    process_started: int | None = None
-    job: str = ""
-    restarts: int = 0
-    since: float = 0.0
-
-    def __str__(self) -> str:
-        if not self.token:
-            return "an unknown process"
-        job = f" (Slurm job {self.job})" if self.job else ""
-        started = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.since))
-        return f"process {self.pid} on {self.host}{job}, started {started}"
 
 
 class _Seen(NamedTuple):
@@ -120,7 +87,7 @@ class RunLock:
         folder = self.path.parent
         for inside in folder.rglob(_ANY):
             if inside.parent != folder and (seen := _look(inside)):
-                _wait_for_end(inside, seen, _ourselves())
+                _wait_for_end(inside, seen, this_process())
         with self._changing:
             (move() / self.path.name).unlink()
             self.path, self.text = _take(folder)
@@ -186,7 +153,7 @@ def is_lock(path: Path) -> bool:
 
 def _take(folder: Path) -> tuple[Path, str]:
     """Make a lock in a folder, after those of owners that have ended; its path and content."""
-    own = _ourselves()
+    own = this_process()
     text = json.dumps(dataclasses.asdict(own), indent=1) + "\n"
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,30 +217,6 @@ def _wait_for_end(path: Path, seen: _Seen, own: Owner) -> None:
             f"{path.parent} is in use by another run: {owner}. Give another --run.out, or wait "
             f"until that run has ended, or stop it{stop}"
         )
-
-
-def has_ended(owner: Owner, own: Owner) -> bool | None:
-    """True if an owner has ended, as far as ``own`` can see; None: it cannot be seen from there."""
-    places = [(o.host, o.boot, o.processes_of) for o in (owner, own)]
-    if places[0] == places[1] and own.boot and owner.process_started is not None:
-        return process_start(owner.pid) != owner.process_started
-    if owner.job and owner.job == own.job and owner.restarts < own.restarts:
-        return True  # Slurm starts a job again only when it has ended
-    return None
-
-
-def _ourselves() -> Owner:
-    return Owner(
-        token=uuid.uuid4().hex,
-        host=platform.node(),
-        boot=boot(),
-        processes_of=process_space(),
-        pid=os.getpid(),
-        process_started=process_start(os.getpid()),
-        job=os.environ.get("SLURM_JOB_ID", ""),
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        since=time.time(),
-    )
 
 
 # --- lock files ---------------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from ssl_vit.common.presets import about_preset
 from ssl_vit.common.schedules import Length
 from ssl_vit.common.task import Task
 from ssl_vit.common.waiting import chosen
-from ssl_vit.data.augment import Normalize, ViewSpec
+from ssl_vit.data.augment import ViewSpec
+from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.base import describe_labels, epoch_length, too_few
 from ssl_vit.data.description import described
 from ssl_vit.data.images import Images
-from ssl_vit.data.loader import BadImages, TrainImages, train_batches
+from ssl_vit.data.loader import TrainImages, train_batches
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.photometric import left_out
 from ssl_vit.data.shard_order import order_of
 from ssl_vit.model.encoder import parameter_count

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_vit.common.errors import UserError
-from ssl_vit.model.encoder import sincos_positions
+from ssl_vit.model.positions import sincos_positions
 
 
 @dataclass(frozen=True)

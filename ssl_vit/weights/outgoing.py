@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ssl_vit.common.errors import RunFailed, UserError, check
 from ssl_vit.common.files import share_as_usual, sync
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.architecture import rotary_architectures, timm_kwargs
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights.exchange import (

@@ -20,8 +20,8 @@ from ssl_vit.benchmarks.speed import trainer_midway
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.task import Task
 from ssl_vit.data import photometric
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.evaluators.options import TuneConfig
 from ssl_vit.model.architecture import without_memory
 from ssl_vit.model.rope import Augmentation

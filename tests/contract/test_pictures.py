@@ -9,7 +9,7 @@ import torch
 
 from ssl_vit import report, visualize
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.training.panels import panels
 from tests.contract import tiny
 

@@ -20,8 +20,8 @@ import torch
 from ssl_vit.benchmarks.speed import trainer_midway
 from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig, RunConfig
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.normalize import Normalize
+from ssl_vit.data.batch import Batch
 from ssl_vit.evaluators.options import TuneConfig
 from ssl_vit.model.execution import choose_attention, compile_blocks
 from ssl_vit.training.session import prepare_folder, train

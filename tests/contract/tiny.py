@@ -16,7 +16,8 @@ from ssl_vit.commands.pretrain_options import PretrainConfig
 from ssl_vit.commands.pretraining import Pretraining, build
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.task import Views
-from ssl_vit.data.loader import Batch, TrainImages, train_batches
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.pretrain import parse_options

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssl_vit.benchmarks.speed import random_batch, trainer_midway, wait
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.base import find_method
 from ssl_vit.model.block import LeanResidual
 from ssl_vit.training.loop import Trainer

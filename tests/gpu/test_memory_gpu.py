@@ -6,7 +6,7 @@ import torch
 from ssl_vit.benchmarks.costs import count_step, state_of
 from ssl_vit.benchmarks.speed import random_batch, trainer_midway
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.base import find_method
 from ssl_vit.model.architecture import without_memory
 

@@ -16,8 +16,8 @@ from ssl_vit.commands.pretraining import Pretraining
 from ssl_vit.common.config import OptimConfig, RunConfig
 from ssl_vit.common.errors import RunFailed
 from ssl_vit.common.seeds import uniform
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.photometric import Photometric, photometric
 from ssl_vit.evaluators.options import TuneConfig
 from ssl_vit.methods import method_names

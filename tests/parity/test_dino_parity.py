@@ -8,8 +8,8 @@ import torch
 
 from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.dino import DINO
 from ssl_vit.model.execution import choose_attention
 from ssl_vit.options.dino import DINOConfig

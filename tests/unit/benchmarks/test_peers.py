@@ -10,23 +10,18 @@ from ssl_vit.benchmarks.chains import OriginalChain
 from ssl_vit.benchmarks.loader import one_thread, readable
 from ssl_vit.benchmarks.measured import Speed, cpu_model
 from ssl_vit.benchmarks.peers import peer_names
-from ssl_vit.benchmarks.peers_dino import (
-    HuggingFaceDINO,
-    LightlyChain,
-    LightlyDINO,
-    LightlyGroupedDINO,
-    OriginalDINO,
-    TimmDINO,
-)
+from ssl_vit.benchmarks.peers_dino import HuggingFaceDINO, OriginalDINO, TimmDINO
+from ssl_vit.benchmarks.peers_dino_lightly import LightlyChain, LightlyDINO, LightlyGroupedDINO
 from ssl_vit.benchmarks.peers_dinov2 import OriginalDINOv2, dropped_rows
 from ssl_vit.benchmarks.peers_mae import HuggingFaceMAE, LightlyMAE, OriginalMAE
 from ssl_vit.benchmarks.side import Workload
 from ssl_vit.benchmarks.speed import random_batch, single_views
 from ssl_vit.common.config import EncoderConfig, OptimConfig
 from ssl_vit.common.errors import UserError
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import decode
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.dinov2 import DINOv2

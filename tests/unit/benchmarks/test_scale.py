@@ -30,8 +30,9 @@ from ssl_vit.common.config import EncoderConfig, OptimConfig, RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.common.rates import PretrainOptim
 from ssl_vit.common.task import Task, Views
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods import find_options
 from ssl_vit.methods.base import Method, find_method
 from ssl_vit.model.architecture import without_memory

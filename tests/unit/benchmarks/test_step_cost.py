@@ -21,7 +21,7 @@ from ssl_vit.benchmarks.speed import random_batch, trainer_midway
 from ssl_vit.benchmarks.step import StepComparison
 from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import RunFailed, UserError
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods import method_of
 from ssl_vit.methods.base import find_method
 from ssl_vit.methods.dino import DINO

@@ -19,7 +19,7 @@ from ssl_vit.commands.eval_options import EvalData, FeatureConfig
 from ssl_vit.commands.evaluating import Evaluation
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 from ssl_vit.evaluators.feature_parts import Layout, Parts
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.training.run_lock import RunLock

@@ -15,13 +15,13 @@ from ssl_vit.data.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Crop,
-    Normalize,
     ViewSpec,
     center_view,
     crop_box,
     draw_views,
     take_views,
 )
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.photometric import Photometric, photometric
 
 BICUBIC = v2.InterpolationMode.BICUBIC

@@ -21,10 +21,11 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data import reduced
 from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.cache import ImageCache, no_use
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.images import open_images
-from ssl_vit.data.loader import Batch, TrainImages, train_batches
+from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.reduced import views_of
 from ssl_vit.data.sources import open_source

@@ -12,7 +12,7 @@ from PIL import Image
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.depths import crop_mask, decode_depth, in_range, open_depths
-from ssl_vit.data.loader import eval_batches
+from ssl_vit.data.eval_images import eval_batches
 from ssl_vit.data.pairs import PairImages
 
 STEPS = np.array([[0, 1, 2], [500, 40_000, 65_535]], dtype=np.uint16)

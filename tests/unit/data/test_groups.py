@@ -125,7 +125,7 @@ def test_of_shards_the_name_is_that_of_the_shard_and_the_key():
 
 
 def open_tar_of_two() -> Source:
-    from ssl_vit.data.base import Names
+    from ssl_vit.data.names import Names
     from ssl_vit.data.tar import TarSource
     from ssl_vit.data.tar_index import ShardIndex
 

@@ -12,8 +12,9 @@ from ssl_vit.common.seeds import fold_keys, uniform
 from ssl_vit.common.task import Views
 from ssl_vit.data import levels as levels_module
 from ssl_vit.data import photometric as photometric_module
-from ssl_vit.data.augment import Crop, Normalize, draw_cut
+from ssl_vit.data.augment import Crop, draw_cut
 from ssl_vit.data.levels import LEVELS_WIDTH, Levels, levels, normal, of_channels
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.photometric import WIDTH, Photometric
 
 ALL = Levels(together=0.8, each=0.7, drop=0.3, noise=0.2)

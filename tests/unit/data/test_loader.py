@@ -17,18 +17,13 @@ from ssl_vit.common.schedules import Length
 from ssl_vit.common.seeds import fold, generator
 from ssl_vit.common.task import Views
 from ssl_vit.data.augment import Crop, DrawTogether, Phase, ViewSpec, resized, take_views
+from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.base import Source
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.eval_images import EvalImages, eval_batches
 from ssl_vit.data.levels import Levels
-from ssl_vit.data.loader import (
-    BadImages,
-    Batch,
-    EvalImages,
-    TrainImages,
-    draw_samples,
-    eval_batches,
-    train_batches,
-)
+from ssl_vit.data.loader import TrainImages, draw_samples, train_batches
 from ssl_vit.data.order import Order, Places
 from ssl_vit.data.photometric import WIDTH, Photometric
 from ssl_vit.data.sources import open_source

@@ -13,11 +13,13 @@ from ssl_vit.common.reading import ReadConfig
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
 from ssl_vit.data import reduced
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec, center_view, take_views
+from ssl_vit.data.augment import Crop, ViewSpec, center_view, take_views
 from ssl_vit.data.base import Source
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.loader import EvalImages, TrainImages, eval_batches, train_batches
+from ssl_vit.data.eval_images import EvalImages, eval_batches
+from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.data.missing import has_missing, missing_in, resized, valid_share
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.order import Order
 from ssl_vit.data.photometric import Photometric
 from ssl_vit.data.reduced import views_of

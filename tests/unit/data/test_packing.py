@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_vit.common.task import Views
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.packing import _SMALL, Packed, packed
 
 LARGE = _SMALL // 3 + 5

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.loader import eval_batches
+from ssl_vit.data.eval_images import eval_batches
 from ssl_vit.data.map_values import decode_mask, nearest_mask
 from ssl_vit.data.pairs import PairImages, open_pairs
 

@@ -21,9 +21,10 @@ from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data import remote, remote_tar
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source, split_holdout
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.images import open_images
-from ssl_vit.data.loader import Batch, TrainImages, train_batches
+from ssl_vit.data.loader import TrainImages, train_batches
 from ssl_vit.data.remote import RemoteFile, describe
 from ssl_vit.data.shard_cache import ShardCache, open_shard_cache
 from ssl_vit.data.shard_order import order_of

@@ -17,9 +17,10 @@ from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import ReadConfig
 from ssl_vit.data import tar as tar_module
 from ssl_vit.data import tar_index
-from ssl_vit.data.base import Names, check_classes, describe_labels
+from ssl_vit.data.base import check_classes, describe_labels
 from ssl_vit.data.decode import BadImage, decode
 from ssl_vit.data.labels import align_classes
+from ssl_vit.data.names import Names
 from ssl_vit.data.shard_names import expand
 from ssl_vit.data.sources import Source, Subset, open_source, split_holdout
 from tests.conftest import SHARED

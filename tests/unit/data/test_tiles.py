@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.data.augment import Crop, ViewSpec
+from ssl_vit.data.bad_images import BadImages
 from ssl_vit.data.base import Source
 from ssl_vit.data.cache import ImageCache, no_use
 from ssl_vit.data.decode import BadImage, Decoded, decode
+from ssl_vit.data.eval_images import EvalImages
 from ssl_vit.data.fingerprint import fingerprint
 from ssl_vit.data.images import open_images
-from ssl_vit.data.loader import BadImages, EvalImages, TrainImages
+from ssl_vit.data.loader import TrainImages
 from ssl_vit.data.pairs import open_pairs
 from ssl_vit.data.raster import EmptyTile
 from ssl_vit.data.sources import open_source, split_holdout

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ssl_vit.common.errors import RunFailed, UserError
 from ssl_vit.data import shared_memory, workers
 from ssl_vit.data.base import Source
-from ssl_vit.data.loader import EvalImages, eval_batches
+from ssl_vit.data.eval_images import EvalImages, eval_batches
 from ssl_vit.data.shared_memory import affordable, pinnable, shm_size
 from ssl_vit.data.workers import load
 from tests.conftest import ROOT
@@ -158,7 +158,7 @@ import subprocess, sys
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"], check=True)
 from ssl_vit.common.errors import RunFailed
 from ssl_vit.data import workers
-from ssl_vit.data.loader import EvalImages, eval_batches
+from ssl_vit.data.eval_images import EvalImages, eval_batches
 from ssl_vit.data.sources import open_source
 workers._batch_bytes = lambda *_: (0, 0)
 images = EvalImages(open_source("digits"), (224, 224), 1.0, 3)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.loader import EvalImages, eval_batches
+from ssl_vit.data.eval_images import EvalImages, eval_batches
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import open_source
 from ssl_vit.evaluators.features import FeatureSet, pixels

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.augment import Crop, Normalize, ViewSpec
+from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.loader import TrainImages
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.sources import Source, Subset, open_source
 from ssl_vit.data.view import View
 from ssl_vit.evaluators.backbone import Backbone

@@ -9,8 +9,8 @@ from ssl_vit.benchmarks.costs import count_step
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import DataConfig
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
 from ssl_vit.data.loader import TrainImages, train_batches
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.data.order import Order
 from ssl_vit.data.sources import open_source
 from ssl_vit.methods.dinov2 import DINOv2

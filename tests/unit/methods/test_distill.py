@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.distill import Distill, feature_loss
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.options.distill import DistillConfig

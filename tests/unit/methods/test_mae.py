@@ -12,7 +12,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, uniform
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods import method_names
 from ssl_vit.methods.base import find_method
 from ssl_vit.methods.mae import MAE

@@ -10,7 +10,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold, fold_keys
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.mae import MAE
 from ssl_vit.methods.mae_dino import MAEDINO

@@ -7,7 +7,7 @@ import torch
 
 from ssl_vit.common.seeds import uniform
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.base import Method
 from ssl_vit.model.encoder import take
 from ssl_vit.objectives.masked_patches import patch_statistics, visible_first

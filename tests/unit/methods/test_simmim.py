@@ -8,7 +8,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.seeds import fold
 from ssl_vit.common.task import Views
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.methods.simmim import SimMIM
 from ssl_vit.model.execution import choose_attention
 from ssl_vit.options.simmim import SimMIMConfig

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.model.architecture import timm_kwargs, without_memory
-from ssl_vit.model.encoder import Encoder, parameter_count, sincos_positions, take
+from ssl_vit.model.encoder import Encoder, parameter_count, take
 from ssl_vit.model.execution import choose_attention, compile_blocks
+from ssl_vit.model.positions import sincos_positions
 from ssl_vit.weights.exchange import resample_positions
 
 SMALL = {"width": 48, "depth": 2, "heads": 4}

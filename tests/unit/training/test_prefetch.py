@@ -10,7 +10,7 @@ import torch
 
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.task import Views
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.pairs import PairBatch
 from ssl_vit.training.prefetch import on_device
 

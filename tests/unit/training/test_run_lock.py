@@ -17,10 +17,11 @@ from ssl_vit.common.processes import process_start
 from ssl_vit.training import run_lock
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.energy import Energy
+from ssl_vit.training.lock_owner import Owner, has_ended, this_process
 from ssl_vit.training.metrics import RunLog
 from ssl_vit.training.parallel import Parallel
 from ssl_vit.training.run_files import METRICS_FILE
-from ssl_vit.training.run_lock import LockLost, Owner, RunLock, has_ended, is_lock, locked
+from ssl_vit.training.run_lock import LockLost, RunLock, is_lock, locked
 
 FIRST = "run.lock-1"
 FAR = {"host": "far", "boot": "other"}
@@ -28,7 +29,7 @@ FAR = {"host": "far", "boot": "other"}
 
 def left_by(folder: Path, name: str = FIRST, **changes) -> Path:
     """Lock of an owner that is like this process but for ``changes``."""
-    owner = dataclasses.replace(run_lock._ourselves(), **changes)
+    owner = dataclasses.replace(this_process(), **changes)
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps(dataclasses.asdict(owner)))
     return folder / name
@@ -119,7 +120,7 @@ def test_an_owner_that_ended_here_is_followed_at_once(tmp_path, caplog, changes)
 
 
 def test_what_can_be_seen_of_an_owner():
-    own = run_lock._ourselves()
+    own = this_process()
     assert own.process_started == process_start(os.getpid())
     see = dataclasses.replace
     assert has_ended(own, own) is False
@@ -139,7 +140,7 @@ def test_a_job_that_slurm_starts_again_goes_on(monkeypatch, job, restarts, ended
     first = Owner(token="a", host="far", boot="other", pid=5, job="7")
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    assert has_ended(first, run_lock._ourselves()) is ended
+    assert has_ended(first, this_process()) is ended
 
 
 def test_a_far_owner_that_is_silent_for_long_is_followed_at_once(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_vit.data.loader import Batch
+from ssl_vit.data.batch import Batch
 from ssl_vit.training.optim import SpikeGuard
 from ssl_vit.training.pace import StepTimes
 from ssl_vit.training.parallel import Parallel

@@ -20,7 +20,7 @@ from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import to_yaml
 from ssl_vit.common.reading import DataConfig
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.evaluators.backbone import open_backbone
 from ssl_vit.methods.mae import MAE, MAEObjective
 from ssl_vit.objectives.masked_patches import explained_shares, patch_statistics

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from ssl_vit.export import main as export
-from ssl_vit.model.encoder import sincos_positions
+from ssl_vit.model.positions import sincos_positions
 from ssl_vit.weights.exchange import read_info
 from ssl_vit.weights.official import open_weights, weights_info
 from tests.unit.foreign_weights import agree, images, noisy, refused, saved

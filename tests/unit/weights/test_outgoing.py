@@ -12,7 +12,7 @@ from torch import nn
 
 from ssl_vit.common.config import EncoderConfig
 from ssl_vit.common.errors import RunFailed, UserError
-from ssl_vit.data.augment import Normalize
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.model.architecture import timm_kwargs
 from ssl_vit.model.encoder import Encoder
 from ssl_vit.weights import outgoing, to_huggingface

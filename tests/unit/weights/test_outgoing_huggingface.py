@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from ssl_vit.common.errors import UserError
-from ssl_vit.data.augment import Normalize, center_view
+from ssl_vit.data.augment import center_view
+from ssl_vit.data.normalize import Normalize
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.outgoing import FORMATS, export_encoder
 from tests.unit.weights.test_outgoing import (

@@ -17,7 +17,7 @@ from ssl_vit.common.reading import beside
 from ssl_vit.common.task import Task
 from ssl_vit.data.augment import Crop, ViewSpec
 from ssl_vit.data.base import Source
-from ssl_vit.data.coco import coco_of, has_objects
+from ssl_vit.data.coco import coco_of, has_objects, object_counts
 from ssl_vit.data.coco_images import JitteredObjects
 from ssl_vit.data.images import Given, Images, open_images
 from ssl_vit.data.jitter import Jitter
@@ -89,17 +89,11 @@ def enlarged(train: Source, frame: tuple[int, int]) -> tuple[str, ...]:
 
 def crowded(train: Source, queries: int) -> tuple[str, ...]:
     """Warning of images with more objects than DETR has queries."""
-    most = max(object_counts(train))
+    most = int(object_counts(train).max())
     if most <= queries:
         return ()
     text = f"an image of {train.spec} has {most} objects, more than --detect.queries, {queries}"
     return (f"{text}: those that are left over are not learned from",)
-
-
-def object_counts(source: Source) -> list[int]:
-    """Number of objects of each image."""
-    coco, rows = coco_of(source, "")
-    return [len(coco.objects(int(row)).boxes) for row in rows]
 
 
 class Detection(Tuning):
@@ -173,7 +167,7 @@ class Detection(Tuning):
             new = "decoder and heads"
         windows = f", windows of {options.windows} patches" if options.windows else ""
         rates = f"layer decay {options.layer_decay:g}, drop path {options.drop_path:g}"
-        objects = sum(object_counts(self.images.train))
+        objects = int(object_counts(self.images.train).sum())
         return [
             ("detector", f"{kind}, {len(self.classes)} classes, {on}"),
             ("encoder", f"{self.start.identity['given']}{windows}"),

@@ -50,6 +50,12 @@ class Annotations:
         """Rows of an image."""
         return slice(int(self.first[image]), int(self.first[image + 1]))
 
+    @property
+    def counts(self) -> Int64[np.ndarray, " n"]:
+        """Number of each image's objects that are no crowds."""
+        before = np.concatenate([[0], np.cumsum(~self.crowd)])
+        return np.diff(before[self.first])
+
 
 def read_content(file: Path) -> dict[str, list[Any]]:
     """The three lists of an annotation file."""

@@ -11,7 +11,7 @@ from PIL import Image
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.reading import DataConfig, ReadConfig
 from ssl_vit.common.seeds import fold
-from ssl_vit.data.coco import coco_of
+from ssl_vit.data.coco import coco_of, object_counts
 from ssl_vit.data.coco_images import JitteredObjects, WholeImages, mask_boxes, unpacked
 from ssl_vit.data.jitter import Jitter, Placement, draw_placement, fitted, place
 from ssl_vit.data.loader import Part
@@ -55,6 +55,7 @@ def test_reads_what_the_file_says(made):
     held = open_source(f"held:coco:{root}")
     coco, rows = coco_of(held, "")
     assert coco.name(int(rows[0])) == held.name(0)
+    assert object_counts(held).tolist() == [len(coco.objects(int(row)).boxes) for row in rows]
 
 
 def broken(content, change):
@@ -173,6 +174,7 @@ def test_crowds_are_not_learned_from(made):
     source = opened(made, broken(made[1], lambda c: c["annotations"][0].update(iscrowd=1)))
     assert len(source.objects(0).boxes) == 1
     assert source.annotations.crowd.sum() == 1
+    assert object_counts(source).tolist() == [len(source.objects(i).boxes) for i in range(6)]
 
 
 def by_loops(values, at: Placement, fill):

@@ -26,9 +26,7 @@ COMPILED = """
 import functools, sys, torch
 from ssl_vit import pretrain
 
-torch.nn.Module.compile = functools.partialmethod(
-    torch.nn.Module.compile, backend="eager", fullgraph=True
-)
+torch.compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
 pretrain.main([*sys.argv[1:], "--run.compile", "True", "--run.out", "compiled"])
 """
 WAYS = {"ddp": (2, PAIR), "fsdp": (2, PAIR), "compiled": (1, COMPILED)}

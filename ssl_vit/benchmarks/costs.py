@@ -84,9 +84,10 @@ def count_step(task: Task, spec: ViewSpec, channels: int) -> StepCost:
         choose_attention(task, _GPU)
         with flop_counter() as counter:
             two = _step(task, spec, channels, 2)
-        three = _step(task, spec, channels, 3)
+        # What is kept is known before a backward pass, which takes longer than all else.
+        three = _step(task, spec, channels, 3, backward=False)
         checkpoint_activations(task)
-        less, more = (_step(task, spec, channels, images) for images in (2, 3))
+        less, more = (_step(task, spec, channels, n, backward=False) for n in (2, 3))
     blocks = [_linear(*block) for block in zip(two.blocks, three.blocks, strict=True)]
     left, largest = _linear(less.kept, more.kept), max(blocks, key=lambda block: block.per_image)
     recomputed = ActivationBytes(left.per_image + largest.per_image, left.fixed + largest.fixed)
@@ -124,7 +125,9 @@ class _StepBytes:
     blocks: list[int]
 
 
-def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _StepBytes:
+def _step(
+    task: Task, spec: ViewSpec, channels: int, images: int, backward: bool = True
+) -> _StepBytes:
     crops = [torch.empty(images * c.count, channels, *c.size) for c in spec.crops]
     keys, labels = (torch.empty(images, dtype=torch.int64) for _ in range(2))
     drawn = draw_all(spec, range(images))
@@ -134,8 +137,10 @@ def _step(task: Task, spec: ViewSpec, channels: int, images: int) -> _StepBytes:
     with kept.watch(), kept.watch_blocks(task):
         with autocast(_CPU, torch.bfloat16):
             loss = task(views, 0)["loss"]
-        loss.backward()
-    return _StepBytes(kept.most, kept.of_blocks)
+        held = kept.now()
+        if backward:
+            loss.backward()
+    return _StepBytes(held, kept.of_blocks)
 
 
 class _BlockBytes(KeptBytes):
@@ -157,13 +162,10 @@ class _BlockBytes(KeptBytes):
             handle.remove()
 
     def _enter(self, *_: object) -> None:
-        self._before = self._bytes()
+        self._before = self.now()
 
     def _leave(self, *_: object) -> None:
-        self.of_blocks.append(self._bytes() - self._before)
-
-    def _bytes(self) -> int:
-        return sum(held.storage.nbytes() for held in self._held.values())
+        self.of_blocks.append(self.now() - self._before)
 
 
 def state_of(task: Task, muons: Collection[nn.Parameter] = ()) -> StateBytes:

@@ -90,8 +90,12 @@ class KeptBytes:
     def _unpack(self, packed: tuple[Tensor, _Held | None]) -> Tensor:
         if self._forward:
             self._forward = False
-            self.most = max(self.most, sum(h.storage.nbytes() for h in self._held.values()))
+            self.most = max(self.most, self.now())
         return packed[0]
+
+    def now(self) -> int:
+        """Bytes of the saved tensors that a backward pass still needs."""
+        return sum(held.storage.nbytes() for held in self._held.values())
 
 
 def measure_step(trainer: Trainer, parts: list[Batch]) -> tuple[int, int]:

@@ -1,13 +1,10 @@
 """Low-rank adapters of an encoder with given weights, for any method."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from ssl_vit.commands.initial_weights import whole_method
 from ssl_vit.common.errors import UserError
-from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from ssl_vit.weights.official import open_weights
 from ssl_vit.weights.own_files import ENCODER_FILE
 from tests.contract import tiny
@@ -18,12 +15,9 @@ AT_ONCE = ("--optim.freeze-encoder", "0st", "--optim.release", "0st", "--optim.l
 
 
 @pytest.fixture
-def given(name: str, tmp_path: Path) -> tuple[str, ...]:
+def given(encoder_options: tuple[str, ...]) -> tuple[str, ...]:
     """Options that adapt an encoder's weights."""
-    encoder = tiny.session(name).task.exported_encoder()
-    file = tmp_path / "encoder.safetensors"
-    save_encoder(file, encoder, EncoderInfo(encoder.config, 1, (0.3,), (0.4,)))
-    return ("--init.encoder", str(file), "--init.lora", str(RANK))
+    return (*encoder_options, "--init.lora", str(RANK))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -34,7 +28,7 @@ def test_the_encoder_is_what_it_was_and_the_product(name, given, parts):
     made = tiny.session(name, *whole)
     task, encoder = made.task, made.task.encoder
     first = tiny.state(encoder)
-    tiny.train(made)
+    tiny.train(made, 2)
     names = {f"vit.blocks.{n}": n for n in task.adapters.names}
     assert len(names) == 4 * len(encoder.vit.blocks)
     for key, value in encoder.state_dict().items():

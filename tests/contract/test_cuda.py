@@ -132,9 +132,9 @@ def test_a_whole_step_on_cuda(name, kind, encoder, monkeypatch):
     batch = next(tiny.batches(tiny.session(name)))
     normalize = Normalize(config.data.mean, config.data.std)
     with on_fake_cuda(monkeypatch, task, normalize) as trainer:
-        shapes = shapes_of(trainer, lambda: dataclasses.replace(batch), steps=3)
+        shapes = shapes_of(trainer, lambda: dataclasses.replace(batch), steps=2)
     assert shapes[0]
-    assert shapes[0] == shapes[1] == shapes[2]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_whole_step_of_fine_tuning(monkeypatch):

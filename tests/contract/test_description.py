@@ -56,9 +56,8 @@ def test_its_options_are_frozen_and_documented(name, kind):
             setattr(option.owner, option.name, option.value)
 
 
-def test_every_number_is_explained(name, kind):
+def test_every_number_is_explained(kind, made):
     """Each that a step returns; of those on the progress line, each is one that it returns."""
-    made = tiny.session(name)
     scalars = made.task(tiny.first_views(made), 0)
     assert "loss" in scalars
     assert set(scalars) <= set(kind.explained), "returned, and not in explained"
@@ -74,16 +73,15 @@ def test_every_number_is_explained(name, kind):
         assert scalar.meaning.endswith("."), key
 
 
-def test_its_advice_names_options_that_exist(name):
+def test_its_advice_names_options_that_exist(made):
     """Of a sound step, and in a setting that asks for all the advice there is."""
-    made = tiny.session(name)
     known = {f"--{key.replace('_', '-')}" for key in known_keys(made.config)}
     means = {key: value.item() for key, value in made.task(tiny.first_views(made), 0).items()}
     lines = [*made.task.advice(TROUBLE), *made.task.concerns(means).values()]
     assert set(re.findall(r"--[a-z]+\.[a-z.-]*[a-z]", " ".join(lines))) <= known
 
 
-def test_it_reconstructs_if_it_says_so(name, kind):
-    objectives = [type(o) for _, o in tiny.session(name).task.parts()]
+def test_it_reconstructs_if_it_says_so(kind, made):
+    objectives = [type(o) for _, o in made.task.parts()]
     able = [o.reconstruct is not Objective.reconstruct for o in objectives]
     assert kind.reconstructs == any(able)

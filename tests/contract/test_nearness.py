@@ -1,27 +1,22 @@
 """The term that keeps any method's features near those of the weights that it began with."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ssl_vit.commands.pretraining import build
 from ssl_vit.common.errors import UserError
-from ssl_vit.weights.exchange import EncoderInfo, save_encoder
 from tests.contract import tiny
 
-
-@pytest.fixture
-def given(name: str, tmp_path: Path) -> tuple[str, ...]:
-    """Options that begin with an encoder's weights, all of them trained at once."""
-    encoder = tiny.session(name).task.exported_encoder()
-    file = tmp_path / "encoder.safetensors"
-    save_encoder(file, encoder, EncoderInfo(encoder.config, 1, (0.3,), (0.4,)))
-    at_once = ("--optim.freeze-encoder", "0st", "--optim.release", "0st", "--optim.lr", "1e-2")
-    return ("--init.encoder", str(file), *at_once)
+AT_ONCE = ("--optim.freeze-encoder", "0st", "--optim.release", "0st", "--optim.lr", "1e-2")
 
 
-def test_the_distance_is_0_at_first_and_then_part_of_the_loss(name, given):
-    free, kept = (tiny.session(name, *given, "--init.keep-near", w) for w in ("0", "3"))
+def test_the_distance_is_0_at_first_and_then_part_of_the_loss(name, encoder_options):
+    config = tiny.options(name, *encoder_options, *AT_ONCE)[1]
+    free, kept = (
+        build(name, replace(config, init=replace(config.init, keep_near=w))) for w in (0.0, 3.0)
+    )
     assert free.task.state_dict().keys() == kept.task.state_dict().keys()
     assert len(list(free.task.parameters())) == len(list(kept.task.parameters()))
     views, losses = tiny.first_views(free), []

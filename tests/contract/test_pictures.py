@@ -1,5 +1,6 @@
 """What a method lets people see: panels, reconstructions, and its curves in a report."""
 
+import copy
 from html import unescape
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from ssl_vit import report, visualize
 from ssl_vit.common.task import Views
 from ssl_vit.data.normalize import Normalize
+from ssl_vit.methods.base import Method
 from ssl_vit.training.panels import panels
 from tests.contract import tiny
 
@@ -17,17 +19,15 @@ IMAGES = 3
 
 
 @pytest.fixture
-def seen(name: str) -> tuple[tiny.Pretraining, Views, Normalize]:
+def seen(made: tiny.Pretraining) -> tuple[Method, Views, Normalize]:
     """A method, and images as an evaluation shows them: one crop each, and nothing drawn."""
-    made = tiny.session(name)
     images = torch.randn(IMAGES, 1, 16, 16)
     views = Views([images], torch.arange(IMAGES), torch.full((IMAGES,), -1))
-    return made, views, made.trainer.normalize
+    return copy.deepcopy(made.task).eval(), views, made.trainer.normalize
 
 
 def test_panels_are_pictures_and_functions_of_the_images(seen):
-    made, views, normalize = seen
-    task = made.task.eval()
+    task, views, normalize = seen
     before = tiny.state(task)
     found, again = (task.panels(views, normalize) for _ in range(2))
     assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
@@ -42,17 +42,17 @@ def test_panels_are_pictures_and_functions_of_the_images(seen):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_reconstructions_are_of_equal_shapes(kind, seen, ratio):
-    made, views, normalize = seen
+    task, views, normalize = seen
     if not kind.reconstructs:
         return
     images = views.crops[0]
-    found = made.task.eval().reconstruct(images, views.keys, normalize, ratio)
+    found = task.reconstruct(images, views.keys, normalize, ratio)
     assert found.caption.strip()
     assert len(found.pictures) >= 2
     for picture in found.pictures.values():
         assert picture.dtype == np.uint8
         assert picture.shape == (IMAGES, 16, 16, 3)
-    other = made.task.reconstruct(images, views.keys + 1, normalize, ratio)
+    other = task.reconstruct(images, views.keys + 1, normalize, ratio)
     pairs = zip(found.pictures.values(), other.pictures.values(), strict=True)
     assert not all(np.array_equal(one, two) for one, two in pairs), "masks ignore the keys"
 
@@ -85,8 +85,8 @@ def test_the_report_explains_every_number_of_a_step(kind, run, page):
 
 def test_the_run_and_its_report_have_every_panel(seen, run, page):
     """As it was after the last step."""
-    made, views, normalize = seen
+    task, views, normalize = seen
     kept = panels(run)
-    for key in made.task.eval().panels(views, normalize):
+    for key in task.panels(views, normalize):
         assert tiny.STEPS in kept[key]
         assert key in page

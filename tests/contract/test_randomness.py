@@ -34,15 +34,13 @@ def drawn(made, key: int, seed: int) -> dict[str, np.ndarray]:
     return made.views.draw(generator(key)) if made.views.draw else {}
 
 
-def test_a_step_is_a_function_of_its_views(name):
-    made = tiny.session(name)
+def test_a_step_is_a_function_of_its_views(made):
     views = tiny.first_views(made)
     assert numbers(made.task, views, seed=1) == numbers(made.task, views, seed=2)
 
 
-def test_other_keys_are_another_step(name, kind):
+def test_other_keys_are_another_step(kind, made):
     """Of a method that hides something, or has something drawn."""
-    made = tiny.session(name)
     views = tiny.first_views(made)
     other = views.redrawn(1)
     other = replace(other, drawn=made.task.drawn(other.keys))
@@ -51,8 +49,7 @@ def test_other_keys_are_another_step(name, kind):
     assert not (same and (kind.reconstructs or drawn))
 
 
-def test_what_is_drawn_is_a_function_of_the_generator(name):
-    made = tiny.session(name)
+def test_what_is_drawn_is_a_function_of_the_generator(made):
     samples = [drawn(made, key, seed=key) for key in range(20)]
     for key, sample in enumerate(samples):
         again = drawn(made, key, seed=99)
@@ -64,15 +61,13 @@ def test_what_is_drawn_is_a_function_of_the_generator(name):
     )
 
 
-def test_what_is_drawn_has_one_shape_and_type(name):
-    made = tiny.session(name)
+def test_what_is_drawn_has_one_shape_and_type(made):
     kinds = [{n: (v.shape, v.dtype) for n, v in drawn(made, k, 0).items()} for k in range(50)]
     assert all(kind == kinds[0] for kind in kinds)
 
 
-def test_the_loader_draws_what_the_method_does_for_the_same_keys(name):
+def test_the_loader_draws_what_the_method_does_for_the_same_keys(made):
     """Also when a worker, started anew, is told of the views by pickle."""
-    made = tiny.session(name)
     views, places = tiny.first_views(made), made.order.places(0, 0)
     again = made.task.drawn(views.keys, places)
     assert views.drawn.keys() == again.keys()
@@ -88,9 +83,8 @@ def test_the_loader_draws_what_the_method_does_for_the_same_keys(name):
         assert all(np.array_equal(together[n], views.drawn[n].numpy()) for n in together)
 
 
-def test_what_is_drawn_together_has_shapes_of_its_places_alone(name):
+def test_what_is_drawn_together_has_shapes_of_its_places_alone(made):
     """At every step; and other numbers at each."""
-    made = tiny.session(name)
     if not made.views.draw_together:
         return
     seed_all(1)
@@ -105,9 +99,8 @@ def test_what_is_drawn_together_has_shapes_of_its_places_alone(name):
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_to_look_at_a_step_changes_no_weight(name, step):
+def test_to_look_at_a_step_changes_no_weight(made, step):
     """Forward alone moves nothing: what moves is moved after the update."""
-    made = tiny.session(name)
     before = tiny.state(made.task)
     made.task.train()(tiny.first_views(made), step)
     assert all(torch.equal(value, before[key]) for key, value in made.task.state_dict().items())

@@ -5,14 +5,11 @@ not checked, which no compiler follows.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from ssl_vit.methods import method_names
-from tests.conftest import ROOT
+from tests.integration.conftest import Door
 
 SCRIPT = """
 import functools, json, shutil, sys, tempfile
@@ -84,12 +81,11 @@ NAMES = (*method_names(), "finetune")
 
 
 @pytest.fixture(scope="module")
-def graphs() -> dict[str, list[int]]:
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     """Graphs that there are after each of four steps."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *NAMES], env=env, capture_output=True, text=True
-    )
+    door = Door(tmp_path_factory.mktemp("graphs"))
+    (door.folder / "script.py").write_text(SCRIPT)
+    done = door("script.py", *NAMES)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     return dict(json.loads(line) for line in lines)

@@ -1,26 +1,38 @@
 """Training any method: it learns, goes on to the bit, alike in each way to spare memory."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ssl_vit import pretrain
 from ssl_vit.commands.initial_weights import initial_method
+from ssl_vit.commands.pretraining import build
 from ssl_vit.training.run_files import complete
+from ssl_vit.training.session import prepare_folder, train
 from tests.contract import tiny
 
 
 def from_the_first_step(name: str, folder: Path, *options: str) -> tuple[Path, Path]:
-    """A run of three steps, and its copy that has gone on after the first one."""
+    """A run of three steps, and its copy that has gone on after the first one.
+
+    Without the door and its results, which are those of any run.
+    """
     options += ("--run.length", "3st", "--run.save-every", "1st", "--run.keep", "3")
+    config = tiny.options(name, *options, "--run.probe-images", "1")[1]
     one, two = folder / "one", folder / "two"
-    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(one))) == 0
-    shutil.copytree(one, two)
-    for later in complete(two / "checkpoints")[1:]:
-        shutil.rmtree(later)
-    assert pretrain.main(tiny.arguments(name, *options, "--run.out", str(two))) == 0
+    for out in (one, two):
+        made = build(name, replace(config, run=replace(config.run, out=str(out))))
+        prepare_folder(made)
+        assert made.trainer.step == (out == two)
+        assert train(made) == 0
+        if out == one:
+            shutil.copytree(one, two)
+            for later in complete(two / "checkpoints")[1:]:
+                shutil.rmtree(later)
     return one, two
 
 
@@ -53,22 +65,32 @@ def test_it_goes_on_to_the_bit(name, run, tmp_path):
     assert outcome(folder) == outcome(run)
 
 
+# Its first state, the numbers of its steps, and its last state.
+Trained = tuple[dict[str, torch.Tensor], list[dict[str, float]], dict[str, Any]]
 WAYS = {
     "two parts": ("--optim.accumulate", "2"),
     "activation checkpointing": ("--run.activation-checkpointing", "True"),
 }
 
 
+@pytest.fixture(scope="module")
+def plain(name: str) -> Trained:
+    """A training that is done in other ways, too."""
+    made = tiny.session(name, *tiny.splitting(name))
+    first = tiny.state(made.task)
+    return first, tiny.train(made, 2), made.task.state_dict()
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_it_trains_alike(name, way):
-    """A step in two parts; blocks computed again in backward."""
-    own = tiny.splitting(name) if way == "two parts" else ()
-    plain, other = tiny.session(name, *own), tiny.session(name, *own, *WAYS[way])
-    first = tiny.state(plain.task)
-    for one, two in zip(tiny.train(plain), tiny.train(other), strict=True):
+def test_it_trains_alike(name, plain, way):
+    """A step in two parts; blocks computed again in backward. The second step shows the first
+    one's update."""
+    first, said, last = plain
+    other = tiny.session(name, *tiny.splitting(name), *WAYS[way])
+    for one, two in zip(said, tiny.train(other, 2), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-    tiny.assert_same_training(first, plain.task.state_dict(), other.task.state_dict())
+    tiny.assert_same_training(first, last, other.task.state_dict())
 
 
 def test_it_begins_with_all_weights_of_a_run(name, run):

@@ -36,7 +36,7 @@ TINY = (
     *("--data.channels", "1", "--data.mean", "0.3", "--data.std", "0.4", "--data.workers", "0"),
     *("--optim.batch-size", f"{BATCH}", "--optim.lr", "1e-4", "--optim.warmup", "1st"),
     *("--run.length", f"{STEPS}st", "--run.save-every", f"{STEPS // 2}st", "--run.log-every", "1"),
-    *("--run.probe-every", "1000ep", "--run.probe-images", "12"),
+    *("--run.probe-every", "1000ep", "--run.probe-images", "4"),
     *("--run.precision", "fp32", "--run.device", "cpu"),
 )
 

@@ -38,14 +38,14 @@ class Waiting(importlib.abc.MetaPathFinder):
         def executed(module):
             execute(module)
             update = module.Trainer.update
-            module.Trainer.update = lambda *given: time.sleep(0.1) or update(*given)
+            module.Trainer.update = lambda *given: time.sleep(0.3) or update(*given)
 
         spec.loader.exec_module = executed
         return spec
 
 sys.meta_path.insert(0, Waiting())
 """
-STEPS = 60
+STEPS = 30
 FINITE = ["--run.length", f"{STEPS}st", "--run.save-every", "1000st"]
 ENDLESS = ["--run.length", "100000st", "--run.save-every", "100000st"]
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from ssl_vit.training.run_files import read_rows
 from tests.integration.conftest import KILLER, SCORED, outcome, recount
 
-
 # Half of the recipe's batch: crops are most of the work.
 RUN = ("--optim.batch-size", "60", "--run.probe-every", "12st")
 

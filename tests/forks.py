@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import NoReturn
 
 from tests.conftest import ROOT
 
@@ -110,15 +111,53 @@ def can_fork(arguments: Sequence[str]) -> bool:
     return arguments[0].endswith(".py")
 
 
+class Branch:
+    """A fork of a fork, in the place of ``subprocess.Popen`` where that would start a door.
+
+    It writes to where the one that starts it does.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self.status: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            for number in {*signal.valid_signals()} - {signal.SIGKILL, signal.SIGSTOP}:
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _do(list(command[1:]), env)
+
+    def poll(self) -> int | None:
+        """The exit status, as that of a fork."""
+        if self.status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if ended else None
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        """Send it, if the process is still there."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
 def _live(arguments: list[str], folder: str, env: dict[str, str], said: str) -> None:
-    """The life of one process: what its door does, and its exit status."""
-    end_with_server()
+    """The life of one process, in its folder, with files for what it says."""
     multiprocessing.set_start_method("fork", force=True)  # as for a process started by a user
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", write_through=True)
+    _do(arguments, env)
+
+
+def _do(arguments: list[str], env: Mapping[str, str]) -> NoReturn:
+    """What its door does, and its exit status."""
+    end_with_server()
     os.environ.clear()
     os.environ.update(env)
     time.tzset()

@@ -32,6 +32,16 @@ optim: {batch_size: 120, lr: 1.0e-3, warmup: 4st}
 # With held-out images: six linear probes at the end, which take far longer than the run.
 SCORED = ("--data.val", "digits:val", "--run.probe-images", "10000")
 
+# Pretraining whose linear probes take few steps: how well they learn is shown by their own tests.
+QUICK = """
+from ssl_vit import pretrain
+from ssl_vit.commands import cli
+from ssl_vit.evaluators.linear import LinearProtocol
+
+LinearProtocol.steps = lambda self, n: 20
+cli.run_door(pretrain.main)
+"""
+
 # Kills the process without warning at a moment that a test chooses.
 KILLER = """
 import os, signal, sys
@@ -88,6 +98,7 @@ class Door:
         self.folder = folder
         (folder / "tiny.yaml").write_text(TINY)
         (folder / "tiny_dino.yaml").write_text(TINY_DINO)
+        (folder / "quick.py").write_text(QUICK)
         self.env = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -118,6 +129,11 @@ class Door:
     def dino(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The tiny run of DINO with changes."""
         return self("-m", "ssl_vit.pretrain", "dino", "--config", "tiny_dino.yaml", *arguments)
+
+    def quick(self, method: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The tiny run of a method with changes, and with short linear probes."""
+        config = {"mae": "tiny.yaml", "dino": "tiny_dino.yaml"}[method]
+        return self("quick.py", method, "--config", config, *arguments)
 
     def start(self, *arguments: str) -> Fork:
         """The same as ``pretrain``, without waiting."""

@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from ssl_vit.training.run_files import read_rows
 from tests.integration.conftest import KILLER, SCORED, outcome, recount
 
+# Half of the recipe's batch: crops are most of the work.
+RUN = ("--optim.batch-size", "60", "--run.probe-every", "12st")
+
 
 @pytest.fixture(scope="module")
 def run(shared_door):
     """A finished tiny run: its folder and what it printed."""
-    result = shared_door.dino("--run.out", "run", *SCORED, "--run.probe-every", "12st")
+    result = shared_door.quick("dino", "--run.out", "run", *SCORED, *RUN)
     assert result.returncode == 0, result.stderr
     return shared_door.folder / "run", result
 
@@ -65,11 +68,10 @@ def test_the_teacher_is_exported(run):
 def test_killed(shared_door, run, moment, resumes_at):
     """Killed while the last layer is frozen, and later: student, teacher, centre, moments equal."""
     (shared_door.folder / "killer.py").write_text(KILLER)
-    options = ("dino", "--config", "tiny_dino.yaml", "--run.out", moment)
-    options += ("--run.probe-every", "12st")
+    options = ("dino", "--config", "tiny_dino.yaml", "--run.out", moment, *RUN)
     killed = shared_door("killer.py", moment, *options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = shared_door.dino("--run.out", moment, "--run.probe-every", "12st")
+    again = shared_door.dino("--run.out", moment, *RUN)
     assert again.returncode == 0, again.stderr
     assert f"step {resumes_at} of 24" in again.stderr
     assert outcome(shared_door.folder / moment) == outcome(run[0])
@@ -86,7 +88,7 @@ def test_lost_moments_are_noticed(shared_door, run):
     tensors.popitem()
     save_file(tensors, path)
     recount(path.parent)
-    again = shared_door.dino("--run.out", "lost", *SCORED, "--run.probe-every", "12st")
+    again = shared_door.dino("--run.out", "lost", *SCORED, *RUN)
     assert again.returncode == 2
     assert f"{count - 1} tensors, and {count} were written" in again.stderr.splitlines()[-1]
 
@@ -100,7 +102,8 @@ COLLAPSES = {
 @pytest.mark.parametrize("said", COLLAPSES)
 def test_collapse_is_told(shared_door, said):
     """Without centring one output wins; without sharpening all are alike (section 5.3)."""
-    options = ("--run.length", "120st", "--optim.lr", "5e-3", "--method.freeze-last-layer", "0st")
+    options = ("--run.length", "70st", "--optim.lr", "5e-3", "--method.freeze-last-layer", "0st")
+    options += ("--optim.batch-size", "60")
     out = f"collapse-{COLLAPSES[said][0].strip('-')}"
     result = shared_door.dino("--run.out", out, *options, *COLLAPSES[said])
     assert result.returncode == 0, result.stderr

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ssl_vit import methods
+from ssl_vit.evaluators.linear import LinearProtocol
 from ssl_vit.methods import method_names
 from ssl_vit.pretrain import main
 from tests.conftest import ROOT
@@ -52,20 +53,22 @@ def weights(folder):
     return load_file(folder / "checkpoints" / "step-00000008" / "task.safetensors")
 
 
-def test_the_example_trains_and_resumes(name, tmp_path, capsys):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main([name, *SMALL, "--run.out", str(whole)]) == 0
+def test_the_example_trains_and_resumes(name, tmp_path, capsys, caplog, monkeypatch):
+    """The whole run, and its second half anew, as if it had been killed before the end."""
+    monkeypatch.setattr(LinearProtocol, "steps", lambda self, n: 20)  # of the scores at the end
+    run = [name, *SMALL, "--run.out", str(tmp_path / "run"), "--run.keep", "5"]
+    assert main(run) == 0
     assert "simsiam encoder" in capsys.readouterr().out
-    half = [name, *SMALL, "--run.out", str(parts)]
-    assert main([*half, "--run.keep", "5"]) == 0
-    first = parts / "checkpoints" / "step-00000004"
-    assert first.is_dir()
-    for later in (parts / "checkpoints").glob("step-00000008"):
-        later.rename(tmp_path / "gone")  # as if it had been killed before
-    assert main([*half, "--run.keep", "5"]) == 0
-    a, b = weights(whole), weights(parts)
-    assert a.keys() == b.keys()
-    assert all((a[k] == b[k]).all() for k in a)
+    whole = weights(tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step-00000008"
+    assert (last.parent / "step-00000004").is_dir()
+    last.rename(tmp_path / "gone")
+    caplog.set_level("INFO", "ssl_vit")
+    assert main(run) == 0
+    assert "step-00000004: step 4 of 8" in caplog.text
+    again = weights(tmp_path / "run")
+    assert whole.keys() == again.keys()
+    assert all((whole[k] == again[k]).all() for k in whole)
 
 
 def test_the_example_keeps_the_contract(tmp_path):

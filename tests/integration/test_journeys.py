@@ -84,9 +84,9 @@ def test_tiles_of_thirteen_bands_with_missing_pixels(door):
     """Of scenes that are large; half of one has no data at all."""
     random = np.random.default_rng(0)
     for scene in range(12):
-        pixels = random.integers(500, 9000, (13, 64, 48)).astype(np.uint16)
-        pixels[:, :20, :9] = 0
-        pixels[:, :, 24:] *= int(scene != 3)
+        pixels = random.integers(500, 9000, (13, 32, 24)).astype(np.uint16)
+        pixels[:, :10, :5] = 0
+        pixels[:, :, 12:] *= int(scene != 3)
         place = door.folder / "scenes" / ("forest" if scene % 2 else "town")
         place.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(
@@ -99,10 +99,11 @@ def test_tiles_of_thirteen_bands_with_missing_pixels(door):
             extratags=[(42113, 2, 0, "0", True)],
         )
     (door.folder / "mae.yaml").write_text(MAE)
-    data = ("--data.train", "folder:scenes", "--data.tile", "16", "--data.workers", "0")
+    data = ("--data.train", "folder:scenes", "--data.tile", "8", "--data.workers", "0")
     run = ("mae", "--config", "mae.yaml", "--run.out", "run", "--data.preset", "aerial")
-    text = said(door, "pretrain", *run, *data, "--data.channels", "13")
-    assert "tiles of 16 x 16 px of 12 of 12 files" in text
+    size = ("--encoder.image-size", "8", "--encoder.patch-size", "2")
+    text = said(door, "pretrain", *run, *data, *size, "--data.channels", "13")
+    assert "tiles of 8 x 8 px of 12 of 12 files" in text
     assert "no data" in text
     assert "aerial" in text
     text = said(door, "evaluate", "knn", "--encoder", "run", *data, "--k", "5")

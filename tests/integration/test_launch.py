@@ -20,6 +20,7 @@ from ssl_vit.common.config import RunConfig
 from ssl_vit.common.errors import UserError
 from ssl_vit.common.layers import parse
 from tests.conftest import ROOT
+from tests.forks import Fork
 from tests.integration.conftest import TINY, Door
 
 # Each task writes its number and its world, and does as the line for it says.
@@ -140,15 +141,30 @@ def test_after_a_signal_no_other_run_begins(tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+# The launcher in a fork, whose tasks are forks of it.
+LAUNCHER = """
+from types import SimpleNamespace
+
+from launch import job
+from launch.slurm import main
+from ssl_vit.commands.cli import run_door
+from tests.forks import Branch
+
+job.subprocess = SimpleNamespace(Popen=Branch)
+run_door(main)
+"""
+
+
 def test_a_run_here_is_stopped_and_goes_on(door):
     """Two tasks; the second start loses one, which ends the job."""
+    (door.folder / "launcher.py").write_text(LAUNCHER)
     arguments = ("--run.out", "run", "--run.length", "100000st", "--run.save-every", "10000st")
-    command = door.command("-m", "launch.slurm", "--local", "--tasks-per-node", "2")
+    command = ["launcher.py", "--local", "--tasks-per-node", "2"]
     command += ["--", "pretrain", "mae", "--config", "tiny.yaml", *arguments]
     log = door.folder / "run" / "metrics.jsonl"
     with started(command, door) as job:
         wait_until(lambda: size(log) > 0)
-        job.terminate()
+        job.send_signal(signal.SIGTERM)
         _, err = job.communicate(timeout=60)
     assert job.returncode == 75
     assert err.endswith("stopped and saved; run the same command again to resume\n")
@@ -156,35 +172,29 @@ def test_a_run_here_is_stopped_and_goes_on(door):
     before = size(log)
     with started(command, door) as again:
         wait_until(lambda: size(log) > before)
-        os.kill(child_of_rank(again.pid, 1), signal.SIGKILL)
+        os.kill(children(again.process.pid)[1], signal.SIGKILL)
         _, err = again.communicate(timeout=30)
     assert again.returncode == 128 + 9
     assert f"step {int(saved.name.removeprefix('step-'))} of 100000" in err
 
 
 @contextlib.contextmanager
-def started(command: list[str], door: Door) -> Iterator[subprocess.Popen[str]]:
-    """A launcher; in the end nothing is left of it and its tasks."""
-    options = {"cwd": door.folder, "env": door.env, "stderr": subprocess.PIPE, "text": True}
-    job = subprocess.Popen(command, start_new_session=True, **options)
+def started(command: list[str], door: Door) -> Iterator[Fork]:
+    """A launcher; in the end nothing is left of it and its tasks, which end with it."""
+    job = Fork(command, door.folder, door.env)
     try:
         yield job
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        job.process.kill()
 
 
 def size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def child_of_rank(parent: int, rank: int) -> int:
-    """The child process of ``parent`` whose environment has this rank."""
-    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            return int(pid)
-    raise AssertionError(f"no task {rank}")
+def children(parent: int) -> list[int]:
+    """The child processes, the first started first."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def test_a_sweep_here_runs_each_and_a_door_s_error_comes_through(tmp_path, monkeypatch, capfd):

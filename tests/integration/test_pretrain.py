@@ -24,7 +24,7 @@ from tests.integration.conftest import SCORED
 @pytest.fixture(scope="module")
 def run(shared_door):
     """A finished tiny run: its folder and what it printed."""
-    result = shared_door.pretrain("--run.out", "run", *SCORED, "--run.probe-every", "12st")
+    result = shared_door.quick("mae", "--run.out", "run", *SCORED, "--run.probe-every", "12st")
     assert result.returncode == 0, result.stderr
     return shared_door.folder / "run", result
 
@@ -140,8 +140,8 @@ def test_evaluate_knn_and_linear(run, shared_door):
     """The door as a user calls it; what it writes is looked at in tests/unit/test_evaluate.py."""
     folder, _ = run
     data = ("--data.train", "digits:train", "--data.val", "digits:val", "--data.workers", "0")
-    for evaluator, encoder in (("knn", "pixels:run"), ("linear", "run")):
-        door = ("-m", "ssl_vit.evaluate", evaluator, "--encoder", encoder)
+    for evaluator, encoder, *more in (("knn", "pixels:run"), ("linear", "run", "--epochs", "20")):
+        door = ("-m", "ssl_vit.evaluate", evaluator, "--encoder", encoder, *more)
         result = shared_door(*door, *data)
         assert result.returncode == 0, result.stderr
         name = "linear.json" if encoder == "run" else "pixels-run-knn.json"
@@ -159,6 +159,7 @@ def test_evaluation_repeats_to_the_last_digit(run, shared_door):
     folder, _ = run
     sets = ("--data.train", "digits:train", "--data.val", "digits:val")
     door = ("-m", "ssl_vit.evaluate", "linear", "--encoder", "run", "--cache", "False", *sets)
+    door += ("--epochs", "10")
     scores = []
     for workers in ("0", "2"):
         out = folder / f"again{workers}.json"
@@ -227,8 +228,8 @@ def test_compiled_blocks(door):
 
 def test_cifar_shards(door, shared_data):
     """Real images from tar shards, in a folder that may be read-only."""
-    result = door.pretrain(
-        *("--run.out", "run", "--data.channels", "3", "--run.length", "6st"),
+    result = door.quick(
+        *("mae", "--run.out", "run", "--data.channels", "3", "--run.length", "6st"),
         *("--data.train", f"tar:{shared_data}/cifar10/train-{{000000..000001}}.tar"),
         *("--data.val", f"tar:{shared_data}/cifar10/test-000000.tar"),
         *("--run.probe-images", "300", "--data.workers", "1"),

@@ -12,12 +12,12 @@ from tests.browser import start_browser
 from tests.unit.run_folders import make_run, train_row
 
 SECTIONS = ("verdict", "scores", "curves", "training", "features", "options")
-# 40 steps each of both methods, on CIFAR-10, with the laptop recipes' encoder.
+# 20 steps each of both methods, on CIFAR-10, with the laptop recipes' encoder.
 CIFAR = (
     *("--encoder.image-size", "16", "--encoder.patch-size", "4", "--encoder.depth", "2"),
     *("--optim.batch-size", "32"),
-    *("--run.length", "40st", "--run.probe-every", "20st", "--run.log-every", "5"),
-    *("--run.save-every", "40st", "--run.probe-images", "400", "--data.workers", "0"),
+    *("--run.length", "20st", "--run.probe-every", "10st", "--run.log-every", "5"),
+    *("--run.save-every", "20st", "--run.probe-images", "100", "--data.workers", "0"),
 )
 
 
@@ -29,7 +29,7 @@ def runs(shared_door, shared_data):
     for method in ("mae", "dino"):
         data = ("--data.train", train, "--data.val", val, "--run.out", f"runs/{method}")
         recipe = ("--config", f"{method}_cifar10")
-        result = shared_door("-m", "ssl_vit.pretrain", method, *recipe, *CIFAR, *data)
+        result = shared_door("quick.py", method, *recipe, *CIFAR, *data)
         assert result.returncode == 0, result.stderr
     return [shared_door.folder / "runs" / method for method in ("mae", "dino")]
 
@@ -147,7 +147,7 @@ def test_scores_and_tiles_are_those_of_the_files(browser, runs, one, method):
     last = [r for r in read_rows(runs[method] / "metrics.jsonl") if "rankme" in r][-1]
     assert f"{last[f'knn20_{pooling}']:.1f} %" in tiles
     assert f"{card['scores'][f'{name} encoder']['linear']['metrics']['top1']:.1f} %" in tiles
-    assert "1,280" in tiles  # 40 steps of 32
+    assert "640" in tiles  # 20 steps of 32
     cards = browser.run("return document.querySelector('#scores details pre').textContent")
     assert json.loads(cards) == {k: v for k, v in card.items() if k != "scores"}
     counts = card["scores"][f"{name} encoder"]["linear"]["confusion"]
@@ -178,21 +178,21 @@ def test_the_axis_the_slider_and_the_hover(browser, one):
     for _ in range(50):
         if (after := browser.run(labels)) != before:
             break
-    assert "40" in after  # steps, not images
-    assert "40" not in before
+    assert "20" in after  # steps, not images
+    assert "20" not in before
     browser.run("document.querySelector('[name=xaxis][value=hours]').click()")
     for _ in range(50):
         if (hours := browser.run(labels)) != after:
             break
     assert not [label for label in hours if label[-1] in "mµ"]  # thousandths of an hour
     shown = "return document.querySelector('.stages .stage.on img').alt"
-    assert browser.run(shown) == "reconstruction after 40 steps"
+    assert browser.run(shown) == "reconstruction after 20 steps"
     move = (
         "const s = document.querySelector('.stages input'); s.value = 0;"
         "s.dispatchEvent(new Event('input'))"
     )
     browser.run(move)
-    assert browser.run(shown) == "reconstruction after 20 steps"
+    assert browser.run(shown) == "reconstruction after 10 steps"
     place = browser.run(
         "const m = document.querySelector('.map'); m.scrollIntoView({block: 'center'});"
         "const r = m.querySelector('.mark-symbol.role-mark path').getBoundingClientRect();"
@@ -216,7 +216,7 @@ def test_the_map_is_of_the_held_out_images(runs, one):
         points = rows_of(charts(page)["map-0"])
         _, *labels = (folder / "metadata.tsv").read_text().splitlines()
         assert [point["label"] for point in points] == [line.split("\t")[0] for line in labels]
-        assert len(points) == 400
+        assert len(points) == 100
         assert all(point["image"].startswith("data:image/") for point in points)
         assert np.isfinite([[p["x"], p["y"]] for p in points]).all()
 
@@ -233,7 +233,7 @@ def test_two_runs_side_by_side(browser, both, runs):
     for run, key in zip(runs, ("knn20_mean", "knn20_cls"), strict=True):
         called = {"knn20_mean": "k = 20, mean patch", "knn20_cls": r"k = 20, \[CLS\]"}[key]
         last = [r for r in read_rows(run / "metrics.jsonl") if "rankme" in r][-1]
-        assert re.search(rf"{run.name}\s+{called}\s+1,280\s+0:\d+\s+{last[key]:.1f}", equal)
+        assert re.search(rf"{run.name}\s+{called}\s+640\s+0:\d+\s+{last[key]:.1f}", equal)
     headings = browser.run("return document.getElementById('training').innerText")
     for kind in ("Attention", "Reconstruction", "Neighbours", "PCA"):
         assert kind in headings

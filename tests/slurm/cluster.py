@@ -180,4 +180,4 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
-        time.sleep(0.05)
+        time.sleep(0.2)  # most of these ask Slurm, by a process of its own

@@ -38,14 +38,14 @@ class Waiting(importlib.abc.MetaPathFinder):
         def executed(module):
             execute(module)
             update = module.Trainer.update
-            module.Trainer.update = lambda *given: time.sleep(0.1) or update(*given)
+            module.Trainer.update = lambda *given: time.sleep(0.3) or update(*given)
 
         spec.loader.exec_module = executed
         return spec
 
 sys.meta_path.insert(0, Waiting())
 """
-STEPS = 60
+STEPS = 30
 FINITE = ["--run.length", f"{STEPS}st", "--run.save-every", "1000st"]
 ENDLESS = ["--run.length", "100000st", "--run.save-every", "100000st"]
 
@@ -149,13 +149,13 @@ def submit_all(jobs: Jobs) -> None:
     # So many cores that another job needs this one's.
     low = [*two[:3], "16", "--partition", "low"]
     anew = ["--run.resume", "never"]
-    jobs.launch("limited", *two, "--grace", "110", *slow, "limited", *ENDLESS, *anew)
+    jobs.launch("limited", *two, "--grace", "119", *slow, "limited", *ENDLESS, *anew)
     jobs.launch("preempted", *low, *slow, "preempted", *FINITE)
     jobs.launch("killed", *two, *slow, "killed", *ENDLESS)
     jobs.submit("early", SLEEP, nodes=2)
     jobs.submit("array", SLEEP, runs=2)
     jobs.submit("one_fails", ONE_FAILS, nodes=2, tasks_per_node=2)
-    jobs.launch("refused", *one, *tiny, "refused", "--optim.batch-size", "7000")
+    jobs.launch("refused", *one, *tiny, "refused", "--optim.batch-size", "0")
     jobs.launch("sweep", *one, "--sweep", "optim.lr=1e-4,3e-4", *tiny, "sweep")
 
 
@@ -171,7 +171,26 @@ def preempted(jobs: Jobs) -> int:
     return jobs.stopped_at("preempted")
 
 
-def test_a_preempted_job_is_queued_again(preempted):
+@pytest.fixture(scope="module")
+def limited(jobs: Jobs) -> str:
+    """The number of a job whose time is limited from now on, and that Slurm stops for it.
+
+    Slurm looks at the limits every 30 s: the other tests are not kept waiting for that.
+    """
+    number = jobs.number["limited"]
+    jobs.wait_for_steps("limited")
+    ran = sum(
+        int(part) * scale
+        for part, scale in zip(
+            jobs.cluster.show(number)["RunTime"].split(":"), (3600, 60, 1), strict=True
+        )
+    )
+    # One to two minutes from now, of which Slurm sends USR2 at its next look.
+    jobs.ask("scontrol", "update", f"JobId={number}", f"TimeLimit={ran // 60 + 2}")
+    return number
+
+
+def test_a_preempted_job_is_queued_again(limited, preempted):
     """The first test, so that the job is not done before."""
     assert 3 <= preempted < STEPS
 
@@ -203,6 +222,21 @@ def test_of_an_array_only_the_run_that_was_stopped_is_queued_again(jobs):
     assert jobs.cluster.wait_for(last, "PENDING")["Restarts"] == "1"
     assert jobs.cluster.show(first)["JobState"] == "RUNNING"
     jobs.ask("scancel", jobs.number["array"])
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on_at_the_step(jobs, limited):
+    """Then it is cancelled: the same signal, after which it must not come back."""
+    assert jobs.wait_for("limited", "PENDING")["Restarts"] == "1"
+    stopped = jobs.stopped_at("limited")
+    jobs.ask("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
+    jobs.cluster.start_again(limited)
+    jobs.wait_for_steps("limited", stopped + 3)
+    assert f"step-{stopped:08}: step {stopped} of 100000" in jobs.log("limited")
+    jobs.ask("scancel", limited)
+    assert jobs.wait_for("limited", "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
+    assert "stopped; Slurm ends the job itself (cancelled" in jobs.log("limited")
+    steps = jobs.steps("limited")
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def tasks_of(jobs: Jobs, name: str) -> list[int]:
@@ -252,31 +286,6 @@ def doors(jobs: Jobs, name: str, *having: str) -> list[int]:
     ]
 
 
-def test_a_job_at_its_time_limit_saves_and_goes_on_at_the_step(jobs):
-    """Then it is cancelled: the same signal, after which it must not come back."""
-    number = jobs.number["limited"]
-    jobs.wait_for_steps("limited")
-    ran = sum(
-        int(part) * scale
-        for part, scale in zip(
-            jobs.cluster.show(number)["RunTime"].split(":"), (3600, 60, 1), strict=True
-        )
-    )
-    # One to two minutes from now: by then Slurm has looked, every 30 s, and sent USR2.
-    jobs.ask("scontrol", "update", f"JobId={number}", f"TimeLimit={ran // 60 + 2}")
-    assert jobs.wait_for("limited", "PENDING")["Restarts"] == "1"
-    stopped = jobs.stopped_at("limited")
-    jobs.ask("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    jobs.cluster.start_again(number)
-    jobs.wait_for_steps("limited", stopped + 3)
-    assert f"step-{stopped:08}: step {stopped} of 100000" in jobs.log("limited")
-    jobs.ask("scancel", number)
-    assert jobs.wait_for("limited", "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
-    assert "stopped; Slurm ends the job itself (cancelled" in jobs.log("limited")
-    steps = jobs.steps("limited")
-    assert steps == list(range(1, len(steps) + 1))
-
-
 def test_a_preempted_job_ends_as_if_nothing_had_happened(jobs, preempted):
     jobs.wait_for("preempted", "COMPLETED")
     assert f"step-{preempted:08}: step {preempted} of {STEPS}" in jobs.log("preempted")
@@ -306,4 +315,4 @@ def test_a_user_s_mistake_ends_the_job_with_its_words(jobs):
     ended = jobs.wait_for("refused", "FAILED", "PENDING", "COMPLETED")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     assert ended["ExitCode"] == "2:0"
-    assert "error: --optim.batch-size is 7000" in jobs.log("refused")
+    assert "error: command line: --optim.batch-size is 0; " in jobs.log("refused")

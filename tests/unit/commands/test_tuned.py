@@ -48,7 +48,7 @@ OPTIONS = {
     "depth": ("--tune.image-size", "48", "--depth.scale", "0.001"),
     "detect": (
         *("--detect.image-size", "64", "--detect.width", "16", "--detect.proposals", "32"),
-        *("--detect.jitter", "0.9", "1.1", "--run.length", "16st", "--optim.lr", "5e-3"),
+        *("--detect.jitter", "0.9", "1.1", "--run.length", "24st", "--optim.lr", "5e-3"),
         *("--detect.detections", "20", "--run.probe-every", "100ep"),
     ),
 }

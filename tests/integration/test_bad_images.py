@@ -1,4 +1,4 @@
-"""Among a thousand images some cannot be read: the run goes on without them, and says which."""
+"""Among hundreds of images some cannot be read: the run goes on without them, and says which."""
 
 import io
 import struct
@@ -29,11 +29,11 @@ def png_that_claims(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
-def a_thousand(folder: Path, large: bool) -> None:
-    """996 small images and four bad ones; ``large``: one has 10000 x 10000 pixels."""
+def five_hundred(folder: Path, large: bool) -> None:
+    """496 small images and four bad ones; ``large``: one has 10000 x 10000 pixels."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(1000 - len(BAD) - large):
+    for i in range(500 - len(BAD) - large):
         pixels = rng.integers(0, 256, (10, 10), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03d}.png", compress_level=1)
     if large:  # allowed, though Pillow warns of it
@@ -51,8 +51,8 @@ def runs(tmp_path_factory) -> dict[str, Life]:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "mae.yaml").write_text(TINY)
     (folder / "dino.yaml").write_text(TINY_DINO)
-    a_thousand(folder / "for-mae", large=True)
-    a_thousand(folder / "for-dino", large=False)  # its many crops of it take seconds
+    five_hundred(folder / "for-mae", large=True)
+    five_hundred(folder / "for-dino", large=False)  # its many crops of it take seconds
     lives, ended = Lives(folder), {}
 
     def start(name: str, method: str, *options: str, world: int = 1) -> None:
@@ -60,7 +60,7 @@ def runs(tmp_path_factory) -> dict[str, Life]:
             *(method, "--config", f"{method}.yaml", "--run.out", name, "--run.length", "2ep"),
             *("--data.train", f"flat:for-{method}"),
             *("--data.mean", "0.5", "--data.std", "0.3", "--run.probe-images", "20"),
-            *("--optim.batch-size", "200", *options),
+            *("--optim.batch-size", "100", *options),
             world=world,
         )
 
@@ -71,7 +71,7 @@ def runs(tmp_path_factory) -> dict[str, Life]:
         ended[f"{method} 2"].wait()
     start("two", "mae", world=2)
     ended["two"].wait()
-    start("strict", "mae", "--data.max-bad", "0.003", world=2)
+    start("strict", "mae", "--data.max-bad", "0.006", world=2)
     ended["strict"].wait()
     return ended
 
@@ -113,11 +113,11 @@ def test_two_processes_count_together(runs):
 
 
 def test_too_many_stop_the_run(runs):
-    """Four of a thousand where three are allowed; each counts, whichever process met it."""
+    """Four of five hundred where three are allowed; each counts, whichever process met it."""
     life = runs["strict"]
     assert life.wait() == [2, 2], life.said()
     last = life.said().splitlines()[-1]
-    assert last.startswith("error: 4 of 1000 images of flat:for-mae are unreadable")
-    assert "--data.max-bad 0.003" in last
+    assert last.startswith("error: 4 of 500 images of flat:for-mae are unreadable")
+    assert "--data.max-bad 0.006" in last
     assert "Traceback" not in life.said() + life.said(1)
     assert "error" not in life.said(1), "all say the same; one is enough"

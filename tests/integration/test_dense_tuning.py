@@ -13,7 +13,7 @@ from tests.integration.test_finetune import KILLER
 
 # Draws of every kind, and stochastic depth.
 TUNE = """
-run: {length: 9st, save_every: 3st, probe_every: 1000ep, log_every: 1}
+run: {length: 6st, save_every: 2st, probe_every: 1000ep, log_every: 1}
 data: {train: '%s:train', val: '%s:val', workers: 0}
 scratch: {arch: vit_tiny_patch16_224, image_size: [32], patch_size: 8, width: 32, depth: 4,
   heads: 2}
@@ -34,7 +34,7 @@ def scenes(shared_door):
         write_scenes(studio, count, shared_door.folder / part, [str(n) for n in range(10)])
     for kind in KINDS:
         (shared_door.folder / f"{kind}.yaml").write_text(TUNE % (kind, kind))
-    text = KILLER.replace('"mid-epoch"', '"middle"').replace("at_call(14,", "at_call(8,")
+    text = KILLER.replace('"mid-epoch"', '"middle"').replace("at_call(14,", "at_call(6,")
     (shared_door.folder / "killer.py").write_text(text)
     return shared_door
 
@@ -46,7 +46,7 @@ def tuned(door, kind, *more, module=("-m", "ssl_vit.evaluate", "finetune")):
 
 def outcome(folder):
     """All that a finished run leaves of its training, as bytes."""
-    last = folder / "checkpoints" / "step-00000009"
+    last = folder / "checkpoints" / "step-00000006"
     files = [last / "task.safetensors", last / "optimizer.safetensors"]
     return [file.read_bytes() for file in [*files, folder / "model.safetensors"]]
 
@@ -66,7 +66,7 @@ def test_killed_and_resumed_is_bit_identical(scenes, unbroken, kind):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = tuned(scenes, kind, *options)
     assert again.returncode == 0, again.stderr
-    assert "step 3 of 9" in again.stderr or "step 6 of 9" in again.stderr
+    assert "step 2 of 6" in again.stderr or "step 4 of 6" in again.stderr
     assert outcome(scenes.folder / f"{kind}-killed") == outcome(unbroken / kind)
     cards = [
         json.loads((scenes.folder / name / "finetune.json").read_text())["scores"]
@@ -78,7 +78,7 @@ def test_killed_and_resumed_is_bit_identical(scenes, unbroken, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one(scenes, unbroken, kind):
     """Every loss of a training is the same, but for rounding."""
-    same = ("--run.precision", "fp32", "--optim.batch-size", "18", "--tune.drop-path", "0")
+    same = ("--run.precision", "fp32", "--run.length", "4st", "--tune.drop-path", "0")
     command = ("-m", "ssl_vit.evaluate", "finetune", "--config", f"{kind}.yaml")
     made = []
     for world in (1, 2):
@@ -87,7 +87,7 @@ def test_two_processes_are_one(scenes, unbroken, kind):
         assert [d.returncode for d in done] == [0] * world, [d.stderr for d in done]
         rows = (scenes.folder / f"{kind}-{world}/metrics.jsonl").read_text().splitlines()
         made.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
-    assert len(made[0]) == 9
+    assert len(made[0]) == 4
     assert made[1] == pytest.approx(made[0], rel=1e-3)
 
 
@@ -149,7 +149,7 @@ def test_maps_are_compared_before_training(scenes, tmp_path):
 
 
 def test_it_learns_and_its_file_opens_as_an_encoder(scenes):
-    more = ("--run.length", "60st", "--run.probe-every", "30st", "--optim.lr", "3e-3")
+    more = ("--run.length", "40st", "--run.probe-every", "20st", "--optim.lr", "3e-3")
     plain = ("--tune.vertical-flip", "0", "--tune.quarter-turns", "0", "--tune.drop-path", "0")
     done = tuned(scenes, "depth", "--run.out", "learned", *more, *plain)
     assert done.returncode == 0, done.stderr

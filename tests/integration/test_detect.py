@@ -27,7 +27,7 @@ detect: {HEAD, image_size: [64], width: 16, drop_path: 0.3, windows: 3, global_b
 # A low rate: AdamW's first steps turn rounding errors of tiny gradients into whole steps.
 optim: {batch_size: 4, lr: 1.0e-4, warmup: 1st}
 """
-HEADS = {"rcnn": "proposals: 32", "detr": "head: detr, queries: 7"}
+HEADS = {"rcnn": "proposals: 32, detections: 10", "detr": "head: detr, queries: 7"}
 KINDS = {
     "rcnn": "Mask R-CNN, 2 classes, levels at strides 4, 8, 16, 32, 64",
     "detr": "DETR, 2 classes, 7 queries of tokens at stride 8; boxes only, no masks",

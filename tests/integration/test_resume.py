@@ -11,6 +11,17 @@ from PIL import Image
 from tests.forks import Fork
 from tests.integration.conftest import KILLER, outcome
 
+# A quarter of the images, and as many steps an epoch; for runs that nobody has to hit in time.
+FEW = ("--data.train", "digits:val", "--optim.batch-size", "30")
+
+
+@pytest.fixture(scope="module")
+def unbroken_few(shared_door):
+    """The same of a run on few images."""
+    result = shared_door.pretrain("--run.out", "unbroken-few", *FEW)
+    assert result.returncode == 0, result.stderr
+    return outcome(shared_door.folder / "unbroken-few")
+
 
 @pytest.fixture(scope="module")
 def unbroken(shared_door):
@@ -24,18 +35,18 @@ def unbroken(shared_door):
     ("moment", "resumes_at"),
     [("mid-epoch", 8), ("mid-checkpoint", 8), ("before-encoder", 8), ("before-its-name", 8)],
 )
-def test_killed(shared_door, unbroken, moment, resumes_at):
+def test_killed(shared_door, unbroken_few, moment, resumes_at):
     (shared_door.folder / "killer.py").write_text(KILLER)
-    options = ("mae", "--config", "tiny.yaml", "--run.out", moment)
+    options = ("mae", "--config", "tiny.yaml", "--run.out", moment, *FEW)
     killed = shared_door("killer.py", moment, *options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = shared_door.folder / moment
     assert not (folder / "checkpoints" / "step-00000024").exists()
-    again = shared_door.pretrain("--run.out", moment)
+    again = shared_door.pretrain("--run.out", moment, *FEW)
     assert again.returncode == 0, again.stderr
     assert f"step {resumes_at} of 24" in again.stderr
     assert ("incomplete checkpoint; removed" in again.stderr) == (moment != "mid-epoch")
-    assert outcome(folder) == unbroken
+    assert outcome(folder) == unbroken_few
     steps = [line.split(",")[0] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [s for s in steps if s]
     # The last has a probe, and the seconds that it and saving took.
@@ -134,11 +145,12 @@ cli.run_door(pretrain.main)
 """
 
 
-def test_a_probe_is_interrupted_by_a_stop(shared_door, unbroken):
+def test_a_probe_is_interrupted_by_a_stop(shared_door, unbroken_few):
     """What was saved before it counts already; the run saves and leaves, and ends as any other."""
     (shared_door.folder / "long_probe.py").write_text(LONG_PROBE)
-    options = ("mae", "--config", "tiny.yaml", "--run.out", "long", "--run.probe-every", "8st")
-    process = Fork(("long_probe.py", *options), shared_door.folder, shared_door.env)
+    options = ("mae", "--config", "tiny.yaml", "--run.out", "long", *FEW)
+    script = ("long_probe.py", *options, "--run.probe-every", "8st")
+    process = Fork(script, shared_door.folder, shared_door.env)
     wait_for((shared_door.folder / "probing").exists)
     assert (shared_door.folder / "long/checkpoints/step-00000008/state.json").is_file()
     process.send_signal(signal.SIGUSR2)
@@ -146,18 +158,18 @@ def test_a_probe_is_interrupted_by_a_stop(shared_door, unbroken):
     assert process.returncode == 75, said
     assert "the probe of the encoder is interrupted" in said
     assert "stopped at step 8, saved" in said
-    again = shared_door.pretrain("--run.out", "long")
+    again = shared_door.pretrain("--run.out", "long", *FEW)
     assert again.returncode == 0, again.stderr
     assert "step 8 of 24" in again.stderr
-    assert outcome(shared_door.folder / "long") == unbroken
+    assert outcome(shared_door.folder / "long") == unbroken_few
 
 
-def test_from_another_runs_checkpoint(shared_door, unbroken):
+def test_from_another_runs_checkpoint(shared_door, unbroken_few):
     """--run.resume PATH starts where that checkpoint ends, in a folder of its own."""
-    path = "unbroken/checkpoints/step-00000016"
-    result = shared_door.pretrain("--run.out", "branch", "--run.resume", path)
+    path = "unbroken-few/checkpoints/step-00000016"
+    result = shared_door.pretrain("--run.out", "branch", *FEW, "--run.resume", path)
     assert result.returncode == 0, result.stderr
-    assert outcome(shared_door.folder / "branch") == unbroken
+    assert outcome(shared_door.folder / "branch") == unbroken_few
 
 
 FULL_DISK = """
@@ -171,12 +183,12 @@ cli.run_door(pretrain.main)
 """
 
 
-def test_full_disk(shared_door, unbroken):
+def test_full_disk(shared_door, unbroken_few):
     """One line, status 1, the checkpoint before it whole; with room again, the same weights."""
     (shared_door.folder / "full.py").write_text(FULL_DISK)
-    options = ("mae", "--config", "tiny.yaml", "--run.out", "full")
-    assert shared_door.pretrain("--run.out", "full", "--run.length", "24st").returncode == 0
+    options = ("mae", "--config", "tiny.yaml", "--run.out", "full", *FEW)
     folder = shared_door.folder / "full"
+    shutil.copytree(shared_door.folder / "unbroken-few", folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000024")
     result = shared_door("full.py", "60000", *options)
     assert result.returncode == 1, result.stderr
@@ -184,5 +196,5 @@ def test_full_disk(shared_door, unbroken):
     assert last.startswith("stopped: checkpoint")
     assert "Traceback" not in result.stderr
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000016"]
-    assert shared_door.pretrain("--run.out", "full").returncode == 0
-    assert outcome(folder) == unbroken
+    assert shared_door.pretrain("--run.out", "full", *FEW).returncode == 0
+    assert outcome(folder) == unbroken_few

@@ -16,7 +16,7 @@ from rich.console import Console
 from ssl_vit import runs
 from ssl_vit.runs import RunsConfig
 from tests.distributed.together import together
-from tests.integration.conftest import KILLER, SCORED, Door
+from tests.integration.conftest import KILLER, Door
 
 # Sends a signal to itself at an update that a test chooses.
 STOPPER = """
@@ -76,6 +76,10 @@ print(json.dumps({"said": said, "status": status}))
 """
 
 
+# With held-out images, and closing scores of few of them.
+LOOKING = ("--data.val", "digits:val", "--run.probe-images", "100")
+
+
 def look(door: Door, *arguments: str) -> str:
     """What the door prints on runs; it must not fail."""
     result = door("-m", "ssl_vit.runs", *arguments)
@@ -115,7 +119,7 @@ def command_of(output: str) -> list[str]:
 def many(shared_door: Door) -> Door:
     """Runs of every fate, below ``runs``."""
     door = shared_door
-    done = door.pretrain("--run.out", "runs/done", *SCORED, "--run.probe-every", "12st")
+    done = door.pretrain("--run.out", "runs/done", *LOOKING, "--run.probe-every", "12st")
     assert done.returncode == 0, done.stderr
     stop(door, "runs/mae/optim.lr=1e-3")
     kill(door, "runs/killed")

@@ -46,8 +46,9 @@ def test_all_that_doors_leave_follows_the_umask(umask, under, tmp_path, monkeypa
     under(umask)
     Path("tiny.yaml").write_text(TINY)
     short = ("--run.length", "2st", "--run.save-every", "1st", "--run.device", "cpu")
+    short += ("--optim.batch-size", "20", "--data.mean", "0.3", "--data.std", "0.4")
     assert not pretrain.main(["mae", "--config", "tiny.yaml", "--run.out", "run", *short])
-    given = ("--encoder", "run", "--data.train", "digits:train", "--data.val", "digits:val")
+    given = ("--encoder", "run", "--data.train", "digits:val", "--data.val", "digits:val")
     assert not evaluate.main(["knn", *given, "--out", "scores.json", "--device", "cpu"])
     for out in ("x.npz", "x.npy"):
         given = ("--encoder", "run", "--data.train", "digits:val", "--out", out)

@@ -18,7 +18,9 @@ from ssl_vit.pictures.thumbnails import thumbnails
 from ssl_vit.training.panels import drop_pictures, panel_file, panels, projections, thin_panels
 from ssl_vit.training.run_files import read_rows
 from ssl_vit.weights.exchange import load_encoder
-from tests.integration.conftest import SCORED
+
+# With closing scores; all held-out images are in the projector.
+SCORED = ("--data.val", "digits:val", "--run.probe-images", "359")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Labels while pretraining: k-NN on the images that have some, and a word where there is none."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 
 from ssl_vit.commands.pretraining import Pretraining
+from ssl_vit.evaluators import watch
+from ssl_vit.evaluators.linear import LinearProtocol
 from tests.unit.commands.test_preflight import session_of
 
 
@@ -49,8 +52,10 @@ def plan(of: Pretraining) -> dict[str, str]:
         ),
     ],
 )
-def test_labels_of_a_csv_are_used_for_knn(tmp_path, head, row, about):
+def test_labels_of_a_csv_are_used_for_knn(tmp_path, monkeypatch, head, row, about):
     """Of images some of which have no label, those that have; health is of all."""
+    # What is bright takes no thousand steps.
+    monkeypatch.setattr(watch, "LinearProtocol", partial(LinearProtocol, least_steps=100))
     run = session(tmp_path, head, row)
     assert plan(run)["labels"].startswith(about)
     assert "k-NN" not in plan(run)

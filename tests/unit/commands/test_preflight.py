@@ -21,6 +21,10 @@ from ssl_vit.training.footprint import KeptBytes, Memory, measure_step, memory_o
 from tests.integration.conftest import TINY, TINY_DINO
 
 FP32 = ("--run.precision", "fp32", "--run.device", "cpu")
+# Given, for no test here is of them: estimated ones are of all images, anew for each session.
+STATISTICS = ("--data.mean", "0.3", "--data.std", "0.4")
+# A batch of few images, where no number of them is asked for.
+FEW = ("--optim.batch-size", "24")
 
 
 def session_of(method: str, folder: Path, *flags: str) -> Pretraining:
@@ -38,7 +42,7 @@ def short_measurements(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda method, *flags: session_of(method, tmp_path, *flags)
+    return lambda method, *flags: session_of(method, tmp_path, *STATISTICS, *flags)
 
 
 def first_images(session: Pretraining, count: int) -> trial.Batch:
@@ -64,11 +68,11 @@ def test_flops_of_mae_by_hand(make):
     # The decoder's only block: keys and values of all tokens, the rest of the masked ones.
     last = linear(17, 16, 32) + 2 * 2 * 12 * 17 * 16 + 10 * linear(12, 16, 16)
     expected += 3 * last
-    session = make("mae")
+    session = make("mae", *FEW)
     assert measure_step(session.trainer, [first_images(session, 7)])[0] == 7 * expected
     assert try_out(session).flops == expected
     # What Muon multiplies is of the step, not of its images.
-    session = make("mae", "--optim.name", "muon")
+    session = make("mae", *FEW, "--optim.name", "muon")
     assert measure_step(session.trainer, [first_images(session, 7)])[0] == 7 * expected
     assert try_out(session).flops == expected
 
@@ -109,7 +113,7 @@ def test_kept_bytes_by_hand():
 
 @pytest.mark.parametrize("method", ["mae", "dino"])
 def test_memory_by_part(method, make):
-    session = make(method)
+    session = make(method, *FEW)
     found, task = try_out(session).memory, session.task
     trained = [p for p in task.parameters() if p.requires_grad]
     bytes_trained = 4 * sum(p.numel() for p in trained)
@@ -129,15 +133,16 @@ def test_memory_by_part(method, make):
 @pytest.mark.parametrize("method", ["mae", "dino"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_of_a_whole_part_follow_from_a_few_images(method, precision, make):
-    session = make(method, "--run.precision", precision, "--optim.accumulate", "3")
+    batch = ("--optim.batch-size", "60", "--optim.accumulate", "3")
+    session = make(method, "--run.precision", precision, *batch)
     predicted = try_out(session).memory.activations
-    parts = [first_images(session, 40)] * 3
+    parts = [first_images(session, 20)] * 3
     assert measure_step(session.trainer, parts)[1] == predicted
 
 
 def test_checkpointing_keeps_less_and_computes_more(make):
-    plain = try_out(make("dino"))
-    again = try_out(make("dino", "--run.activation-checkpointing"))
+    plain = try_out(make("dino", *FEW))
+    again = try_out(make("dino", *FEW, "--run.activation-checkpointing"))
     assert again.memory.activations < 0.5 * plain.memory.activations
     assert again.memory.state == plain.memory.state
     assert again.flops > 1.1 * plain.flops
@@ -147,7 +152,7 @@ def test_a_part_of_one_image(make):
     session = make("mae", "--optim.batch-size", "2", "--optim.accumulate", "2")
     found = try_out(session)
     assert found.memory.activations == found.per_image > 0
-    assert found.flops == try_out(make("mae")).flops
+    assert found.flops == try_out(make("mae", *FEW)).flops
 
 
 # --- what does not fit --------------------------------------------------------------------------
@@ -155,14 +160,14 @@ def test_a_part_of_one_image(make):
 
 def test_the_local_crops_that_fit(make, monkeypatch):
     """With as many as it says a step fits, with one more it does not."""
-    whole = try_out(make("dino", "--method.local-crops", "6")).memory
+    whole = try_out(make("dino", *FEW, "--method.local-crops", "6")).memory
     room = 0.75 * whole.total
 
     def little(device: torch.device, processes: int) -> float:
         return room - whole.state
 
     monkeypatch.setattr(trial, "free_memory", little)
-    session = make("dino", "--method.local-crops", "6")
+    session = make("dino", *FEW, "--method.local-crops", "6")
     found = try_out(session)
     assert not found.fits
     assert found.throughput is None
@@ -171,7 +176,7 @@ def test_the_local_crops_that_fit(make, monkeypatch):
     fitting = int(told.split(";")[1].split()[0])
     assert 0 < fitting < 6
     for count in (fitting, fitting + 1):
-        fits = try_out(make("dino", "--method.local-crops", str(count))).fits
+        fits = try_out(make("dino", *FEW, "--method.local-crops", str(count))).fits
         assert fits == (count <= fitting), count
     assert any("a step does not fit" in line for line in lines)
 
@@ -208,7 +213,7 @@ def test_pace_of_loader_and_step():
 
 
 def test_rates_are_measured(make):
-    throughput = try_out(make("mae")).throughput
+    throughput = try_out(make("mae", *FEW)).throughput
     assert throughput is not None
     assert min(throughput.loader, throughput.step) > 0
     in_turn = 1 / (1 / throughput.loader + 1 / throughput.step)  # without workers
@@ -312,7 +317,7 @@ def test_parts_that_a_gpu_does_not_need(available, said, make):
 
 
 def test_a_loss_that_is_not_finite_is_told(make):
-    session = make("mae")
+    session = make("mae", *FEW)
     with torch.no_grad():
         session.task.encoder.vit.norm.weight.fill_(math.nan)
     found = try_out(session)

@@ -12,8 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Else each process that tests start would compile the package anew, for a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import jaxtyping  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+from tests import shapes  # noqa: E402
+
+jaxtyping.jaxtyped = shapes.checked  # which the hook applies to every function
 install_import_hook("ssl_vit", "beartype.beartype")
 
 from pathlib import Path  # noqa: E402

@@ -51,8 +51,8 @@ def within(count: object, rows: object) -> Any:
         return "a" * count
 
     @check
-    def first(rows: Float[Tensor, "n d"], count: int) -> Float[Tensor, "{count}"]:
-        return rows[:, 0]
+    def first(rows: Float[Tensor, "n d"], count: int) -> Float[Tensor, "{count} d"]:
+        return rows
 
     return inner(count), first(rows, count)
 

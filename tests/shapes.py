@@ -8,6 +8,7 @@ called, and only if its annotations name shapes.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import is_dataclass
@@ -15,7 +16,7 @@ from typing import Any, get_type_hints
 
 import jaxtyping
 from beartype.door import die_if_unbearable
-from beartype.roar import BeartypeCallHintForwardRefException
+from beartype.roar import BeartypeCallHintForwardRefException, BeartypeCallHintViolation
 
 _CHECKED_BY_JAXTYPING = jaxtyping.jaxtyped
 
@@ -108,9 +109,16 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
             if not by_jaxtyping:
                 by_jaxtyping.append(_CHECKED_BY_JAXTYPING(fn, typechecker=typechecker))
             return by_jaxtyping[0](*args, **kwargs)
-        asked.of_arguments(args, kwargs)
+        try:
+            asked.of_arguments(args, kwargs)
+        except BeartypeCallHintViolation as error:
+            inspect.signature(fn).bind(*args, **kwargs)  # what is no call at all says so first
+            raise jaxtyping.TypeCheckError(f"{fn.__qualname__}: {error}") from error
         result = fn(*args, **kwargs)
-        asked.of_result(result)
+        try:
+            asked.of_result(result)
+        except BeartypeCallHintViolation as error:
+            raise jaxtyping.TypeCheckError(f"result of {fn.__qualname__}: {error}") from error
         return result
 
     return call

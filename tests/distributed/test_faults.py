@@ -20,6 +20,7 @@ from tests.integration.conftest import TINY, TINY_DINO
 # Ten lives that are killed take at most 5 steps or one save each: the eleventh has some left.
 STEPS, EVERY = 72, 3
 QUICK = ("--data.val", "", "--data.holdout", "0", "--run.probe-images", "20")
+QUICK += ("--optim.batch-size", "24")
 MAE = ("mae", "--config", "mae.yaml", *QUICK)
 DINO = ("dino", "--config", "dino.yaml", *QUICK)
 LONG = (*MAE, "--run.length", f"{STEPS}st", "--run.save-every", f"{EVERY}st")
@@ -102,7 +103,7 @@ def kill(
         # Never so far that the run could end.
         target = min(newest(folder) + chance.randint(1, EVERY + 2), STEPS - 2)
         assert wait_until(life, lambda: step_of(folder) >= target), life.said()
-        time.sleep(chance.uniform(0.0, 0.05))
+        time.sleep(chance.uniform(0.0, 0.02))  # a step or two
     life.signal(signal.SIGKILL, *ranks)
     return life, saving(folder)
 

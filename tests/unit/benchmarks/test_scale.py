@@ -313,18 +313,20 @@ def test_report_of_work_time_and_memory(tmp_path, monkeypatch, capsys):
 def test_hours_and_memory_with_muon(monkeypatch):
     """Every device orthogonalizes all matrices of blocks in each step; it keeps one moment."""
     monkeypatch.setattr(scale, "recipes", dict)
-    run = {"run": RunConfig(length="300st"), "peak": 100.0, "share": 0.25}
+    run = {"run": RunConfig(length="300st"), "peak": 100.0, "share": 0.25, "image_sizes": ()}
+    small = {"encoder": EncoderConfig("test_vit"), "method": MAEConfig(decoder_depth=2)}
     plain, muon = (
-        scale_report("mae", find_method("mae"), options(optim=PretrainOptim(name=name), **run))
+        scale_report(
+            "mae", find_method("mae"), options(optim=PretrainOptim(name=name), **run, **small)
+        )
         for name in ("adamw", "muon")
     )
     before, after = plain["sizes"][0], muon["sizes"][0]
     assert after["flop_per_image"] == before["flop_per_image"]
     work = 3600 * 25e12 * (after["hours"]["3"] - before["hours"]["3"]) / 300
     saved = before["state"]["1"]["moments"] - after["state"]["1"]["moments"]
-    encoder = replace(options().encoder, arch="test_vit")
     with without_memory():
-        task = find_method("mae")(MAEConfig(), encoder, 3)
+        task = find_method("mae")(small["method"], small["encoder"], 3)
     matrices = block_matrices(task)
     assert work == pytest.approx(orthogonalizing(matrices), rel=1e-6)
     assert saved == 4 * sum(p.numel() for p in matrices)

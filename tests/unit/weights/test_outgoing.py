@@ -135,11 +135,20 @@ def test_our_own_format_is_what_a_run_writes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"channels": 5, "image_size": (16, 32), "layer_scale": 0.1}, ["cls", "patches"]),
-        ({"norm": "pooled", "registers": 3}, ["cls", "patches", "pooled"]),
+        (
+            {"channels": 5, "image_size": (16, 32), "layer_scale": 0.1, "registers": 3},
+            ["cls", "patches"],
+        ),
         ({"arch": "vit_base_patch16_siglip_224", "channels": 1}, ["patches"]),
-        ({"arch": BIASED, "image_size": (16, 32), "rope_coords": "min"}, ["cls", "patches"]),
-        ({"arch": GATED, "norm": "pooled"}, ["cls", "patches", "pooled"]),
+        (
+            {
+                "arch": f"{GATED}_qkvb",
+                "image_size": (16, 32),
+                "rope_coords": "min",
+                "norm": "pooled",
+            },
+            ["cls", "patches", "pooled"],
+        ),
     ],
 )
 def test_onnxruntime_opens_its_file(tmp_path, changes, names):

@@ -28,6 +28,8 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return _CHECKED(fn, typechecker=typechecker)
     if "<locals>" in fn.__qualname__ or not fn.__annotations__:
         return fn
-    if any(_SHAPES.search(str(hint)) for hint in fn.__annotations__.values()):
+    named = any(_SHAPES.search(str(hint)) for hint in fn.__annotations__.values())
+    # What only a type checker imports is not there to be compared with; jaxtyping lets it pass.
+    if named or "TYPE_CHECKING" in fn.__globals__:
         return _CHECKED(fn, typechecker=typechecker)
     return _TYPES(fn)
